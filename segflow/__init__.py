@@ -1,0 +1,49 @@
+"""segflow: which groups of training data made a model behave as it does.
+
+SOURCE (influence followed back through training, Bae et al. 2024) on EK-FAC curvature, for whole groups of data
+(GGDA, Ley et al. 2024), with the optimizer that trained the model.
+"""
+
+from . import evaluation, tasks
+from .analyzer import Analyzer
+from .errors import (
+    FactorError,
+    GroupError,
+    LayerError,
+    MethodError,
+    ScoreError,
+    SegflowError,
+    StoreError,
+    TaskError,
+    TrajectoryError,
+)
+from .groups import Groups
+from .methods import InfluenceFunction, Source, TracIn
+from .record import record
+from .scores import Scores
+from .task import Task
+from .trajectory import OptimizerConstants, Trajectory
+
+__all__ = [
+    "Analyzer",
+    "FactorError",
+    "GroupError",
+    "Groups",
+    "InfluenceFunction",
+    "LayerError",
+    "MethodError",
+    "OptimizerConstants",
+    "ScoreError",
+    "Scores",
+    "SegflowError",
+    "Source",
+    "StoreError",
+    "Task",
+    "TaskError",
+    "TracIn",
+    "Trajectory",
+    "TrajectoryError",
+    "evaluation",
+    "record",
+    "tasks",
+]

@@ -1,0 +1,218 @@
+"""What can be wrong with a task, a model or a trajectory, found on a few batches before hours are spent."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .data import Batch
+from .errors import TaskError
+from .layers import LayerChoice, Tokens, TrackedLayer
+from .lens import FiniteWatch, Lens
+
+_DIRECTIONS = 8  # random directions along which curvatures are compared
+_DRAWS = 64  # sampled losses for each batch
+_SURE = 3.0  # standard errors
+
+
+@dataclass(frozen=True)
+class CurvatureScale:
+    """How many times the exact Gauss-Newton curvature `sample=True` has, with its standard error.
+
+    factor is None where it could not be measured, and `note` says why.
+    """
+
+    factor: float | None
+    error: float = 0.0
+    note: str = ""
+
+    def __str__(self) -> str:
+        if self.factor is None:
+            return f"curvature of sample=True: not measured ({self.note})"
+        return f"curvature of sample=True: {self.factor:.3g} +- {self.error:.2g} times the exact Gauss-Newton curvature"
+
+
+@dataclass(frozen=True)
+class CheckReport:
+    """What `Analyzer.check` found to be in order."""
+
+    attributed: int
+    parameters: int
+    skipped: Mapping[str, str]
+    curvature: CurvatureScale
+    notes: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        share = self.attributed / max(1, self.parameters)
+        lines = [f"attributed: {self.attributed:,} of {self.parameters:,} parameters ({share:.1%})"]
+        lines += [f"not attributed: {name or 'the model itself'}: {reason}" for name, reason in self.skipped.items()]
+        lines += ["the loss is a sum over the batch, repeats itself, and is finite; every tracked layer is reached"]
+        return "\n".join([*lines, str(self.curvature), *self.notes])
+
+
+def report(model: nn.Module, choice: LayerChoice, curvature: CurvatureScale, notes: Iterable[str]) -> CheckReport:
+    """Put together what was found."""
+    attributed = sum(layer.size for layer in choice.tracked.values())
+    total = sum(parameter.numel() for parameter in model.parameters())
+    return CheckReport(attributed, total, choice.skipped, curvature, tuple(notes))
+
+
+def check_sum(lens: Lens, whole: Batch, halves: Iterable[Batch]) -> None:
+    """The loss repeats itself, leaves buffers alone, is finite, and adds up over the halves of a batch."""
+    name = type(lens.task).__name__
+    before = {key: buffer.clone() for key, buffer in lens.model.named_buffers()}
+    with torch.no_grad():
+        first, second = lens.loss(whole.content).double(), lens.loss(whole.content).double()
+        total = torch.stack([lens.loss(half.content).double() for half in halves]).sum()
+    moved = [key for key, buffer in lens.model.named_buffers() if not torch.equal(before[key], buffer)]
+    if moved:
+        raise TaskError(
+            f"{name}: the forward changes the buffer {moved[0]!r} although the model is in eval mode. A module runs in "
+            "train mode (batch norm?) or keeps state; leave the mode alone inside the task."
+        )
+    if not torch.isfinite(first):
+        raise TaskError(f"{name}: the {lens.kind} loss of the first batch is {first.item()}, not finite.")
+    tolerance = 1e-9 if lens.dtype == torch.float64 else 1e-4
+    if (first - second).abs() > tolerance * first.abs():
+        raise TaskError(
+            f"{name}: the {lens.kind} loss of one batch was {first.item():.6g}, then {second.item():.6g}. Something is "
+            "random: dropout left on, or noise in the task. Make compute_train_loss(sample=False) repeat itself."
+        )
+    if (first - total).abs() <= 10 * tolerance * total.abs().clamp_min(1e-12):
+        return
+    ratio = (first / total).item()
+    if abs(ratio - 0.5) < 0.05:
+        raise TaskError(
+            f"{name}: the {lens.kind} loss is a mean over the batch: a batch has {ratio:.3g} times the sum of its "
+            "halves' losses. Return the sum over the batch (reduction='sum')."
+        )
+    raise TaskError(
+        f"{name}: the {lens.kind} loss of a batch is {first.item():.6g}, but its halves' losses add up to "
+        f"{total.item():.6g}. The loss must be a sum over examples that do not interact (no batch statistics)."
+    )
+
+
+def check_reached(lens: Lens, data: Iterable[Batch], where: str) -> None:
+    """Every tracked layer is reached by the loss, and all that passes is finite."""
+    watch = FiniteWatch(f"check, {lens.kind} loss, {where}")
+    for batch in data:
+        lens.capture(batch, lambda _layer, _tokens: None, watch)
+    watch.finish(lens.layers)
+
+
+def curvature_scale(train: Lens, sample: Lens, batch: Batch) -> CurvatureScale:
+    """Second moment of sampled gradients over the exact Gauss-Newton curvature, along random directions."""
+    generator = torch.Generator().manual_seed(0)
+    directions = {
+        name: torch.randn(_DIRECTIONS, *layer.shape, generator=generator, dtype=train.dtype).to(train.device)
+        for name, layer in train.layers.items()
+    }
+    try:
+        exact = _gauss_newton_forms(train, batch, directions)
+    except (RuntimeError, NotImplementedError) as problem:
+        return CurvatureScale(None, note=f"no second derivatives: {str(problem).splitlines()[0]}")
+    if exact is None or not exact > 0:
+        return CurvatureScale(None, note="the loss is not a function of the model's outputs with curvature")
+    draws = torch.stack([_sampled_form(sample, batch, directions) for _ in range(_DRAWS)]) / exact
+    return CurvatureScale(draws.mean().item(), (draws.std() / _DRAWS**0.5).item())
+
+
+def require_scale(scale: CurvatureScale, tolerance: float, task: Any) -> None:
+    """Raise TaskError if the sampled curvature is off by more than `tolerance` and surely so."""
+    if scale.factor is None:
+        return
+    low, high = scale.factor - _SURE * scale.error, scale.factor + _SURE * scale.error
+    if low <= tolerance and high >= 1 / tolerance:
+        return
+    raise TaskError(
+        f"{type(task).__name__}: the {scale}. SOURCE puts curvature in an exponential, so its scores would be wrong. "
+        f"Multiply the sampled loss by {max(scale.factor, 1e-12) ** -0.5:.3g}, and see segflow.Task.compute_train_loss "
+        "for what sample=True must return (curvature_tolerance= accepts another factor)."
+    )
+
+
+def _sampled_form(lens: Lens, batch: Batch, directions: Mapping[str, Tensor]) -> Tensor:
+    """sum_b <G_b, V>^2 over the directions V, with one draw of pseudo-labels."""
+    slopes = torch.zeros(_DIRECTIONS, batch.size, dtype=lens.dtype, device=lens.device)
+
+    def consume(layer: TrackedLayer, tokens: Tokens) -> None:
+        projected = torch.einsum("pbsi,rpoi->rpbso", tokens.a_PBSI, directions[layer.name])
+        slopes.add_(torch.einsum("rpbso,pbso->rb", projected, tokens.g_PBSO))
+
+    watch = FiniteWatch("check, sampled loss")
+    lens.capture(batch, consume, watch)
+    return slopes.double().square().sum()
+
+
+def _gauss_newton_forms(lens: Lens, batch: Batch, directions: Mapping[str, Tensor]) -> Tensor | None:
+    """sum over directions v of (J v)^T H (J v): J of the model's outputs, H the loss's Hessian in the outputs."""
+    pairs = [pair for name, layer in lens.layers.items() for pair in _by_parameter(layer, directions[name])]
+    parameters = [parameter for parameter, _ in pairs]
+    math_only = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
+    with torch.enable_grad(), _requiring_grad(parameters), math_only:
+        outputs: list[Tensor] = []
+        handle = lens.model.register_forward_hook(lambda _m, _i, out: outputs.extend(_floating(out)))
+        try:
+            loss = lens.loss(batch.content)
+        finally:
+            handle.remove()
+        slopes = torch.autograd.grad(loss, outputs, create_graph=True, allow_unused=True)
+        used = [(z, s) for z, s in zip(outputs, slopes, strict=True) if s is not None and s.requires_grad]
+        if not used:
+            return None
+        form = torch.zeros((), dtype=torch.float64, device=lens.device)
+        for r in range(_DIRECTIONS):
+            form += _one_form(used, parameters, [direction[r] for _, direction in pairs])
+    return form
+
+
+def _one_form(used: list[tuple[Tensor, Tensor]], parameters: list[Tensor], direction: list[Tensor]) -> Tensor:
+    """(J v)^T H (J v) for one direction, by differentiating twice."""
+    outputs, slopes = [z for z, _ in used], [s for _, s in used]
+    dummies = [torch.zeros_like(z, requires_grad=True) for z in outputs]
+    pulled = torch.autograd.grad(outputs, parameters, dummies, create_graph=True, allow_unused=True)
+    pairs = [(g, v) for g, v in zip(pulled, direction, strict=True) if g is not None]
+    pushed = torch.autograd.grad([g for g, _ in pairs], dummies, [v.to(g.dtype) for g, v in pairs])
+    bent = torch.autograd.grad(slopes, outputs, pushed, retain_graph=True, allow_unused=True)
+    forms = [(u.double() * h.double()).sum() for u, h in zip(pushed, bent, strict=True) if h is not None]
+    return torch.stack(forms).sum()
+
+
+def _by_parameter(layer: TrackedLayer, directions_RPOI: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """(parameter, directions [R, *its shape]) for a layer's weight, and for its bias if it has one."""
+    weight, R = layer.module.get_parameter("weight"), len(directions_RPOI)
+    inputs = layer.shape[2] - int(layer.has_bias)
+    pairs = [(weight, directions_RPOI[..., :inputs].reshape(R, *weight.shape))]
+    if layer.has_bias:
+        pairs.append((layer.module.get_parameter("bias"), directions_RPOI[..., inputs].reshape(R, -1)))
+    return pairs
+
+
+def _floating(output: Any) -> Iterator[Tensor]:
+    """Every differentiable tensor in a model's (nested) output."""
+    if isinstance(output, Tensor):
+        if output.requires_grad:
+            yield output
+    elif isinstance(output, Mapping):
+        for value in output.values():
+            yield from _floating(value)
+    elif isinstance(output, list | tuple):
+        for value in output:
+            yield from _floating(value)
+
+
+@contextmanager
+def _requiring_grad(parameters: list[Tensor]) -> Iterator[None]:
+    """Let gradients reach these parameters for a while."""
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(False)

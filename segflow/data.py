@@ -1,0 +1,96 @@
+"""Map-style datasets as batches of chosen examples, and what identifies a dataset."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+
+from .errors import SegflowError, TaskError
+from .ranks import to_device
+
+Collate = Callable[[list[Any]], Any]
+
+
+class Batch(NamedTuple):
+    """One batch: its place in the pass, how many examples it holds, and what the collate function made of them."""
+
+    index: int
+    size: int
+    content: Any
+
+
+def batches(
+    dataset: Any, index_lists: Sequence[Sequence[int]], collate_fn: Collate | None, device: torch.device
+) -> Iterator[Batch]:
+    """Yield one collated batch on `device` for each list of example indices, in that order."""
+    loader = DataLoader(
+        dataset,
+        batch_sampler=[list(indices) for indices in index_lists],  # type: ignore[arg-type]
+        collate_fn=collate_fn,
+        generator=torch.Generator(),
+    )
+    for index, (indices, content) in enumerate(zip(index_lists, loader, strict=True)):
+        yield Batch(index, len(indices), to_device(content, device))
+
+
+def in_order(length: int, batch_size: int) -> list[range]:
+    """Index lists that walk a dataset of `length` examples once, `batch_size` at a time."""
+    if batch_size < 1:
+        raise SegflowError(f"batch_size={batch_size}: expected at least 1.")
+    return [range(start, min(start + batch_size, length)) for start in range(0, length, batch_size)]
+
+
+def dataset_length(dataset: Any, role: str) -> int:
+    """The dataset's length; `role` names it in errors."""
+    try:
+        length = len(dataset)
+    except TypeError:
+        raise TaskError(
+            f"the {role} dataset has no length. Expected a map-style dataset (with __len__ and __getitem__); "
+            "put the examples of an iterable dataset into a list."
+        ) from None
+    if length == 0:
+        raise TaskError(f"the {role} dataset is empty. Expected at least one example.")
+    return int(length)
+
+
+def dataset_fingerprint(dataset: Any, role: str) -> dict[str, Any]:
+    """Length, and a digest of eight evenly spaced examples ("random" where reading one twice differs)."""
+    length = dataset_length(dataset, role)
+    chosen = sorted({round(place) for place in np.linspace(0, length - 1, 8)})
+    first, second = (digest([dataset[index] for index in chosen]) for _ in range(2))
+    return {"length": length, "examples": first if first == second else "random"}
+
+
+def digest(content: Any) -> str:
+    """sha256 of nested tensors, arrays and plain values; other objects count by their type alone."""
+    sha = hashlib.sha256()
+    _feed(sha, content)
+    return sha.hexdigest()
+
+
+def _feed(sha: Any, content: Any) -> None:
+    if isinstance(content, torch.Tensor):
+        content = content.detach().cpu().contiguous()
+        sha.update(f"tensor {content.dtype} {tuple(content.shape)}".encode())
+        sha.update(content.reshape(-1).view(torch.uint8).numpy().tobytes())
+    elif isinstance(content, np.ndarray):
+        sha.update(f"array {content.dtype} {content.shape}".encode())
+        sha.update(np.ascontiguousarray(content).tobytes())
+    elif isinstance(content, Mapping):
+        for key in sorted(content, key=str):
+            sha.update(f"key {key}".encode())
+            _feed(sha, content[key])
+    elif isinstance(content, list | tuple):
+        sha.update(f"sequence {len(content)}".encode())
+        for item in content:
+            _feed(sha, item)
+    elif isinstance(content, bytes | str | int | float | bool | None | np.generic):
+        sha.update(f"{type(content).__name__} {content!r}".encode())
+    else:
+        sha.update(f"object {type(content).__qualname__}".encode())

@@ -1,0 +1,14 @@
+"""Does retraining agree? Ground truths, and how far scores agree with them."""
+
+from .lds import LinearDatamodelingScore, linear_datamodeling_score
+from .mislabelled import detection_auc, found_among_lowest
+from .retraining import random_subsets, retrain
+
+__all__ = [
+    "LinearDatamodelingScore",
+    "detection_auc",
+    "found_among_lowest",
+    "linear_datamodeling_score",
+    "random_subsets",
+    "retrain",
+]

@@ -1,0 +1,67 @@
+"""Retraining on subsets, in parallel processes: the ground truth."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+
+import numpy as np
+import torch
+
+from ..errors import ScoreError
+from ..progress import track
+
+TrainAndMeasure = Callable[[np.ndarray, int], "np.ndarray | Sequence[float]"]
+
+
+def random_subsets(count: int, groups: int, fraction: float = 0.5, seed: int = 0) -> np.ndarray:
+    """[count, groups] booleans, each row keeping that fraction of the groups at random.
+
+    Example:
+        >>> random_subsets(3, 10).sum(1)
+        array([5, 5, 5])
+    """
+    kept = round(groups * fraction)
+    if not 0 < kept < groups:
+        raise ScoreError(f"fraction={fraction} keeps {kept} of {groups} groups: expected some, but not all.")
+    generator = np.random.default_rng(seed)
+    return np.stack([generator.permutation(groups) < kept for _ in range(count)])
+
+
+def retrain(
+    train_and_measure: TrainAndMeasure,
+    subsets: np.ndarray,
+    *,
+    repetitions: int = 1,
+    processes: int | None = None,
+    seed: int = 0,
+    progress: bool | None = None,
+) -> np.ndarray:
+    """Train on every subset, in parallel processes of one thread each.
+
+    Args:
+        train_and_measure: (indices of the kept examples or groups, seed) -> the measurements [Q]. With more than one
+            process it must be importable (a function at the top of a module, or functools.partial of one).
+        subsets: [M, K] booleans.
+        repetitions: retrainings of each subset, with seeds of their own.
+        processes: how many at a time; by default as many as there are cores.
+
+    Returns:
+        [M, repetitions, Q] in float64; average over the second axis for the linear datamodeling score.
+    """
+    jobs = [
+        (np.flatnonzero(kept), seed + 1 + number * repetitions + repetition)
+        for number, kept in enumerate(np.asarray(subsets, dtype=bool))
+        for repetition in range(repetitions)
+    ]
+    workers = min(processes or os.cpu_count() or 1, len(jobs))
+    if workers <= 1:
+        done = [train_and_measure(*job) for job in track(jobs, "retraining", enabled=progress)]
+    else:
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(workers, context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            futures = [pool.submit(train_and_measure, *job) for job in jobs]
+            done = [future.result() for future in track(futures, "retraining", enabled=progress)]
+    return np.asarray(done, dtype=np.float64).reshape(len(subsets), repetitions, -1)

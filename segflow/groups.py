@@ -1,0 +1,190 @@
+"""Groups: partitions of the training set, and batches that keep a group together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from .errors import GroupError
+
+_PADDING = 1.5  # a batch's largest piece times its pieces may exceed its examples by this factor
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Disjoint groups of training examples.
+
+    Args:
+        members: one array of example indices for each group.
+        labels: a name for each group.
+        length: the number of training examples that the indices are about.
+        partial: True if the groups leave examples out on purpose.
+
+    Raises:
+        GroupError: a group is empty, groups overlap, exceed the data, or miss examples without `partial`.
+
+    Example:
+        >>> Groups.from_lists([[0, 1], [2]], length=3)
+        Groups(2 groups of 1 to 2 examples, 3 of 3 examples)
+    """
+
+    members: tuple[np.ndarray, ...]
+    labels: tuple[str, ...]
+    length: int
+    partial: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.members:
+            raise GroupError("no groups were given. Expected at least one.")
+        if len(self.labels) != len(self.members):
+            raise GroupError(f"{len(self.labels)} labels for {len(self.members)} groups: expected one for each.")
+        for label, member in zip(self.labels, self.members, strict=True):
+            if len(member) == 0:
+                raise GroupError(f"group {label!r} is empty. Leave it out.")
+            if member.min() < 0 or member.max() >= self.length:
+                wrong = member[(member < 0) | (member >= self.length)]
+                raise GroupError(f"group {label!r} names example {wrong[0]}, but the data has 0..{self.length - 1}.")
+        self._check_partition()
+
+    def _check_partition(self) -> None:
+        counts = np.bincount(np.concatenate(self.members), minlength=self.length)
+        if (counts > 1).any():
+            example = int(np.argmax(counts > 1))
+            holders = [label for label, m in zip(self.labels, self.members, strict=True) if (m == example).any()]
+            raise GroupError(
+                f"groups overlap: {int((counts > 1).sum())} examples appear more than once, the first is {example} "
+                f"(in {holders}). Give each example to one group."
+            )
+        missed = int((counts == 0).sum())
+        if missed and not self.partial:
+            raise GroupError(
+                f"groups miss {missed} of {self.length} examples, the first is {int(np.argmax(counts == 0))}. "
+                "Add them to a group, or pass partial=True to leave them out on purpose."
+            )
+
+    def __len__(self) -> int:
+        """The number of groups."""
+        return len(self.members)
+
+    def __repr__(self) -> str:
+        sizes = self.sizes
+        return (
+            f"Groups({len(self)} groups of {sizes.min()} to {sizes.max()} examples, "
+            f"{sizes.sum()} of {self.length} examples)"
+        )
+
+    @property
+    def sizes(self) -> np.ndarray:
+        """[K]: how many examples each group holds."""
+        return np.array([len(member) for member in self.members])
+
+    def membership(self) -> np.ndarray:
+        """[length]: the group of each example, -1 where `partial` left it out."""
+        of = np.full(self.length, -1)
+        for group, member in enumerate(self.members):
+            of[member] = group
+        return of
+
+    @classmethod
+    def from_lists(
+        cls,
+        lists: Iterable[Sequence[int] | np.ndarray],
+        length: int,
+        labels: Sequence[object] | None = None,
+        partial: bool = False,
+    ) -> Groups:
+        """Groups from lists of example indices; `length` is the size of the training set."""
+        members = tuple(_indices(given) for given in lists)
+        names = [f"group {k}" for k in range(len(members))] if labels is None else labels
+        return cls(members, tuple(map(str, names)), int(length), partial)
+
+    @classmethod
+    def singletons(cls, length: int) -> Groups:
+        """Every example a group of its own: per-example attribution."""
+        return cls(tuple(np.arange(length)[:, None]), tuple(map(str, range(length))), int(length))
+
+    @classmethod
+    def random(cls, length: int, size: int, seed: int = 0) -> Groups:
+        """A random partition into groups of `size` examples; the last may be smaller."""
+        if size < 1:
+            raise GroupError(f"size={size}: expected at least 1.")
+        shuffled = np.random.default_rng(seed).permutation(length)
+        return cls.from_lists([np.sort(shuffled[start : start + size]) for start in range(0, length, size)], length)
+
+    @classmethod
+    def by(cls, labels: Iterable[object]) -> Groups:
+        """One group for each distinct label (class, source, annotator, ...), given one label for each example."""
+        plain = [label.item() if hasattr(label, "item") else label for label in labels]
+        distinct = sorted(set(plain), key=lambda label: (str(type(label)), label))  # type: ignore[arg-type, return-value]
+        place = {label: index for index, label in enumerate(distinct)}
+        of = np.array([place[label] for label in plain], dtype=np.int64)
+        return cls.from_lists([np.flatnonzero(of == k) for k in range(len(distinct))], len(plain), distinct)
+
+
+def _indices(given: Sequence[int] | np.ndarray) -> np.ndarray:
+    array = np.asarray(given)
+    if array.ndim != 1 or (array.size and not np.issubdtype(array.dtype, np.integer)):
+        raise GroupError(f"a group must be a list of example indices, found {array.dtype} of shape {array.shape}.")
+    return array.astype(np.int64)
+
+
+class GroupBatch(NamedTuple):
+    """Examples of consecutive groups of a tile, group after group.
+
+    examples: their indices; sizes: how many belong to each group; first: the first group's place in the tile.
+    """
+
+    examples: np.ndarray
+    sizes: tuple[int, ...]
+    first: int
+
+
+class Tile(NamedTuple):
+    """Groups whose summed gradients are held at once: their indices, and the batches that walk their examples."""
+
+    groups: np.ndarray
+    batches: tuple[GroupBatch, ...]
+
+
+def tiles(groups: Groups, batch_size: int, tile_size: int) -> list[Tile]:
+    """Plan the walk over all groups: largest first, so that the pieces of one batch are of nearly one size.
+
+    A group of up to `batch_size` examples stays in one batch; a larger one is split into even pieces, each a batch
+    of its own.
+    """
+    if batch_size < 1 or tile_size < 1:
+        raise GroupError(f"batch_size={batch_size}, tile_size={tile_size}: expected at least 1.")
+    order = np.argsort(-groups.sizes, kind="stable")
+    starts = range(0, len(order), tile_size)
+    return [_tile(groups, order[start : start + tile_size], batch_size) for start in starts]
+
+
+def _tile(groups: Groups, chosen: np.ndarray, batch_size: int) -> Tile:
+    walked: list[GroupBatch] = []
+    waiting: list[np.ndarray] = []  # whole groups that will share a batch
+    first = 0
+
+    def flush() -> None:
+        nonlocal first
+        if waiting:
+            walked.append(GroupBatch(np.concatenate(waiting), tuple(map(len, waiting)), first))
+        first += len(waiting)
+        waiting.clear()
+
+    for place, group in enumerate(chosen):
+        member = groups.members[group]
+        held = sum(map(len, waiting))
+        blow_up = waiting and len(waiting[0]) * (len(waiting) + 1) > _PADDING * (held + len(member))
+        if held + len(member) > batch_size or blow_up:
+            flush()
+        if len(member) > batch_size:
+            pieces = np.array_split(member, -(-len(member) // batch_size))
+            walked += [GroupBatch(piece, (len(piece),), place) for piece in pieces]
+            first = place + 1
+        else:
+            waiting.append(member)
+    flush()
+    return Tile(chosen, tuple(walked))

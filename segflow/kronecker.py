@@ -1,0 +1,127 @@
+"""Covariance sums, eigenbases, corrected eigenvalues, and functions of a Kronecker-factored curvature.
+
+EK-FAC: George et al. 2018, arXiv 1806.03884; over checkpoints: Bae et al. 2024, arXiv 2405.12186, Appendix D.
+Axes: P parts, B examples, S positions, N = B * S tokens, I inputs, O outputs, Q any leading axis of gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .errors import FactorError
+from .layers import Tokens
+
+Spectrum = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Covariance:
+    """Sums over tokens of a a^T and g g^T; `mean()` divides by how many tokens each has seen."""
+
+    a_PII: Tensor
+    g_POO: Tensor
+    a_rows: Tensor
+    g_rows: Tensor
+
+    @classmethod
+    def zeros(cls, shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -> Covariance:
+        """An empty sum for a layer of [P, O, I]."""
+        P, O, I = shape
+        make = {"dtype": dtype, "device": device}
+        rows = torch.zeros((), dtype=torch.float64, device=device)
+        return cls(torch.zeros(P, I, I, **make), torch.zeros(P, O, O, **make), rows, rows.clone())
+
+    def add_(self, tokens: Tokens, mask_BS: Tensor | None = None) -> None:
+        """Add a batch's tokens in place; where the mask is 0 an input token is padding and does not count."""
+        a, g = tokens
+        if mask_BS is not None:
+            mask = mask_BS.to(a.dtype)
+            a = a * mask[None, :, :, None]
+            self.a_rows.add_(mask.sum())
+        else:
+            self.a_rows.add_(a.shape[1] * a.shape[2])
+        self.g_rows.add_(g.shape[1] * g.shape[2])
+        a_PNI, g_PNO = a.flatten(1, 2), g.flatten(1, 2)
+        self.a_PII.baddbmm_(a_PNI.mT, a_PNI)
+        self.g_POO.baddbmm_(g_PNO.mT, g_PNO)
+
+    def mean(self) -> tuple[Tensor, Tensor]:
+        """(A, S) in float64: the mean over tokens."""
+        return self.a_PII.double() / self.a_rows.clamp_min(1), self.g_POO.double() / self.g_rows.clamp_min(1)
+
+
+@dataclass(frozen=True)
+class Eigenbasis:
+    """Orthonormal eigenvectors (in columns) of A and S."""
+
+    inputs_PII: Tensor
+    outputs_POO: Tensor
+
+    def rotate(self, gradient_QPOI: Tensor) -> Tensor:
+        """Q_S^T G Q_A for each gradient."""
+        left = torch.einsum("poj,qpoi->qpji", self.outputs_POO, gradient_QPOI)
+        return torch.einsum("qpji,pik->qpjk", left, self.inputs_PII)
+
+    def unrotate(self, rotated_QPOI: Tensor) -> Tensor:
+        """Q_S G Q_A^T: back from the basis."""
+        left = torch.einsum("poj,qpji->qpoi", self.outputs_POO, rotated_QPOI)
+        return torch.einsum("qpok,pik->qpoi", left, self.inputs_PII)
+
+
+@dataclass(frozen=True)
+class KroneckerBlock:
+    """One layer's curvature: Q_S, Q_A and the corrected eigenvalues Lambda [P, O, I]."""
+
+    basis: Eigenbasis
+    eigenvalues_POI: Tensor
+
+
+def eigenbasis(pooled: Iterable[Covariance], where: str) -> Eigenbasis:
+    """Eigenvectors of A and S averaged over checkpoints, computed in float64.
+
+    where: the layer and checkpoints, for errors. Raises FactorError if a covariance is not finite.
+    """
+    means = [covariance.mean() for covariance in pooled]
+    sides = [torch.stack(side).mean(0) for side in zip(*means, strict=True)]
+    for side, of_what in zip(sides, ("inputs", "output gradients"), strict=True):
+        if not torch.isfinite(side).all():
+            raise FactorError(
+                f"{where}: the covariance of the {of_what} is not finite. "
+                "Their squares overflow; use a model in float64, or look for a checkpoint that diverged."
+            )
+    inputs, outputs = (torch.linalg.eigh((side + side.mT) / 2).eigenvectors for side in sides)
+    return Eigenbasis(inputs, outputs)
+
+
+def add_squared_projections_(total_POI: Tensor, tokens: Tokens, basis: Eigenbasis, budget: int) -> None:
+    """Add sum_b (Q_S^T G_b Q_A)^2 of a batch, in place, without forming G_b where an example is one token.
+
+    budget: bytes that per-example gradients may take at once; examples beyond it are taken in turn.
+    """
+    a_PBSI, g_PBSO = tokens
+    P, B, S, I = a_PBSI.shape
+    O = g_PBSO.shape[-1]
+    if S == 1:
+        a_PBI = torch.bmm(a_PBSI.squeeze(2), basis.inputs_PII)
+        g_PBO = torch.bmm(g_PBSO.squeeze(2), basis.outputs_POO)
+        total_POI.baddbmm_(g_PBO.square_().mT, a_PBI.square_())
+        return
+    rotate_tokens = S * (I * I + O * O) <= O * I * (O + I)  # multiplications beyond forming the gradient itself
+    step = max(1, budget // (P * O * I * a_PBSI.element_size() * (1 if rotate_tokens else 2)))
+    for start in range(0, B, step):
+        a, g = a_PBSI[:, start : start + step], g_PBSO[:, start : start + step]
+        if rotate_tokens:
+            a = torch.einsum("pbsi,pij->pbsj", a, basis.inputs_PII)
+            g = torch.einsum("pbso,poj->pbsj", g, basis.outputs_POO)
+        gradient = torch.einsum("pbso,pbsi->bpoi", g, a)
+        rotated = gradient if rotate_tokens else basis.rotate(gradient)
+        total_POI.add_(rotated.square_().sum(0))
+
+
+def apply(block: KroneckerBlock, function: Spectrum, gradient_QPOI: Tensor) -> Tensor:
+    """f(curvature) applied to each gradient: Q_S (f(Lambda) * (Q_S^T G Q_A)) Q_A^T."""
+    return block.basis.unrotate(block.basis.rotate(gradient_QPOI).mul_(function(block.eigenvalues_POI)))

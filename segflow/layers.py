@@ -1,0 +1,215 @@
+"""Tracked layers: each turns its (input, output gradient) into tokens whose product is the weight's gradient.
+
+Axes: B examples, S positions, P parts (the groups of a grouped convolution; 1 elsewhere), I inputs of a part
+(with the bias as a last input that is always 1), O outputs of a part. The gradient of example b is, for each part,
+sum_s g_PBSO[p,b,s,o] a_PBSI[p,b,s,i] (Eschenhagen et al. 2023, "expand").
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from .errors import LayerError
+
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_SUPPORTED = (nn.Linear, *_CONVOLUTIONS)
+
+
+class Tokens(NamedTuple):
+    """One layer's share of a batch: inputs a_PBSI and output gradients g_PBSO."""
+
+    a_PBSI: Tensor
+    g_PBSO: Tensor
+
+
+@dataclass(frozen=True)
+class TrackedLayer:
+    """One layer to attribute: its weight, and its bias as one more input.
+
+    has_bias is False for a layer without bias, or whose bias was not trained.
+    """
+
+    name: str
+    module: nn.Module
+    has_bias: bool
+
+    @property
+    def parts(self) -> int:
+        """P: groups of a convolution, 1 for a linear layer."""
+        return self.module.groups if isinstance(self.module, _CONVOLUTIONS) else 1
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """[P, O, I] of the layer's gradient, the bias being the last input."""
+        weight = self.module.get_parameter("weight")
+        outputs = weight.shape[0] // self.parts
+        return self.parts, outputs, weight[0].numel() + int(self.has_bias)
+
+    @property
+    def size(self) -> int:
+        """The number of attributed parameters."""
+        parts, outputs, inputs = self.shape
+        return parts * outputs * inputs
+
+    def tokens(self, value: Tensor, gradient: Tensor, axis: int, dtype: torch.dtype) -> Tokens:
+        """Tokens of one call of the layer.
+
+        value: the call's input; gradient: of the summed loss with respect to its output; axis: where both count
+        the examples (0 for a convolution).
+        """
+        value, gradient = value.detach().to(dtype), gradient.detach().to(dtype)
+        if isinstance(self.module, _CONVOLUTIONS):
+            a, g = _patches(self.module, value), _channels(self.module, gradient)
+        else:
+            a, g = (_rows(tensor, axis).unsqueeze(0) for tensor in (value, gradient))
+        if self.has_bias:
+            a = functional.pad(a, (0, 1), value=1.0)
+        return Tokens(a, g)
+
+    def gradient_matrix(self, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """[P, O, I] from a weight-shaped and a bias-shaped tensor: the layout of everything segflow computes."""
+        parts = self.parts
+        matrix = weight.reshape(parts, weight.shape[0] // parts, -1)
+        if not self.has_bias or bias is None:
+            return matrix
+        return torch.cat([matrix, bias.reshape(parts, -1, 1)], -1)
+
+
+def _rows(tensor: Tensor, axis: int) -> Tensor:
+    """[B, S, features] from a tensor with the examples on `axis`, the features last, positions elsewhere."""
+    tensor = tensor.movedim(axis, 0)
+    return tensor.reshape(tensor.shape[0], -1, tensor.shape[-1])
+
+
+def _patches(convolution: nn.Module, value_BC: Tensor) -> Tensor:
+    """The receptive field of every output position, [P, B, S, C/P * kernel]."""
+    padding = tuple(convolution._reversed_padding_repeated_twice)  # type: ignore[arg-type]
+    mode = convolution.padding_mode
+    padded = functional.pad(value_BC, padding, mode="constant" if mode == "zeros" else str(mode))  # type: ignore[arg-type]
+    spatial = value_BC.ndim - 2
+    for axis in range(spatial):
+        dilation, kernel = convolution.dilation[axis], convolution.kernel_size[axis]  # type: ignore[index]
+        windows = padded.unfold(2 + axis, dilation * (kernel - 1) + 1, convolution.stride[axis])  # type: ignore[index]
+        padded = windows[..., ::dilation]
+    # padded: [B, C, positions..., kernel...]
+    parts = int(convolution.groups)  # type: ignore[arg-type]
+    split = padded.unflatten(1, (parts, -1))  # [B, P, C/P, positions..., kernel...]
+    positions, kernel_axes = range(3, 3 + spatial), range(3 + spatial, 3 + 2 * spatial)
+    ordered = split.permute(1, 0, *positions, 2, *kernel_axes)
+    sites = ordered.shape[2 : 2 + spatial].numel()
+    return ordered.reshape(parts, value_BC.shape[0], sites, -1)
+
+
+def _channels(convolution: nn.Module, gradient_BC: Tensor) -> Tensor:
+    """Output gradients as [P, B, S, O/P]."""
+    parts = int(convolution.groups)  # type: ignore[arg-type]
+    split = gradient_BC.flatten(2).unflatten(1, (parts, -1))  # [B, P, O/P, S]
+    return split.permute(1, 0, 3, 2)
+
+
+class LayerChoice(NamedTuple):
+    """The tracked layers by name, and why every other parametrised module is not attributed."""
+
+    tracked: dict[str, TrackedLayer]
+    skipped: dict[str, str]
+
+
+def choose_layers(
+    model: nn.Module, names: Collection[str] | None = None, is_trained: Callable[[str], bool] | None = None
+) -> LayerChoice:
+    """The layers to attribute.
+
+    Args:
+        names: the modules asked for; None takes every supported one.
+        is_trained: tells for a parameter's name whether training changed it; None asks `requires_grad`.
+
+    Raises:
+        LayerError: a module asked for is unknown or not supported, or nothing is left to attribute.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    _check_names(names, modules)
+    first_name = {module: name for name, module in reversed(modules.items())}
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    trained = is_trained or (lambda name: parameters[name].requires_grad)
+    wanted = None if names is None else {first_name[modules[name]] for name in names}
+    owners = _owners(model)
+    tracked, skipped = {}, {}
+    for name, module in model.named_modules():
+        if not module._parameters or all(p is None for p in module._parameters.values()):
+            continue
+        prefix = f"{name}." if name else ""
+        reason = _why_not(module, name, modules, prefix, trained) or _shared(module, name, owners)
+        if wanted is not None and name not in wanted:
+            reason = "not among the tracked modules that the task names"
+        elif wanted is not None and reason:
+            raise LayerError(f"module {name!r} ({type(module).__name__}) cannot be attributed: {reason}.")
+        if reason:
+            skipped[name] = reason
+        else:
+            has_bias = module.bias is not None and trained(f"{prefix}bias")
+            tracked[name] = TrackedLayer(name, module, has_bias)
+    if not tracked:
+        found = "; ".join(f"{name}: {reason}" for name, reason in skipped.items()) or "no module has parameters"
+        raise LayerError(f"no layer can be attributed ({found}). Supported: Linear, Conv1d, Conv2d, Conv3d.")
+    return LayerChoice(tracked, skipped)
+
+
+def _check_names(names: Collection[str] | None, modules: dict[str, nn.Module]) -> None:
+    for name in names or ():
+        if name not in modules:
+            close = difflib.get_close_matches(name, modules, n=3)
+            raise LayerError(f"the model has no module {name!r}. Did you mean one of {close or sorted(modules)[1:9]}?")
+        if not modules[name]._parameters:
+            inside = [inner for inner in modules if inner.startswith(f"{name}.")][:4]
+            raise LayerError(f"module {name!r} has no parameters of its own. Name the layers inside it: {inside}.")
+    if names is not None and not names:
+        raise LayerError("get_influence_tracked_modules() returned no names. Return None to track every layer.")
+
+
+def _why_not(
+    module: nn.Module, name: str, modules: dict[str, nn.Module], prefix: str, trained: Callable[[str], bool]
+) -> str | None:
+    """Why this module cannot be tracked, judged by itself; None if it can."""
+    kind = next((kind for kind in _SUPPORTED if isinstance(module, kind)), None)
+    if kind is None:
+        return f"{type(module).__name__} is not supported"
+    own = type(module)
+    overridden = [m for m in ("forward", "_conv_forward", "__call__") if getattr(own, m, 0) is not getattr(kind, m, 0)]
+    if overridden:
+        return f"{own.__name__} is a {kind.__name__} with its own {overridden[0]}()"
+    parent = modules.get(name.rpartition(".")[0])
+    if isinstance(parent, nn.MultiheadAttention):
+        return "nn.MultiheadAttention uses its weight without calling it"
+    if not isinstance(module._parameters.get("weight"), nn.Parameter) or "bias" not in module._parameters:
+        return "its weight is computed from other tensors (a parametrization, weight norm, ...)"
+    if set(module._parameters) - {"weight", "bias"}:
+        return f"it has extra parameters {sorted(set(module._parameters) - {'weight', 'bias'})}"
+    if isinstance(module.weight, nn.UninitializedParameter):
+        return "it is lazy and not initialised yet"
+    if not trained(f"{prefix}weight"):
+        return "its weight was not trained"
+    return None
+
+
+def _owners(model: nn.Module) -> dict[int, list[str]]:
+    """The modules that hold each parameter, by the parameter's identity."""
+    owners: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        for parameter in filter(lambda p: p is not None, module._parameters.values()):
+            owners.setdefault(id(parameter), []).append(name)
+    return owners
+
+
+def _shared(module: nn.Module, name: str, owners: dict[int, list[str]]) -> str | None:
+    """Names another module that holds one of this module's parameters, if there is one."""
+    others = [other for p in module._parameters.values() for other in owners.get(id(p), ()) if other != name]
+    if not others:
+        return None
+    return f"it shares a tensor with {others[0]!r}, so its own calls do not make up the tensor's gradient"

@@ -1,0 +1,146 @@
+"""A model seen through its task: the tracked layers, and passes over data that are watched for non-finite numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .capture import Consumer, capture, example_axes
+from .data import Batch, Collate, batches
+from .errors import LayerError, TaskError
+from .layers import Tokens, TrackedLayer
+from .task import summed_loss
+
+_DRAIN_EVERY = 64  # batches between two looks at the device for non-finite numbers
+
+
+@dataclass(frozen=True)
+class Lens:
+    """What a pass needs to look at the model with one of the task's losses.
+
+    kind: "train", "sample" (pseudo-labels) or "measurement"; axes: the example axis of each reached layer;
+    shapes: each reached layer's input shape for two examples.
+    """
+
+    model: nn.Module
+    task: Any
+    kind: str
+    layers: Mapping[str, TrackedLayer]
+    axes: Mapping[str, int]
+    shapes: Mapping[str, torch.Size]
+    dtype: torch.dtype
+    device: torch.device
+
+    def loss(self, batch: Any) -> Tensor:
+        """The summed loss of one collated batch."""
+        return summed_loss(self.task, batch, self.model, kind=self.kind)
+
+    def capture(self, batch: Batch, consume: Consumer, watch: FiniteWatch) -> Tensor:
+        """Walk one batch, handing tokens to `consume` and their finiteness to `watch`; returns the loss."""
+
+        def checked(layer: TrackedLayer, tokens: Tokens) -> None:
+            watch.see(layer.name, _magnitude(tokens))
+            consume(layer, tokens)
+
+        loss = capture(self.layers, self.axes, lambda: self.loss(batch.content), checked, self.dtype)
+        watch.see_loss(batch.index, loss)
+        return loss
+
+
+def make_lens(
+    model: nn.Module,
+    task: Any,
+    kind: str,
+    layers: Mapping[str, TrackedLayer],
+    dataset: Any,
+    collate_fn: Collate | None,
+) -> Lens:
+    """Find each layer's example axis with the dataset's first example; call it inside `observing(model)`.
+
+    Raises LayerError where a layer is not reached by the loss at all, or its input has no axis of examples.
+    """
+    reference = next(iter(layers.values())).module.get_parameter("weight")
+    device = reference.device
+
+    def run(copies: int) -> None:
+        [batch] = batches(dataset, [[0] * copies], collate_fn, device)
+        summed_loss(task, batch.content, model, kind=kind)
+
+    axes, shapes = example_axes(layers, run)
+    unreached = [name for name in layers if name not in axes]
+    if unreached:
+        raise LayerError(
+            f"layer {unreached[0]!r}: never reached by the {kind} loss's forward"
+            f"{f' (nor {unreached[1:]})' if unreached[1:] else ''}. Leave it out with get_influence_tracked_modules()."
+        )
+    dtype = reference.dtype if reference.dtype in (torch.float32, torch.float64) else torch.float32
+    return Lens(model, task, kind, layers, axes, shapes, dtype, device)
+
+
+def _magnitude(tokens: Tokens) -> Tensor:
+    """|a|^2 |g|^2: not finite if a token is not, or if a square or a product of squares may overflow."""
+    a, g = (torch.linalg.vector_norm(side) for side in tokens)
+    return (a * g).square()
+
+
+@dataclass
+class FiniteWatch:
+    """Collects one number for each layer and batch, and looks at them only now and then.
+
+    where: what the pass is, for errors (a checkpoint and a pass's name).
+    """
+
+    where: str
+    _places: list[str] = field(default_factory=list)
+    _pending: list[str] = field(default_factory=list)
+    _numbers: list[Tensor] = field(default_factory=list)
+    _batches: int = 0
+    _seen: set[str] = field(default_factory=set)
+
+    def see(self, layer: str, number: Tensor) -> None:
+        """Note a number that is finite only if all of a layer's tokens are."""
+        self._seen.add(layer)
+        self._pending.append(layer)
+        self._numbers.append(number)
+
+    def see_loss(self, batch: int, loss: Tensor) -> None:
+        """Note the batch's loss; every so often all that was noted is looked at."""
+        self._places += [f"gradient or input of layer {layer!r} in batch {batch}" for layer in self._pending]
+        self._places.append(f"loss of batch {batch}")
+        self._numbers.append(loss)
+        self._pending.clear()
+        self._batches += 1
+        if self._batches % _DRAIN_EVERY == 0:
+            self.drain()
+
+    def drain(self) -> None:
+        """Raise for the first batch with a non-finite number."""
+        if not self._numbers:
+            return
+        finite = torch.stack([torch.isfinite(number) for number in self._numbers]).tolist()
+        bad = [place for place, good in zip(self._places, finite, strict=True) if not good]
+        self._numbers.clear()
+        self._places.clear()
+        if not bad:
+            return
+        losses = [place for place in bad if place.startswith("loss")]
+        error = TaskError if losses else LayerError
+        raise error(
+            f"{self.where}: the {(losses or bad)[0]} is not finite. Look at that batch's data and at the "
+            "checkpoint; a run that diverged has no influence to explain."
+        )
+
+    def finish(self, layers: Iterable[str]) -> None:
+        """Look at what is left, and raise unless every layer was reached by some batch's loss."""
+        self.drain()
+        unreached = sorted(set(layers) - self._seen)
+        if unreached:
+            raise LayerError(
+                f"{self.where}: layer {unreached[0]!r} was never reached: no batch's loss depends on it"
+                f"{f' (nor on {unreached[1:]})' if unreached[1:] else ''}. "
+                "Leave it out with get_influence_tracked_modules()."
+            )

@@ -1,0 +1,214 @@
+"""record(): leaves a trajectory behind a live training loop, without touching its numbers."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .errors import TrajectoryError
+from .ranks import unwrap
+from .store import write_json, write_tensors
+from .trajectory import FORMAT
+
+# What later preconditioned methods need of optimizer.state; momentum buffers are not among it.
+_KEPT_STATE = ("step", "exp_avg_sq", "max_exp_avg_sq", "square_avg", "grad_avg", "sum")
+_LOGGED = {"learning_rate": "lr", "momentum": "momentum", "dampening": "dampening", "weight_decay": "weight_decay"}
+
+
+@contextmanager
+def record(
+    model: nn.Module,
+    optimizer: Any,
+    directory: str | os.PathLike[str],
+    *,
+    dataset_size: int,
+    total_steps: int | None = None,
+    checkpoints: int | Sequence[int] = 6,
+    overwrite: bool = False,
+) -> Iterator[Recording]:
+    """Record the training that happens inside the `with` block; the loop and its numbers stay as they are.
+
+    Every step's learning rate, momentum, dampening and weight decay of each parameter group is logged from the
+    optimizer's own step hooks, and evenly spaced checkpoints are saved, always with the last step.
+
+    Args:
+        model: the model in training.
+        optimizer: its torch.optim optimizer (or accelerate's wrapper of one).
+        directory: where to write; read it with `Trajectory.load`.
+        dataset_size: number of training examples N.
+        total_steps: optimizer steps to come. None: checkpoints are saved often and thinned on the way, so that
+            they end up as evenly spaced as the steps allow.
+        checkpoints: how many, or the explicit steps (the last step is saved besides).
+        overwrite: replace an earlier recording in `directory`.
+
+    Raises:
+        TrajectoryError: `directory` holds a recording already, or the optimizer holds none of the model's parameters.
+
+    Example:
+        >>> import tempfile, segflow as sf
+        >>> model = nn.Linear(2, 1)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> folder = tempfile.mkdtemp()
+        >>> with sf.record(model, optimizer, folder, dataset_size=4, total_steps=8, checkpoints=2):
+        ...     for _ in range(8):
+        ...         optimizer.zero_grad()
+        ...         model(torch.ones(4, 2)).square().mean().backward()
+        ...         _ = optimizer.step()
+        >>> sf.Trajectory.load(folder).steps
+        (4, 8)
+    """
+    recording = Recording(unwrap(model), getattr(optimizer, "optimizer", optimizer), Path(directory), dataset_size)
+    recording.plan(total_steps, checkpoints)
+    recording.begin(overwrite)
+    hooks = [
+        recording.optimizer.register_step_pre_hook(lambda *_: recording.log_step()),
+        recording.optimizer.register_step_post_hook(lambda *_: recording.end_step()),
+    ]
+    try:
+        yield recording
+    finally:
+        for hook in hooks:
+            hook.remove()
+    recording.finish()
+
+
+class Recording:
+    """The state of one `record()` block; `step` counts the optimizer steps so far."""
+
+    def __init__(self, model: nn.Module, optimizer: Any, directory: Path, dataset_size: int):
+        self.model, self.optimizer, self.directory, self.dataset_size = model, optimizer, directory, dataset_size
+        self.step = 0
+        self._wanted: set[int] = set()
+        self._count: int | None = None  # set where checkpoints are thinned on the way
+        self._interval = 1
+        self._rows: list[list[list[float]]] = []
+        self._saved: dict[int, dict[str, Any]] = {}
+        if not self._names():
+            raise TrajectoryError(
+                "the optimizer holds none of this model's parameters. Give record() the model and optimizer in training."
+            )
+
+    def plan(self, total_steps: int | None, checkpoints: int | Sequence[int]) -> None:
+        """Decide which steps to save."""
+        if not isinstance(checkpoints, int):
+            self._wanted = {int(step) for step in checkpoints}
+            if not self._wanted or min(self._wanted) < 1:
+                raise TrajectoryError(f"checkpoints={list(checkpoints)}: expected steps, counted from 1.")
+        elif checkpoints < 1:
+            raise TrajectoryError(f"checkpoints={checkpoints}: expected at least 1.")
+        elif total_steps is None:
+            self._count = checkpoints
+        elif total_steps < checkpoints:
+            raise TrajectoryError(f"total_steps={total_steps}: too few for {checkpoints} checkpoints.")
+        else:
+            self._wanted = set(_evenly(total_steps, checkpoints))
+
+    def begin(self, overwrite: bool) -> None:
+        """Mark the folder as a recording under way, refusing to overwrite one unasked."""
+        present = [name for name in ("trajectory.json", "recording.json") if (self.directory / name).exists()]
+        if present and not overwrite:
+            raise TrajectoryError(
+                f"{self.directory}: holds a recorded run already ({present[0]}). "
+                "Record into another folder, or pass overwrite=True."
+            )
+        (self.directory / "trajectory.json").unlink(missing_ok=True)
+        for stale in (self.directory / "checkpoints").glob("step-*.safetensors"):
+            stale.unlink()
+        write_json(self.directory / "recording.json", {"format": FORMAT, "finished": False})
+
+    def log_step(self) -> None:
+        """Log what the optimizer is about to use; a step hook."""
+        groups = self.optimizer.param_groups
+        self._rows.append([[float(group.get(key, 0.0)) for group in groups] for key in _LOGGED.values()])
+
+    def end_step(self) -> None:
+        """Count the step and save a checkpoint where one is due; a step hook."""
+        self.step += 1
+        if self.step in self._wanted or (self._count and self.step % self._interval == 0):
+            self._save()
+        if self._count and len(self._saved) > 2 * self._count:
+            self._interval *= 2
+            for step in [step for step in self._saved if step % self._interval]:
+                self._drop(step)
+
+    def finish(self) -> None:
+        """Save the last step and write trajectory.json, which makes the recording whole."""
+        if self.step == 0:
+            raise TrajectoryError("record(): the optimizer took no step inside the block, so there is no trajectory.")
+        if self.step not in self._saved:
+            self._save()
+        if self._count:
+            self._thin(_evenly(self.step, min(self._count, self.step)))
+        missed = sorted(step for step in self._wanted if step > self.step)
+        if missed:
+            warnings.warn(
+                f"record(): training ended at step {self.step}, so checkpoints at {missed} were never reached; "
+                f"the recording has those at {sorted(self._saved)}.",
+                stacklevel=4,
+            )
+        self._write_trajectory()
+
+    def _names(self) -> dict[str, int]:
+        group_of = {id(p): g for g, group in enumerate(self.optimizer.param_groups) for p in group["params"]}
+        named = self.model.named_parameters(remove_duplicate=False)
+        return {name: group_of[id(p)] for name, p in named if id(p) in group_of and p.requires_grad}
+
+    def _save(self) -> None:
+        state = self.model.state_dict()
+        plain = [name for name, value in state.items() if not isinstance(value, Tensor)]
+        if plain:
+            raise TrajectoryError(f"the model's state {plain[0]!r} is no tensor, so it cannot be saved as safetensors.")
+        tensors = {f"model.{name}": value for name, value in state.items()}
+        for name, parameter in self.model.named_parameters():
+            for key in _KEPT_STATE:
+                value = self.optimizer.state.get(parameter, {}).get(key)
+                if value is not None:
+                    tensors[f"optimizer.{name}.{key}"] = torch.as_tensor(value)
+        file = f"checkpoints/step-{self.step:08d}.safetensors"
+        self._saved[self.step] = {"file": file, "step": self.step, **write_tensors(self.directory / file, tensors)}
+
+    def _drop(self, step: int) -> None:
+        (self.directory / self._saved.pop(step)["file"]).unlink()
+
+    def _thin(self, wanted: list[int]) -> None:
+        """Keep the saved checkpoints nearest to the wanted steps, and the last one."""
+        kept = {min(self._saved, key=lambda saved: abs(saved - step)) for step in wanted} | {self.step}
+        for step in set(self._saved) - kept:
+            self._drop(step)
+
+    def _write_trajectory(self) -> None:
+        width = max(len(row[0]) for row in self._rows)
+        padded = [[values + [0.0] * (width - len(values)) for values in row] for row in self._rows]
+        log = torch.tensor(padded, dtype=torch.float64)  # [steps, logged values, parameter groups]
+        tensors = {name: log[:, index] for index, name in enumerate(_LOGGED)}
+        groups = self.optimizer.param_groups
+        content = {
+            "format": FORMAT,
+            "dataset_size": self.dataset_size,
+            "optimizer": type(self.optimizer).__name__,
+            "nesterov": any(bool(group.get("nesterov")) for group in groups),
+            "maximize": any(bool(group.get("maximize")) for group in groups),
+            "constants": [{k: v for k, v in group.items() if _is_plain(v)} for group in groups],
+            "parameter_groups": self._names(),
+            "checkpoints": [self._saved[step] for step in sorted(self._saved)],
+            "log": write_tensors(self.directory / "steps.safetensors", tensors),
+        }
+        write_json(self.directory / "trajectory.json", content)
+        (self.directory / "recording.json").unlink()
+
+
+def _evenly(total: int, count: int) -> list[int]:
+    return [round(total * place / count) for place in range(1, count + 1)]
+
+
+def _is_plain(value: Any) -> bool:
+    return isinstance(value, bool | int | float | str | None) or (
+        isinstance(value, list | tuple) and all(isinstance(item, bool | int | float) for item in value)
+    )

@@ -1,0 +1,246 @@
+"""The query side, the train side, and the product where they meet.
+
+Axes: Q queries, K groups, P parts, O outputs, I inputs, L layers; a block of gradients is [Q or K, P, O, I].
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache, partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Subset
+
+from .data import Batch, digest, in_order
+from .factors import pooled_curvature
+from .groups import GroupBatch, Groups, Tile, tiles
+from .kronecker import KroneckerBlock, apply
+from .layers import Tokens, TrackedLayer
+from .lens import FiniteWatch, Lens
+from .methods import Operator, Plan
+from .workspace import Workspace
+
+Gradients = dict[str, Tensor]
+Curvature = Mapping[str, KroneckerBlock]
+
+
+def query_gradients(lens: Lens, data: Iterable[Batch], where: str) -> Gradients:
+    """The measurement's gradient for every query, for each layer [Q, P, O, I]."""
+    pieces: dict[str, list[Tensor]] = {name: [] for name in lens.layers}
+    watch = FiniteWatch(f"query gradients, {where}")
+
+    def consume(layer: TrackedLayer, tokens: Tokens) -> None:
+        pieces[layer.name].append(torch.einsum("pbso,pbsi->bpoi", tokens.g_PBSO, tokens.a_PBSI))
+
+    for batch in data:
+        before = {name: len(parts) for name, parts in pieces.items()}
+        lens.capture(batch, consume, watch)
+        for name, layer in lens.layers.items():
+            if len(pieces[name]) == before[name]:  # this batch's measurement does not depend on the layer
+                pieces[name].append(torch.zeros(batch.size, *layer.shape, dtype=lens.dtype, device=lens.device))
+    watch.finish(lens.layers)
+    return {name: torch.cat(parts) for name, parts in pieces.items()}
+
+
+@dataclass
+class QuerySide:
+    """Query gradients under a plan's operators; what two terms share of their operators is computed once.
+
+    gradients: the query gradients at a checkpoint; curvature: the blocks pooled over checkpoints;
+    parameter_groups: each layer's.
+    """
+
+    plan: Plan
+    gradients: Callable[[int], Gradients]
+    curvature: Callable[[tuple[int, ...]], Curvature]
+    parameter_groups: Mapping[str, int]
+    _kept: dict[tuple[int, tuple[Operator, ...]], Gradients] = field(default_factory=dict)
+
+    def walk(self) -> Iterator[tuple[int, Gradients]]:
+        """Each term's place in the plan with its query side, shortest operators first: little is kept between."""
+        remaining = sorted(enumerate(self.plan), key=lambda t: (t[1].query_checkpoint, len(t[1].operators)))
+        while remaining:
+            place, term = remaining.pop(0)
+            yield place, self._applied(term.query_checkpoint, term.operators)
+            useful = {(t.query_checkpoint, t.operators[:n]) for _, t in remaining for n in range(len(t.operators))}
+            self._kept = {key: value for key, value in self._kept.items() if key in useful}
+
+    def _applied(self, checkpoint: int, operators: tuple[Operator, ...]) -> Gradients:
+        """The query gradients at a checkpoint with the operators applied in order."""
+        if not operators:
+            return self.gradients(checkpoint)
+        key = (checkpoint, operators)
+        if key not in self._kept:
+            before = self._applied(checkpoint, operators[:-1])
+            self._kept[key] = self._apply(operators[-1], before)
+        return self._kept[key]
+
+    def _apply(self, operator: Operator, gradients: Gradients) -> Gradients:
+        group = self.parameter_groups
+        if not operator.checkpoints:
+            return {name: g * operator.on(g.new_zeros(()), group[name]) for name, g in gradients.items()}
+        blocks = self.curvature(operator.checkpoints)
+        return {
+            name: apply(blocks[name], lambda sigma, name=name: operator.on(sigma, group[name]), g)  # type: ignore[misc]
+            for name, g in gradients.items()
+        }
+
+
+@dataclass
+class TrainSide:
+    """Summed gradients of a tile's groups, met with a query side: scores [Q, K] for each layer.
+
+    queries: the query side; count: K, the tile's groups; budget: bytes for what is formed on the way.
+    """
+
+    queries: Gradients
+    count: int
+    budget: int
+    _sums: Gradients = field(default_factory=dict)
+    _scores: Gradients = field(default_factory=dict)
+
+    def add(self, layer: TrackedLayer, tokens: Tokens, batch: GroupBatch) -> None:
+        """Add one layer's tokens of one batch."""
+        sizes = batch.sizes
+        if tokens.a_PBSI.shape[2] == 1 and len(sizes) > 1 and max(sizes) == 1:
+            self._add_single_tokens(layer, tokens, batch.first)
+            return
+        P, O, I = layer.shape
+        if layer.name not in self._sums:
+            self._sums[layer.name] = tokens.a_PBSI.new_zeros(self.count, P, O, I)
+        sums_KPOI = self._sums[layer.name][batch.first : batch.first + len(sizes)]
+        a, g = (_by_group(side, sizes) for side in tokens)
+        sums_KPOI.view(-1, O, I).baddbmm_(g.mT, a)
+
+    def _add_single_tokens(self, layer: TrackedLayer, tokens: Tokens, first: int) -> None:
+        """Groups of one example of one token: g^T R a, which never forms the example's gradient."""
+        a_PKI, g_PKO = tokens.a_PBSI.squeeze(2), tokens.g_PBSO.squeeze(2)
+        queries, K = self.queries[layer.name], a_PKI.shape[1]
+        scores = self._scores_of(layer.name)[:, first : first + K]
+        step = max(1, self.budget // (g_PKO.numel() * g_PKO.element_size()))
+        for start in range(0, len(queries), step):
+            answered_QPOK = torch.einsum("qpoi,pki->qpok", queries[start : start + step], a_PKI)
+            scores[start : start + step].add_(answered_QPOK.mul_(g_PKO.mT).sum((1, 2)))
+
+    def _scores_of(self, name: str) -> Tensor:
+        if name not in self._scores:
+            queries = self.queries[name]
+            self._scores[name] = queries.new_zeros(queries.shape[0], self.count)
+        return self._scores[name]
+
+    def scores(self) -> Tensor:
+        """[L, Q, K]: for each layer the product of all queries with the tile's groups."""
+        for name, sums_KPOI in self._sums.items():
+            self._scores_of(name).addmm_(self.queries[name].flatten(1), sums_KPOI.flatten(1).mT)
+        return torch.stack([self._scores_of(name) for name in self.queries])
+
+
+def _by_group(side_PBSD: Tensor, sizes: Sequence[int]) -> Tensor:
+    """Tokens as [K * P, N, D]: each group's own, padded with zeros to the largest group of the batch."""
+    P, _, S, D = side_PBSD.shape
+    K, most = len(sizes), max(sizes)
+    if min(sizes) < most:
+        within = torch.arange(most)[None, :] < torch.tensor(sizes)[:, None]
+        places = torch.nonzero(within.flatten()).flatten().to(side_PBSD.device)
+        side_PBSD = side_PBSD.new_zeros(P, K * most, S, D).index_copy_(1, places, side_PBSD)
+    return side_PBSD.reshape(P, K, most * S, D).transpose(0, 1).reshape(K * P, most * S, D)
+
+
+def tile_scores(lens: Lens, data: Iterable[Batch], tile: Tile, queries: Gradients, budget: int, where: str) -> Tensor:
+    """Scores [L, Q, K] of one tile's groups: <query side, summed training gradients>, for each layer in order."""
+    side = TrainSide(queries, len(tile.groups), budget)
+    watch = FiniteWatch(f"training gradients, {where}")
+    for batch, plan in zip(data, tile.batches, strict=True):
+
+        def consume(layer: TrackedLayer, tokens: Tokens, plan: GroupBatch = plan) -> None:
+            side.add(layer, tokens, plan)
+
+        lens.capture(batch, consume, watch)
+    watch.drain()
+    return side.scores()
+
+
+def score_parts(
+    work: Workspace, plan: Plan, groups: Groups, train: Any, query: Any, batch_size: int, per_layer: bool
+) -> Tensor:
+    """Scores [T, L, Q, K] of a plan's terms (L = 1, the layers' sum, unless per_layer); inside `observing(model)`.
+
+    Queries and groups are taken in tiles that fit the workspace's memory; each term, checkpoint and tile of queries
+    is a unit of the store, so that a run that was stopped goes on where it was.
+    """
+    stage = _Stage(work, plan, groups, train, batch_size, per_layer)
+    count = len(query)
+    gradient_bytes = work.parameters * stage.lens.dtype.itemsize
+    tile = max(1, min(count, work.memory // 2 // (gradient_bytes * 3)))  # the gradients, one operator's, a temporary
+    parts = []
+    for start in range(0, count, tile):
+        indices = range(start, min(start + tile, count))
+        parts.append(stage.run(Subset(query, indices)))
+    return torch.cat(parts, 2)
+
+
+class _Stage:
+    """One scoring run: walks the plan for a tile of queries."""
+
+    def __init__(self, work: Workspace, plan: Plan, groups: Groups, train: Any, batch_size: int, per_layer: bool):
+        self.work, self.plan, self.groups, self.train = work, plan, groups, train
+        self.batch_size, self.per_layer = batch_size, per_layer
+        self.lens = work.lens("train", train)
+        self.made_from = work.made_from(train)
+        gradient_bytes = work.parameters * self.lens.dtype.itemsize
+        size = max(1, min(len(groups), work.memory // 4 // gradient_bytes))
+        self.tiles = tiles(groups, batch_size, size - size % batch_size if size > batch_size else size)
+
+    def run(self, query: Any) -> Tensor:
+        """Scores [T, L, Q, K] of these queries."""
+        side = QuerySide(
+            self.plan, lru_cache(1)(partial(self._gradients, query)), self._curvature(), self.work.parameter_groups
+        )
+        parts: dict[int, Tensor] = {}
+        for place, queries in side.walk():
+            term = self.plan[place]
+            scores = [self._unit(place, index, queries) for index in term.train_checkpoints]
+            parts[place] = torch.stack(scores).mean(0) / self.work.trajectory.dataset_size
+        return torch.stack([parts[place] for place in range(len(self.plan))])
+
+    def _curvature(self) -> Callable[[tuple[int, ...]], Curvature]:
+        return lru_cache(2)(lambda pool: pooled_curvature(self.work, pool, self.made_from, self.lens))
+
+    def _gradients(self, query: Any, index: int) -> Gradients:
+        self.work.load(index)
+        lens = self.work.lens("measurement", query)
+        lists = in_order(len(query), self.batch_size)
+        where = self.work.where(index)
+        return query_gradients(lens, self.work.walk(lens, query, lists, f"queries, {where}"), where)
+
+    def _unit(self, place: int, index: int, queries: Gradients) -> Tensor:
+        """<query side, group gradients at a checkpoint>, [L, Q, K], from the store or computed into it."""
+        made_from = {
+            **self.made_from,
+            "checkpoint": self.work.trajectory.digest(index),
+            "term": self.plan[place].label,
+            "queries": digest({name: [g.sum(-1), g.sum(-2)] for name, g in queries.items()}),
+            "groups": digest([self.groups.members]),
+            "batch_size": self.batch_size,
+            "per_layer": self.per_layer,
+        }
+        unit = f"scores/{digest(json.dumps(made_from, sort_keys=True))[:16]}/step-{self.work.step(index)}"
+        return self.work.store.get_or_make(unit, made_from, lambda: {"scores": self._scores(index, queries)})["scores"]
+
+    def _scores(self, index: int, queries: Gradients) -> Tensor:
+        work, where = self.work, self.work.where(index)
+        work.load(index)
+        layers = len(self.lens.layers) if self.per_layer else 1
+        first = next(iter(queries.values()))
+        scores = first.new_zeros(layers, len(first), len(self.groups))
+        for number, tile in enumerate(self.tiles, start=1):
+            label = f"groups, {where}" + (f", tile {number}/{len(self.tiles)}" if len(self.tiles) > 1 else "")
+            data = work.walk(self.lens, self.train, [batch.examples for batch in tile.batches], label)
+            part = tile_scores(self.lens, data, tile, queries, work.memory // 8, where)
+            columns = torch.from_numpy(tile.groups).to(scores.device)
+            scores[:, :, columns] = part if self.per_layer else part.sum(0, keepdim=True)
+        return scores

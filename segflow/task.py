@@ -1,0 +1,116 @@
+"""What segflow needs to be told: the loss that trained the model, and the measurement to explain.
+
+The method names are Kronfluence's, so that its tasks run here unchanged.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from types import CodeType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .errors import TaskError
+
+
+class Task(ABC):
+    """The training loss and the measurement of one problem, each **summed** over the batch.
+
+    Example:
+        >>> class Ridge(Task):
+        ...     def compute_train_loss(self, batch, model, sample=False):
+        ...         x, y = batch
+        ...         prediction = model(x)
+        ...         if sample:  # noise of variance 1/2: the squared error's curvature, see below
+        ...             y = prediction.detach() + 0.5**0.5 * torch.randn_like(prediction)
+        ...         return (prediction - y).square().sum()
+        ...
+        ...     def compute_measurement(self, batch, model):
+        ...         return self.compute_train_loss(batch, model)
+    """
+
+    @abstractmethod
+    def compute_train_loss(self, batch: Any, model: nn.Module, sample: bool = False) -> Tensor:
+        """The training loss summed over the batch's examples, without weight decay; shape [].
+
+        With `sample=True`, a loss whose per-example gradients have the curvature as their second moment: labels
+        drawn from the model's own output distribution. For a negative log-likelihood with weight w (w = 1/T for
+        the mean over T tokens) that is sqrt(w) * NLL of the drawn labels; for a squared error w * (y - f)^2 it is
+        sqrt(w) * (f + noise - f)^2 with noise of variance 1/2. SOURCE puts the curvature in an exponential, so a
+        wrong constant there is a wrong score; `Analyzer.check` measures it.
+        """
+
+    @abstractmethod
+    def compute_measurement(self, batch: Any, model: nn.Module) -> Tensor:
+        """What the scores explain (a loss, a margin, ...), summed over the batch's examples; shape []."""
+
+    def get_influence_tracked_modules(self) -> list[str] | None:
+        """Names of the modules to attribute; None takes every supported one."""
+        return None
+
+    def get_attention_mask(self, batch: Any) -> Tensor | Mapping[str, Tensor] | None:
+        """[B, S], 0 where a position is padding (or such a mask for each module name); None: no padding."""
+        return None
+
+
+def check_task(task: Any) -> None:
+    """Raise TaskError unless `task` has what the engine calls; Kronfluence's tasks pass."""
+    needed = ("compute_train_loss", "compute_measurement")
+    missing = [name for name in needed if not callable(getattr(task, name, None))]
+    if missing:
+        raise TaskError(f"{type(task).__name__} has no method {' and no '.join(missing)}. Derive it from segflow.Task.")
+    if getattr(task, "enable_post_process_per_sample_gradient", False):
+        raise TaskError(
+            f"{type(task).__name__} post-processes per-example gradients, which segflow never forms. "
+            "Express the change in compute_train_loss, or set enable_post_process_per_sample_gradient to False."
+        )
+
+
+def tracked_module_names(task: Any) -> list[str] | None:
+    """The task's own choice of modules, or None."""
+    chosen = getattr(task, "get_influence_tracked_modules", None)
+    return None if chosen is None else chosen()
+
+
+def attention_mask(task: Any, batch: Any) -> Tensor | Mapping[str, Tensor] | None:
+    """The task's padding mask for this batch, or None."""
+    mask = getattr(task, "get_attention_mask", None)
+    return None if mask is None else mask(batch)
+
+
+def task_fingerprint(task: Any) -> dict[str, Any]:
+    """The task's class, its plain-valued attributes, and its losses' compiled code: what tells two tasks apart."""
+    options = {
+        key: repr(value)
+        for key, value in sorted(getattr(task, "__dict__", {}).items())
+        if isinstance(value, bool | int | float | str | None | list | tuple)
+    }
+    sha = hashlib.sha256()
+    for name in ("compute_train_loss", "get_attention_mask"):
+        code = getattr(getattr(type(task), name, None), "__code__", None)
+        sha.update(repr(_instructions(code)).encode())
+    return {"class": type(task).__qualname__, "options": options, "code": sha.hexdigest()[:16]}
+
+
+def _instructions(code: Any) -> Any:
+    """What a function does, without where its text stands."""
+    if not isinstance(code, CodeType):
+        return code if isinstance(code, bool | int | float | str | bytes | tuple | None) else type(code).__name__
+    return (code.co_code, code.co_names, [_instructions(constant) for constant in code.co_consts])
+
+
+def summed_loss(task: Any, batch: Any, model: nn.Module, *, kind: str) -> Tensor:
+    """The task's "train", "sample" or "measurement" loss of a batch, checked to be one floating-point number."""
+    name = "compute_measurement" if kind == "measurement" else "compute_train_loss"
+    if kind == "measurement":
+        loss = task.compute_measurement(batch, model)
+    else:
+        loss = task.compute_train_loss(batch, model, sample=kind == "sample")
+    if not isinstance(loss, Tensor) or loss.numel() != 1 or not torch.is_floating_point(loss):
+        found = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+        raise TaskError(f"{type(task).__name__}.{name}: expected one number, the sum over the batch, found {found}.")
+    return loss.reshape(())

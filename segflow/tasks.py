@@ -1,0 +1,130 @@
+"""Ready-made tasks. A batch is (inputs, targets), or a mapping that is read by the names given."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from .errors import TaskError, check_choice
+from .task import Task
+
+
+def _inputs_and_targets(batch: Any, inputs: str, targets: str) -> tuple[Any, Tensor]:
+    if isinstance(batch, Mapping):
+        missing = [name for name in (inputs, targets) if name not in batch]
+        if missing:
+            raise TaskError(f"the batch has no {missing[0]!r}, only {sorted(batch)}. Name its keys in the task.")
+        return batch[inputs], batch[targets]
+    if not isinstance(batch, list | tuple) or len(batch) != 2:
+        raise TaskError(
+            f"expected a batch (inputs, targets) or a mapping, found {type(batch).__name__}. Derive a Task of your own."
+        )
+    return batch[0], batch[1]
+
+
+class Classification(Task):
+    """Softmax cross-entropy trained as the mean over examples; logits [B, C], integer labels [B].
+
+    Args:
+        measurement: "loss" (cross-entropy; a helpful group's removal raises it), "margin" (log-odds of the true
+            class, log p - log(1 - p), as in Park et al. 2023) or "log_probability" of the true class.
+        inputs, targets: the keys of a mapping batch.
+
+    Example:
+        >>> model, batch = nn.Linear(3, 2), (torch.zeros(4, 3), torch.tensor([0, 1, 0, 1]))
+        >>> Classification().compute_train_loss(batch, model).shape
+        torch.Size([])
+    """
+
+    def __init__(self, measurement: str = "loss", *, inputs: str = "inputs", targets: str = "labels"):
+        check_choice("measurement", measurement, ("loss", "margin", "log_probability"), TaskError)
+        self.measurement, self.inputs, self.targets = measurement, inputs, targets
+
+    def _logits(self, batch: Any, model: nn.Module) -> tuple[Tensor, Tensor]:
+        inputs, labels = _inputs_and_targets(batch, self.inputs, self.targets)
+        logits = model(inputs)
+        if logits.ndim != 2 or labels.shape != logits.shape[:1]:
+            raise TaskError(
+                f"Classification: expected logits [B, C] and labels [B], found {tuple(logits.shape)} and "
+                f"{tuple(labels.shape)}. Derive a Task of your own for other shapes."
+            )
+        return logits, labels
+
+    def compute_train_loss(self, batch: Any, model: nn.Module, sample: bool = False) -> Tensor:
+        """Cross-entropy summed over the batch; with `sample`, of labels drawn from the softmax."""
+        logits, labels = self._logits(batch, model)
+        if sample:
+            labels = torch.multinomial(logits.detach().float().softmax(-1), 1).squeeze(-1)
+        return functional.cross_entropy(logits, labels, reduction="sum")
+
+    def compute_measurement(self, batch: Any, model: nn.Module) -> Tensor:
+        """The chosen measurement summed over the batch."""
+        logits, labels = self._logits(batch, model)
+        true_log_p = -functional.cross_entropy(logits, labels, reduction="none")
+        if self.measurement == "loss":
+            return -true_log_p.sum()
+        if self.measurement == "log_probability":
+            return true_log_p.sum()
+        others = logits.scatter(-1, labels[:, None], -torch.inf).logsumexp(-1)
+        return (logits.gather(-1, labels[:, None]).squeeze(-1) - others).sum()
+
+
+class Regression(Task):
+    """Squared error trained as the mean over examples; predictions and targets of the same shape.
+
+    Args:
+        reduction: how the training loss joins the D outputs of one example: "sum", or "mean" (what
+            torch.nn.MSELoss does: weight 1/D).
+        measurement: "loss" (the squared error) or "prediction" (the summed outputs).
+        inputs, targets: the keys of a mapping batch.
+
+    Example:
+        >>> model, batch = nn.Linear(3, 2), (torch.ones(4, 3), torch.zeros(4, 2))
+        >>> Regression().compute_train_loss(batch, model).shape
+        torch.Size([])
+    """
+
+    def __init__(
+        self,
+        reduction: str = "mean",
+        measurement: str = "loss",
+        *,
+        inputs: str = "inputs",
+        targets: str = "labels",
+    ):
+        check_choice("reduction", reduction, ("sum", "mean"), TaskError)
+        check_choice("measurement", measurement, ("loss", "prediction"), TaskError)
+        self.reduction, self.measurement = reduction, measurement
+        self.inputs, self.targets = inputs, targets
+
+    def _predictions(self, batch: Any, model: nn.Module) -> tuple[Tensor, Tensor, float]:
+        inputs, targets = _inputs_and_targets(batch, self.inputs, self.targets)
+        predictions = model(inputs)
+        if predictions.shape == (*targets.shape, 1):
+            targets = targets[..., None]
+        if predictions.shape != targets.shape:
+            raise TaskError(
+                f"Regression: expected predictions and targets of one shape, found {tuple(predictions.shape)} and "
+                f"{tuple(targets.shape)}."
+            )
+        outputs = predictions[0].numel()
+        return predictions, targets.to(predictions.dtype), 1.0 / outputs if self.reduction == "mean" else 1.0
+
+    def compute_train_loss(self, batch: Any, model: nn.Module, sample: bool = False) -> Tensor:
+        """Squared error summed over the batch; with `sample`, of the model's own outputs plus noise of variance 1/2."""
+        predictions, targets, weight = self._predictions(batch, model)
+        if sample:
+            noise = 0.5**0.5 * torch.randn_like(predictions)
+            return weight**0.5 * (predictions - (predictions + noise).detach()).square().sum()
+        return weight * (predictions - targets).square().sum()
+
+    def compute_measurement(self, batch: Any, model: nn.Module) -> Tensor:
+        """The chosen measurement summed over the batch."""
+        predictions, targets, weight = self._predictions(batch, model)
+        if self.measurement == "prediction":
+            return predictions.sum()
+        return weight * (predictions - targets).square().sum()

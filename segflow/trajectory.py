@@ -1,0 +1,275 @@
+"""What training left behind: checkpoints, the learning rate of every step, and the optimizer's constants."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .errors import TrajectoryError
+from .store import file_digest, read_json, read_tensors
+
+FORMAT = 1
+PerStep = float | Sequence[float] | Sequence[Sequence[float]] | np.ndarray | Tensor
+
+
+@dataclass(frozen=True)
+class OptimizerConstants:
+    """The optimizer that trained the model; each value is constant, [steps], or [steps, parameter groups].
+
+    Args:
+        name: the class name of the torch.optim optimizer, such as "SGD" or "AdamW".
+        momentum, dampening, weight_decay: as in torch.optim.SGD.
+        nesterov: Nesterov's form of momentum; it has heavy-ball's effective learning rate.
+        maximize: True if the optimizer climbed instead of descending.
+    """
+
+    name: str = "SGD"
+    momentum: PerStep = 0.0
+    dampening: PerStep = 0.0
+    weight_decay: PerStep = 0.0
+    nesterov: bool = False
+    maximize: bool = False
+
+
+class Trajectory:
+    """Checkpoints of one training run and how the optimizer moved between them.
+
+    Runs that `segflow.record` observed are read with `Trajectory.load`; for others, give what they left behind.
+
+    Args:
+        checkpoints: state files in the order of `steps`: safetensors, or torch files (read with
+            `weights_only=True`) holding the model's state_dict.
+        steps: how many optimizer steps had been taken at each checkpoint, ascending; the last is the end of training.
+        learning_rates: a constant, [steps], [steps, parameter groups], or {step: rate} with steps counted from 1.
+        dataset_size: number of training examples N; the objective is the mean of their losses.
+        optimizer: what else the optimizer was given.
+        parameter_groups: {parameter name: index of its parameter group}; None puts every parameter in group 0.
+
+    Raises:
+        TrajectoryError: a file is missing, steps are out of order, or a step has no learning rate.
+    """
+
+    def __init__(
+        self,
+        checkpoints: Sequence[str | os.PathLike[str]],
+        steps: Sequence[int],
+        learning_rates: PerStep | Mapping[int, float],
+        dataset_size: int,
+        optimizer: OptimizerConstants | None = None,
+        parameter_groups: Mapping[str, int] | None = None,
+    ):
+        self.checkpoints = tuple(Path(path) for path in checkpoints)
+        self.steps = tuple(int(step) for step in steps)
+        _check_checkpoints(self.checkpoints, self.steps)
+        if dataset_size < 1:
+            raise TrajectoryError(f"dataset_size={dataset_size}: expected the number of training examples.")
+        self.dataset_size = int(dataset_size)
+        self.optimizer = optimizer or OptimizerConstants()
+        self.parameter_groups = None if parameter_groups is None else dict(parameter_groups)
+        self.learning_rates = _learning_rates(learning_rates, self.steps[-1])
+        shape = self.learning_rates.shape
+        self.momentum = _per_step("momentum", self.optimizer.momentum, shape)
+        self.dampening = _per_step("dampening", self.optimizer.dampening, shape)
+        self.weight_decay = _per_step("weight_decay", self.optimizer.weight_decay, shape)
+        highest = max(self.parameter_groups.values(), default=0) if self.parameter_groups else 0
+        if highest >= shape[1]:
+            raise TrajectoryError(
+                f"parameter_groups names group {highest}, but learning rates cover {shape[1]} group(s). "
+                "Give learning_rates as [steps, parameter groups]."
+            )
+        self._digests: dict[int, str] = {}
+        self._expected: dict[int, str] = {}
+
+    @classmethod
+    def load(cls, directory: str | os.PathLike[str]) -> Trajectory:
+        """Read what `segflow.record` wrote into `directory`.
+
+        Raises TrajectoryError where the recording is missing, unfinished or damaged.
+        """
+        root = Path(directory)
+        if not (root / "trajectory.json").exists():
+            if (root / "recording.json").exists():
+                raise TrajectoryError(
+                    f"{root}: the recorded run did not finish, its process was stopped inside segflow.record(). "
+                    "Train again, with overwrite=True to reuse the folder."
+                )
+            raise TrajectoryError(
+                f"{root}: no recorded run here (no trajectory.json). Record one with segflow.record()."
+            )
+        content = read_json(root / "trajectory.json", TrajectoryError)
+        if content.get("format") != FORMAT:
+            raise TrajectoryError(
+                f"{root}: trajectory format {content.get('format')!r}, this segflow reads format {FORMAT}."
+            )
+        log = read_tensors(root / "steps.safetensors", content["log"]["sha256"], TrajectoryError)
+        constants = OptimizerConstants(
+            content["optimizer"],
+            log["momentum"],
+            log["dampening"],
+            log["weight_decay"],
+            content["nesterov"],
+            content["maximize"],
+        )
+        trajectory = cls(
+            [root / entry["file"] for entry in content["checkpoints"]],
+            [entry["step"] for entry in content["checkpoints"]],
+            log["learning_rate"],
+            content["dataset_size"],
+            constants,
+            content["parameter_groups"],
+        )
+        trajectory._expected = dict(enumerate(entry["sha256"] for entry in content["checkpoints"]))
+        return trajectory
+
+    def __len__(self) -> int:
+        """The number of checkpoints."""
+        return len(self.checkpoints)
+
+    def __repr__(self) -> str:
+        return (
+            f"Trajectory({self.optimizer.name}, {self.total_steps} steps, checkpoints at {list(self.steps)}, "
+            f"{self.dataset_size} examples)"
+        )
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps from the start to the last checkpoint."""
+        return self.steps[-1]
+
+    def state(self, index: int) -> dict[str, Tensor]:
+        """The model's state_dict at checkpoint `index`, on the CPU."""
+        path = self.checkpoints[index]
+        if path.suffix == ".safetensors":
+            found = read_tensors(path, self._expected.get(index), TrajectoryError)
+        else:
+            found = _foreign_state(path)
+        recorded = {name[len("model.") :]: tensor for name, tensor in found.items() if name.startswith("model.")}
+        return recorded if index in self._expected else found
+
+    def digest(self, index: int) -> str:
+        """sha256 of the checkpoint's file."""
+        if index not in self._digests:
+            self._digests[index] = file_digest(self.checkpoints[index], TrajectoryError)
+        return self._digests[index]
+
+    def load_into(self, model: nn.Module, index: int) -> None:
+        """Copy checkpoint `index` into `model`; TrajectoryError names what does not fit."""
+        state = self.state(index)
+        try:
+            model.load_state_dict(state, strict=True)
+        except RuntimeError as problem:
+            raise TrajectoryError(
+                f"checkpoint at step {self.steps[index]} ({self.checkpoints[index].name}) is of another model: "
+                f"{problem}. Give the model that was trained."
+            ) from problem
+
+    def lr_steps(self, start: int, end: int) -> tuple[float, ...]:
+        """Summed effective learning rates of the steps in (start, end], for each parameter group.
+
+        Heavy-ball momentum m with dampening d multiplies a rate by (1 - d)/(1 - m); Bae et al. 2024, Section 3.3.
+        """
+        self._require_plain_sgd()
+        effective = self.learning_rates * (1 - self.dampening) / (1 - self.momentum)
+        effective = torch.where(self.momentum == 0, self.learning_rates, effective)
+        return tuple(effective[start:end].sum(0).tolist())
+
+    def mean_weight_decay(self, start: int, end: int) -> tuple[float, ...]:
+        """Weight decay over the steps in (start, end], weighted by the learning rate, for each parameter group."""
+        rates, decay = self.learning_rates[start:end], self.weight_decay[start:end]
+        total = rates.sum(0)
+        mean = torch.where(total > 0, (rates * decay).sum(0) / total.clamp_min(1e-300), decay.mean(0))
+        return tuple(mean.tolist())
+
+    def group_of(self, parameter: str) -> int | None:
+        """The parameter group that trained `parameter`; None if the optimizer did not hold it."""
+        return 0 if self.parameter_groups is None else self.parameter_groups.get(parameter)
+
+    def _require_plain_sgd(self) -> None:
+        constants = self.optimizer
+        if constants.name != "SGD" or constants.maximize:
+            raise TrajectoryError(
+                f"the run was trained with {constants.name}{' (maximize=True)' if constants.maximize else ''}: "
+                "effective learning rates are known for SGD with momentum only. "
+                "Use InfluenceFunction, which needs none, or train with torch.optim.SGD."
+            )
+
+
+def _check_checkpoints(paths: Sequence[Path], steps: Sequence[int]) -> None:
+    if not paths or len(paths) != len(steps):
+        raise TrajectoryError(f"{len(paths)} checkpoint files for {len(steps)} steps: expected one step for each file.")
+    for path in paths:
+        if not path.is_file():
+            raise TrajectoryError(f"{path}: no such checkpoint file. Restore it, or leave it out of the trajectory.")
+    if steps[0] < 1 or any(later <= earlier for earlier, later in zip(steps, steps[1:], strict=False)):
+        raise TrajectoryError(f"checkpoint steps {list(steps)}: expected ascending steps, counted from 1.")
+
+
+def _learning_rates(given: PerStep | Mapping[int, float], total: int) -> Tensor:
+    """Learning rates as [steps, parameter groups]; every step up to `total` must have one."""
+    if isinstance(given, Mapping):
+        width = max((np.size(rate) for rate in given.values()), default=1)
+        rates = torch.full((total, width), torch.nan, dtype=torch.float64)
+        for step, rate in given.items():
+            if not 1 <= step <= total:
+                raise TrajectoryError(f"a learning rate for step {step}, but steps run from 1 to {total}.")
+            rates[step - 1] = torch.as_tensor(rate, dtype=torch.float64)
+    else:
+        rates = torch.as_tensor(given, dtype=torch.float64)
+        rates = rates.expand(total, 1) if rates.ndim == 0 else rates.reshape(len(rates), -1)
+    if len(rates) > total:
+        raise TrajectoryError(
+            f"learning rates for {len(rates)} steps, but the last checkpoint stands at step {total}. "
+            "Training's end must be a checkpoint."
+        )
+    missing = torch.cat([~torch.isfinite(rates).all(1), torch.ones(total - len(rates), dtype=torch.bool)])
+    if missing.any():
+        gaps, covered = (_ranges(torch.nonzero(mask).flatten() + 1) for mask in (missing, ~missing))
+        raise TrajectoryError(
+            f"steps {gaps}: no learning rate was recorded (the log covers {covered or 'nothing'}). "
+            "Pass learning_rates= for every step to Trajectory, or record with segflow.record()."
+        )
+    if (rates < 0).any():
+        raise TrajectoryError(f"learning rates must not be negative, found {rates.min().item()}.")
+    return rates
+
+
+def _ranges(steps: Tensor) -> str:
+    runs: list[list[int]] = []
+    for step in steps.tolist():
+        if runs and step == runs[-1][1] + 1:
+            runs[-1][1] = step
+        else:
+            runs.append([step, step])
+    return ", ".join(f"{first}..{last}" if last > first else str(first) for first, last in runs)
+
+
+def _per_step(name: str, given: PerStep, shape: torch.Size) -> Tensor:
+    values = torch.as_tensor(given, dtype=torch.float64)
+    values = values[:, None] if values.ndim == 1 else values
+    try:
+        return values.expand(shape)
+    except RuntimeError:
+        raise TrajectoryError(
+            f"{name} has shape {tuple(values.shape)}: expected a number, [steps] or {list(shape)} as learning_rates."
+        ) from None
+
+
+def _foreign_state(path: Path) -> dict[str, Tensor]:
+    try:
+        content: Any = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as problem:  # torch raises many kinds here, none of its own
+        raise TrajectoryError(
+            f"{path}: not readable as a plain state_dict ({type(problem).__name__}: {problem}). "
+            "Save model.state_dict() with torch.save or safetensors."
+        ) from problem
+    state = content.get("state_dict", content) if isinstance(content, Mapping) else None
+    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise TrajectoryError(f"{path}: expected a state_dict of tensors. Save model.state_dict() on its own.")
+    return dict(state)

@@ -1,0 +1,107 @@
+"""Workspace: what every stage shares - the model, its task and trajectory, the store, and how to walk data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from .data import Batch, Collate, batches, dataset_fingerprint, dataset_length
+from .errors import TrajectoryError
+from .layers import LayerChoice, TrackedLayer
+from .lens import Lens, make_lens
+from .progress import track
+from .store import Store
+from .task import task_fingerprint
+from .trajectory import Trajectory
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """Everything but the data and the method; see Analyzer for the fields.
+
+    parameter_groups: the optimizer's parameter group of each tracked layer.
+    """
+
+    model: nn.Module
+    task: Any
+    trajectory: Trajectory
+    store: Store
+    layers: LayerChoice
+    parameter_groups: Mapping[str, int]
+    seed: int
+    memory: int
+    collate_fn: Collate | None
+    progress: bool | None
+
+    @property
+    def parameters(self) -> int:
+        """How many parameters are attributed."""
+        return sum(layer.size for layer in self.layers.tracked.values())
+
+    def step(self, index: int) -> int:
+        """The optimizer step of checkpoint `index`."""
+        return self.trajectory.steps[index]
+
+    def where(self, index: int) -> str:
+        """Names a checkpoint in errors and progress bars."""
+        return f"checkpoint at step {self.step(index)}"
+
+    def load(self, index: int) -> None:
+        """Put checkpoint `index` into the model; only inside `observing(model)`."""
+        self.trajectory.load_into(self.model, index)
+
+    def lens(self, kind: str, dataset: Any) -> Lens:
+        """The model seen through the task's "train", "sample" or "measurement" loss on this dataset."""
+        return make_lens(self.model, self.task, kind, self.layers.tracked, dataset, self.collate_fn)
+
+    def walk(self, lens: Lens, dataset: Any, lists: Sequence[Sequence[int]], label: str) -> Iterator[Batch]:
+        """One batch for each list of example indices, behind a progress bar."""
+        return track(batches(dataset, lists, self.collate_fn, lens.device), label, len(lists), self.progress)
+
+    def require_training_data(self, train: Any) -> None:
+        """Raise TrajectoryError unless `train` is as long as the dataset that the run was recorded with."""
+        length = dataset_length(train, "training")
+        if length != self.trajectory.dataset_size:
+            raise TrajectoryError(
+                f"the training dataset has {length} examples, but the run was recorded with "
+                f"dataset_size={self.trajectory.dataset_size}. Give the dataset that the model was trained on."
+            )
+
+    def made_from(self, train: Any) -> dict[str, Any]:
+        """What binds a unit of the store to this model, training dataset and task."""
+        return {
+            "model": {name: [*layer.shape] for name, layer in self.layers.tracked.items()},
+            "dataset": dataset_fingerprint(train, "training"),
+            "task": task_fingerprint(self.task),
+            "seed": self.seed,
+        }
+
+
+def parameter_groups(
+    layers: Mapping[str, TrackedLayer], trajectory: Trajectory
+) -> tuple[dict[str, int], tuple[str, ...]]:
+    """Each layer's parameter group, and notes on layers whose weight and bias are in groups that differ.
+
+    Raises TrajectoryError if a layer's weight and bias had different learning rates or momenta.
+    """
+    groups, notes = {}, []
+    for name, layer in layers.items():
+        prefix = f"{name}." if name else ""
+        weight = trajectory.group_of(f"{prefix}weight") or 0
+        bias = trajectory.group_of(f"{prefix}bias") if layer.has_bias else None
+        groups[name] = weight
+        if bias is None or bias == weight:
+            continue
+        for what in ("learning_rates", "momentum", "dampening"):
+            values = getattr(trajectory, what)
+            if not values[:, weight].equal(values[:, bias]):
+                raise TrajectoryError(
+                    f"layer {name!r}: its weight and bias were trained with different {what.replace('_', ' ')}. "
+                    "One layer's curvature needs one; leave the layer out of get_influence_tracked_modules()."
+                )
+        if not trajectory.weight_decay[:, weight].equal(trajectory.weight_decay[:, bias]):
+            notes.append(f"layer {name!r}: the weight's weight decay is used for the bias too, which had another")
+    return groups, tuple(notes)
