@@ -1,0 +1,1 @@
+"""Runnable examples; `segflow demo` runs `digits`."""

@@ -87,8 +87,8 @@ class _Watch:
         for call in used:
             if call.value._version != call.version:
                 raise LayerError(
-                    f"layer {self.layer.name!r}: its input was changed in place after the call, so its tokens are lost. "
-                    "Make the operation that follows out of place."
+                    f"layer {self.layer.name!r}: its input was changed in place after the call, so its tokens are "
+                    "lost. Make the operation that follows out of place."
                 )
         pieces = [self.layer.tokens(call.value, call.gradient, self.axis, self.dtype) for call in used]  # type: ignore[arg-type]
         if len(pieces) <= 1:

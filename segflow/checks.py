@@ -187,7 +187,7 @@ def _by_parameter(layer: TrackedLayer, directions_RPOI: Tensor) -> list[tuple[Te
     """(parameter, directions [R, *its shape]) for a layer's weight, and for its bias if it has one."""
     weight, R = layer.module.get_parameter("weight"), len(directions_RPOI)
     inputs = layer.shape[2] - int(layer.has_bias)
-    pairs = [(weight, directions_RPOI[..., :inputs].reshape(R, *weight.shape))]
+    pairs: list[tuple[Tensor, Tensor]] = [(weight, directions_RPOI[..., :inputs].reshape(R, *weight.shape))]
     if layer.has_bias:
         pairs.append((layer.module.get_parameter("bias"), directions_RPOI[..., inputs].reshape(R, -1)))
     return pairs

@@ -14,18 +14,19 @@ from .errors import SegflowError, TaskError
 from .ranks import to_device
 
 Collate = Callable[[list[Any]], Any]
+Indices = Sequence[int] | np.ndarray
 
 
 class Batch(NamedTuple):
     """One batch: its place in the pass, how many examples it holds, and what the collate function made of them."""
 
-    index: int
+    number: int
     size: int
     content: Any
 
 
 def batches(
-    dataset: Any, index_lists: Sequence[Sequence[int]], collate_fn: Collate | None, device: torch.device
+    dataset: Any, index_lists: Sequence[Indices], collate_fn: Collate | None, device: torch.device
 ) -> Iterator[Batch]:
     """Yield one collated batch on `device` for each list of example indices, in that order."""
     loader = DataLoader(
@@ -34,8 +35,8 @@ def batches(
         collate_fn=collate_fn,
         generator=torch.Generator(),
     )
-    for index, (indices, content) in enumerate(zip(index_lists, loader, strict=True)):
-        yield Batch(index, len(indices), to_device(content, device))
+    for number, (indices, content) in enumerate(zip(index_lists, loader, strict=True)):
+        yield Batch(number, len(indices), to_device(content, device))
 
 
 def in_order(length: int, batch_size: int) -> list[range]:

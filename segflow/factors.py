@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
+from functools import partial
 from typing import Any
 
 import torch
@@ -40,7 +41,7 @@ def covariances(lens: Lens, data: Iterable[Batch], seed: int, where: str) -> dic
         def consume(layer: TrackedLayer, tokens: Tokens, mask: Any = mask) -> None:
             totals[layer.name].add_(tokens, _mask_of(layer, tokens, mask))
 
-        torch.manual_seed(_seed_of(seed, where, "covariance", batch.index))
+        torch.manual_seed(_seed_of(seed, where, "covariance", batch.number))
         lens.capture(batch, consume, watch)
     watch.finish(lens.layers)
     return totals
@@ -63,7 +64,7 @@ def corrected_eigenvalues(
         add_squared_projections_(totals[layer.name], tokens, bases[layer.name], budget)
 
     for batch in data:
-        torch.manual_seed(_seed_of(seed, where, "eigenvalues", batch.index))
+        torch.manual_seed(_seed_of(seed, where, "eigenvalues", batch.number))
         lens.capture(batch, consume, watch)
         examples += batch.size
     watch.finish(lens.layers)
@@ -99,14 +100,14 @@ def fit(work: Workspace, pools: Iterable[Pool], train: Any, batch_size: int) -> 
         digests = {index: work.trajectory.digest(index) for index in pool}
         for index in pool:
             unit = _covariance_unit(work, index)
-            work.store.get_or_make(unit, made_from | {"checkpoint": digests[index]}, lambda i=index: make_covariance(i))
+            work.store.get_or_make(unit, made_from | {"checkpoint": digests[index]}, partial(make_covariance, index))
         basis_from = made_from | {"checkpoints": list(digests.values())}
-        tensors = work.store.get_or_make(_basis_unit(work, pool), basis_from, lambda p=pool: _make_bases(work, p))
+        tensors = work.store.get_or_make(_basis_unit(work, pool), basis_from, partial(_make_bases, work, pool))
         bases = _bases(lens, tensors)
         for index in pool:
             eigenvalues_from = basis_from | {"checkpoint": digests[index]}
             unit = _eigenvalues_unit(work, pool, index)
-            work.store.get_or_make(unit, eigenvalues_from, lambda i=index, b=bases: make_eigenvalues(i, b))
+            work.store.get_or_make(unit, eigenvalues_from, partial(make_eigenvalues, index, bases))
 
 
 def pooled_curvature(
@@ -131,7 +132,7 @@ def _make_bases(work: Workspace, pool: Pool) -> Tensors:
     """Eigenvectors of the pooled covariances, in float64."""
     sums = [work.store.read(_covariance_unit(work, index), {}) for index in pool]
     steps = [work.step(index) for index in pool]
-    tensors = {}
+    tensors: Tensors = {}
     for name in track(work.layers.tracked, f"eigenbases, steps {steps}", enabled=work.progress):
         parts = [Covariance(**{f.name: one[f"{name}.{f.name}"] for f in fields(Covariance)}) for one in sums]
         basis = eigenbasis(parts, f"layer {name!r}, checkpoints at steps {steps}")

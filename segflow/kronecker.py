@@ -31,9 +31,10 @@ class Covariance:
     def zeros(cls, shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -> Covariance:
         """An empty sum for a layer of [P, O, I]."""
         P, O, I = shape
-        make = {"dtype": dtype, "device": device}
+        inputs = torch.zeros(P, I, I, dtype=dtype, device=device)
+        outputs = torch.zeros(P, O, O, dtype=dtype, device=device)
         rows = torch.zeros((), dtype=torch.float64, device=device)
-        return cls(torch.zeros(P, I, I, **make), torch.zeros(P, O, O, **make), rows, rows.clone())
+        return cls(inputs, outputs, rows, rows.clone())
 
     def add_(self, tokens: Tokens, mask_BS: Tensor | None = None) -> None:
         """Add a batch's tokens in place; where the mask is 0 an input token is padding and does not count."""

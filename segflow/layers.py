@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -94,10 +94,9 @@ def _patches(convolution: nn.Module, value_BC: Tensor) -> Tensor:
     mode = convolution.padding_mode
     padded = functional.pad(value_BC, padding, mode="constant" if mode == "zeros" else str(mode))  # type: ignore[arg-type]
     spatial = value_BC.ndim - 2
-    for axis in range(spatial):
-        dilation, kernel = convolution.dilation[axis], convolution.kernel_size[axis]  # type: ignore[index]
-        windows = padded.unfold(2 + axis, dilation * (kernel - 1) + 1, convolution.stride[axis])  # type: ignore[index]
-        padded = windows[..., ::dilation]
+    geometry: Any = zip(convolution.kernel_size, convolution.dilation, convolution.stride, strict=True)  # type: ignore[arg-type]
+    for axis, (kernel, dilation, stride) in enumerate(geometry, start=2):
+        padded = padded.unfold(axis, dilation * (kernel - 1) + 1, stride)[..., ::dilation]
     # padded: [B, C, positions..., kernel...]
     parts = int(convolution.groups)  # type: ignore[arg-type]
     split = padded.unflatten(1, (parts, -1))  # [B, P, C/P, positions..., kernel...]
@@ -182,20 +181,20 @@ def _why_not(
         return f"{type(module).__name__} is not supported"
     own = type(module)
     overridden = [m for m in ("forward", "_conv_forward", "__call__") if getattr(own, m, 0) is not getattr(kind, m, 0)]
-    if overridden:
-        return f"{own.__name__} is a {kind.__name__} with its own {overridden[0]}()"
-    parent = modules.get(name.rpartition(".")[0])
-    if isinstance(parent, nn.MultiheadAttention):
-        return "nn.MultiheadAttention uses its weight without calling it"
-    if not isinstance(module._parameters.get("weight"), nn.Parameter) or "bias" not in module._parameters:
-        return "its weight is computed from other tensors (a parametrization, weight norm, ...)"
-    if set(module._parameters) - {"weight", "bias"}:
-        return f"it has extra parameters {sorted(set(module._parameters) - {'weight', 'bias'})}"
-    if isinstance(module.weight, nn.UninitializedParameter):
-        return "it is lazy and not initialised yet"
-    if not trained(f"{prefix}weight"):
-        return "its weight was not trained"
-    return None
+    extra = sorted(set(module._parameters) - {"weight", "bias"})
+    weight = module._parameters.get("weight")
+    reasons = {
+        f"{own.__name__} is a {kind.__name__} with its own {''.join(overridden[:1])}()": bool(overridden),
+        "nn.MultiheadAttention uses its weight without calling it": isinstance(
+            modules.get(name.rpartition(".")[0]), nn.MultiheadAttention
+        ),
+        "its weight is computed from other tensors (a parametrization, weight norm, ...)": weight is None
+        or "bias" not in module._parameters,
+        f"it has extra parameters {extra}": bool(extra),
+        "it is lazy and not initialised yet": isinstance(weight, nn.UninitializedParameter),
+    }
+    first = next((reason for reason, holds in reasons.items() if holds), None)
+    return first or (None if trained(f"{prefix}weight") else "its weight was not trained")
 
 
 def _owners(model: nn.Module) -> dict[int, list[str]]:

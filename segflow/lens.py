@@ -47,7 +47,7 @@ class Lens:
             consume(layer, tokens)
 
         loss = capture(self.layers, self.axes, lambda: self.loss(batch.content), checked, self.dtype)
-        watch.see_loss(batch.index, loss)
+        watch.see_loss(batch.number, loss)
         return loss
 
 

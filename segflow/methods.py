@@ -1,6 +1,7 @@
 """Attribution methods as plans of terms; the engine knows nothing else about a method.
 
-    score[q, g] = sum over terms of  < O . grad f_q(theta_query) ,  mean over c in C of sum_{i in g} grad l_i(theta_c) > / N
+    score[q, g] = sum over terms of
+        < O . grad f_q(theta_query) ,  mean over c in C of sum_{i in g} grad l_i(theta_c) > / N
 
 is the predicted change of measurement q if group g were removed from training.
 """
@@ -39,7 +40,8 @@ class Operator:
         amount = self.amount[parameter_group]
         sigma = eigenvalues + self.shift[parameter_group]
         if self.kind == "damped_inverse":
-            return damped_inverse(sigma, _HEURISTIC_SHARE * eigenvalues.mean() if amount is None else amount)
+            heuristic = _HEURISTIC_SHARE * eigenvalues.mean()
+            return damped_inverse(sigma, heuristic if amount is None else amount)
         function = decay if self.kind == "decay" else response
         return function(sigma, 0.0 if amount is None else amount)
 

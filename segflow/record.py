@@ -92,7 +92,8 @@ class Recording:
         self._saved: dict[int, dict[str, Any]] = {}
         if not self._names():
             raise TrajectoryError(
-                "the optimizer holds none of this model's parameters. Give record() the model and optimizer in training."
+                "the optimizer holds none of this model's parameters. "
+                "Give record() the model and the optimizer in training."
             )
 
     def plan(self, total_steps: int | None, checkpoints: int | Sequence[int]) -> None:

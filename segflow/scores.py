@@ -22,7 +22,7 @@ FORMAT = 1
 class Ranked(NamedTuple):
     """One group in a ranking: its place in `Scores.group_labels`, its label, and its score."""
 
-    index: int
+    group: int
     label: str
     score: float
 

@@ -31,7 +31,7 @@ def response(sigma: Tensor, lr_steps: float) -> Tensor:
     return torch.where(sigma == 0, torch.full_like(sigma, lr_steps), -torch.expm1(-lr_steps * safe) / safe)
 
 
-def damped_inverse(sigma: Tensor, damping: float) -> Tensor:
+def damped_inverse(sigma: Tensor, damping: float | Tensor) -> Tensor:
     """The influence function's operator: 1 / (sigma + damping).
 
     Example:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -207,7 +208,7 @@ def _check_checkpoints(paths: Sequence[Path], steps: Sequence[int]) -> None:
     for path in paths:
         if not path.is_file():
             raise TrajectoryError(f"{path}: no such checkpoint file. Restore it, or leave it out of the trajectory.")
-    if steps[0] < 1 or any(later <= earlier for earlier, later in zip(steps, steps[1:], strict=False)):
+    if steps[0] < 1 or any(later <= earlier for earlier, later in pairwise(steps)):
         raise TrajectoryError(f"checkpoint steps {list(steps)}: expected ascending steps, counted from 1.")
 
 
@@ -263,7 +264,7 @@ def _per_step(name: str, given: PerStep, shape: torch.Size) -> Tensor:
 
 def _foreign_state(path: Path) -> dict[str, Tensor]:
     try:
-        content: Any = torch.load(path, map_location="cpu", weights_only=True)
+        content: Any = torch.load(path, map_location="cpu", weights_only=True)  # noqa: TID251
     except Exception as problem:  # torch raises many kinds here, none of its own
         raise TrajectoryError(
             f"{path}: not readable as a plain state_dict ({type(problem).__name__}: {problem}). "

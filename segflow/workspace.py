@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from .data import Batch, Collate, batches, dataset_fingerprint, dataset_length
+from .data import Batch, Collate, Indices, batches, dataset_fingerprint, dataset_length
 from .errors import TrajectoryError
 from .layers import LayerChoice, TrackedLayer
 from .lens import Lens, make_lens
@@ -57,7 +57,7 @@ class Workspace:
         """The model seen through the task's "train", "sample" or "measurement" loss on this dataset."""
         return make_lens(self.model, self.task, kind, self.layers.tracked, dataset, self.collate_fn)
 
-    def walk(self, lens: Lens, dataset: Any, lists: Sequence[Sequence[int]], label: str) -> Iterator[Batch]:
+    def walk(self, lens: Lens, dataset: Any, lists: Sequence[Indices], label: str) -> Iterator[Batch]:
         """One batch for each list of example indices, behind a progress bar."""
         return track(batches(dataset, lists, self.collate_fn, lens.device), label, len(lists), self.progress)
 

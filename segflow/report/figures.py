@@ -36,7 +36,7 @@ def influence_figure(
         raise ScoreError('influence_figure: the scores have no terms. Score with keep=("term",).')
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(1.35 * (k + 3.6), 5.2), layout="constrained")
+    figure: Any = Figure(figsize=(1.35 * (k + 3.6), 5.2), layout="constrained")
     left, middle, right = figure.subfigures(1, 3, width_ratios=[1.5, k, 3.2])
     _image(left.subplots(), query_image, f"query {scores.query_labels[query]}\n{query_caption}")
     axes = middle.subplots(2, k)
@@ -47,7 +47,7 @@ def influence_figure(
     for row, (title, largest) in zip(axes, rows, strict=True):
         for place, (axis, ranked) in enumerate(zip(row, scores.top(query, k, largest), strict=False)):
             text = f"{ranked.score:+.3f}" + (f"\n{caption(ranked)}" if caption else "")
-            _image(axis, train_images[ranked.index], text)
+            _image(axis, train_images[ranked.group], text)
             if place == 0:
                 axis.set_title(title, fontsize=9, loc="left")
     _spread(right.subplots(), scores, query)
