@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from .errors import LayerError, TaskError
 from .layers import Tokens, TrackedLayer
@@ -24,18 +25,31 @@ Consumer = Callable[[TrackedLayer, Tokens], None]
 def observing(model: nn.Module) -> Iterator[None]:
     """Evaluate the model with frozen parameters, then put modes, flags, values and the random state back.
 
-    Inside, checkpoints may be loaded into the model; also after an exception everything is as it was.
+    Inside, checkpoints may be loaded into the model; also after an exception everything is as it was. Fused
+    attention that bypasses layers is off meanwhile.
+
+    Raises LayerError if a lazy module has no parameters yet.
     """
+    lazy = [name for name, parameter in model.named_parameters() if is_lazy(parameter)]
+    if lazy:
+        raise LayerError(f"parameter {lazy[0]!r} is lazy and not initialised yet. Run the model on one batch first.")
     modes = {module: module.training for module in model.modules()}
     flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
     values = [(tensor, tensor.detach().clone()) for tensor in (*model.parameters(), *model.buffers())]
+    registers = [(held, dict(held)) for module in modes for held in (module._parameters, module._buffers)]
+    fused = torch.backends.mha.get_fastpath_enabled()
     devices = [p.device for p in model.parameters() if p.device.type == "cuda"][:1]
     with torch.random.fork_rng(devices=devices):
         try:
+            torch.backends.mha.set_fastpath_enabled(False)
             model.eval()
             model.requires_grad_(False)
             yield
         finally:
+            torch.backends.mha.set_fastpath_enabled(fused)
+            for held, content in registers:
+                held.clear()
+                held.update(content)  # type: ignore[arg-type]
             with torch.no_grad():
                 for tensor, value in values:
                     tensor.copy_(value)
@@ -93,6 +107,11 @@ class _Watch:
         pieces = [self.layer.tokens(call.value, call.gradient, self.axis, self.dtype) for call in used]  # type: ignore[arg-type]
         if len(pieces) <= 1:
             return pieces[0] if pieces else None
+        counts = sorted({piece.a_PBSI.shape[1] for piece in pieces})
+        if len(counts) > 1:
+            raise LayerError(
+                f"layer {self.layer.name!r}: its calls saw {counts} examples, expected one number of them."
+            )
         return Tokens(torch.cat([p.a_PBSI for p in pieces], 2), torch.cat([p.g_PBSO for p in pieces], 2))
 
 
@@ -109,7 +128,7 @@ def _forward_hooks(layers: Mapping[str, TrackedLayer], hook: Callable[..., Any])
 
     with ExitStack() as stack:
         for layer in layers.values():
-            handle = layer.module.register_forward_hook(adapt(layer), with_kwargs=True)
+            handle = layer.module.register_forward_hook(adapt(layer), prepend=True, with_kwargs=True)
             stack.callback(handle.remove)
         yield
 
@@ -136,6 +155,7 @@ def capture(
         The loss, detached.
     """
     watches = {name: _Watch(layer, axes[name], dtype) for name, layer in layers.items()}
+    walking: list[bool] = []  # not empty during the backward below, to tell it from one inside the loss
     anchor = next(iter(layers.values())).module.get_parameter("weight").new_zeros((), requires_grad=True)
 
     def deliver(watch: _Watch) -> None:
@@ -149,6 +169,9 @@ def capture(
         watch.calls.append(call)
 
         def receive(gradient: Tensor) -> None:
+            if not walking:
+                _refuse_double_backward(layer)
+                return
             call.gradient = gradient
             if all(other.gradient is not None for other in watch.calls):
                 deliver(watch)
@@ -162,10 +185,21 @@ def capture(
                 "the loss does not depend on any tracked layer's output: the task detaches it, runs the model under "
                 "no_grad, or uses none of the tracked layers. Return a differentiable loss."
             )
+        walking.append(True)
         torch.autograd.grad(total, anchor, allow_unused=True)
     for watch in watches.values():
         deliver(watch)
     return total.detach()
+
+
+def _refuse_double_backward(layer: TrackedLayer) -> None:
+    """A backward inside the loss is harmless (an adversarial example) unless the loss differentiates through it."""
+    if torch.is_grad_enabled():  # create_graph=True
+        raise LayerError(
+            f"layer {layer.name!r}: the loss differentiates through its gradient (create_graph=True), so the layer's "
+            "calls do not make up its weight's gradient. Leave such a penalty out of the task, or the layer out of "
+            "get_influence_tracked_modules()."
+        )
 
 
 def example_axes(
@@ -189,7 +223,7 @@ def example_axes(
         def note(layer: TrackedLayer, value: Tensor, _output: Tensor, found: Any = found) -> None:
             found.setdefault(layer.name, []).append(value.shape)
 
-        with torch.no_grad(), _forward_hooks(layers, note):
+        with torch.enable_grad(), _forward_hooks(layers, note):  # a loss may differentiate inside
             run(copies)
     axes = {}
     for name, two in shapes[0].items():

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import copy
+import dataclasses
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -68,7 +70,8 @@ def check_sum(lens: Lens, whole: Batch, halves: Iterable[Batch]) -> None:
     before = {key: buffer.clone() for key, buffer in lens.model.named_buffers()}
     with torch.no_grad():
         first, second = lens.loss(whole.content).double(), lens.loss(whole.content).double()
-        total = torch.stack([lens.loss(half.content).double() for half in halves]).sum()
+        parts = torch.stack([lens.loss(half.content).double() for half in halves])
+    total, size = parts.sum(), torch.maximum(first.abs(), parts.abs().sum()).clamp_min(1e-12)
     moved = [key for key, buffer in lens.model.named_buffers() if not torch.equal(before[key], buffer)]
     if moved:
         raise TaskError(
@@ -78,12 +81,12 @@ def check_sum(lens: Lens, whole: Batch, halves: Iterable[Batch]) -> None:
     if not torch.isfinite(first):
         raise TaskError(f"{name}: the {lens.kind} loss of the first batch is {first.item()}, not finite.")
     tolerance = 1e-9 if lens.dtype == torch.float64 else 1e-4
-    if (first - second).abs() > tolerance * first.abs():
+    if (first - second).abs() > tolerance * size:
         raise TaskError(
             f"{name}: the {lens.kind} loss of one batch was {first.item():.6g}, then {second.item():.6g}. Something is "
             "random: dropout left on, or noise in the task. Make compute_train_loss(sample=False) repeat itself."
         )
-    if (first - total).abs() <= 10 * tolerance * total.abs().clamp_min(1e-12):
+    if (first - total).abs() <= 10 * tolerance * size:
         return
     ratio = (first / total).item()
     if abs(ratio - 0.5) < 0.05:
@@ -107,6 +110,7 @@ def check_reached(lens: Lens, data: Iterable[Batch], where: str) -> None:
 
 def curvature_scale(train: Lens, sample: Lens, batch: Batch) -> CurvatureScale:
     """Second moment of sampled gradients over the exact Gauss-Newton curvature, along random directions."""
+    torch.manual_seed(0)
     generator = torch.Generator().manual_seed(0)
     directions = {
         name: torch.randn(_DIRECTIONS, *layer.shape, generator=generator, dtype=train.dtype).to(train.device)
@@ -117,13 +121,15 @@ def curvature_scale(train: Lens, sample: Lens, batch: Batch) -> CurvatureScale:
     except (RuntimeError, NotImplementedError) as problem:
         return CurvatureScale(None, note=f"no second derivatives: {str(problem).splitlines()[0]}")
     if exact is None or not exact > 0:
-        return CurvatureScale(None, note="the loss is not a function of the model's outputs with curvature")
+        return CurvatureScale(None, note="the loss has no curvature in any tensor that the model returned")
     draws = torch.stack([_sampled_form(sample, batch, directions) for _ in range(_DRAWS)]) / exact
     return CurvatureScale(draws.mean().item(), (draws.std() / _DRAWS**0.5).item())
 
 
 def require_scale(scale: CurvatureScale, tolerance: float, task: Any) -> None:
     """Raise TaskError if the sampled curvature is off by more than `tolerance` and surely so."""
+    if not tolerance >= 1:
+        raise TaskError(f"curvature_tolerance={tolerance}: expected a factor of at least 1.")
     if scale.factor is None:
         return
     low, high = scale.factor - _SURE * scale.error, scale.factor + _SURE * scale.error
@@ -156,11 +162,13 @@ def _gauss_newton_forms(lens: Lens, batch: Batch, directions: Mapping[str, Tenso
     math_only = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
     with torch.enable_grad(), _requiring_grad(parameters), math_only:
         outputs: list[Tensor] = []
-        handle = lens.model.register_forward_hook(lambda _m, _i, out: outputs.extend(_floating(out)))
+        handle = lens.model.register_forward_hook(lambda _m, _i, out: _handed_on(out, outputs))
         try:
             loss = lens.loss(batch.content)
         finally:
             handle.remove()
+        if not outputs:
+            return None
         slopes = torch.autograd.grad(loss, outputs, create_graph=True, allow_unused=True)
         used = [(z, s) for z, s in zip(outputs, slopes, strict=True) if s is not None and s.requires_grad]
         if not used:
@@ -180,7 +188,7 @@ def _one_form(used: list[tuple[Tensor, Tensor]], parameters: list[Tensor], direc
     pushed = torch.autograd.grad([g for g, _ in pairs], dummies, [v.to(g.dtype) for g, v in pairs])
     bent = torch.autograd.grad(slopes, outputs, pushed, retain_graph=True, allow_unused=True)
     forms = [(u.double() * h.double()).sum() for u, h in zip(pushed, bent, strict=True) if h is not None]
-    return torch.stack(forms).sum()
+    return torch.stack(forms).sum() if forms else torch.zeros(())
 
 
 def _by_parameter(layer: TrackedLayer, directions_RPOI: Tensor) -> list[tuple[Tensor, Tensor]]:
@@ -193,17 +201,29 @@ def _by_parameter(layer: TrackedLayer, directions_RPOI: Tensor) -> list[tuple[Te
     return pairs
 
 
-def _floating(output: Any) -> Iterator[Tensor]:
-    """Every differentiable tensor in a model's (nested) output."""
+def _handed_on(output: Any, found: list[Tensor]) -> Any:
+    """A model's (nested) output with each differentiable tensor copied, the copies collected in `found`.
+
+    The loss depends on a copy only where it uses that very output, not where another output was made from it (as
+    logits are from hidden states). What cannot be rebuilt is handed on as it is.
+    """
     if isinstance(output, Tensor):
-        if output.requires_grad:
-            yield output
-    elif isinstance(output, Mapping):
-        for value in output.values():
-            yield from _floating(value)
-    elif isinstance(output, list | tuple):
-        for value in output:
-            yield from _floating(value)
+        if not output.requires_grad:
+            return output
+        found.append(output.clone())
+        return found[-1].clone()
+    if isinstance(output, MutableMapping):
+        rebuilt = copy.copy(output)
+        for key, value in output.items():
+            rebuilt[key] = _handed_on(value, found)
+        return rebuilt
+    if isinstance(output, list | tuple):
+        items = [_handed_on(value, found) for value in output]
+        return type(output)(*items) if hasattr(output, "_fields") else type(output)(items)
+    if dataclasses.is_dataclass(output) and not isinstance(output, type):
+        own = [part.name for part in dataclasses.fields(output) if part.init]
+        return dataclasses.replace(output, **{name: _handed_on(getattr(output, name), found) for name in own})
+    return output
 
 
 @contextmanager

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import fields, is_dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from .errors import SegflowError, TaskError
 from .ranks import to_device
 
 Collate = Callable[[list[Any]], Any]
 Indices = Sequence[int] | np.ndarray
+_PROBED = 512  # examples that identify a dataset
 
 
 class Batch(NamedTuple):
@@ -31,7 +33,7 @@ def batches(
     """Yield one collated batch on `device` for each list of example indices, in that order."""
     loader = DataLoader(
         dataset,
-        batch_sampler=[list(indices) for indices in index_lists],  # type: ignore[arg-type]
+        batch_sampler=[np.asarray(indices).tolist() for indices in index_lists],  # type: ignore[arg-type]
         collate_fn=collate_fn,
         generator=torch.Generator(),
     )
@@ -50,9 +52,11 @@ def dataset_length(dataset: Any, role: str) -> int:
     """The dataset's length; `role` names it in errors."""
     try:
         length = len(dataset)
+        if isinstance(dataset, IterableDataset):
+            raise TypeError
     except TypeError:
         raise TaskError(
-            f"the {role} dataset has no length. Expected a map-style dataset (with __len__ and __getitem__); "
+            f"the {role} dataset has no length, or no places. Expected a map-style dataset (with __len__ and __getitem__); "
             "put the examples of an iterable dataset into a list."
         ) from None
     if length == 0:
@@ -61,15 +65,20 @@ def dataset_length(dataset: Any, role: str) -> int:
 
 
 def dataset_fingerprint(dataset: Any, role: str) -> dict[str, Any]:
-    """Length, and a digest of eight evenly spaced examples ("random" where reading one twice differs)."""
+    """Length, and a digest of the examples ("random" where reading them twice differs, as with augmentation).
+
+    All of a TensorDataset counts; of another dataset, up to 512 evenly spaced examples.
+    """
     length = dataset_length(dataset, role)
-    chosen = sorted({round(place) for place in np.linspace(0, length - 1, 8)})
+    if type(dataset) is TensorDataset:
+        return {"length": length, "examples": digest(dataset.tensors)}
+    chosen = sorted({round(place) for place in np.linspace(0, length - 1, _PROBED)})
     first, second = (digest([dataset[index] for index in chosen]) for _ in range(2))
     return {"length": length, "examples": first if first == second else "random"}
 
 
 def digest(content: Any) -> str:
-    """sha256 of nested tensors, arrays and plain values; other objects count by their type alone."""
+    """sha256 of nested tensors, arrays, dataclasses and plain values; other objects count by their type alone."""
     sha = hashlib.sha256()
     _feed(sha, content)
     return sha.hexdigest()
@@ -77,9 +86,12 @@ def digest(content: Any) -> str:
 
 def _feed(sha: Any, content: Any) -> None:
     if isinstance(content, torch.Tensor):
-        content = content.detach().cpu().contiguous()
+        content = content.detach().cpu().to_dense().resolve_conj().contiguous()
         sha.update(f"tensor {content.dtype} {tuple(content.shape)}".encode())
         sha.update(content.reshape(-1).view(torch.uint8).numpy().tobytes())
+    elif isinstance(content, np.ndarray) and content.dtype.hasobject:
+        sha.update(f"array {content.shape}".encode())
+        _feed(sha, content.tolist())
     elif isinstance(content, np.ndarray):
         sha.update(f"array {content.dtype} {content.shape}".encode())
         sha.update(np.ascontiguousarray(content).tobytes())
@@ -93,5 +105,9 @@ def _feed(sha: Any, content: Any) -> None:
             _feed(sha, item)
     elif isinstance(content, bytes | str | int | float | bool | None | np.generic):
         sha.update(f"{type(content).__name__} {content!r}".encode())
+    elif is_dataclass(content) and not isinstance(content, type):
+        _feed(sha, {field.name: getattr(content, field.name) for field in fields(content)})
+    elif hasattr(content, "__array_interface__"):  # a PIL image
+        _feed(sha, np.asarray(content))
     else:
         sha.update(f"object {type(content).__qualname__}".encode())

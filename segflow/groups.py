@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -37,6 +38,7 @@ class Groups:
     partial: bool = False
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "members", tuple(_indices(member) for member in self.members))
         if not self.members:
             raise GroupError("no groups were given. Expected at least one.")
         if len(self.labels) != len(self.members):
@@ -97,9 +99,9 @@ class Groups:
         partial: bool = False,
     ) -> Groups:
         """Groups from lists of example indices; `length` is the size of the training set."""
-        members = tuple(_indices(given) for given in lists)
+        members = tuple(lists)
         names = [f"group {k}" for k in range(len(members))] if labels is None else labels
-        return cls(members, tuple(map(str, names)), int(length), partial)
+        return cls(members, tuple(map(str, names)), int(length), partial)  # type: ignore[arg-type]
 
     @classmethod
     def singletons(cls, length: int) -> Groups:
@@ -117,15 +119,23 @@ class Groups:
     @classmethod
     def by(cls, labels: Iterable[object]) -> Groups:
         """One group for each distinct label (class, source, annotator, ...), given one label for each example."""
-        plain = [label.item() if hasattr(label, "item") else label for label in labels]
-        distinct = sorted(set(plain), key=lambda label: (str(type(label)), label))  # type: ignore[arg-type, return-value]
+        try:
+            plain = [label.item() if hasattr(label, "item") else label for label in labels]
+            distinct = sorted(set(plain), key=lambda label: (str(type(label)), label))  # type: ignore[arg-type, return-value]
+        except (TypeError, ValueError, RuntimeError) as problem:  # unhashable, unordered, or an array
+            raise GroupError(f"a label cannot name a group ({problem}). Expected numbers or strings.") from problem
+        if any(isinstance(label, float) and math.isnan(label) for label in distinct):
+            raise GroupError("a label is NaN, which equals nothing. Give such examples a label of their own.")
         place = {label: index for index, label in enumerate(distinct)}
         of = np.array([place[label] for label in plain], dtype=np.int64)
         return cls.from_lists([np.flatnonzero(of == k) for k in range(len(distinct))], len(plain), distinct)
 
 
 def _indices(given: Sequence[int] | np.ndarray) -> np.ndarray:
-    array = np.asarray(given)
+    try:
+        array = np.asarray(given)
+    except ValueError as problem:
+        raise GroupError(f"a group must be a list of example indices ({problem}).") from problem
     if array.ndim != 1 or (array.size and not np.issubdtype(array.dtype, np.integer)):
         raise GroupError(f"a group must be a list of example indices, found {array.dtype} of shape {array.shape}.")
     return array.astype(np.int64)

@@ -8,7 +8,7 @@ sum_s g_PBSO[p,b,s,o] a_PBSI[p,b,s,i] (Eschenhagen et al. 2023, "expand").
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Hashable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -90,13 +90,16 @@ def _rows(tensor: Tensor, axis: int) -> Tensor:
 
 def _patches(convolution: nn.Module, value_BC: Tensor) -> Tensor:
     """The receptive field of every output position, [P, B, S, C/P * kernel]."""
-    padding = tuple(convolution._reversed_padding_repeated_twice)  # type: ignore[arg-type]
-    mode = convolution.padding_mode
-    padded = functional.pad(value_BC, padding, mode="constant" if mode == "zeros" else str(mode))  # type: ignore[arg-type]
+    padding: Any = convolution._reversed_padding_repeated_twice
+    if convolution.padding_mode == "zeros" and not isinstance(convolution.padding, str):
+        padding = [side for sides in reversed(convolution.padding) for side in (sides, sides)]  # type: ignore[arg-type]
+    mode = "constant" if convolution.padding_mode == "zeros" else str(convolution.padding_mode)
+    padded = functional.pad(value_BC, tuple(padding), mode=mode)
     spatial = value_BC.ndim - 2
-    geometry: Any = zip(convolution.kernel_size, convolution.dilation, convolution.stride, strict=True)  # type: ignore[arg-type]
-    for axis, (kernel, dilation, stride) in enumerate(geometry, start=2):
-        padded = padded.unfold(axis, dilation * (kernel - 1) + 1, stride)[..., ::dilation]
+    kernel = convolution.get_parameter("weight").shape[2:]
+    geometry: Any = zip(kernel, convolution.dilation, convolution.stride, strict=True)  # type: ignore[arg-type]
+    for axis, (size, dilation, stride) in enumerate(geometry, start=2):
+        padded = padded.unfold(axis, dilation * (size - 1) + 1, stride)[..., ::dilation]
     # padded: [B, C, positions..., kernel...]
     parts = int(convolution.groups)  # type: ignore[arg-type]
     split = padded.unflatten(1, (parts, -1))  # [B, P, C/P, positions..., kernel...]
@@ -141,7 +144,7 @@ def choose_layers(
     owners = _owners(model)
     tracked, skipped = {}, {}
     for name, module in model.named_modules():
-        if not module._parameters or all(p is None for p in module._parameters.values()):
+        if not _has_parameters(module):
             continue
         prefix = f"{name}." if name else ""
         reason = _why_not(module, name, modules, prefix, trained) or _shared(module, name, owners)
@@ -165,11 +168,17 @@ def _check_names(names: Collection[str] | None, modules: dict[str, nn.Module]) -
         if name not in modules:
             close = difflib.get_close_matches(name, modules, n=3)
             raise LayerError(f"the model has no module {name!r}. Did you mean one of {close or sorted(modules)[1:9]}?")
-        if not modules[name]._parameters:
+        if not _has_parameters(modules[name]):
             inside = [inner for inner in modules if inner.startswith(f"{name}.")][:4]
-            raise LayerError(f"module {name!r} has no parameters of its own. Name the layers inside it: {inside}.")
+            advice = f"Name the layers inside it: {inside}" if inside else "There is nothing in it to attribute"
+            raise LayerError(f"module {name!r} has no parameters of its own. {advice}.")
     if names is not None and not names:
         raise LayerError("get_influence_tracked_modules() returned no names. Return None to track every layer.")
+
+
+def _has_parameters(module: nn.Module) -> bool:
+    """Whether the module has parameters of its own, or computes its own from others (a parametrization)."""
+    return isinstance(module, _SUPPORTED) or any(p is not None for p in module._parameters.values())
 
 
 def _why_not(
@@ -180,7 +189,8 @@ def _why_not(
     if kind is None:
         return f"{type(module).__name__} is not supported"
     own = type(module)
-    overridden = [m for m in ("forward", "_conv_forward", "__call__") if getattr(own, m, 0) is not getattr(kind, m, 0)]
+    methods = ("forward", "_conv_forward", "__call__")
+    overridden = [m for m in methods if m in vars(module) or getattr(own, m, 0) is not getattr(kind, m, 0)]
     extra = sorted(set(module._parameters) - {"weight", "bias"})
     weight = module._parameters.get("weight")
     reasons = {
@@ -197,18 +207,27 @@ def _why_not(
     return first or (None if trained(f"{prefix}weight") else "its weight was not trained")
 
 
-def _owners(model: nn.Module) -> dict[int, list[str]]:
+def _identity(parameter: nn.Parameter) -> Hashable:
+    """Equal for parameters that share memory (also under two Parameter objects)."""
+    if isinstance(parameter, nn.UninitializedParameter) or parameter.data_ptr() == 0:
+        return id(parameter)
+    return parameter.device, parameter.data_ptr()
+
+
+def _owners(model: nn.Module) -> dict[Hashable, list[str]]:
     """The modules that hold each parameter, by the parameter's identity."""
-    owners: dict[int, list[str]] = {}
+    owners: dict[Hashable, list[str]] = {}
     for name, module in model.named_modules():
         for parameter in filter(lambda p: p is not None, module._parameters.values()):
-            owners.setdefault(id(parameter), []).append(name)
+            owners.setdefault(_identity(parameter), []).append(name)
     return owners
 
 
-def _shared(module: nn.Module, name: str, owners: dict[int, list[str]]) -> str | None:
+def _shared(module: nn.Module, name: str, owners: dict[Hashable, list[str]]) -> str | None:
     """Names another module that holds one of this module's parameters, if there is one."""
-    others = [other for p in module._parameters.values() for other in owners.get(id(p), ()) if other != name]
+    held = [_identity(p) for p in module._parameters.values() if p is not None]
+    others = [other for key in held for other in owners[key] if other != name]
     if not others:
         return None
-    return f"it shares a tensor with {others[0]!r}, so its own calls do not make up the tensor's gradient"
+    other = others[0] or "the model itself"
+    return f"it shares a tensor with {other!r}, so its own calls do not make up the tensor's gradient"

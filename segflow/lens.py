@@ -40,9 +40,18 @@ class Lens:
         return summed_loss(self.task, batch, self.model, kind=self.kind)
 
     def capture(self, batch: Batch, consume: Consumer, watch: FiniteWatch) -> Tensor:
-        """Walk one batch, handing tokens to `consume` and their finiteness to `watch`; returns the loss."""
+        """Walk one batch, handing tokens to `consume` and their finiteness to `watch`; returns the loss.
+
+        Raises LayerError where a layer's input does not have one row (or slice) for each example.
+        """
 
         def checked(layer: TrackedLayer, tokens: Tokens) -> None:
+            if tokens.a_PBSI.shape[1] != batch.size:
+                raise LayerError(
+                    f"layer {layer.name!r}: its input has {tokens.a_PBSI.shape[1]} rows in batch {batch.number}, "
+                    f"expected one for each of the {batch.size} examples. Give it inputs [examples, ..., features] "
+                    "(not flattened, routed or repeated), or leave it out of get_influence_tracked_modules()."
+                )
             watch.see(layer.name, _magnitude(tokens))
             consume(layer, tokens)
 
@@ -61,7 +70,8 @@ def make_lens(
 ) -> Lens:
     """Find each layer's example axis with the dataset's first example; call it inside `observing(model)`.
 
-    Raises LayerError where a layer is not reached by the loss at all, or its input has no axis of examples.
+    Raises LayerError where a layer is not reached by the loss at all, its input has no axis of examples, or its
+    weight is also used outside its calls.
     """
     reference = next(iter(layers.values())).module.get_parameter("weight")
     device = reference.device
@@ -78,7 +88,60 @@ def make_lens(
             f"{f' (nor {unreached[1:]})' if unreached[1:] else ''}. Leave it out with get_influence_tracked_modules()."
         )
     dtype = reference.dtype if reference.dtype in (torch.float32, torch.float64) else torch.float32
-    return Lens(model, task, kind, layers, axes, shapes, dtype, device)
+    lens = Lens(model, task, kind, layers, axes, shapes, dtype, device)
+    if kind != "sample":  # pseudo-labels may differ between two evaluations
+        [batch] = batches(dataset, [[0, 0]], collate_fn, device)
+        _require_whole_gradients(lens, batch)
+    return lens
+
+
+def _require_whole_gradients(lens: Lens, batch: Batch) -> None:
+    """Raise LayerError unless each layer's tokens make up autograd's gradient of its parameters.
+
+    They do not where the loss uses a weight outside the layer's own calls, as in F.linear(x, self.head.weight).
+    """
+    found: dict[str, Tensor] = {}
+    scales: dict[str, float] = {}
+
+    def consume(layer: TrackedLayer, tokens: Tokens) -> None:
+        found[layer.name] = torch.einsum("pbso,pbsi->poi", tokens.g_PBSO, tokens.a_PBSI)
+        scales[layer.name] = _magnitude(tokens).sqrt().item()
+
+    torch.manual_seed(0)
+    lens.capture(batch, consume, FiniteWatch(""))
+    exact = _autograd_gradients(lens, batch)
+    relative, rounding = (1e-6, 1e-9) if lens.dtype == torch.float64 else (0.1, 3e-3)  # autocast rounds to 8 bits
+    for name, gradient in exact.items():
+        norm = torch.linalg.vector_norm(gradient).item()
+        off = torch.linalg.vector_norm(gradient - found.get(name, 0.0)).item()
+        if off > relative * norm + rounding * scales.get(name, 0.0):
+            raise LayerError(
+                f"layer {name!r}: its calls do not make up its gradient of the {lens.kind} loss (they differ by "
+                f"{off / max(norm, 1e-300):.1%}), so the loss uses its weight outside of them. Call the module "
+                "wherever its weight is used, or leave it out of get_influence_tracked_modules()."
+            )
+
+
+def _autograd_gradients(lens: Lens, batch: Batch) -> dict[str, Tensor]:
+    """The gradient of a batch's loss in each layer's [P, O, I], by autograd; inside `observing(model)`."""
+    modules = [layer.module for layer in lens.layers.values()]
+    names = [("weight", "bias") if layer.has_bias else ("weight",) for layer in lens.layers.values()]
+    held = [[module.get_parameter(name) for name in own] for module, own in zip(modules, names, strict=True)]
+    parameters = [parameter for own in held for parameter in own]
+    try:
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+        torch.manual_seed(0)
+        with torch.enable_grad():
+            found = torch.autograd.grad(lens.loss(batch.content), parameters, allow_unused=True, materialize_grads=True)
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(False)
+    gradients = iter(gradient.to(lens.dtype) for gradient in found)
+    return {
+        layer.name: layer.gradient_matrix(next(gradients), next(gradients) if layer.has_bias else None)
+        for layer in lens.layers.values()
+    }
 
 
 def _magnitude(tokens: Tokens) -> Tensor:

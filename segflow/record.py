@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -49,7 +49,8 @@ def record(
         overwrite: replace an earlier recording in `directory`.
 
     Raises:
-        TrajectoryError: `directory` holds a recording already, or the optimizer holds none of the model's parameters.
+        TrajectoryError: `directory` holds a recording already, the optimizer holds none of the model's parameters, or
+            the steps asked for make no sense.
 
     Example:
         >>> import tempfile, segflow as sf
@@ -85,12 +86,22 @@ class Recording:
     def __init__(self, model: nn.Module, optimizer: Any, directory: Path, dataset_size: int):
         self.model, self.optimizer, self.directory, self.dataset_size = model, optimizer, directory, dataset_size
         self.step = 0
+        self._total: int | None = None
         self._wanted: set[int] = set()
         self._count: int | None = None  # set where checkpoints are thinned on the way
         self._interval = 1
         self._rows: list[list[list[float]]] = []
         self._saved: dict[int, dict[str, Any]] = {}
-        if not self._names():
+        self._group_of: dict[str, int] = {}
+        if int(dataset_size) < 1:
+            raise TrajectoryError(f"dataset_size={dataset_size}: expected the number of training examples.")
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise TrajectoryError(
+                f"the optimizer is a {type(optimizer).__name__}, which has no step hooks. Expected a torch.optim optimizer."
+            )
+        self._note_parameters()
+        self._model_state()
+        if not self._group_of:
             raise TrajectoryError(
                 "the optimizer holds none of this model's parameters. "
                 "Give record() the model and the optimizer in training."
@@ -98,10 +109,15 @@ class Recording:
 
     def plan(self, total_steps: int | None, checkpoints: int | Sequence[int]) -> None:
         """Decide which steps to save."""
-        if not isinstance(checkpoints, int):
+        self._total = total_steps
+        if isinstance(checkpoints, Iterable):
             self._wanted = {int(step) for step in checkpoints}
-            if not self._wanted or min(self._wanted) < 1:
-                raise TrajectoryError(f"checkpoints={list(checkpoints)}: expected steps, counted from 1.")
+            low, high = min(self._wanted, default=0), max(self._wanted, default=0)
+            if low < 1 or high > (total_steps or high) or self._wanted != set(checkpoints):
+                raise TrajectoryError(
+                    f"checkpoints={list(checkpoints)}: expected steps from 1 to "
+                    f"{'the end' if total_steps is None else total_steps}."
+                )
         elif checkpoints < 1:
             raise TrajectoryError(f"checkpoints={checkpoints}: expected at least 1.")
         elif total_steps is None:
@@ -119,10 +135,10 @@ class Recording:
                 f"{self.directory}: holds a recorded run already ({present[0]}). "
                 "Record into another folder, or pass overwrite=True."
             )
-        (self.directory / "trajectory.json").unlink(missing_ok=True)
-        for stale in (self.directory / "checkpoints").glob("step-*.safetensors"):
-            stale.unlink()
         write_json(self.directory / "recording.json", {"format": FORMAT, "finished": False})
+        (self.directory / "trajectory.json").unlink(missing_ok=True)
+        for stale in (self.directory / "checkpoints").glob("step-*.safetensors*"):
+            stale.unlink()
 
     def log_step(self) -> None:
         """Log what the optimizer is about to use; a step hook."""
@@ -147,26 +163,34 @@ class Recording:
             self._save()
         if self._count:
             self._thin(_evenly(self.step, min(self._count, self.step)))
+        self._note_parameters()
+        self._write_trajectory()
         missed = sorted(step for step in self._wanted if step > self.step)
-        if missed:
+        if missed or self.step > (self._total or self.step):
+            reason = f"checkpoints at {missed} were never reached" if missed else f"not at total_steps={self._total}"
             warnings.warn(
-                f"record(): training ended at step {self.step}, so checkpoints at {missed} were never reached; "
-                f"the recording has those at {sorted(self._saved)}.",
+                f"record(): training ended at step {self.step}, {reason}; "
+                f"the recording has checkpoints at {sorted(self._saved)}.",
                 stacklevel=4,
             )
-        self._write_trajectory()
 
-    def _names(self) -> dict[str, int]:
+    def _note_parameters(self) -> None:
+        """Note the group of every parameter in training; one that is frozen later stays noted."""
         group_of = {id(p): g for g, group in enumerate(self.optimizer.param_groups) for p in group["params"]}
-        named = self.model.named_parameters(remove_duplicate=False)
-        return {name: group_of[id(p)] for name, p in named if id(p) in group_of and p.requires_grad}
+        for name, parameter in self.model.named_parameters(remove_duplicate=False):
+            if id(parameter) in group_of and parameter.requires_grad:
+                self._group_of[name] = group_of[id(parameter)]
 
-    def _save(self) -> None:
+    def _model_state(self) -> dict[str, Tensor]:
         state = self.model.state_dict()
         plain = [name for name, value in state.items() if not isinstance(value, Tensor)]
         if plain:
             raise TrajectoryError(f"the model's state {plain[0]!r} is no tensor, so it cannot be saved as safetensors.")
-        tensors = {f"model.{name}": value for name, value in state.items()}
+        return state
+
+    def _save(self) -> None:
+        self._note_parameters()
+        tensors = {f"model.{name}": value for name, value in self._model_state().items()}
         for name, parameter in self.model.named_parameters():
             for key in _KEPT_STATE:
                 value = self.optimizer.state.get(parameter, {}).get(key)
@@ -197,7 +221,7 @@ class Recording:
             "nesterov": any(bool(group.get("nesterov")) for group in groups),
             "maximize": any(bool(group.get("maximize")) for group in groups),
             "constants": [{k: v for k, v in group.items() if _is_plain(v)} for group in groups],
-            "parameter_groups": self._names(),
+            "parameter_groups": self._group_of,
             "checkpoints": [self._saved[step] for step in sorted(self._saved)],
             "log": write_tensors(self.directory / "steps.safetensors", tensors),
         }

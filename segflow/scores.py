@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .data import digest
 from .errors import ScoreError
 from .store import read_tensors, write_tensors
 
@@ -52,6 +53,12 @@ class Scores:
                 raise ScoreError(f"{name}: shape {tuple(part.shape)}, expected {expected} from the labels.")
         if len(self.group_sizes) != len(self.group_labels):
             raise ScoreError(f"{len(self.group_sizes)} group sizes for {len(self.group_labels)} groups.")
+        object.__setattr__(self, "group_sizes", tuple(map(int, self.group_sizes)))
+        try:
+            plain = json.loads(json.dumps(dict(self.provenance)))  # as `load` will read it
+        except (TypeError, ValueError) as problem:
+            raise ScoreError(f"provenance: expected what JSON can hold ({problem}).") from problem
+        object.__setattr__(self, "provenance", plain)
 
     def __repr__(self) -> str:
         queries, groups = self.values.shape
@@ -92,25 +99,30 @@ class Scores:
         for kind, parts in (("by_term", self.by_term), ("by_layer", self.by_layer)):
             tensors |= {f"{kind}.{index}": part for index, part in enumerate(parts.values())}
         labels = {
+            "format": FORMAT,
             "query_labels": self.query_labels,
             "group_labels": self.group_labels,
             "group_sizes": self.group_sizes,
-            "provenance": dict(self.provenance),
+            "provenance": self.provenance,
             "by_term": list(self.by_term),
             "by_layer": list(self.by_layer),
         }
-        tensors["labels"] = torch.frombuffer(bytearray(json.dumps(labels).encode()), dtype=torch.uint8)
-        write_tensors(Path(path), tensors, {"segflow": "scores", "format": str(FORMAT)})
+        tensors["labels"] = _bytes(json.dumps(labels))
+        write_tensors(Path(path), tensors | {"sha256": _bytes(digest(tensors))}, {"segflow": "scores"})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Scores:
         """Read what `save` wrote; ScoreError if the file is not whole or not a scores file."""
         tensors = read_tensors(Path(path), None, ScoreError)
-        if not {"values", "labels"} <= set(tensors):
+        if not {"values", "labels", "sha256"} <= set(tensors):
             raise ScoreError(
                 f"{path}: not a scores file (tensors {sorted(tensors)[:4]}). Expected what Scores.save wrote."
             )
+        if not tensors.pop("sha256").equal(_bytes(digest(tensors))):
+            raise ScoreError(f"{path}: damaged, its content has another checksum. Restore it or make it anew.")
         labels = json.loads(tensors["labels"].numpy().tobytes())
+        if labels["format"] != FORMAT:
+            raise ScoreError(f"{path}: scores format {labels['format']!r}, this segflow reads format {FORMAT}.")
         parts = {
             kind: {name: tensors[f"{kind}.{index}"] for index, name in enumerate(labels[kind])}
             for kind in ("by_term", "by_layer")
@@ -148,4 +160,8 @@ class Scores:
             if parts:
                 coords[axis] = list(parts)
                 data[kind] = ((axis, "query", "group"), np.stack([part.cpu().numpy() for part in parts.values()]))
-        return xarray.Dataset(data, coords, attrs={"provenance": json.dumps(dict(self.provenance))})
+        return xarray.Dataset(data, coords, attrs={"provenance": json.dumps(self.provenance)})
+
+
+def _bytes(text: str) -> Tensor:
+    return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,17 +34,20 @@ def cut(trajectory: Trajectory, segments: int | Sequence[int]) -> tuple[Segment,
     Raises MethodError if a segment would hold no checkpoint.
     """
     steps, total = trajectory.steps, trajectory.total_steps
-    if isinstance(segments, int):
+    if not isinstance(segments, Iterable):
+        if segments != int(segments):
+            raise MethodError(f"segments={segments}: expected a whole number, or the steps at which to cut.")
         if not 1 <= segments <= len(steps):
             raise MethodError(
                 f"segments={segments}: expected 1 to {len(steps)}, the number of checkpoints. "
                 "Record more checkpoints, or ask for fewer segments."
             )
-        ends = [steps[part[-1]] for part in np.array_split(np.arange(len(steps)), segments)]
+        ends = [steps[part[-1]] for part in np.array_split(np.arange(len(steps)), int(segments))]
     else:
         points = [int(point) for point in segments]
-        if any(not 0 < point < total for point in points) or points != sorted(set(points)):
-            raise MethodError(f"segments={points}: expected ascending steps between 1 and {total - 1}.")
+        ascending = points == sorted(set(points)) == list(segments)
+        if not ascending or any(not 0 < point < total for point in points):
+            raise MethodError(f"segments={list(segments)}: expected ascending whole steps between 1 and {total - 1}.")
         ends = [*points, total]
     return tuple(_segment(trajectory, start, end) for start, end in zip([0, *ends], ends, strict=False))
 

@@ -124,6 +124,9 @@ class Store:
                 "Use another store folder, or the segflow version that made this one."
             )
         units: dict[str, dict[str, Any]] = content["units"]
+        for name, entry in units.items():
+            if not isinstance(entry, dict) or set(entry) != {"bytes", "sha256", "made_from"}:
+                raise StoreError(f"{self._manifest}: damaged at unit {name!r}. Delete the store, or restore the file.")
         return units
 
     def __contains__(self, name: str) -> bool:
@@ -139,8 +142,8 @@ class Store:
         units = self.units()
         if name not in units:
             raise StoreError(f"{self.root}: no unit {name!r}. Run Analyzer.fit() with this store first.")
-        self._check(name, units[name].get("made_from", {}), made_from)
-        return read_tensors(self._path(name), units[name].get("sha256"), StoreError)
+        self._check(name, units[name]["made_from"], made_from)
+        return read_tensors(self._path(name), str(units[name]["sha256"]), StoreError)
 
     def write(self, name: str, tensors: Tensors, made_from: MadeFrom) -> None:
         """Commit one unit; an older unit of that name is replaced."""
@@ -160,8 +163,10 @@ class Store:
             raise StoreError(f"{name!r} is not a unit's name: words of letters, digits, '.', '_', '-' joined by '/'.")
         return self.root / "units" / f"{name}.safetensors"
 
-    def _check(self, name: str, stored: MadeFrom, asked: MadeFrom) -> None:
+    def _check(self, name: str, stored: Any, asked: MadeFrom) -> None:
         now = json.loads(json.dumps(asked))
+        if not isinstance(stored, dict):
+            raise StoreError(f"{self._manifest}: damaged at unit {name!r}. Delete the store, or restore the file.")
         differing = [key for key in now if stored.get(key) != now[key]]
         if differing:
             sides = "; ".join(f"{key}: stored {stored.get(key)!r}, now {now[key]!r}" for key in differing)

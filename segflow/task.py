@@ -33,6 +33,8 @@ class Task(ABC):
         ...         return self.compute_train_loss(batch, model)
     """
 
+    measurement_options: tuple[str, ...] = ()  # attributes that only compute_measurement reads: factors outlive them
+
     @abstractmethod
     def compute_train_loss(self, batch: Any, model: nn.Module, sample: bool = False) -> Tensor:
         """The training loss summed over the batch's examples, without weight decay; shape [].
@@ -83,11 +85,12 @@ def attention_mask(task: Any, batch: Any) -> Tensor | Mapping[str, Tensor] | Non
 
 
 def task_fingerprint(task: Any) -> dict[str, Any]:
-    """The task's class, its plain-valued attributes, and its losses' compiled code: what tells two tasks apart."""
+    """The task's class, plain-valued attributes and training loss's compiled code: what tells apart fitted factors."""
+    ignored = getattr(task, "measurement_options", ())
     options = {
         key: repr(value)
         for key, value in sorted(getattr(task, "__dict__", {}).items())
-        if isinstance(value, bool | int | float | str | None | list | tuple)
+        if key not in ignored and isinstance(value, bool | int | float | str | None | list | tuple)
     }
     sha = hashlib.sha256()
     for name in ("compute_train_loss", "get_attention_mask"):

@@ -26,6 +26,12 @@ def _inputs_and_targets(batch: Any, inputs: str, targets: str) -> tuple[Any, Ten
     return batch[0], batch[1]
 
 
+def _tensor(output: Any, task: str) -> Tensor:
+    if isinstance(output, Tensor):
+        return output
+    raise TaskError(f"{task}: expected the model to return a tensor, found {type(output).__name__}. Derive a Task.")
+
+
 class Classification(Task):
     """Softmax cross-entropy trained as the mean over examples; logits [B, C], integer labels [B].
 
@@ -40,19 +46,23 @@ class Classification(Task):
         torch.Size([])
     """
 
+    measurement_options = ("measurement",)
+
     def __init__(self, measurement: str = "loss", *, inputs: str = "inputs", targets: str = "labels"):
         check_choice("measurement", measurement, ("loss", "margin", "log_probability"), TaskError)
         self.measurement, self.inputs, self.targets = measurement, inputs, targets
 
     def _logits(self, batch: Any, model: nn.Module) -> tuple[Tensor, Tensor]:
         inputs, labels = _inputs_and_targets(batch, self.inputs, self.targets)
-        logits = model(inputs)
+        logits = _tensor(model(inputs), "Classification")
         if logits.ndim != 2 or labels.shape != logits.shape[:1]:
             raise TaskError(
                 f"Classification: expected logits [B, C] and labels [B], found {tuple(logits.shape)} and "
                 f"{tuple(labels.shape)}. Derive a Task of your own for other shapes."
             )
-        return logits, labels
+        if labels.is_floating_point():
+            raise TaskError(f"Classification: expected integer labels, found {labels.dtype}.")
+        return logits, labels.long()
 
     def compute_train_loss(self, batch: Any, model: nn.Module, sample: bool = False) -> Tensor:
         """Cross-entropy summed over the batch; with `sample`, of labels drawn from the softmax."""
@@ -88,6 +98,8 @@ class Regression(Task):
         torch.Size([])
     """
 
+    measurement_options = ("measurement",)
+
     def __init__(
         self,
         reduction: str = "mean",
@@ -103,7 +115,7 @@ class Regression(Task):
 
     def _predictions(self, batch: Any, model: nn.Module) -> tuple[Tensor, Tensor, float]:
         inputs, targets = _inputs_and_targets(batch, self.inputs, self.targets)
-        predictions = model(inputs)
+        predictions = _tensor(model(inputs), "Regression")
         if predictions.shape == (*targets.shape, 1):
             targets = targets[..., None]
         if predictions.shape != targets.shape:

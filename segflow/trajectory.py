@@ -67,25 +67,20 @@ class Trajectory:
         parameter_groups: Mapping[str, int] | None = None,
     ):
         self.checkpoints = tuple(Path(path) for path in checkpoints)
+        _check_checkpoints(self.checkpoints, steps)
         self.steps = tuple(int(step) for step in steps)
-        _check_checkpoints(self.checkpoints, self.steps)
-        if dataset_size < 1:
+        if dataset_size < 1 or dataset_size != int(dataset_size):
             raise TrajectoryError(f"dataset_size={dataset_size}: expected the number of training examples.")
         self.dataset_size = int(dataset_size)
         self.optimizer = optimizer or OptimizerConstants()
         self.parameter_groups = None if parameter_groups is None else dict(parameter_groups)
         self.learning_rates = _learning_rates(learning_rates, self.steps[-1])
         shape = self.learning_rates.shape
-        self.momentum = _per_step("momentum", self.optimizer.momentum, shape)
+        self.momentum = _per_step("momentum", self.optimizer.momentum, shape, below=1.0)
         self.dampening = _per_step("dampening", self.optimizer.dampening, shape)
         self.weight_decay = _per_step("weight_decay", self.optimizer.weight_decay, shape)
-        highest = max(self.parameter_groups.values(), default=0) if self.parameter_groups else 0
-        if highest >= shape[1]:
-            raise TrajectoryError(
-                f"parameter_groups names group {highest}, but learning rates cover {shape[1]} group(s). "
-                "Give learning_rates as [steps, parameter groups]."
-            )
-        self._digests: dict[int, str] = {}
+        _check_parameter_groups(self.parameter_groups or {}, shape[1])
+        self._digests: dict[int, tuple[tuple[int, ...], str]] = {}  # (what the file looked like, sha256)
         self._expected: dict[int, str] = {}
 
     @classmethod
@@ -105,10 +100,18 @@ class Trajectory:
                 f"{root}: no recorded run here (no trajectory.json). Record one with segflow.record()."
             )
         content = read_json(root / "trajectory.json", TrajectoryError)
-        if content.get("format") != FORMAT:
+        found = content.get("format") if isinstance(content, dict) else None
+        if found != FORMAT:
+            raise TrajectoryError(f"{root}: trajectory format {found!r}, this segflow reads format {FORMAT}.")
+        try:
+            return cls._recorded(root, content)
+        except (KeyError, TypeError, AttributeError) as problem:
             raise TrajectoryError(
-                f"{root}: trajectory format {content.get('format')!r}, this segflow reads format {FORMAT}."
-            )
+                f"{root / 'trajectory.json'}: damaged ({type(problem).__name__}: {problem}). Restore it, or record again."
+            ) from problem
+
+    @classmethod
+    def _recorded(cls, root: Path, content: Mapping[str, Any]) -> Trajectory:
         log = read_tensors(root / "steps.safetensors", content["log"]["sha256"], TrajectoryError)
         constants = OptimizerConstants(
             content["optimizer"],
@@ -156,9 +159,15 @@ class Trajectory:
 
     def digest(self, index: int) -> str:
         """sha256 of the checkpoint's file."""
-        if index not in self._digests:
-            self._digests[index] = file_digest(self.checkpoints[index], TrajectoryError)
-        return self._digests[index]
+        path = self.checkpoints[index]
+        try:
+            stat = path.stat()
+        except OSError as problem:
+            raise TrajectoryError(f"{path}: no such checkpoint file any more ({problem}). Restore it.") from problem
+        look = (stat.st_ino, stat.st_size, stat.st_mtime_ns)
+        if index not in self._digests or self._digests[index][0] != look:
+            self._digests[index] = (look, file_digest(path, TrajectoryError))
+        return self._digests[index][1]
 
     def load_into(self, model: nn.Module, index: int) -> None:
         """Copy checkpoint `index` into `model`; TrajectoryError names what does not fit."""
@@ -177,13 +186,11 @@ class Trajectory:
         Heavy-ball momentum m with dampening d multiplies a rate by (1 - d)/(1 - m); Bae et al. 2024, Section 3.3.
         """
         self._require_plain_sgd()
-        effective = self.learning_rates * (1 - self.dampening) / (1 - self.momentum)
-        effective = torch.where(self.momentum == 0, self.learning_rates, effective)
-        return tuple(effective[start:end].sum(0).tolist())
+        return tuple(self._effective()[start:end].sum(0).tolist())
 
     def mean_weight_decay(self, start: int, end: int) -> tuple[float, ...]:
-        """Weight decay over the steps in (start, end], weighted by the learning rate, for each parameter group."""
-        rates, decay = self.learning_rates[start:end], self.weight_decay[start:end]
+        """Weight decay over (start, end], weighted by the effective learning rate, for each parameter group."""
+        rates, decay = self._effective()[start:end], self.weight_decay[start:end]
         total = rates.sum(0)
         mean = torch.where(total > 0, (rates * decay).sum(0) / total.clamp_min(1e-300), decay.mean(0))
         return tuple(mean.tolist())
@@ -191,6 +198,11 @@ class Trajectory:
     def group_of(self, parameter: str) -> int | None:
         """The parameter group that trained `parameter`; None if the optimizer did not hold it."""
         return 0 if self.parameter_groups is None else self.parameter_groups.get(parameter)
+
+    def _effective(self) -> Tensor:
+        """Effective learning rates [steps, parameter groups]; torch.optim.SGD dampens only where it has momentum."""
+        effective = self.learning_rates * (1 - self.dampening) / (1 - self.momentum)
+        return torch.where(self.momentum == 0, self.learning_rates, effective)
 
     def _require_plain_sgd(self) -> None:
         constants = self.optimizer
@@ -208,22 +220,46 @@ def _check_checkpoints(paths: Sequence[Path], steps: Sequence[int]) -> None:
     for path in paths:
         if not path.is_file():
             raise TrajectoryError(f"{path}: no such checkpoint file. Restore it, or leave it out of the trajectory.")
-    if steps[0] < 1 or any(later <= earlier for earlier, later in pairwise(steps)):
-        raise TrajectoryError(f"checkpoint steps {list(steps)}: expected ascending steps, counted from 1.")
+    whole = all(step == int(step) for step in steps)
+    if not whole or steps[0] < 1 or any(later <= earlier for earlier, later in pairwise(steps)):
+        raise TrajectoryError(f"checkpoint steps {list(steps)}: expected ascending whole steps, counted from 1.")
+
+
+def _check_parameter_groups(group_of: Mapping[str, int], known: int) -> None:
+    for name, group in group_of.items():
+        if not isinstance(group, int) or not 0 <= group < known:
+            raise TrajectoryError(
+                f"parameter_groups puts {name!r} in group {group!r}, but learning rates cover {known} group(s), counted "
+                "from 0. Give learning_rates as [steps, parameter groups]."
+            )
+
+
+def _numbers(name: str, given: Any) -> Tensor:
+    try:
+        values = torch.as_tensor(given, dtype=torch.float64)
+    except (TypeError, ValueError, RuntimeError) as problem:
+        raise TrajectoryError(
+            f"{name}: expected numbers, [steps] or [steps, parameter groups] ({problem})."
+        ) from problem
+    if values.ndim > 2 or (values.ndim and 0 in values.shape[1:]):
+        raise TrajectoryError(
+            f"{name} has shape {tuple(values.shape)}: expected a number, [steps] or [steps, parameter groups]."
+        )
+    return values[:, None] if values.ndim == 1 else values
 
 
 def _learning_rates(given: PerStep | Mapping[int, float], total: int) -> Tensor:
     """Learning rates as [steps, parameter groups]; every step up to `total` must have one."""
     if isinstance(given, Mapping):
-        width = max((np.size(rate) for rate in given.values()), default=1)
-        rates = torch.full((total, width), torch.nan, dtype=torch.float64)
-        for step, rate in given.items():
-            if not 1 <= step <= total:
-                raise TrajectoryError(f"a learning rate for step {step}, but steps run from 1 to {total}.")
-            rates[step - 1] = torch.as_tensor(rate, dtype=torch.float64)
+        values = _numbers("learning_rates", list(given.values()))
+        rates = torch.full((total, values.shape[1]), torch.nan, dtype=torch.float64)
+        for step, rate in zip(given, values, strict=True):
+            if step not in range(1, total + 1):
+                raise TrajectoryError(f"a learning rate for step {step!r}, but steps run from 1 to {total}.")
+            rates[int(step) - 1] = rate
     else:
-        rates = torch.as_tensor(given, dtype=torch.float64)
-        rates = rates.expand(total, 1) if rates.ndim == 0 else rates.reshape(len(rates), -1)
+        rates = _numbers("learning_rates", given)
+        rates = rates.expand(total, 1) if rates.ndim == 0 else rates
     if len(rates) > total:
         raise TrajectoryError(
             f"learning rates for {len(rates)} steps, but the last checkpoint stands at step {total}. "
@@ -251,15 +287,17 @@ def _ranges(steps: Tensor) -> str:
     return ", ".join(f"{first}..{last}" if last > first else str(first) for first, last in runs)
 
 
-def _per_step(name: str, given: PerStep, shape: torch.Size) -> Tensor:
-    values = torch.as_tensor(given, dtype=torch.float64)
-    values = values[:, None] if values.ndim == 1 else values
-    try:
-        return values.expand(shape)
-    except RuntimeError:
+def _per_step(name: str, given: PerStep, shape: torch.Size, below: float = torch.inf) -> Tensor:
+    values = _numbers(name, given)
+    if values.ndim and (values.shape[0] != shape[0] or values.shape[1] not in (1, shape[1])):
         raise TrajectoryError(
-            f"{name} has shape {tuple(values.shape)}: expected a number, [steps] or {list(shape)} as learning_rates."
-        ) from None
+            f"{name} has shape {tuple(values.shape)}: expected a number, [{shape[0]}] or {list(shape)} as learning_rates."
+        )
+    wrong = values[~((values >= 0) & (values < below))]
+    if wrong.numel():
+        upper = "" if below == torch.inf else f" and < {below:g}"
+        raise TrajectoryError(f"{name}={wrong[0].item():g}: expected finite numbers >= 0{upper}.")
+    return values.expand(shape)
 
 
 def _foreign_state(path: Path) -> dict[str, Tensor]:

@@ -94,7 +94,8 @@ def trajectory_of(
 def analyzer_of(
     model: nn.Module, trajectory: sf.Trajectory, store: Path, task: Any = None, **options: Any
 ) -> sf.Analyzer:
-    return sf.Analyzer(model, task or FixedLabels(), trajectory, store=store, progress=False, **options)
+    options = {"progress": False, **options}
+    return sf.Analyzer(model, task or FixedLabels(), trajectory, store=store, **options)
 
 
 def example_loss(model: nn.Module, data: TensorDataset, task: Any, kind: str = "train") -> Callable[[int], Tensor]:

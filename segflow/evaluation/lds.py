@@ -55,18 +55,28 @@ def linear_datamodeling_score(
         >>> linear_datamodeling_score(scores, kept, [[4.0], [2.0], [1.0], [6.0]]).mean
         1.0
     """
-    kept, measured = _plain(subsets).astype(bool), _plain(measurements).astype(float)
+    if not 0 < confidence < 1 or resamples < 1:
+        raise ScoreError(f"confidence={confidence}, resamples={resamples}: expected 0 < confidence < 1 and 1 or more.")
+    given, measured = _plain(subsets), _plain(measurements).astype(float)
+    if not np.isin(given, (0, 1)).all():
+        raise ScoreError("subsets: expected [M, K] booleans (kept or not), found other numbers. Are they indices?")
+    kept = given.astype(bool)
     values = scores.values.detach().cpu().double().numpy()
     _check_shapes(kept, measured, values)
     predicted = (~kept).astype(float) @ values.T  # [M, Q]: the predicted change from leaving groups out
+    _check_varying(predicted, measured)
     correlations = _spearman(predicted, measured)
     generator = np.random.default_rng(seed)
     M, Q = measured.shape
     means = np.empty(resamples)
     for index in range(resamples):
         rows, columns = generator.integers(0, M, M), generator.integers(0, Q, Q)
-        means[index] = np.nanmean(_spearman(predicted[rows][:, columns], measured[rows][:, columns]))
-    low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
+        drawn = _spearman(predicted[rows][:, columns], measured[rows][:, columns])
+        ranked = np.isfinite(drawn)  # a draw of one subset over and over has no ranks
+        means[index] = drawn[ranked].mean() if ranked.any() else np.nan
+    if not np.isfinite(means).any():
+        raise ScoreError(f"no interval from {resamples} resamples of {M} subsets. Give more of either.")
+    low, high = np.nanquantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
     return LinearDatamodelingScore(correlations, float(correlations.mean()), float(low), float(high), confidence)
 
 
@@ -84,18 +94,25 @@ def _check_shapes(kept: np.ndarray, measured: np.ndarray, values: np.ndarray) ->
         raise ScoreError(f"{len(kept)} subsets: expected at least 3 to rank.")
     if not np.isfinite(measured).all() or not np.isfinite(values).all():
         raise ScoreError("scores or measurements are not finite. Look for a retraining that diverged.")
-    constant = np.flatnonzero((measured == measured[0]).all(0) | (values == values[:, :1]).all(1))
-    if len(constant):
-        raise ScoreError(f"query {constant[0]}: every subset or every group has the same number, so there is no rank.")
+
+
+def _check_varying(predicted: np.ndarray, measured: np.ndarray) -> None:
+    for name, side in (("predicted change", predicted), ("measurement", measured)):
+        spread, size = np.ptp(side, axis=0), np.abs(side).max(0)
+        constant = np.flatnonzero(spread <= 1e-14 * size)
+        if len(constant):
+            raise ScoreError(
+                f"query {constant[0]}: the {name} is the same for every subset, so there is no rank. Vary the subsets."
+            )
 
 
 def _spearman(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     """Spearman correlation of each column."""
     ranks = [_ranks(side) for side in (first, second)]
     centred = [side - side.mean(0) for side in ranks]
-    norms = [np.sqrt((side**2).sum(0)) for side in centred]
+    squares = [(side**2).sum(0) for side in centred]
     with np.errstate(invalid="ignore", divide="ignore"):
-        correlation: np.ndarray = (centred[0] * centred[1]).sum(0) / (norms[0] * norms[1])
+        correlation: np.ndarray = (centred[0] * centred[1]).sum(0) / np.sqrt(squares[0] * squares[1])
     return correlation
 
 

@@ -20,6 +20,8 @@ def found_among_lowest(ranking: np.ndarray | Tensor, wrong: np.ndarray | Tensor,
     """
     ranked, is_wrong = _pair(ranking, wrong)
     size = int(is_wrong.sum()) if count is None else count
+    if size < 0:
+        raise ScoreError(f"count={count}: expected how many examples to look at.")
     return int(is_wrong[np.argsort(ranked, kind="stable")[:size]].sum())
 
 
@@ -42,4 +44,6 @@ def _pair(ranking: np.ndarray | Tensor, wrong: np.ndarray | Tensor) -> tuple[np.
     ranked, is_wrong = np.asarray(ranking, dtype=float), np.asarray(wrong, dtype=bool)
     if ranked.ndim != 1 or ranked.shape != is_wrong.shape:
         raise ScoreError(f"ranking {ranked.shape} and wrong {is_wrong.shape}: expected [N] and [N].")
+    if not np.isfinite(ranked).all():
+        raise ScoreError(f"ranking: example {np.flatnonzero(~np.isfinite(ranked))[0]} has a number that is not finite.")
     return ranked, is_wrong

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -26,6 +27,8 @@ def random_subsets(count: int, groups: int, fraction: float = 0.5, seed: int = 0
     kept = round(groups * fraction)
     if not 0 < kept < groups:
         raise ScoreError(f"fraction={fraction} keeps {kept} of {groups} groups: expected some, but not all.")
+    if count < 1:
+        raise ScoreError(f"count={count}: expected at least one subset.")
     generator = np.random.default_rng(seed)
     return np.stack([generator.permutation(groups) < kept for _ in range(count)])
 
@@ -51,6 +54,8 @@ def retrain(
     Returns:
         [M, repetitions, Q] in float64; average over the second axis for the linear datamodeling score.
     """
+    if len(subsets) < 1 or repetitions < 1:
+        raise ScoreError(f"{len(subsets)} subsets, repetitions={repetitions}: expected at least one of each.")
     jobs = [
         (np.flatnonzero(kept), seed + 1 + number * repetitions + repetition)
         for number, kept in enumerate(np.asarray(subsets, dtype=bool))
@@ -58,10 +63,22 @@ def retrain(
     ]
     workers = min(processes or os.cpu_count() or 1, len(jobs))
     if workers <= 1:
-        done = [train_and_measure(*job) for job in track(jobs, "retraining", enabled=progress)]
+        with _one_thread():
+            done = [train_and_measure(*job) for job in track(jobs, "retraining", enabled=progress)]
     else:
         context = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(workers, context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
             futures = [pool.submit(train_and_measure, *job) for job in jobs]
             done = [future.result() for future in track(futures, "retraining", enabled=progress)]
     return np.asarray(done, dtype=np.float64).reshape(len(subsets), repetitions, -1)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """As in the processes, so that sums are rounded alike."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

@@ -34,6 +34,11 @@ def influence_figure(
     """
     if not scores.by_term:
         raise ScoreError('influence_figure: the scores have no terms. Score with keep=("term",).')
+    if set(scores.group_sizes) != {1} or len(train_images) != len(scores.group_labels):
+        raise ScoreError(
+            f"influence_figure: {len(train_images)} images for {len(scores.group_labels)} groups of "
+            f"{min(scores.group_sizes)} to {max(scores.group_sizes)} examples. Score Groups.singletons, one image each."
+        )
     from matplotlib.figure import Figure
 
     figure: Any = Figure(figsize=(1.35 * (k + 3.6), 5.2), layout="constrained")
@@ -65,7 +70,7 @@ def _spread(axis: Any, scores: Scores, query: int) -> None:
     """Share of the absolute influence that falls in each term."""
     size = np.array([part[query].abs().sum().item() for part in scores.by_term.values()])
     names = [label.replace(": ", "\n") for label in scores.by_term]
-    axis.bar(names, size / size.sum(), color="#4477aa")
+    axis.bar(names, size / (size.sum() or 1.0), color="#4477aa")
     axis.set_ylabel("share of the query's absolute influence", fontsize=8)
     axis.set_ylim(0, 1)
     axis.tick_params(labelsize=7)

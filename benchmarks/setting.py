@@ -1,0 +1,99 @@
+"""The model, the data and the clock that segflow's and Kronfluence's side of the benchmark share; needs torch only."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.data import DataLoader, TensorDataset
+
+BATCH = 128
+
+
+class Seconds(NamedTuple):
+    """One measured run: CPU seconds of all threads of this process, and seconds on the clock."""
+
+    process: float
+    wall: float
+
+
+@dataclass(frozen=True)
+class Figure:
+    """Runs of one piece of work, and of the plain epoch measured right before each: medians over the repetitions."""
+
+    runs: tuple[Seconds, ...]
+    epochs: tuple[Seconds, ...]
+
+    def seconds(self, kind: str) -> float:
+        return median(getattr(run, kind) for run in self.runs)
+
+    def epoch(self, kind: str) -> float:
+        return median(getattr(run, kind) for run in self.epochs)
+
+    def ratios(self, kind: str) -> list[float]:
+        return [getattr(a, kind) / getattr(b, kind) for a, b in zip(self.runs, self.epochs, strict=True)]
+
+    def ratio(self, kind: str) -> float:
+        """The median of the ratios to the epoch that was measured just before: slow drifts cancel."""
+        return median(self.ratios(kind))
+
+    def as_lists(self) -> list[list[Seconds]]:
+        return [list(self.runs), list(self.epochs)]
+
+    @classmethod
+    def from_lists(cls, lists: Sequence[Sequence[Sequence[float]]]) -> Figure:
+        runs, epochs = (tuple(Seconds(*pair) for pair in side) for side in lists)
+        return cls(runs, epochs)
+
+
+def mlp() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(784, 512), nn.ReLU(), nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 10))
+
+
+def examples(count: int, seed: int) -> TensorDataset:
+    generator = torch.Generator().manual_seed(seed)
+    return TensorDataset(
+        torch.randn(count, 784, generator=generator), torch.randint(0, 10, (count,), generator=generator)
+    )
+
+
+def batches_of(data: TensorDataset) -> Iterator[list[Tensor]]:
+    """A plain loader: default collate, batches of BATCH in order."""
+    lists = [list(range(start, min(start + BATCH, len(data)))) for start in range(0, len(data), BATCH)]
+    yield from DataLoader(data, batch_sampler=lists)
+
+
+def plain_epoch(model: nn.Module, data: TensorDataset) -> Callable[[], None]:
+    """The unit of all ratios: one forward and backward through all parameters for each batch, no optimizer step."""
+
+    def run() -> None:
+        for inputs, labels in batches_of(data):
+            functional.cross_entropy(model(inputs), labels, reduction="sum").backward()
+            model.zero_grad()
+
+    return run
+
+
+def timed(work: Callable[[], object]) -> Seconds:
+    process, wall = time.process_time(), time.perf_counter()
+    work()
+    return Seconds(time.process_time() - process, time.perf_counter() - wall)
+
+
+def interleaved(epoch: Callable[[], object], works: dict[str, Callable[[], object]], rounds: int) -> dict[str, Figure]:
+    """Measure each work `rounds` times, an epoch before each: epoch, first, epoch, second, ..., epoch, first, ..."""
+    runs: dict[str, list[Seconds]] = {name: [] for name in works}
+    epochs: dict[str, list[Seconds]] = {name: [] for name in works}
+    timed(epoch)  # warm up
+    for _ in range(rounds):
+        for name, work in works.items():
+            epochs[name].append(timed(epoch))
+            runs[name].append(timed(work))
+    return {name: Figure(tuple(runs[name]), tuple(epochs[name])) for name in works}

@@ -1,0 +1,141 @@
+"""Which training images made a digit classifier behave as it does, and does retraining agree?
+
+Trains a small MLP on scikit-learn's digits with 15% wrong labels, records the run, scores groups of training images
+and single images against test images with three methods, retrains on random half-subsets, and compares.
+Run it with `segflow demo`, or `python examples/digits.py`.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from sklearn.datasets import load_digits
+from torch import nn
+from torch.utils.data import TensorDataset
+
+import segflow as sf
+from segflow.evaluation import found_among_lowest, linear_datamodeling_score, random_subsets, retrain
+from segflow.report import influence_figure
+
+TRAIN, QUERIES, WRONG_SHARE = 800, 100, 0.15
+EPOCHS, BATCH = 20, 50
+STEPS = EPOCHS * TRAIN // BATCH
+GROUP_SIZE, HALVES = 10, 40
+
+
+def load_data() -> tuple[TensorDataset, TensorDataset, np.ndarray]:
+    """Training images (some with a wrong label), test images, and which training labels are wrong."""
+    digits = load_digits()
+    order = np.random.default_rng(0).permutation(len(digits.target))
+    images = torch.tensor(digits.data[order] / 16, dtype=torch.float32)
+    labels = torch.tensor(digits.target[order])
+    wrong = np.random.default_rng(1).random(TRAIN) < WRONG_SHARE
+    shift = torch.tensor(np.random.default_rng(2).integers(1, 10, TRAIN)) * torch.tensor(wrong)
+    train = TensorDataset(images[:TRAIN], (labels[:TRAIN] + shift) % 10)
+    query = TensorDataset(images[TRAIN : TRAIN + QUERIES], labels[TRAIN : TRAIN + QUERIES])
+    return train, query, wrong
+
+
+def build_model(seed: int) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """A small MLP and the optimizer that trains it."""
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
+    return model, torch.optim.SGD(model.parameters(), lr=0.03, momentum=0.9, weight_decay=1e-3)
+
+
+def train_model(model: nn.Module, optimizer: torch.optim.Optimizer, data: TensorDataset, seed: int) -> None:
+    """An ordinary training loop: shuffled batches, the mean cross-entropy."""
+    images, labels = data.tensors
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(EPOCHS):
+        for batch in torch.randperm(len(images), generator=generator).split(BATCH):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(images[batch]), labels[batch]).backward()
+            optimizer.step()
+
+
+def retrain_without(groups: sf.Groups, kept: np.ndarray, seed: int) -> np.ndarray:
+    """The test losses [Q] after training on the kept groups only."""
+    train, query, _ = load_data()
+    chosen = np.concatenate([groups.members[group] for group in kept])
+    model, optimizer = build_model(seed)
+    train_model(model, optimizer, TensorDataset(*train[chosen]), seed)
+    images, labels = query.tensors
+    with torch.no_grad():
+        losses: np.ndarray = nn.functional.cross_entropy(model(images), labels, reduction="none").numpy()
+    return losses
+
+
+def main(
+    out: str = "demo-output", retrainings: int = 5, processes: int | None = None, progress: bool | None = None
+) -> None:
+    """Train, record, check, fit, score, retrain, compare; writes everything below `out`."""
+    began, folder = time.perf_counter(), Path(out)
+    train, query, wrong = load_data()
+
+    # 1. Train as ever, inside record().
+    model, optimizer = build_model(seed=0)
+    with sf.record(model, optimizer, folder / "run", dataset_size=TRAIN, total_steps=STEPS, overwrite=True):
+        train_model(model, optimizer, train, seed=0)
+    trajectory = sf.Trajectory.load(folder / "run")
+
+    # 2. Check, fit, score: groups for the comparison, single images for the figure.
+    shutil.rmtree(folder / "influence", ignore_errors=True)  # the factors of an earlier demo
+    groups = sf.Groups.random(TRAIN, size=GROUP_SIZE, seed=0)
+    scores, single = {}, {}
+    for method in (sf.Source(segments=3), sf.InfluenceFunction(), sf.TracIn()):
+        analyzer = sf.Analyzer(
+            model,
+            sf.tasks.Classification(),
+            trajectory,
+            store=folder / "influence",
+            method=method,
+            progress=progress,
+        )
+        if not scores:
+            print(analyzer.check(train, query), end="\n\n")
+        analyzer.fit(train)
+        name = type(method).__name__
+        scores[name] = analyzer.score(groups, train, query)
+        single[name] = analyzer.score(sf.Groups.singletons(TRAIN), train, query, keep=("term",))
+
+    # 3. Does retraining on random halves agree?
+    subsets = random_subsets(HALVES, len(groups))
+    measured = retrain(
+        partial(retrain_without, groups), subsets, repetitions=retrainings, processes=processes, progress=progress
+    ).mean(1)
+    count = int(wrong.sum())
+    print(f"Agreement with retraining: {HALVES} random halves of {len(groups)} groups, {retrainings} trainings each.")
+    print(f"{'method':<20}{'linear datamodeling score':<32}wrong labels among the {count} most harmful")
+    for name, of_groups in scores.items():
+        agreement = linear_datamodeling_score(of_groups, subsets, measured)
+        found = found_among_lowest(single[name].total().values[0], wrong, count)
+        print(f"{name:<20}{agreement!s:<32}{found} of {count} ({found / count:.0%})")
+    print(f"{'chance':<20}{'0':<32}{count * WRONG_SHARE:.0f} of {count} ({WRONG_SHARE:.0%})\n")
+
+    # 4. One figure: the query with the highest loss.
+    final_losses = sf.tasks.Classification()
+    with torch.no_grad():
+        losses = [final_losses.compute_measurement((x[None], y[None]), model).item() for x, y in query]
+    chosen, labels = int(np.argmax(losses)), train.tensors[1]
+    figure = influence_figure(
+        single["Source"],
+        chosen,
+        query.tensors[0][chosen].reshape(8, 8).numpy(),
+        train.tensors[0].reshape(-1, 8, 8).numpy(),
+        caption=lambda r: f"label {labels[r.group]}" + (" (wrong)" if wrong[r.group] else ""),
+        query_caption=f"label {query.tensors[1][chosen]}, loss {losses[chosen]:.2f}",
+    )
+    figure.savefig(folder / "influence.png", dpi=110)
+    print(f"figure: {folder / 'influence.png'}   scores: {folder / 'scores.safetensors'}")
+    scores["Source"].save(folder / "scores.safetensors")
+    print(f"done in {time.perf_counter() - began:.0f} s")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,251 @@
+"""The analyzer as a user meets it: bad input, exceptions in user code, and what it leaves behind."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from segflow.examples import digits
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+
+import segflow as sf
+from segflow import cli
+
+from .helpers import ConvNet, FixedLabels, analyzer_of, images, mlp, perturbed_states, trajectory_of, vectors
+
+N = 12
+
+
+def _setting(folder: Path, task: Any = None, model: nn.Module | None = None, **options: Any) -> sf.Analyzer:
+    model = model or mlp()
+    trajectory = trajectory_of(folder / "run", perturbed_states(model, 2), N)
+    options = {"method": sf.Source(segments=1), **options}
+    return analyzer_of(model, trajectory, folder / "store", task=task, **options)
+
+
+def _score(analyzer: sf.Analyzer, train: Any = None, query: Any = None, **options: Any) -> sf.Scores:
+    groups = sf.Groups.random(N, 5)
+    return analyzer.score(groups, train or vectors(N), query or vectors(3, seed=4), **options)
+
+
+class Failing(FixedLabels):
+    """Raises in the chosen stage; `measured` changes which."""
+
+    def __init__(self, stage: str):
+        super().__init__()
+        self.stage = stage
+
+    def compute_train_loss(self, batch: Any, model: nn.Module, sample: bool = False) -> Tensor:
+        loss = super().compute_train_loss(batch, model, sample)
+        if self.stage == ("sample" if sample else "train") and len(batch[0]) > 3:
+            raise ZeroDivisionError("user code")
+        return loss
+
+    def compute_measurement(self, batch: Any, model: nn.Module) -> Tensor:
+        if self.stage == "measurement":
+            raise ZeroDivisionError("user code")
+        return super().compute_measurement(batch, model)
+
+
+def _snapshot(model: nn.Module) -> Any:
+    return (
+        {name: value.clone() for name, value in model.state_dict().items()},
+        [(p.requires_grad, p.grad is None) for p in model.parameters()],
+        [m.training for m in model.modules()],
+        [len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._backward_hooks) for m in model.modules()],
+        torch.get_rng_state().tolist(),
+    )
+
+
+def _same(first: Any, second: Any) -> bool:
+    tensors = all(torch.equal(first[0][name], second[0][name]) for name in first[0])
+    return tensors and first[1:] == second[1:]
+
+
+@pytest.mark.parametrize("stage", ["sample", "train", "measurement", "none"])
+def test_the_model_is_untouched_also_after_an_exception_in_user_code(tmp_path: Path, stage: str) -> None:
+    model = nn.Sequential(nn.Linear(5, 6), nn.BatchNorm1d(6), nn.Dropout(), nn.Linear(6, 3)).double()
+    model[1].eval()
+    next(model[3].parameters()).requires_grad_(False)
+    trajectory = trajectory_of(tmp_path / "run", [model.state_dict()], N)
+    good = analyzer_of(model, trajectory, tmp_path / "store", method=sf.InfluenceFunction())
+    analyzer = analyzer_of(model, trajectory, tmp_path / "bad", task=Failing(stage), method=sf.InfluenceFunction())
+    before = _snapshot(model)
+    good.fit(vectors(N))
+    for action in (
+        lambda: analyzer.check(vectors(N), vectors(3)),
+        lambda: analyzer.fit(vectors(N)),
+        lambda: _score(analyzer),
+    ):
+        try:
+            action()
+        except (ZeroDivisionError, sf.StoreError):
+            assert stage != "none"
+        assert _same(before, _snapshot(model))
+
+
+@pytest.mark.parametrize("call", ["check", "fit", "score"])
+def test_a_dataset_of_another_length_is_refused(tmp_path: Path, call: str) -> None:
+    analyzer = _setting(tmp_path)
+    train = vectors(N + 1)
+    with pytest.raises(
+        sf.TrajectoryError, match=rf"has {N + 1} examples, but the run was recorded with dataset_size={N}"
+    ):
+        _score(analyzer, train) if call == "score" else getattr(analyzer, call)(train)
+
+
+def test_scoring_before_fitting_says_what_to_run(tmp_path: Path) -> None:
+    with pytest.raises(sf.StoreError, match=r"no unit 'eigenbasis/steps-10-20'. Run Analyzer.fit\(\)"):
+        _score(_setting(tmp_path))
+
+
+def test_an_empty_query_set_is_refused_and_a_small_one_is_not(tmp_path: Path) -> None:
+    analyzer = _setting(tmp_path)
+    analyzer.fit(vectors(N))
+    with pytest.raises(sf.TaskError, match="the query dataset is empty"):
+        analyzer.score(sf.Groups.random(N, 5), vectors(N), TensorDataset(torch.empty(0, 5), torch.empty(0)))
+    many = _score(analyzer, query=vectors(3, seed=4), batch_size=1)
+    assert torch.allclose(many.values, _score(analyzer, query=vectors(3, seed=4), batch_size=100).values)
+
+
+def _broken(place: int, value: float) -> TensorDataset:
+    x, y = vectors(N).tensors
+    x[place, 2] = value
+    return TensorDataset(x, y)
+
+
+def test_a_non_finite_loss_names_batch_and_checkpoint(tmp_path: Path) -> None:
+    analyzer = _setting(tmp_path, task=sf.tasks.Regression("sum", "prediction"), model=nn.Linear(5, 1).double())
+    x, _ = _broken(9, float("nan")).tensors
+    train = TensorDataset(x, torch.zeros(N, 1).double())
+    with pytest.raises(sf.TaskError, match="covariance pass, checkpoint at step 10: the loss of batch 2 is not finite"):
+        analyzer.fit(train, batch_size=4)
+
+
+def test_a_non_finite_gradient_names_layer_batch_and_checkpoint(tmp_path: Path) -> None:
+    class Kinked(FixedLabels):
+        def compute_train_loss(self, batch: Any, model: nn.Module, sample: bool = False) -> Tensor:
+            loss = super().compute_train_loss(batch, model, sample)
+            kink = (batch[0][:, 2].detach() * 0 + model(batch[0]).sum(1) * 0).clamp_min(0)
+            return loss + kink[batch[0][:, 2] > 50].sqrt().sum()  # 0 * infinity at the kink
+
+    with pytest.raises(sf.LayerError, match=r"checkpoint at step 10: the gradient or input of layer '4' in batch 1"):
+        _setting(tmp_path, task=Kinked()).fit(_broken(5, 99.0), batch_size=4)
+
+
+def test_a_factor_that_overflows_names_the_layer(tmp_path: Path) -> None:
+    model = mlp(torch.float32)
+    x, y = vectors(N, torch.float32).tensors
+    with pytest.raises(sf.LayerError, match="layer '0' in batch 0 is not finite"):
+        _setting(tmp_path, model=model).fit(TensorDataset(x * 1e25, y))
+
+
+def test_a_layer_that_is_never_reached_is_named(tmp_path: Path) -> None:
+    class Spare(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.used, self.spare = nn.Linear(5, 3), nn.Linear(5, 3)
+            self.double()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.used(x)
+
+    for call in ("check", "fit"):
+        with pytest.raises(sf.LayerError, match="layer 'spare': never reached"):
+            getattr(_setting(tmp_path, model=Spare()), call)(vectors(N))
+
+
+def test_two_processes_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(sf.SegflowError, match="this is one of 2"):
+        _setting(tmp_path)
+
+
+def test_method_options_are_checked() -> None:
+    with pytest.raises(sf.MethodError, match=r"damping='strong' is not known. Choose one of: 'heuristic'"):
+        sf.InfluenceFunction(damping="strong")
+    with pytest.raises(sf.MethodError, match=r"damping=-1\.0"):
+        sf.InfluenceFunction(damping=-1.0)
+    with pytest.raises(sf.MethodError, match="segments='auto'"):
+        sf.Source(segments="auto")  # type: ignore[arg-type]
+
+
+def test_methods_share_one_store_and_its_passes(tmp_path: Path) -> None:
+    model, train = mlp(), vectors(N)
+    trajectory = trajectory_of(tmp_path / "run", perturbed_states(model, 2), N)
+    analyzer_of(model, trajectory, tmp_path / "store", method=sf.Source(segments=2)).fit(train)
+    files = {p: p.stat().st_mtime_ns for p in (tmp_path / "store" / "units").rglob("*.safetensors")}
+    influence = analyzer_of(model, trajectory, tmp_path / "store", method=sf.InfluenceFunction())
+    influence.fit(train)
+    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "store" / "units").rglob("*.safetensors")} == files
+    assert _score(influence).provenance["method"] == "InfluenceFunction"
+
+
+def test_collate_fn_and_mapping_batches(tmp_path: Path) -> None:
+    class Named(FixedLabels):
+        def compute_train_loss(self, batch: Any, model: nn.Module, sample: bool = False) -> Tensor:
+            return super().compute_train_loss((batch["x"], batch["y"]), model, sample)
+
+        def compute_measurement(self, batch: Any, model: nn.Module) -> Tensor:
+            return super().compute_measurement((batch["x"], batch["y"]), model)
+
+    def collate(examples: list[Any]) -> dict[str, Tensor]:
+        return {"x": torch.stack([x for x, _ in examples]), "y": torch.stack([y for _, y in examples])}
+
+    plain, named = _setting(tmp_path / "a"), _setting(tmp_path / "b", task=Named(), collate_fn=collate)
+    for analyzer in (plain, named):
+        analyzer.fit(vectors(N))
+    assert torch.equal(_score(plain).values, _score(named).values)
+
+
+@pytest.mark.parametrize(
+    "method", [sf.Source(segments=2), sf.InfluenceFunction(), sf.TracIn()], ids=lambda m: type(m).__name__
+)
+def test_the_memory_budget_changes_no_number(tmp_path: Path, method: Any) -> None:
+    model, train, query = ConvNet(), images(N), images(3, seed=4)
+    trajectory = trajectory_of(tmp_path / "run", perturbed_states(model, 2), N)
+    groups = sf.Groups.from_lists([[0, 1, 2, 3, 4, 5, 6], [7], [8], [9, 10], [11]], N)
+    values = []
+    for memory in (1, 30_000, 2 << 30):
+        analyzer = analyzer_of(model, trajectory, tmp_path / str(memory), method=method, memory=memory)
+        analyzer.fit(train)
+        values.append(analyzer.score(groups, train, query, batch_size=4).values)
+    torch.testing.assert_close(values[0], values[2], rtol=1e-10, atol=0)
+    torch.testing.assert_close(values[1], values[2], rtol=1e-10, atol=0)
+
+
+def test_progress_bars_show_only_when_asked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _setting(tmp_path / "quiet").fit(vectors(N))
+    assert capsys.readouterr().err == ""
+    _setting(tmp_path / "loud", progress=True).fit(vectors(N))
+    assert "covariance, checkpoint at step 10" in capsys.readouterr().err
+
+
+def test_the_demo_runs_and_leaves_its_figure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in {"HALVES": 6, "EPOCHS": 6, "STEPS": 96, "QUERIES": 20}.items():
+        monkeypatch.setattr(digits, name, value)
+    for _ in range(2):  # a second run in the same folder starts over
+        arguments = ["demo", "--out", str(tmp_path), "--retrainings", "1", "--processes", "1", "--quiet"]
+        assert cli.main(arguments) == 0
+    printed = capsys.readouterr().out
+    assert "attributed: 8,970 of 8,970 parameters (100.0%)" in printed
+    for method in ("Source", "InfluenceFunction", "TracIn"):
+        assert f"\n{method} " in printed
+    assert (tmp_path / "influence.png").read_bytes().startswith(b"\x89PNG")
+    assert sf.Scores.load(tmp_path / "scores.safetensors").values.shape == (20, 80)
+
+
+def test_a_fault_in_the_demo_is_one_line_and_a_status(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: Any) -> None:
+        raise sf.TrajectoryError("no run here")
+
+    monkeypatch.setattr(digits, "main", fail)
+    assert cli.main(["demo"]) == 1
+    assert capsys.readouterr().err == "segflow: no run here\n"
