@@ -71,6 +71,7 @@ def main() -> None:
     epoch = plain_epoch(mlp(), train)
     figures: dict[str, Figure] = {}
     with TemporaryDirectory() as folder:
+        stages(f"{folder}/warm-up", examples(BATCH, seed=3), query)["covariance"]()
         for name, work in stages(folder, train, query).items():
             figures |= interleaved(epoch, {name: work}, given.repetitions)
         scores = Analyzer.load_file(Path(folder) / "mlp" / "scores_scores" / "pairwise_scores.safetensors")

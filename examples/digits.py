@@ -87,7 +87,8 @@ def main(
     # 2. Check, fit, score: groups for the comparison, single images for the figure.
     shutil.rmtree(folder / "influence", ignore_errors=True)  # the factors of an earlier demo
     groups = sf.Groups.random(TRAIN, size=GROUP_SIZE, seed=0)
-    scores, single = {}, {}
+    scores: dict[str, sf.Scores] = {}
+    single: dict[str, sf.Scores] = {}
     for method in (sf.Source(segments=3), sf.InfluenceFunction(), sf.TracIn()):
         analyzer = sf.Analyzer(
             model,
@@ -119,9 +120,8 @@ def main(
     print(f"{'chance':<20}{'0':<32}{count * WRONG_SHARE:.0f} of {count} ({WRONG_SHARE:.0%})\n")
 
     # 4. One figure: the query with the highest loss.
-    final_losses = sf.tasks.Classification()
     with torch.no_grad():
-        losses = [final_losses.compute_measurement((x[None], y[None]), model).item() for x, y in query]
+        losses = nn.functional.cross_entropy(model(query.tensors[0]), query.tensors[1], reduction="none").numpy()
     chosen, labels = int(np.argmax(losses)), train.tensors[1]
     figure = influence_figure(
         single["Source"],

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from . import checks
 from .capture import observing
 from .data import Batch, Collate, batches, dataset_length, in_order
-from .errors import GroupError, ScoreError, check_choice
+from .errors import GroupError, ScoreError, SegflowError, check_choice
 from .factors import fit
 from .groups import Groups
 from .layers import choose_layers
@@ -107,6 +107,7 @@ class Analyzer:
             StoreError: the store holds factors of another model, dataset, task, checkpoint or setting.
             LayerError, TaskError, FactorError: a layer is never reached, or numbers are not finite.
         """
+        batch_size = _batch_size(batch_size)
         self.work.require_training_data(train)
         pools = curvatures(self.plan)
         if pools:
@@ -141,6 +142,7 @@ class Analyzer:
         """
         for part in keep:
             check_choice("keep", part, ("term", "layer"), ScoreError)
+        batch_size = _batch_size(batch_size)
         self.work.require_training_data(train)
         length = self.work.trajectory.dataset_size
         if groups.length != length:
@@ -188,4 +190,13 @@ class Analyzer:
         lists = [range(count), *in_order(count, max(1, (count + 1) // 2))]
         whole, *halves = batches(dataset, lists, self.work.collate_fn, lens.device)
         checks.check_sum(lens, whole, halves)
+        some = range(min(count, 4))
+        together, *alone = batches(dataset, [some, *([index] for index in some)], self.work.collate_fn, lens.device)
+        checks.check_examples(lens, together, alone)
         checks.check_reached(lens, self._few(dataset), self.work.where(len(self.work.trajectory) - 1))
+
+
+def _batch_size(given: int) -> int:
+    if given < 1 or int(given) != given:
+        raise SegflowError(f"batch_size={given}: expected at least 1, a whole number.")
+    return int(given)

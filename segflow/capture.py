@@ -6,7 +6,7 @@ layer's output keeps the graph alive and catches the output's gradient.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -57,6 +57,18 @@ def observing(model: nn.Module) -> Iterator[None]:
                 parameter.requires_grad_(flag)
             for module, training in modes.items():
                 module.training = training
+
+
+@contextmanager
+def requiring_grad(parameters: Sequence[Tensor]) -> Iterator[None]:
+    """Let gradients reach these frozen parameters for a while."""
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(False)
 
 
 class _Tap(torch.autograd.Function):
@@ -231,7 +243,7 @@ def example_axes(
         axis_of_calls = {_example_axis(a, b) for a, b in zip(two, three, strict=False)}
         axis = axis_of_calls.pop() if len(axis_of_calls) == 1 and len(two) == len(three) else None
         convolution = not isinstance(layers[name].module, nn.Linear)
-        if axis is None or (convolution and axis != 0) or axis == len(two[0]) - 1:
+        if axis is None or (convolution and axis != 0):
             raise LayerError(
                 f"layer {name!r}: its input has shape {tuple(two[0])} for 2 examples and "
                 f"{tuple(three[0]) if three else 'nothing'} for 3, so no axis of it counts the examples in every call. "

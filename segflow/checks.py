@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping, MutableMapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .capture import requiring_grad
 from .data import Batch
-from .errors import TaskError
+from .errors import LayerError, TaskError
 from .layers import LayerChoice, Tokens, TrackedLayer
 from .lens import FiniteWatch, Lens
 
@@ -68,9 +68,9 @@ def check_sum(lens: Lens, whole: Batch, halves: Iterable[Batch]) -> None:
     """The loss repeats itself, leaves buffers alone, is finite, and adds up over the halves of a batch."""
     name = type(lens.task).__name__
     before = {key: buffer.clone() for key, buffer in lens.model.named_buffers()}
-    with torch.no_grad():
-        first, second = lens.loss(whole.content).double(), lens.loss(whole.content).double()
-        parts = torch.stack([lens.loss(half.content).double() for half in halves])
+    with torch.enable_grad():  # parameters are frozen; a task may differentiate by itself
+        first, second = (lens.loss(whole.content).detach().double() for _ in range(2))
+        parts = torch.stack([lens.loss(half.content).detach().double() for half in halves])
     total, size = parts.sum(), torch.maximum(first.abs(), parts.abs().sum()).clamp_min(1e-12)
     moved = [key for key, buffer in lens.model.named_buffers() if not torch.equal(before[key], buffer)]
     if moved:
@@ -108,14 +108,27 @@ def check_reached(lens: Lens, data: Iterable[Batch], where: str) -> None:
     watch.finish(lens.layers)
 
 
+def check_examples(lens: Lens, batch: Batch, alone: Iterable[Batch]) -> None:
+    """Every layer's rows stand in the batch's order: an example's gradient is the same alone and in a batch."""
+    directions = _directions(lens)
+    together = _slopes(lens, batch, directions)
+    singles = [_slopes(lens, one, directions) for one in alone]
+    for name, found_RB in together.items():
+        none = torch.zeros_like(found_RB[:, :1])
+        expected_RB = torch.cat([single.get(name, none) for single in singles], 1)
+        off = torch.linalg.vector_norm(found_RB - expected_RB)
+        if off > (1e-6 if lens.dtype == torch.float64 else 0.1) * torch.linalg.vector_norm(expected_RB):
+            raise LayerError(
+                f"layer {name!r}: an example's gradient of the {lens.kind} loss differs alone and in a batch, as where "
+                "the model sorts or mixes the examples of a batch. Keep their order in front of the layer, or leave it "
+                "out of get_influence_tracked_modules()."
+            )
+
+
 def curvature_scale(train: Lens, sample: Lens, batch: Batch) -> CurvatureScale:
     """Second moment of sampled gradients over the exact Gauss-Newton curvature, along random directions."""
-    torch.manual_seed(0)
-    generator = torch.Generator().manual_seed(0)
-    directions = {
-        name: torch.randn(_DIRECTIONS, *layer.shape, generator=generator, dtype=train.dtype).to(train.device)
-        for name, layer in train.layers.items()
-    }
+    torch.manual_seed(1)  # apart from the directions
+    directions = _directions(train)
     try:
         exact = _gauss_newton_forms(train, batch, directions)
     except (RuntimeError, NotImplementedError) as problem:
@@ -142,17 +155,30 @@ def require_scale(scale: CurvatureScale, tolerance: float, task: Any) -> None:
     )
 
 
-def _sampled_form(lens: Lens, batch: Batch, directions: Mapping[str, Tensor]) -> Tensor:
-    """sum_b <G_b, V>^2 over the directions V, with one draw of pseudo-labels."""
-    slopes = torch.zeros(_DIRECTIONS, batch.size, dtype=lens.dtype, device=lens.device)
+def _directions(lens: Lens) -> dict[str, Tensor]:
+    """Random directions [R, P, O, I] for each layer, the same in every run."""
+    generator = torch.Generator().manual_seed(0)
+    return {
+        name: torch.randn(_DIRECTIONS, *layer.shape, generator=generator, dtype=lens.dtype).to(lens.device)
+        for name, layer in lens.layers.items()
+    }
+
+
+def _slopes(lens: Lens, batch: Batch, directions: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """<G_b, V> for each layer, [R, B]: how each example's loss changes along each direction V."""
+    slopes: dict[str, Tensor] = {}
 
     def consume(layer: TrackedLayer, tokens: Tokens) -> None:
         projected = torch.einsum("pbsi,rpoi->rpbso", tokens.a_PBSI, directions[layer.name])
-        slopes.add_(torch.einsum("rpbso,pbso->rb", projected, tokens.g_PBSO))
+        slopes[layer.name] = torch.einsum("rpbso,pbso->rb", projected, tokens.g_PBSO).double()
 
-    watch = FiniteWatch("check, sampled loss")
-    lens.capture(batch, consume, watch)
-    return slopes.double().square().sum()
+    lens.capture(batch, consume, FiniteWatch("check, slopes"))
+    return slopes
+
+
+def _sampled_form(lens: Lens, batch: Batch, directions: Mapping[str, Tensor]) -> Tensor:
+    """sum_b <G_b, V>^2 over the directions V, with one draw of pseudo-labels."""
+    return torch.stack(list(_slopes(lens, batch, directions).values())).sum(0).square().sum()
 
 
 def _gauss_newton_forms(lens: Lens, batch: Batch, directions: Mapping[str, Tensor]) -> Tensor | None:
@@ -160,7 +186,7 @@ def _gauss_newton_forms(lens: Lens, batch: Batch, directions: Mapping[str, Tenso
     pairs = [pair for name, layer in lens.layers.items() for pair in _by_parameter(layer, directions[name])]
     parameters = [parameter for parameter, _ in pairs]
     math_only = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
-    with torch.enable_grad(), _requiring_grad(parameters), math_only:
+    with torch.enable_grad(), requiring_grad(parameters), math_only:
         outputs: list[Tensor] = []
         handle = lens.model.register_forward_hook(lambda _m, _i, out: _handed_on(out, outputs))
         try:
@@ -211,7 +237,7 @@ def _handed_on(output: Any, found: list[Tensor]) -> Any:
         if not output.requires_grad:
             return output
         found.append(output.clone())
-        return found[-1].clone()
+        return found[-1]
     if isinstance(output, MutableMapping):
         rebuilt = copy.copy(output)
         for key, value in output.items():
@@ -224,15 +250,3 @@ def _handed_on(output: Any, found: list[Tensor]) -> Any:
         own = [part.name for part in dataclasses.fields(output) if part.init]
         return dataclasses.replace(output, **{name: _handed_on(getattr(output, name), found) for name in own})
     return output
-
-
-@contextmanager
-def _requiring_grad(parameters: list[Tensor]) -> Iterator[None]:
-    """Let gradients reach these parameters for a while."""
-    for parameter in parameters:
-        parameter.requires_grad_(True)
-    try:
-        yield
-    finally:
-        for parameter in parameters:
-            parameter.requires_grad_(False)

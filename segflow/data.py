@@ -52,27 +52,33 @@ def dataset_length(dataset: Any, role: str) -> int:
     """The dataset's length; `role` names it in errors."""
     try:
         length = len(dataset)
-        if isinstance(dataset, IterableDataset):
-            raise TypeError
     except TypeError:
+        length = -1
+    if length < 0 or isinstance(dataset, IterableDataset):
         raise TaskError(
-            f"the {role} dataset has no length, or no places. Expected a map-style dataset (with __len__ and __getitem__); "
+            f"the {role} dataset has no {'length' if length < 0 else 'indices'}. "
+            "Expected a map-style dataset (with __len__ and __getitem__); "
             "put the examples of an iterable dataset into a list."
-        ) from None
+        )
     if length == 0:
         raise TaskError(f"the {role} dataset is empty. Expected at least one example.")
     return int(length)
 
 
+def evenly_spaced(length: int, count: int) -> list[int]:
+    """Up to `count` indices spread over a dataset of `length` examples, the first and the last among them."""
+    return sorted({round(place) for place in np.linspace(0, length - 1, count)})
+
+
 def dataset_fingerprint(dataset: Any, role: str) -> dict[str, Any]:
     """Length, and a digest of the examples ("random" where reading them twice differs, as with augmentation).
 
-    All of a TensorDataset counts; of another dataset, up to 512 evenly spaced examples.
+    Every example of a TensorDataset counts; of another dataset, 512 evenly spaced ones.
     """
     length = dataset_length(dataset, role)
-    if type(dataset) is TensorDataset:
+    if type(dataset) is TensorDataset and length > _PROBED:
         return {"length": length, "examples": digest(dataset.tensors)}
-    chosen = sorted({round(place) for place in np.linspace(0, length - 1, _PROBED)})
+    chosen = evenly_spaced(length, _PROBED)
     first, second = (digest([dataset[index] for index in chosen]) for _ in range(2))
     return {"length": length, "examples": first if first == second else "random"}
 

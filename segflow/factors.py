@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .data import Batch, in_order
+from .data import Batch, digest, in_order
 from .errors import FactorError
 from .kronecker import Covariance, Eigenbasis, KroneckerBlock, add_squared_projections_, eigenbasis
 from .layers import Tokens, TrackedLayer
@@ -29,6 +29,7 @@ from .task import attention_mask
 from .workspace import Workspace
 
 Pool = tuple[int, ...]  # indices of the checkpoints whose curvature is averaged
+_NAMED = 6  # steps that a unit's name spells out
 
 
 def covariances(lens: Lens, data: Iterable[Batch], seed: int, where: str) -> dict[str, Covariance]:
@@ -82,7 +83,12 @@ def fit(work: Workspace, pools: Iterable[Pool], train: Any, batch_size: int) -> 
     work.load(len(work.trajectory) - 1)
     lens = work.lens("sample", train)
     lists = in_order(len(train), batch_size)
-    made_from = work.made_from(train) | {"batch_size": batch_size, "dtype": str(lens.dtype)}
+    made_from = {
+        **work.made_from(train, lens),
+        "sampled losses": work.probe_losses(train, lens),
+        "batch_size": batch_size,
+        "dtype": str(lens.dtype),
+    }
 
     def make_covariance(index: int) -> Tensors:
         work.load(index)
@@ -152,7 +158,10 @@ def _covariance_unit(work: Workspace, index: int) -> str:
 
 
 def _pool_name(work: Workspace, pool: Pool) -> str:
-    return "steps-" + "-".join(str(work.step(index)) for index in pool)
+    steps = [str(work.step(index)) for index in pool]
+    if len(steps) <= _NAMED:
+        return "steps-" + "-".join(steps)
+    return f"steps-{steps[0]}-to-{steps[-1]}-{digest(steps)[:12]}"
 
 
 def _basis_unit(work: Workspace, pool: Pool) -> str:

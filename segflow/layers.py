@@ -58,6 +58,12 @@ class TrackedLayer:
         parts, outputs, inputs = self.shape
         return parts * outputs * inputs
 
+    @property
+    def parameters(self) -> list[Tensor]:
+        """The weight, and the bias if it is attributed."""
+        names = ("weight", "bias") if self.has_bias else ("weight",)
+        return [self.module.get_parameter(name) for name in names]
+
     def tokens(self, value: Tensor, gradient: Tensor, axis: int, dtype: torch.dtype) -> Tokens:
         """Tokens of one call of the layer.
 

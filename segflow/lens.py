@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .capture import Consumer, capture, example_axes
+from .capture import Consumer, capture, example_axes, requiring_grad
 from .data import Batch, Collate, batches
 from .errors import LayerError, TaskError
 from .layers import Tokens, TrackedLayer
@@ -124,23 +124,15 @@ def _require_whole_gradients(lens: Lens, batch: Batch) -> None:
 
 def _autograd_gradients(lens: Lens, batch: Batch) -> dict[str, Tensor]:
     """The gradient of a batch's loss in each layer's [P, O, I], by autograd; inside `observing(model)`."""
-    modules = [layer.module for layer in lens.layers.values()]
-    names = [("weight", "bias") if layer.has_bias else ("weight",) for layer in lens.layers.values()]
-    held = [[module.get_parameter(name) for name in own] for module, own in zip(modules, names, strict=True)]
+    held = [layer.parameters for layer in lens.layers.values()]
     parameters = [parameter for own in held for parameter in own]
-    try:
-        for parameter in parameters:
-            parameter.requires_grad_(True)
-        torch.manual_seed(0)
-        with torch.enable_grad():
-            found = torch.autograd.grad(lens.loss(batch.content), parameters, allow_unused=True, materialize_grads=True)
-    finally:
-        for parameter in parameters:
-            parameter.requires_grad_(False)
+    torch.manual_seed(0)
+    with requiring_grad(parameters), torch.enable_grad():
+        found = torch.autograd.grad(lens.loss(batch.content), parameters, allow_unused=True, materialize_grads=True)
     gradients = iter(gradient.to(lens.dtype) for gradient in found)
     return {
-        layer.name: layer.gradient_matrix(next(gradients), next(gradients) if layer.has_bias else None)
-        for layer in lens.layers.values()
+        name: layer.gradient_matrix(next(gradients), next(gradients) if layer.has_bias else None)
+        for name, layer in lens.layers.items()
     }
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from operator import index
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -84,10 +85,15 @@ class Source:
     segments: int | Sequence[int] = 3
 
     def __post_init__(self) -> None:
-        if not isinstance(self.segments, int | str):
-            object.__setattr__(self, "segments", tuple(int(step) for step in self.segments))
-        if isinstance(self.segments, bool | str):
-            raise MethodError(f"segments={self.segments!r}: expected a count, or the steps at which to cut.")
+        try:
+            if isinstance(self.segments, bool | str):
+                raise TypeError
+            plain = index(self.segments) if hasattr(self.segments, "__index__") else tuple(map(index, self.segments))
+        except TypeError:
+            raise MethodError(
+                f"segments={self.segments!r}: expected a count, or the steps at which to cut, as whole numbers."
+            ) from None
+        object.__setattr__(self, "segments", plain)
 
     def plan(self, trajectory: Trajectory) -> Plan:
         """One term for each segment, first to last; MethodError if the cut does not fit the trajectory."""
@@ -138,10 +144,10 @@ class TracIn:
     def plan(self, trajectory: Trajectory) -> Plan:
         """One term for each checkpoint."""
         terms = []
-        for index, (start, end) in enumerate(zip((0, *trajectory.steps), trajectory.steps, strict=False)):
+        for place, (start, end) in enumerate(zip((0, *trajectory.steps), trajectory.steps, strict=False)):
             amount = trajectory.lr_steps(start, end)
             operator = Operator("response", (), amount, (0.0,) * len(amount))
-            terms.append(Term(f"checkpoint at step {end}", index, (operator,), (index,)))
+            terms.append(Term(f"checkpoint at step {end}", place, (operator,), (place,)))
         return tuple(terms)
 
 

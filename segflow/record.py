@@ -97,7 +97,8 @@ class Recording:
             raise TrajectoryError(f"dataset_size={dataset_size}: expected the number of training examples.")
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise TrajectoryError(
-                f"the optimizer is a {type(optimizer).__name__}, which has no step hooks. Expected a torch.optim optimizer."
+                f"the optimizer is a {type(optimizer).__name__}, which has no step hooks. "
+                "Expected a torch.optim optimizer."
             )
         self._note_parameters()
         self._model_state()
@@ -203,8 +204,8 @@ class Recording:
         (self.directory / self._saved.pop(step)["file"]).unlink()
 
     def _thin(self, wanted: list[int]) -> None:
-        """Keep the saved checkpoints nearest to the wanted steps, and the last one."""
-        kept = {min(self._saved, key=lambda saved: abs(saved - step)) for step in wanted} | {self.step}
+        """Keep the saved checkpoints nearest to the wanted steps, of which the last is one."""
+        kept = {min(self._saved, key=lambda saved: abs(saved - step)) for step in wanted}
         for step in set(self._saved) - kept:
             self._drop(step)
 

@@ -190,7 +190,7 @@ class _Stage:
         self.work, self.plan, self.groups, self.train = work, plan, groups, train
         self.batch_size, self.per_layer = batch_size, per_layer
         self.lens = work.lens("train", train)
-        self.made_from = work.made_from(train)
+        self.made_from = work.made_from(train, self.lens)
         gradient_bytes = work.parameters * self.lens.dtype.itemsize
         size = max(1, min(len(groups), work.memory // 4 // gradient_bytes))
         self.tiles = tiles(groups, batch_size, size - size % batch_size if size > batch_size else size)
@@ -223,7 +223,7 @@ class _Stage:
             **self.made_from,
             "checkpoint": self.work.trajectory.digest(index),
             "term": self.plan[place].label,
-            "queries": digest({name: [g.sum(-1), g.sum(-2)] for name, g in queries.items()}),
+            "queries": digest(queries),
             "groups": digest([self.groups.members]),
             "batch_size": self.batch_size,
             "per_layer": self.per_layer,

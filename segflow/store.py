@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -26,6 +27,7 @@ from torch import Tensor
 from .errors import SegflowError, StoreError
 
 FORMAT = 1
+_ROUNDING = 1e-4
 Tensors = dict[str, Tensor]
 MadeFrom = Mapping[str, Any]
 _NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*(/[A-Za-z0-9_-][A-Za-z0-9._-]*)*")
@@ -167,10 +169,19 @@ class Store:
         now = json.loads(json.dumps(asked))
         if not isinstance(stored, dict):
             raise StoreError(f"{self._manifest}: damaged at unit {name!r}. Delete the store, or restore the file.")
-        differing = [key for key in now if stored.get(key) != now[key]]
+        differing = [key for key in now if not _agree(stored.get(key), now[key])]
         if differing:
             sides = "; ".join(f"{key}: stored {stored.get(key)!r}, now {now[key]!r}" for key in differing)
             raise StoreError(
                 f"{self.root}: unit {name!r} was made from something else ({sides}). "
                 "Use another store folder for the new setting, or delete this one to make it anew."
             )
+
+
+def _agree(stored: Any, now: Any) -> bool:
+    """Equal, numbers up to what another machine or thread count may round differently."""
+    if isinstance(now, float) and isinstance(stored, float):
+        return math.isclose(stored, now, rel_tol=_ROUNDING, abs_tol=_ROUNDING)
+    if isinstance(now, list) and isinstance(stored, list) and len(stored) == len(now):
+        return all(_agree(*pair) for pair in zip(stored, now, strict=True))
+    return bool(stored == now)

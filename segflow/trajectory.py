@@ -107,7 +107,8 @@ class Trajectory:
             return cls._recorded(root, content)
         except (KeyError, TypeError, AttributeError) as problem:
             raise TrajectoryError(
-                f"{root / 'trajectory.json'}: damaged ({type(problem).__name__}: {problem}). Restore it, or record again."
+                f"{root / 'trajectory.json'}: damaged ({type(problem).__name__}: {problem}). "
+                "Restore it, or record again."
             ) from problem
 
     @classmethod
@@ -229,8 +230,8 @@ def _check_parameter_groups(group_of: Mapping[str, int], known: int) -> None:
     for name, group in group_of.items():
         if not isinstance(group, int) or not 0 <= group < known:
             raise TrajectoryError(
-                f"parameter_groups puts {name!r} in group {group!r}, but learning rates cover {known} group(s), counted "
-                "from 0. Give learning_rates as [steps, parameter groups]."
+                f"parameter_groups puts {name!r} in group {group!r}, but learning rates cover {known} group(s), "
+                "counted from 0. Give learning_rates as [steps, parameter groups]."
             )
 
 
@@ -291,7 +292,8 @@ def _per_step(name: str, given: PerStep, shape: torch.Size, below: float = torch
     values = _numbers(name, given)
     if values.ndim and (values.shape[0] != shape[0] or values.shape[1] not in (1, shape[1])):
         raise TrajectoryError(
-            f"{name} has shape {tuple(values.shape)}: expected a number, [{shape[0]}] or {list(shape)} as learning_rates."
+            f"{name} has shape {tuple(values.shape)}: expected a number, [{shape[0]}] or "
+            f"{list(shape)} as learning_rates."
         )
     wrong = values[~((values >= 0) & (values < below))]
     if wrong.numel():

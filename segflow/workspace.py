@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import nn
 
-from .data import Batch, Collate, Indices, batches, dataset_fingerprint, dataset_length
+from .data import Batch, Collate, Indices, batches, dataset_fingerprint, dataset_length, evenly_spaced
 from .errors import TrajectoryError
 from .layers import LayerChoice, TrackedLayer
 from .lens import Lens, make_lens
@@ -16,6 +17,8 @@ from .progress import track
 from .store import Store
 from .task import task_fingerprint
 from .trajectory import Trajectory
+
+_PROBES = 16  # training examples whose losses tell one task from another
 
 
 @dataclass(frozen=True)
@@ -70,14 +73,31 @@ class Workspace:
                 f"dataset_size={self.trajectory.dataset_size}. Give the dataset that the model was trained on."
             )
 
-    def made_from(self, train: Any) -> dict[str, Any]:
-        """What binds a unit of the store to this model, training dataset and task."""
+    def made_from(self, train: Any, lens: Lens) -> dict[str, Any]:
+        """What binds a unit of the store to this model, training dataset and task.
+
+        Besides names and shapes these are the training losses of some examples at the last checkpoint, which change
+        with whatever the loss depends on: the task's tensors and helpers, the collate function.
+        """
+        dataset = dataset_fingerprint(train, "training")
+        losses = [self.probe_losses(train, replace(lens, kind="train")) for _ in range(2)]
+        steady = dataset["examples"] != "random" and losses[0] == losses[1]
         return {
             "model": {name: [*layer.shape] for name, layer in self.layers.tracked.items()},
-            "dataset": dataset_fingerprint(train, "training"),
+            "dataset": dataset,
             "task": task_fingerprint(self.task),
+            "training losses": losses[0] if steady else "random",
             "seed": self.seed,
         }
+
+    def probe_losses(self, train: Any, lens: Lens) -> list[float]:
+        """The lens's loss of evenly spaced examples, each a batch of its own, at the last checkpoint."""
+        self.load(len(self.trajectory) - 1)
+        chosen = [[index] for index in evenly_spaced(len(train), _PROBES)]
+        torch.manual_seed(self.seed)
+        with torch.enable_grad():  # parameters are frozen; a task may differentiate by itself
+            losses = [lens.loss(b.content).detach() for b in batches(train, chosen, self.collate_fn, lens.device)]
+        return torch.stack(losses).tolist()
 
 
 def parameter_groups(

@@ -59,7 +59,8 @@ def _fitted(analyzer: sf.Analyzer, train: Any) -> dict[str, KroneckerBlock]:
     work = analyzer.work
     pool = analyzer.plan[-1].operators[-1].checkpoints
     with observing(work.model):
-        return pooled_curvature(work, pool, work.made_from(train), work.lens("train", train))
+        lens = work.lens("train", train)
+        return pooled_curvature(work, pool, work.made_from(train, lens), lens)
 
 
 def _dense(block: KroneckerBlock) -> Tensor:

@@ -262,7 +262,7 @@ def test_group_scores_are_the_sums_of_singleton_scores(case: Case, method: str, 
     assert singles.abs().min() > 0
     ragged = sf.Groups.from_lists(RAGGED, N)
     tile = 2 * 4 * sum(p.numel() for p in case.model.parameters()) * 8  # two groups at a time
-    for number, (batch_size, memory) in enumerate([(4, tile), (64, 1), (128, 1 << 30)]):
+    for number, (batch_size, memory) in enumerate([(4, tile), (64, 1 << 30)]):
         found = case.score(ragged, method, tmp_path / str(number), batch_size=batch_size, memory=memory)
         assert _close(found.values, _sums(singles, ragged)), (batch_size, memory)
 
@@ -369,7 +369,7 @@ def test_a_training_set_that_changed_length_is_refused(fitted: tuple[sf.Analyzer
         analyzer.score(sf.Groups.singletons(13), vectors(13), vectors(2))
 
 
-@pytest.mark.parametrize("batch_size", [pytest.param(0, marks=pytest.mark.xfail(raises=ZeroDivisionError)), -3])
+@pytest.mark.parametrize("batch_size", [0, -3])
 def test_a_batch_size_below_one_is_refused(fitted: tuple[sf.Analyzer, TensorDataset], batch_size: int) -> None:
     analyzer, train = fitted
     with pytest.raises(sf.SegflowError, match=f"batch_size={batch_size}.*expected at least 1"):

@@ -1,0 +1,505 @@
+"""record(): the numbers of the recorded run, what it leaves behind, and what it leaves untouched."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from torch.optim import SGD, Adagrad, Adam, AdamW, RMSprop
+from torch.optim.lr_scheduler import CosineAnnealingLR, ExponentialLR, OneCycleLR
+
+import segflow as sf
+from segflow.record import Recording
+
+from .helpers import analyzer_of, mlp, vectors
+
+STEPS, N, BATCH = 12, 24, 6
+Step = Callable[[int], None]
+
+
+class Noisy(nn.Module):
+    """Dropout and batch norm: a stray random draw or a stray buffer update would show."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.norm, self.drop = nn.Linear(5, 6), nn.BatchNorm1d(6), nn.Dropout(0.3)
+        self.last = nn.Linear(6, 3)
+        self.double()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(self.drop(torch.relu(self.norm(self.first(x)))))
+
+
+def two_groups(model: nn.Module, **options: Any) -> SGD:
+    *rest, head = model.children()
+    groups = [{"params": [p for m in rest for p in m.parameters()]}, {"params": head.parameters(), "lr": 0.03}]
+    return SGD(groups, lr=0.1, **options)
+
+
+def train(model: nn.Module, optimizer: Any, steps: int = STEPS, after_step: Step = lambda _step: None) -> list[float]:
+    """The user's own loop; after_step sees the steps taken so far."""
+    data = vectors(N)
+    losses = []
+    for step in range(1, steps + 1):
+        chosen = torch.randint(0, N, (BATCH,))
+        x, y = (column[chosen] for column in data.tensors)
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(model(x), y)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+        after_step(step)
+    return losses
+
+
+def record(model: nn.Module, optimizer: Any, folder: Path, **options: Any) -> Any:
+    return sf.record(model, optimizer, folder, **{"dataset_size": N, **options})
+
+
+def recorded(folder: Path, steps: int = STEPS, optimizer: Any = None, model: Any = None, **options: Any) -> Any:
+    model = model or mlp()
+    optimizer = optimizer or SGD(model.parameters(), lr=0.1)
+    with record(model, optimizer, folder, **options):
+        train(model, optimizer, steps)
+    return sf.Trajectory.load(folder)
+
+
+RUNS: dict[str, tuple[Callable[[nn.Module], Any], Callable[[Any], Any] | None]] = {
+    "plain SGD": (lambda m: SGD(m.parameters(), lr=0.1), None),
+    "momentum, dampening": (lambda m: SGD(m.parameters(), lr=0.1, momentum=0.9, dampening=0.2), None),
+    "nesterov, weight decay": (
+        lambda m: SGD(m.parameters(), lr=0.1, momentum=0.8, nesterov=True, weight_decay=0.01),
+        None,
+    ),
+    "parameter groups, scheduler": (two_groups, lambda o: CosineAnnealingLR(o, STEPS)),
+    "OneCycleLR with momentum": (
+        lambda m: SGD(m.parameters(), lr=0.1, momentum=0.9),
+        lambda o: OneCycleLR(o, 0.5, total_steps=STEPS + 1, cycle_momentum=True),
+    ),
+    "AdamW": (lambda m: AdamW(m.parameters(), lr=0.01), None),
+}
+
+
+@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("total_steps", [STEPS, None])
+def test_a_recorded_run_is_bit_identical_to_an_unrecorded_one(
+    tmp_path: Path, name: str, total_steps: int | None
+) -> None:
+    make_optimizer, make_scheduler = RUNS[name]
+    outcomes = []
+    for recording in (False, True):
+        model = Noisy()
+        optimizer = make_optimizer(model)
+        scheduler = make_scheduler(optimizer) if make_scheduler else None
+        torch.manual_seed(3)
+        block = record(model, optimizer, tmp_path, total_steps=total_steps, checkpoints=3) if recording else None
+        with block or nullcontext():
+            losses = train(model, optimizer, after_step=lambda _s, s=scheduler: s.step() if s else None)
+        state = [*model.state_dict().values(), *[v for s in optimizer.state.values() for v in s.values()]]
+        outcomes.append((losses, torch.get_rng_state(), [v for v in state if isinstance(v, torch.Tensor)]))
+        assert model.training and all(p.requires_grad for p in model.parameters())
+    (losses, random, state), (losses_recorded, random_recorded, state_recorded) = outcomes
+    assert losses == losses_recorded
+    assert torch.equal(random, random_recorded)
+    assert len(state) == len(state_recorded) and all(map(torch.equal, state, state_recorded))
+
+
+def test_checkpoints_hold_the_parameters_as_they_were_after_that_step(tmp_path: Path) -> None:
+    model = Noisy()
+    optimizer = SGD(model.parameters(), lr=0.1)
+    seen: dict[int, dict[str, torch.Tensor]] = {}
+    with record(model, optimizer, tmp_path, total_steps=STEPS, checkpoints=4):
+        train(
+            model,
+            optimizer,
+            after_step=lambda s: seen.update({s: {k: v.clone() for k, v in model.state_dict().items()}}),
+        )
+    trajectory = sf.Trajectory.load(tmp_path)
+    assert trajectory.steps == (3, 6, 9, 12) and trajectory.dataset_size == N
+    for index, step in enumerate(trajectory.steps):
+        state = trajectory.state(index)
+        assert state.keys() == seen[step].keys() and all(torch.equal(state[k], seen[step][k]) for k in state)
+        trajectory.load_into(model, index)
+        assert torch.equal(model.first.weight, seen[step]["first.weight"])
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"total_steps": 12, "checkpoints": 1}, (12,)),
+        ({"total_steps": 12, "checkpoints": 3}, (4, 8, 12)),
+        ({"total_steps": 12, "checkpoints": 5}, (2, 5, 7, 10, 12)),
+        ({"total_steps": 12, "checkpoints": 12}, tuple(range(1, 13))),
+        ({"total_steps": 12}, (2, 4, 6, 8, 10, 12)),  # six by default
+        ({"checkpoints": [5, 2]}, (2, 5, 12)),  # explicit steps, and always the last
+        ({"checkpoints": [12]}, (12,)),
+    ],
+)
+def test_checkpoints_are_at_the_steps_asked_for(tmp_path: Path, options: dict, expected: tuple[int, ...]) -> None:
+    assert recorded(tmp_path, **options).steps == expected
+    files = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert files == [f"step-{step:08d}.safetensors" for step in expected]
+
+
+@pytest.mark.parametrize("checkpoints", [1, 2, 3, 6])
+def test_thinning_on_the_way_keeps_the_count_nearly_even_and_the_last_step(tmp_path: Path, checkpoints: int) -> None:
+    """Every length of run; nothing but which steps are saved matters, so saving is left out."""
+
+    class Dry(Recording):
+        def _save(self) -> None:
+            self._saved[self.step] = {"file": "none"}
+            assert len(self._saved) <= 2 * checkpoints + 2
+
+        def _drop(self, step: int) -> None:
+            del self._saved[step]
+
+        def _write_trajectory(self) -> None:
+            pass
+
+    model = mlp()
+    for total in range(1, 150):
+        dry = Dry(model, SGD(model.parameters(), lr=0.1), tmp_path, N)
+        dry.plan(None, checkpoints)
+        for _ in range(total):
+            dry.end_step()
+        dry.finish()
+        kept = sorted(dry._saved)
+        count = min(checkpoints, total)
+        assert len(kept) == count and kept[-1] == total, (total, kept)
+        ideal = [total * place / count for place in range(1, count + 1)]
+        furthest = max(abs(step - wish) for step, wish in zip(kept, ideal, strict=True))
+        assert furthest <= total / count / 2 + 0.5, (total, kept)
+
+
+def test_thinning_on_the_way_leaves_only_the_kept_files(tmp_path: Path) -> None:
+    steps = recorded(tmp_path, 23, checkpoints=4).steps
+    assert len(steps) == 4 and steps[-1] == 23
+    files = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert files == [f"step-{step:08d}.safetensors" for step in steps]
+
+
+def test_every_step_logs_the_learning_rate_it_used_for_each_parameter_group(tmp_path: Path) -> None:
+    model = mlp()
+    optimizer = two_groups(model, momentum=0.5, weight_decay=0.01, dampening=0.25)
+    optimizer.param_groups[1]["weight_decay"] = 0.0
+    scheduler = ExponentialLR(optimizer, 0.9)
+    with record(model, optimizer, tmp_path, total_steps=STEPS):
+        train(model, optimizer, after_step=lambda _s: scheduler.step())
+    found = sf.Trajectory.load(tmp_path)
+    decay = torch.tensor([0.9**step for step in range(STEPS)], dtype=torch.float64)[:, None]
+    expected = decay * torch.tensor([0.1, 0.03], dtype=torch.float64)
+    torch.testing.assert_close(found.learning_rates, expected, rtol=1e-12, atol=0)
+    assert (found.momentum == 0.5).all() and (found.dampening == 0.25).all()
+    assert found.weight_decay.tolist() == [[0.01, 0.0]] * STEPS
+    assert found.parameter_groups == {n: int(n.startswith("4.")) for n, _ in model.named_parameters()}
+
+
+def test_a_cycled_momentum_is_logged_as_each_step_used_it(tmp_path: Path) -> None:
+    model = mlp()
+    optimizer = SGD(model.parameters(), lr=0.1, momentum=0.9)
+    scheduler = OneCycleLR(optimizer, 0.5, total_steps=STEPS + 1, cycle_momentum=True)
+    used: list[tuple[float, float]] = []
+
+    def spy(o: Any, *_: Any) -> None:
+        used.append((o.param_groups[0]["lr"], o.param_groups[0]["momentum"]))
+
+    optimizer.register_step_pre_hook(spy)
+    with record(model, optimizer, tmp_path, total_steps=STEPS):
+        train(model, optimizer, after_step=lambda _s: scheduler.step())
+    found = sf.Trajectory.load(tmp_path)
+    assert len({momentum for _, momentum in used}) > 5
+    assert [*zip(found.learning_rates[:, 0].tolist(), found.momentum[:, 0].tolist(), strict=True)] == used
+    expected = sum(lr / (1 - momentum) for lr, momentum in used)
+    assert found.lr_steps(0, STEPS)[0] == pytest.approx(expected, rel=1e-13)
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_lr_steps_are_those_of_the_constants_that_trained_the_model(tmp_path: Path, nesterov: bool) -> None:
+    lr, m, d, w = 0.1, 0.9, 0.0 if nesterov else 0.4, 0.02
+    model = mlp()
+    optimizer = SGD(model.parameters(), lr=lr, momentum=m, dampening=d, weight_decay=w, nesterov=nesterov)
+    found = recorded(tmp_path, optimizer=optimizer, model=model, total_steps=STEPS)
+    assert found.lr_steps(3, 10) == (pytest.approx(7 * lr * (1 - d) / (1 - m), rel=1e-12),)
+    assert found.mean_weight_decay(3, 10) == (pytest.approx(w, rel=1e-12),)
+    assert found.optimizer.nesterov is nesterov
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_effective_learning_rate_is_the_displacement_per_gradient_of_real_sgd(tmp_path: Path, nesterov: bool) -> None:
+    """Under a constant gradient, torch.optim.SGD must move by lr (1 - d)/(1 - m) a step, once up to speed."""
+    model = nn.Linear(1, 1, bias=False).double()
+    optimizer = SGD(model.parameters(), lr=0.1, momentum=0.5, dampening=0.0 if nesterov else 0.3, nesterov=nesterov)
+    places = []
+    with record(model, optimizer, tmp_path, total_steps=80, checkpoints=1):
+        for _ in range(80):
+            model.weight.grad = torch.ones(1, 1, dtype=torch.float64)
+            optimizer.step()
+            places.append(model.weight.item())
+    moved = places[59] - places[79]
+    assert sf.Trajectory.load(tmp_path).lr_steps(60, 80)[0] == pytest.approx(moved, rel=1e-12)
+
+
+def test_a_parameter_group_added_midway_counts_from_then_on(tmp_path: Path) -> None:
+    model = mlp()
+    head = {id(p) for p in model[4].parameters()}
+    optimizer = SGD([p for p in model.parameters() if id(p) not in head], lr=0.1, momentum=0.5)
+
+    def unfreeze(step: int) -> None:
+        if step == 5:
+            optimizer.add_param_group({"params": list(model[4].parameters()), "lr": 0.2})
+
+    with record(model, optimizer, tmp_path, total_steps=STEPS, checkpoints=2):
+        train(model, optimizer, after_step=unfreeze)
+    found = sf.Trajectory.load(tmp_path)
+    assert found.learning_rates.tolist() == [[0.1, 0.0]] * 5 + [[0.1, 0.2]] * 7
+    assert found.lr_steps(0, STEPS) == pytest.approx((12 * 0.2, 7 * 0.4), rel=1e-12)
+    assert {found.group_of("0.weight"), found.group_of("4.bias")} == {0, 1}
+
+
+def test_a_parameter_frozen_before_the_end_is_still_part_of_the_run(tmp_path: Path) -> None:
+    model = mlp()
+    optimizer = SGD(model.parameters(), lr=0.1)
+    with record(model, optimizer, tmp_path, total_steps=STEPS):
+        train(model, optimizer)
+        model.requires_grad_(False)
+    assert set(sf.Trajectory.load(tmp_path).parameter_groups) == {name for name, _ in model.named_parameters()}
+
+
+def test_parameters_that_the_optimizer_does_not_hold_are_in_no_group(tmp_path: Path) -> None:
+    model = mlp()
+    model[0].requires_grad_(False)
+    found = recorded(tmp_path, model=model, optimizer=SGD(model[2].parameters(), lr=0.1))
+    assert set(found.parameter_groups) == {"2.weight", "2.bias"}
+    assert found.group_of("0.weight") is None and found.group_of("4.weight") is None
+
+
+@pytest.mark.parametrize(
+    ("make", "keys"),
+    [
+        (lambda p: Adam(p, lr=0.01, amsgrad=True), {"step", "exp_avg_sq", "max_exp_avg_sq"}),
+        (lambda p: AdamW(p, lr=0.01, weight_decay=0.1), {"step", "exp_avg_sq"}),
+        (lambda p: RMSprop(p, lr=0.01, centered=True), {"step", "square_avg", "grad_avg"}),
+        (lambda p: Adagrad(p, lr=0.01), {"step", "sum"}),
+        (lambda p: SGD(p, lr=0.01, momentum=0.9), set()),
+    ],
+)
+def test_second_moments_are_in_the_checkpoint_under_their_parameters_names(
+    tmp_path: Path, make: Callable, keys: set[str]
+) -> None:
+    model = mlp()
+    optimizer = make(model.parameters())
+    found = recorded(tmp_path, optimizer=optimizer, model=model, total_steps=STEPS, checkpoints=2)
+    saved = load_file(found.checkpoints[-1])
+    expected = {f"optimizer.{name}.{key}" for name, _ in model.named_parameters() for key in keys}
+    assert {name for name in saved if name.startswith("optimizer.")} == expected
+    for name, parameter in model.named_parameters():
+        for key in keys:
+            assert torch.equal(saved[f"optimizer.{name}.{key}"], torch.as_tensor(optimizer.state[parameter][key]))
+    constants = json.loads((tmp_path / "trajectory.json").read_text())["constants"][0]
+    for key in {"betas", "eps", "alpha", "weight_decay"} & set(optimizer.defaults):
+        value = optimizer.defaults[key]
+        assert constants[key] == (list(value) if isinstance(value, tuple) else value)
+    assert not {name for name in found.state(1) if name.startswith("optimizer")}
+    found.load_into(mlp(seed=5), 1)  # a checkpoint with optimizer state is still the model's
+
+
+@pytest.mark.parametrize("optimizer", [Adam, AdamW, RMSprop, Adagrad])
+def test_source_and_tracin_refuse_other_optimizers_and_the_influence_function_takes_them(
+    tmp_path: Path, optimizer: type
+) -> None:
+    model, data = mlp(), vectors(N)
+    found = recorded(tmp_path / "run", model=model, optimizer=optimizer(model.parameters(), lr=0.01))
+    for method in (sf.Source(segments=1), sf.TracIn()):
+        with pytest.raises(sf.TrajectoryError, match=rf"trained with {optimizer.__name__}: effective learning rates"):
+            analyzer_of(model, found, tmp_path / "store", method=method)
+    analyzer = analyzer_of(model, found, tmp_path / "store", method=sf.InfluenceFunction())
+    analyzer.fit(data)
+    assert analyzer.score(sf.Groups.singletons(N), data, vectors(2, seed=4)).values.abs().max() > 0
+
+
+def test_source_refuses_sgd_that_maximizes(tmp_path: Path) -> None:
+    model = mlp()
+    found = recorded(tmp_path, model=model, optimizer=SGD(model.parameters(), lr=0.1, maximize=True))
+    with pytest.raises(sf.TrajectoryError, match=r"trained with SGD \(maximize=True\)"):
+        sf.Source(segments=1).plan(found)
+
+
+def test_an_accelerate_wrapper_is_recorded_through_its_own_optimizer(tmp_path: Path) -> None:
+    class Wrapped:
+        def __init__(self, optimizer: SGD):
+            self.optimizer, self.calls = optimizer, 0
+
+        def zero_grad(self) -> None:
+            self.optimizer.zero_grad()
+
+        def step(self) -> None:  # gradient accumulation: every other call is a real step
+            self.calls += 1
+            if self.calls % 2 == 0:
+                self.optimizer.step()
+
+    model = mlp()
+    found = recorded(tmp_path, model=model, optimizer=Wrapped(SGD(model.parameters(), lr=0.1)), checkpoints=2)
+    assert found.total_steps == STEPS // 2 and found.optimizer.name == "SGD"
+
+
+def test_accelerates_own_wrapper_is_recorded(tmp_path: Path) -> None:
+    from accelerate.optimizer import AcceleratedOptimizer
+
+    model = mlp()
+    optimizer = SGD(model.parameters(), lr=0.1)
+    wrapped = object.__new__(AcceleratedOptimizer)  # its own __init__ starts process state, which is global
+    wrapped.optimizer = optimizer
+    with record(model, wrapped, tmp_path, total_steps=STEPS):
+        train(model, optimizer)
+    assert sf.Trajectory.load(tmp_path).optimizer.name == "SGD"
+
+
+def test_a_recording_is_replaced_only_when_asked(tmp_path: Path) -> None:
+    before = recorded(tmp_path, checkpoints=[1, 5])
+    digests = [before.digest(index) for index in range(3)]
+    with pytest.raises(sf.TrajectoryError, match=r"holds a recorded run already \(trajectory.json\)"):
+        recorded(tmp_path)
+    assert [sf.Trajectory.load(tmp_path).digest(index) for index in range(3)] == digests
+    after = recorded(tmp_path, 6, overwrite=True, checkpoints=[3])
+    assert after.steps == (3, 6) and after.learning_rates.shape == (6, 1)
+    assert len(list((tmp_path / "checkpoints").iterdir())) == 2
+
+
+def test_a_refused_recording_leaves_the_folder_and_the_optimizer_alone(tmp_path: Path) -> None:
+    recorded(tmp_path, total_steps=STEPS)
+    model = mlp()
+    optimizer = SGD(model.parameters(), lr=0.1)
+    with pytest.raises(sf.TrajectoryError, match="expected at least 1"):
+        record(model, optimizer, tmp_path, checkpoints=0, overwrite=True).__enter__()
+    assert sf.Trajectory.load(tmp_path).total_steps == STEPS
+    assert not optimizer._optimizer_step_pre_hooks and not optimizer._optimizer_step_post_hooks
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"checkpoints": 0}, "checkpoints=0: expected at least 1"),
+        ({"checkpoints": []}, r"checkpoints=\[\]: expected steps from 1 to the end"),
+        ({"checkpoints": [0, 4]}, r"checkpoints=\[0, 4\]: expected steps from 1 to the end"),
+        ({"checkpoints": [2.5]}, r"checkpoints=\[2.5\]: expected steps from 1 to the end"),
+        ({"checkpoints": [4, 30], "total_steps": 12}, r"checkpoints=\[4, 30\]: expected steps from 1 to 12"),
+        ({"checkpoints": 6, "total_steps": 5}, "total_steps=5: too few for 6 checkpoints"),
+        ({"dataset_size": 0}, "dataset_size=0: expected the number of training examples"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused_before_training(tmp_path: Path, options: dict, text: str) -> None:
+    model = mlp()
+    with pytest.raises(sf.TrajectoryError, match=text):
+        record(model, SGD(model.parameters(), lr=0.1), tmp_path / "run", **options).__enter__()
+    assert not (tmp_path / "run").exists()
+
+
+def test_another_models_optimizer_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(sf.TrajectoryError, match="the optimizer holds none of this model's parameters"):
+        record(mlp(), SGD(mlp().parameters(), lr=0.1), tmp_path).__enter__()
+
+
+def test_what_is_no_torch_optimizer_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(sf.TrajectoryError, match="the optimizer is a dict, which has no step hooks"):
+        record(mlp(), {}, tmp_path).__enter__()
+
+
+def test_a_model_whose_state_is_no_tensor_is_refused_before_training(tmp_path: Path) -> None:
+    class Extra(nn.Linear):
+        def get_extra_state(self) -> dict:
+            return {"version": 1}
+
+    model = Extra(2, 2)
+    with pytest.raises(sf.TrajectoryError, match="the model's state '_extra_state' is no tensor"):
+        record(model, SGD(model.parameters(), lr=0.1), tmp_path).__enter__()
+
+
+def test_a_run_shorter_or_longer_than_announced_is_recorded_and_said(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match=r"ended at step 5, checkpoints at \[8, 12\] were never reached.*\[4, 5\]"):
+        assert recorded(tmp_path / "short", 5, total_steps=12, checkpoints=3).steps == (4, 5)
+    with pytest.warns(UserWarning, match=r"ended at step 15, not at total_steps=12.*\[4, 8, 12, 15\]"):
+        assert recorded(tmp_path / "long", 15, total_steps=12, checkpoints=3).steps == (4, 8, 12, 15)
+
+
+def test_a_warning_turned_into_an_error_does_not_cost_the_recording(tmp_path: Path) -> None:
+    with pytest.raises(UserWarning, match="never reached"):
+        recorded(tmp_path, 5, total_steps=12, checkpoints=3)
+    assert sf.Trajectory.load(tmp_path).steps == (4, 5)
+
+
+def test_a_block_without_a_step_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(sf.TrajectoryError, match="the optimizer took no step inside the block"):
+        recorded(tmp_path, 0)
+
+
+def test_no_hook_outlives_the_block_or_an_exception_in_it(tmp_path: Path) -> None:
+    model = mlp()
+    optimizer = SGD(model.parameters(), lr=0.1)
+    with record(model, optimizer, tmp_path / "whole", total_steps=STEPS) as recording:
+        train(model, optimizer)
+    train(model, optimizer, 3)
+    assert recording.step == STEPS and sf.Trajectory.load(tmp_path / "whole").total_steps == STEPS
+    with pytest.raises(KeyError, match="user"), record(model, optimizer, tmp_path / "broken", total_steps=STEPS):
+        train(model, optimizer, 4)
+        raise KeyError("user")
+    assert not optimizer._optimizer_step_pre_hooks and not optimizer._optimizer_step_post_hooks
+    assert not any(m._forward_hooks or m._backward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+@pytest.mark.parametrize("failure", [ValueError, KeyboardInterrupt])
+def test_a_run_stopped_by_an_exception_reads_as_unfinished_until_recorded_again(
+    tmp_path: Path, failure: type[BaseException]
+) -> None:
+    model = mlp()
+    optimizer = SGD(model.parameters(), lr=0.1)
+    with pytest.raises(failure), record(model, optimizer, tmp_path, total_steps=STEPS):
+        train(model, optimizer, 7)
+        raise failure
+    with pytest.raises(sf.TrajectoryError, match=r"the recorded run did not finish.*overwrite=True"):
+        sf.Trajectory.load(tmp_path)
+    with pytest.raises(sf.TrajectoryError, match=r"holds a recorded run already \(recording.json\)"):
+        recorded(tmp_path)
+    assert recorded(tmp_path, overwrite=True).total_steps == STEPS
+
+
+def test_overwriting_a_finished_run_and_failing_reads_as_unfinished_not_as_the_old_run(tmp_path: Path) -> None:
+    recorded(tmp_path)
+    model = mlp()
+    with pytest.raises(RuntimeError), record(model, SGD(model.parameters(), lr=0.1), tmp_path, overwrite=True):
+        raise RuntimeError
+    with pytest.raises(sf.TrajectoryError, match="the recorded run did not finish"):
+        sf.Trajectory.load(tmp_path)
+
+
+def test_a_process_killed_inside_the_block_leaves_a_run_that_reads_as_unfinished(tmp_path: Path) -> None:
+    script = """
+        import os, signal, sys, torch, segflow as sf
+        model = torch.nn.Linear(2, 1)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        with sf.record(model, optimizer, sys.argv[1], dataset_size=4, total_steps=10, checkpoints=5):
+            for step in range(10):
+                if step == 7:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                optimizer.zero_grad()
+                model(torch.ones(4, 2)).square().mean().backward()
+                optimizer.step()
+    """
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(script), str(tmp_path)], env=environment, check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert len(list((tmp_path / "checkpoints").iterdir())) == 3
+    with pytest.raises(sf.TrajectoryError, match="the recorded run did not finish, its process was stopped"):
+        sf.Trajectory.load(tmp_path)
