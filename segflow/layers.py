@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -81,17 +82,15 @@ class TrackedLayer:
 
     def gradient_matrix(self, weight: Tensor, bias: Tensor | None) -> Tensor:
         """[P, O, I] from a weight-shaped and a bias-shaped tensor: the layout of everything segflow computes."""
-        parts = self.parts
-        matrix = weight.reshape(parts, weight.shape[0] // parts, -1)
+        matrix = rearrange(weight, "(p o) ... -> p o (...)", p=self.parts)
         if not self.has_bias or bias is None:
             return matrix
-        return torch.cat([matrix, bias.reshape(parts, -1, 1)], -1)
+        return torch.cat([matrix, rearrange(bias, "(p o) -> p o 1", p=self.parts)], -1)
 
 
 def _rows(tensor: Tensor, axis: int) -> Tensor:
     """[B, S, features] from a tensor with the examples on `axis`, the features last, positions elsewhere."""
-    tensor = tensor.movedim(axis, 0)
-    return tensor.reshape(tensor.shape[0], -1, tensor.shape[-1])
+    return rearrange(tensor.movedim(axis, 0), "b ... i -> b (...) i")
 
 
 def _patches(convolution: nn.Module, value_BC: Tensor) -> Tensor:
@@ -101,25 +100,17 @@ def _patches(convolution: nn.Module, value_BC: Tensor) -> Tensor:
         padding = [side for sides in reversed(convolution.padding) for side in (sides, sides)]  # type: ignore[arg-type]
     mode = "constant" if convolution.padding_mode == "zeros" else str(convolution.padding_mode)
     padded = functional.pad(value_BC, tuple(padding), mode=mode)
-    spatial = value_BC.ndim - 2
     kernel = convolution.get_parameter("weight").shape[2:]
     geometry: Any = zip(kernel, convolution.dilation, convolution.stride, strict=True)  # type: ignore[arg-type]
     for axis, (size, dilation, stride) in enumerate(geometry, start=2):
         padded = padded.unfold(axis, dilation * (size - 1) + 1, stride)[..., ::dilation]
-    # padded: [B, C, positions..., kernel...]
-    parts = int(convolution.groups)  # type: ignore[arg-type]
-    split = padded.unflatten(1, (parts, -1))  # [B, P, C/P, positions..., kernel...]
-    positions, kernel_axes = range(3, 3 + spatial), range(3 + spatial, 3 + 2 * spatial)
-    ordered = split.permute(1, 0, *positions, 2, *kernel_axes)
-    sites = ordered.shape[2 : 2 + spatial].numel()
-    return ordered.reshape(parts, value_BC.shape[0], sites, -1)
+    positions, taps = {1: ("x", "u"), 2: ("x y", "u v"), 3: ("x y z", "u v w")}[len(kernel)]
+    return rearrange(padded, f"b (p c) {positions} {taps} -> p b ({positions}) (c {taps})", p=convolution.groups)
 
 
 def _channels(convolution: nn.Module, gradient_BC: Tensor) -> Tensor:
     """Output gradients as [P, B, S, O/P]."""
-    parts = int(convolution.groups)  # type: ignore[arg-type]
-    split = gradient_BC.flatten(2).unflatten(1, (parts, -1))  # [B, P, O/P, S]
-    return split.permute(1, 0, 3, 2)
+    return rearrange(gradient_BC, "b (p o) ... -> p b (...) o", p=convolution.groups)
 
 
 class LayerChoice(NamedTuple):

@@ -12,6 +12,7 @@ from functools import lru_cache, partial
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor
 from torch.utils.data import Subset
 
@@ -147,7 +148,7 @@ def _by_group(side_PBSD: Tensor, sizes: Sequence[int]) -> Tensor:
         within = torch.arange(most)[None, :] < torch.tensor(sizes)[:, None]
         places = torch.nonzero(within.flatten()).flatten().to(side_PBSD.device)
         side_PBSD = side_PBSD.new_zeros(P, K * most, S, D).index_copy_(1, places, side_PBSD)
-    return side_PBSD.reshape(P, K, most * S, D).transpose(0, 1).reshape(K * P, most * S, D)
+    return rearrange(side_PBSD, "p (k n) s d -> (k p) (n s) d", k=K)
 
 
 def tile_scores(lens: Lens, data: Iterable[Batch], tile: Tile, queries: Gradients, budget: int, where: str) -> Tensor:
