@@ -6,7 +6,7 @@ Axes: P parts, B examples, S positions, N = B * S tokens, I inputs, O outputs, Q
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -14,8 +14,6 @@ from torch import Tensor
 
 from .errors import FactorError
 from .layers import Tokens
-
-Spectrum = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -67,6 +65,15 @@ class Eigenbasis:
         left = torch.einsum("poj,qpoi->qpji", self.outputs_POO, gradient_QPOI)
         return torch.einsum("qpji,pik->qpjk", left, self.inputs_PII)
 
+    def rotate_tokens(self, tokens: Tokens) -> Tokens:
+        """Tokens whose gradients stand in this basis."""
+        a = torch.einsum("pbsi,pij->pbsj", tokens.a_PBSI, self.inputs_PII)
+        return Tokens(a, torch.einsum("pbso,poj->pbsj", tokens.g_PBSO, self.outputs_POO))
+
+    def to(self, other: Eigenbasis) -> Eigenbasis:
+        """The change of basis: its `rotate` brings what stands in this basis into the other one."""
+        return Eigenbasis(self.inputs_PII.mT @ other.inputs_PII, self.outputs_POO.mT @ other.outputs_POO)
+
     def unrotate(self, rotated_QPOI: Tensor) -> Tensor:
         """Q_S G Q_A^T: back from the basis."""
         left = torch.einsum("poj,qpji->qpoi", self.outputs_POO, rotated_QPOI)
@@ -111,18 +118,16 @@ def add_squared_projections_(total_POI: Tensor, tokens: Tokens, basis: Eigenbasi
         g_PBO = torch.bmm(g_PBSO.squeeze(2), basis.outputs_POO)
         total_POI.baddbmm_(g_PBO.square_().mT, a_PBI.square_())
         return
-    rotate_tokens = S * (I * I + O * O) <= O * I * (O + I)  # multiplications beyond forming the gradient itself
-    step = max(1, budget // (P * O * I * a_PBSI.element_size() * (1 if rotate_tokens else 2)))
+    step = max(1, budget // (2 * P * O * I * a_PBSI.element_size()))
     for start in range(0, B, step):
-        a, g = a_PBSI[:, start : start + step], g_PBSO[:, start : start + step]
-        if rotate_tokens:
-            a = torch.einsum("pbsi,pij->pbsj", a, basis.inputs_PII)
-            g = torch.einsum("pbso,poj->pbsj", g, basis.outputs_POO)
-        gradient = torch.einsum("pbso,pbsi->bpoi", g, a)
-        rotated = gradient if rotate_tokens else basis.rotate(gradient)
-        total_POI.add_(rotated.square_().sum(0))
+        some = Tokens(a_PBSI[:, start : start + step], g_PBSO[:, start : start + step])
+        total_POI.add_(example_gradients(some, basis).square_().sum(0))
 
 
-def apply(block: KroneckerBlock, function: Spectrum, gradient_QPOI: Tensor) -> Tensor:
-    """f(curvature) applied to each gradient: Q_S (f(Lambda) * (Q_S^T G Q_A)) Q_A^T."""
-    return block.basis.unrotate(block.basis.rotate(gradient_QPOI).mul_(function(block.eigenvalues_POI)))
+def example_gradients(tokens: Tokens, basis: Eigenbasis | None = None) -> Tensor:
+    """G_b [B, P, O, I] of every example, or Q_S^T G_b Q_A where a basis is given, by the cheaper of two ways."""
+    (_, _, S, I), O = tokens.a_PBSI.shape, tokens.g_PBSO.shape[-1]
+    rotate_tokens = basis is not None and S * (I * I + O * O) <= O * I * (O + I)  # multiplications
+    a, g = basis.rotate_tokens(tokens) if basis is not None and rotate_tokens else tokens
+    gradient = torch.einsum("pbso,pbsi->bpoi", g, a)
+    return gradient if basis is None or rotate_tokens else basis.rotate(gradient)

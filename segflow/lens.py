@@ -35,6 +35,12 @@ class Lens:
     dtype: torch.dtype
     device: torch.device
 
+    def positions(self, name: str) -> int:
+        """About how many positions a layer has for an example (the first example's, a convolution's of its input)."""
+        shape, layer = self.shapes[name], self.layers[name]
+        features = shape[-1] if isinstance(layer.module, nn.Linear) else shape[1]
+        return max(1, shape.numel() // (2 * features))
+
     def loss(self, batch: Any) -> Tensor:
         """The summed loss of one collated batch."""
         return summed_loss(self.task, batch, self.model, kind=self.kind)

@@ -1,4 +1,4 @@
-"""The query side, the train side, and the product where they meet.
+"""The train side, and the product where it meets the query side.
 
 Axes: Q queries, K groups, P parts, O outputs, I inputs, L layers; a block of gradients is [Q or K, P, O, I].
 """
@@ -6,7 +6,7 @@ Axes: Q queries, K groups, P parts, O outputs, I inputs, L layers; a block of gr
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from typing import Any
@@ -17,88 +17,26 @@ from torch import Tensor
 from torch.utils.data import Subset
 
 from .data import Batch, digest, in_order
-from .factors import pooled_curvature
+from .factors import Pool, pooled_curvature
 from .groups import GroupBatch, Groups, Tile, tiles
-from .kronecker import KroneckerBlock, apply
+from .kronecker import Eigenbasis
 from .layers import Tokens, TrackedLayer
 from .lens import FiniteWatch, Lens
-from .methods import Operator, Plan
+from .methods import Plan
+from .queries import Curvature, Gradients, QuerySide, meeting, query_gradients
 from .workspace import Workspace
-
-Gradients = dict[str, Tensor]
-Curvature = Mapping[str, KroneckerBlock]
-
-
-def query_gradients(lens: Lens, data: Iterable[Batch], where: str) -> Gradients:
-    """The measurement's gradient for every query, for each layer [Q, P, O, I]."""
-    pieces: dict[str, list[Tensor]] = {name: [] for name in lens.layers}
-    watch = FiniteWatch(f"query gradients, {where}")
-
-    def consume(layer: TrackedLayer, tokens: Tokens) -> None:
-        pieces[layer.name].append(torch.einsum("pbso,pbsi->bpoi", tokens.g_PBSO, tokens.a_PBSI))
-
-    for batch in data:
-        before = {name: len(parts) for name, parts in pieces.items()}
-        lens.capture(batch, consume, watch)
-        for name, layer in lens.layers.items():
-            if len(pieces[name]) == before[name]:  # this batch's measurement does not depend on the layer
-                pieces[name].append(torch.zeros(batch.size, *layer.shape, dtype=lens.dtype, device=lens.device))
-    watch.finish(lens.layers)
-    return {name: torch.cat(parts) for name, parts in pieces.items()}
-
-
-@dataclass
-class QuerySide:
-    """Query gradients under a plan's operators; what two terms share of their operators is computed once.
-
-    gradients: the query gradients at a checkpoint; curvature: the blocks pooled over checkpoints;
-    parameter_groups: each layer's.
-    """
-
-    plan: Plan
-    gradients: Callable[[int], Gradients]
-    curvature: Callable[[tuple[int, ...]], Curvature]
-    parameter_groups: Mapping[str, int]
-    _kept: dict[tuple[int, tuple[Operator, ...]], Gradients] = field(default_factory=dict)
-
-    def walk(self) -> Iterator[tuple[int, Gradients]]:
-        """Each term's place in the plan with its query side, shortest operators first: little is kept between."""
-        remaining = sorted(enumerate(self.plan), key=lambda t: (t[1].query_checkpoint, len(t[1].operators)))
-        while remaining:
-            place, term = remaining.pop(0)
-            yield place, self._applied(term.query_checkpoint, term.operators)
-            useful = {(t.query_checkpoint, t.operators[:n]) for _, t in remaining for n in range(len(t.operators))}
-            self._kept = {key: value for key, value in self._kept.items() if key in useful}
-
-    def _applied(self, checkpoint: int, operators: tuple[Operator, ...]) -> Gradients:
-        """The query gradients at a checkpoint with the operators applied in order."""
-        if not operators:
-            return self.gradients(checkpoint)
-        key = (checkpoint, operators)
-        if key not in self._kept:
-            before = self._applied(checkpoint, operators[:-1])
-            self._kept[key] = self._apply(operators[-1], before)
-        return self._kept[key]
-
-    def _apply(self, operator: Operator, gradients: Gradients) -> Gradients:
-        group = self.parameter_groups
-        if not operator.checkpoints:
-            return {name: g * operator.on(g.new_zeros(()), group[name]) for name, g in gradients.items()}
-        blocks = self.curvature(operator.checkpoints)
-        return {
-            name: apply(blocks[name], lambda sigma, name=name: operator.on(sigma, group[name]), g)  # type: ignore[misc]
-            for name, g in gradients.items()
-        }
 
 
 @dataclass
 class TrainSide:
     """Summed gradients of a tile's groups, met with a query side: scores [Q, K] for each layer.
 
-    queries: the query side; count: K, the tile's groups; budget: bytes for what is formed on the way.
+    queries: the query side; bases: of the layers whose queries stand in an eigenbasis; count: K, the tile's groups;
+    budget: bytes for what is formed on the way.
     """
 
     queries: Gradients
+    bases: Mapping[str, Eigenbasis]
     count: int
     budget: int
     _sums: Gradients = field(default_factory=dict)
@@ -107,6 +45,8 @@ class TrainSide:
     def add(self, layer: TrackedLayer, tokens: Tokens, batch: GroupBatch) -> None:
         """Add one layer's tokens of one batch."""
         sizes = batch.sizes
+        if layer.name in self.bases:
+            tokens = self.bases[layer.name].rotate_tokens(tokens)
         if tokens.a_PBSI.shape[2] == 1 and len(sizes) > 1 and max(sizes) == 1:
             self._add_single_tokens(layer, tokens, batch.first)
             return
@@ -151,9 +91,20 @@ def _by_group(side_PBSD: Tensor, sizes: Sequence[int]) -> Tensor:
     return rearrange(side_PBSD, "p (k n) s d -> (k p) (n s) d", k=K)
 
 
-def tile_scores(lens: Lens, data: Iterable[Batch], tile: Tile, queries: Gradients, budget: int, where: str) -> Tensor:
-    """Scores [L, Q, K] of one tile's groups: <query side, summed training gradients>, for each layer in order."""
-    side = TrainSide(queries, len(tile.groups), budget)
+def tile_scores(
+    lens: Lens,
+    data: Iterable[Batch],
+    tile: Tile,
+    queries: Gradients,
+    bases: Mapping[str, Eigenbasis],
+    budget: int,
+    where: str,
+) -> Tensor:
+    """Scores [L, Q, K] of one tile's groups: <query side, summed training gradients>, for each layer in order.
+
+    bases: of the layers whose queries stand in an eigenbasis (training tokens are rotated into it).
+    """
+    side = TrainSide(queries, bases, len(tile.groups), budget)
     watch = FiniteWatch(f"training gradients, {where}")
     for batch, plan in zip(data, tile.batches, strict=True):
 
@@ -176,7 +127,7 @@ def score_parts(
     stage = _Stage(work, plan, groups, train, batch_size, per_layer)
     count = len(query)
     gradient_bytes = work.parameters * stage.lens.dtype.itemsize
-    tile = max(1, min(count, work.memory // 2 // (gradient_bytes * 3)))  # the gradients, one operator's, a temporary
+    tile = max(1, min(count, work.memory // 2 // (gradient_bytes * 4)))  # the gradients, those of two operators, a temporary
     parts = []
     for start in range(0, count, tile):
         indices = range(start, min(start + tile, count))
@@ -198,41 +149,42 @@ class _Stage:
 
     def run(self, query: Any) -> Tensor:
         """Scores [T, L, Q, K] of these queries."""
-        side = QuerySide(
-            self.plan, lru_cache(1)(partial(self._gradients, query)), self._curvature(), self.work.parameter_groups
-        )
+        curvature = lru_cache(2)(lambda pool: pooled_curvature(self.work, pool, self.made_from, self.lens))
+        gradients = lru_cache(1)(partial(self._gradients, query, curvature))
         parts: dict[int, Tensor] = {}
-        for place, queries in side.walk():
+        for place, queries in QuerySide(self.plan, gradients, curvature, self.work.parameter_groups).walk():
             term = self.plan[place]
-            scores = [self._unit(place, index, queries) for index in term.train_checkpoints]
+            examples = int(self.groups.sizes.sum()) * len(term.train_checkpoints)
+            blocks = curvature(queries.pool) if queries.pool else {}
+            values, bases = meeting(queries.values, blocks, {n: examples * self.lens.positions(n) for n in blocks})
+            scores = [self._unit(place, index, values, bases) for index in term.train_checkpoints]
             parts[place] = torch.stack(scores).mean(0) / self.work.trajectory.dataset_size
         return torch.stack([parts[place] for place in range(len(self.plan))])
 
-    def _curvature(self) -> Callable[[tuple[int, ...]], Curvature]:
-        return lru_cache(2)(lambda pool: pooled_curvature(self.work, pool, self.made_from, self.lens))
-
-    def _gradients(self, query: Any, index: int) -> Gradients:
+    def _gradients(self, query: Any, curvature: Callable[[Pool], Curvature], index: int, pool: Pool) -> Gradients:
         self.work.load(index)
         lens = self.work.lens("measurement", query)
-        lists = in_order(len(query), self.batch_size)
-        where = self.work.where(index)
-        return query_gradients(lens, self.work.walk(lens, query, lists, f"queries, {where}"), where)
+        data = self.work.walk(lens, query, in_order(len(query), self.batch_size), f"queries, {self.work.where(index)}")
+        bases = {name: block.basis for name, block in curvature(pool).items()} if pool else {}
+        return query_gradients(lens, data, bases, self.work.where(index))
 
-    def _unit(self, place: int, index: int, queries: Gradients) -> Tensor:
+    def _unit(self, place: int, index: int, queries: Gradients, bases: Mapping[str, Eigenbasis]) -> Tensor:
         """<query side, group gradients at a checkpoint>, [L, Q, K], from the store or computed into it."""
         made_from = {
             **self.made_from,
             "checkpoint": self.work.trajectory.digest(index),
             "term": self.plan[place].label,
             "queries": digest(queries),
+            "in an eigenbasis": sorted(bases),
             "groups": digest([self.groups.members]),
             "batch_size": self.batch_size,
             "per_layer": self.per_layer,
         }
         unit = f"scores/{digest(json.dumps(made_from, sort_keys=True))[:16]}/step-{self.work.step(index)}"
-        return self.work.store.get_or_make(unit, made_from, lambda: {"scores": self._scores(index, queries)})["scores"]
+        made = self.work.store.get_or_make(unit, made_from, lambda: {"scores": self._scores(index, queries, bases)})
+        return made["scores"]
 
-    def _scores(self, index: int, queries: Gradients) -> Tensor:
+    def _scores(self, index: int, queries: Gradients, bases: Mapping[str, Eigenbasis]) -> Tensor:
         work, where = self.work, self.work.where(index)
         work.load(index)
         layers = len(self.lens.layers) if self.per_layer else 1
@@ -241,7 +193,7 @@ class _Stage:
         for number, tile in enumerate(self.tiles, start=1):
             label = f"groups, {where}" + (f", tile {number}/{len(self.tiles)}" if len(self.tiles) > 1 else "")
             data = work.walk(self.lens, self.train, [batch.examples for batch in tile.batches], label)
-            part = tile_scores(self.lens, data, tile, queries, work.memory // 8, where)
+            part = tile_scores(self.lens, data, tile, queries, bases, work.memory // 8, where)
             columns = torch.from_numpy(tile.groups).to(scores.device)
             scores[:, :, columns] = part if self.per_layer else part.sum(0, keepdim=True)
         return scores

@@ -13,7 +13,7 @@ from torch.utils.data import TensorDataset
 import segflow as sf
 from segflow.capture import observing
 from segflow.factors import covariances, pooled_curvature
-from segflow.kronecker import KroneckerBlock, apply
+from segflow.kronecker import KroneckerBlock
 
 from . import oracles
 from .helpers import (
@@ -92,14 +92,14 @@ def test_pooled_factors_equal_a_naive_per_example_loop(tmp_path: Path, case: str
         assert block.eigenvalues_POI.std() > 0
 
 
-def test_apply_is_a_function_of_the_dense_curvature(tmp_path: Path) -> None:
+def test_scaling_in_the_basis_is_a_function_of_the_dense_curvature(tmp_path: Path) -> None:
     model, train = ConvNet(), images(N)
     trajectory = trajectory_of(tmp_path / "run", perturbed_states(model, 1), N)
     analyzer = analyzer_of(model, trajectory, tmp_path / "store", method=sf.Source(segments=1))
     analyzer.fit(train)
     block = _fitted(analyzer, train)["second"]
     gradient = torch.randn(7, *block.eigenvalues_POI.shape, dtype=torch.float64)
-    found = apply(block, lambda sigma: torch.exp(-3 * sigma), gradient)
+    found = block.basis.unrotate(block.basis.rotate(gradient) * torch.exp(-3 * block.eigenvalues_POI))
     for part, matrix in enumerate(_dense(block)):
         dense = oracles.dense_function(matrix, lambda sigma: torch.exp(-3 * sigma))
         expected = (gradient[:, part].flatten(1) @ dense).reshape(found[:, part].shape)

@@ -28,6 +28,7 @@ HOUSE = [
     "groups",
     "workspace",
     "factors",
+    "queries",
     "scoring",
     "scores",
     "checks",
