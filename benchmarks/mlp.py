@@ -4,7 +4,7 @@
     python benchmarks/mlp.py --threads 1 --kronfluence --kronfluence-python PATH/bin/python
 
 An MLP 784-512-512-10 with 4,000 examples in batches of 128. Each thread count runs in a process of its own; there,
-every figure is measured in turn with the epoch that it is compared with. Exits with 1 if a bound is missed.
+every figure is measured in turn with the epoch that it is compared with. Exits with 1 unless every bound surely holds.
 """
 
 from __future__ import annotations
@@ -28,15 +28,18 @@ from segflow.capture import observing
 from segflow.data import batches, in_order
 from segflow.factors import corrected_eigenvalues, covariances
 from segflow.groups import Groups, tiles
-from segflow.kronecker import Eigenbasis, KroneckerBlock, apply, eigenbasis
+from segflow.kronecker import Eigenbasis, eigenbasis
 from segflow.layers import choose_layers
 from segflow.lens import make_lens
-from segflow.scoring import Gradients, query_gradients, tile_scores
+from segflow.queries import Gradients, query_gradients
+from segflow.scoring import tile_scores
 from segflow.tasks import Classification
 
 HERE = Path(__file__).parent
 PEER_QUERIES = 200
 BUDGET = 2**28  # bytes for temporaries, as an Analyzer with 2 GiB of memory would pass on
+KINDS = ("process", "wall")
+DISTURBED = 1.5
 Works = dict[str, Callable[[], object]]
 Figures = Mapping[str, Figure]
 
@@ -55,9 +58,6 @@ class Ours:
             )
         self.sums = self.covariance()
         self.bases = self.make_bases()
-        self.blocks = {
-            name: KroneckerBlock(basis, torch.ones(self.layers[name].shape)) for name, basis in self.bases.items()
-        }
         self.queries = self.query_side()
 
     def walk(self, data: Any, lists: Any) -> Any:
@@ -78,17 +78,18 @@ class Ours:
             return corrected_eigenvalues(self.sample, data, self.bases, 0, "the benchmark", BUDGET)
 
     def query_side(self) -> Gradients:
-        """Every query's gradient under an influence function's operator."""
+        """Every query's gradient under an influence function's operator, in the eigenbasis."""
         with observing(self.model):
             data = self.walk(self.query, in_order(len(self.query), BATCH))
-            gradients = query_gradients(self.measurement, data, "the benchmark")
-        return {name: apply(self.blocks[name], lambda s: 1 / (s + 0.1), g) for name, g in gradients.items()}
+            gradients = query_gradients(self.measurement, data, self.bases, "the benchmark")
+        return {name: g / (torch.ones(g.shape[1:]) + 0.1) for name, g in gradients.items()}
 
-    def scores(self, groups: Groups, queries: Gradients) -> Tensor:
+    def scores(self, groups: Groups, queries: Gradients, bases: Mapping[str, Eigenbasis]) -> Tensor:
+        """bases: the eigenbases that the queries stand in, into which training tokens are rotated; or none."""
         with observing(self.model):
             [tile] = tiles(groups, BATCH, len(groups))
             data = self.walk(self.train, [batch.examples for batch in tile.batches])
-            return tile_scores(self.plain, data, tile, queries, BUDGET, "the benchmark")
+            return tile_scores(self.plain, data, tile, queries, bases, BUDGET, "the benchmark")
 
     def product(self, count: int) -> Callable[[], object]:
         """All queries [Q, D] times `count` summed gradients [K, D], for each layer; in slices of at most 128."""
@@ -112,19 +113,20 @@ def worker(threads: int, train_size: int, query_count: int, repetitions: int, pe
     quick: Works = {
         "covariance": ours.covariance,
         "eigenvalues": ours.eigenvalues,
-        "groups": lambda: ours.scores(groups, ours.queries),
+        "groups": lambda: ours.scores(groups, ours.queries, {}),
+        "groups, rotated": lambda: ours.scores(groups, ours.queries, ours.bases),
         "groups: product": ours.product(len(groups)),
         "eigendecomposition": ours.make_bases,
         "query side": ours.query_side,
     }
     slow: Works = {
-        "singletons": lambda: ours.scores(singletons, ours.queries),
+        "singletons": lambda: ours.scores(singletons, ours.queries, ours.bases),
         "singletons: product": ours.product(train_size),
     }
     figures = interleaved(epoch, quick, repetitions) | interleaved(epoch, slow, repetitions)
     if peer:
         ours = Ours(train_size, PEER_QUERIES)
-        work: Works = {"peer: singletons": lambda: ours.scores(singletons, ours.query_side())}
+        work: Works = {"peer: singletons": lambda: ours.scores(singletons, ours.query_side(), ours.bases)}
         figures |= interleaved(epoch, work, min(repetitions, 3))
     return figures
 
@@ -161,10 +163,19 @@ class Row:
         return figures[self.figure].seconds(kind) - taken_off
 
     def verdict(self, figures: Figures) -> str:
+        """ok, over, or unsure where the epochs were disturbed: a slow epoch would let any pass look cheap."""
         if self.bound is None:
             return ""
-        over = [kind for kind in ("process", "wall") if self.ratio(figures, kind) > self.bound]
-        return f"over ({' and '.join(over)} time)" if over else "ok"
+        over = [kind for kind in KINDS if self.ratio(figures, kind) > self.bound]
+        if over:
+            return f"over ({' and '.join(over)} time)"
+        slowed = max(self.disturbance(figures, kind) for kind in KINDS)
+        return f"unsure: epochs took up to {slowed:.1f}x the fastest" if slowed > DISTURBED else "ok"
+
+    def disturbance(self, figures: Figures, kind: str) -> float:
+        """The slowest epoch beside this figure over the fastest of the whole run."""
+        fastest = min(getattr(epoch, kind) for figure in figures.values() for epoch in figure.epochs)
+        return max(getattr(epoch, kind) for epoch in figures[self.figure].epochs) / fastest
 
 
 ROWS = (
@@ -173,6 +184,7 @@ ROWS = (
     Row("groups of 64, all", "groups"),
     Row("  of which query products", "groups: product"),
     Row("  the rest", "groups", minus="groups: product", bound=3.0),
+    Row("  the rest, in the eigenbasis", "groups, rotated", minus="groups: product", bound=3.0),
     Row("singletons, all", "singletons"),
     Row("  of which query products", "singletons: product"),
     Row("  the rest", "singletons", minus="singletons: product"),
@@ -200,7 +212,7 @@ def report(threads: int, figures: Figures) -> bool:
         )
         bound = "" if row.bound is None else f"{row.bound:.1f}"
         print(f"{row.title:40}{numbers}{bound:>8}  {row.verdict(figures)}")
-    return all(not row.verdict(figures).startswith("over") for row in ROWS)
+    return all(row.verdict(figures) in ("", "ok") for row in ROWS)
 
 
 def report_peer(threads: int, ours: Figures, answer: dict[str, Any]) -> None:

@@ -39,7 +39,7 @@ class CurvatureScale:
         return f"curvature of sample=True: {self.factor:.3g} +- {self.error:.2g} times the exact Gauss-Newton curvature"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class CheckReport:
     """What `Analyzer.check` found to be in order."""
 
@@ -55,6 +55,8 @@ class CheckReport:
         lines += [f"not attributed: {name or 'the model itself'}: {reason}" for name, reason in self.skipped.items()]
         lines += ["the loss is a sum over the batch, repeats itself, and is finite; every tracked layer is reached"]
         return "\n".join([*lines, str(self.curvature), *self.notes])
+
+    __repr__ = __str__
 
 
 def report(model: nn.Module, choice: LayerChoice, curvature: CurvatureScale, notes: Iterable[str]) -> CheckReport:

@@ -20,7 +20,7 @@ from .segments import cut
 from .spectra import damped_inverse, decay, response
 from .trajectory import Trajectory
 
-_HEURISTIC_SHARE = 0.1  # of a layer's mean eigenvalue; Grosse et al. 2023, arXiv 2308.03296, Section 3.1
+_HEURISTIC_SHARE = 0.1  # of a layer's mean eigenvalue; Grosse et al. 2023, arXiv 2308.03296
 
 
 @dataclass(frozen=True)

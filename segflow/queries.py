@@ -75,31 +75,32 @@ class QuerySide:
         """The query gradients at a checkpoint with the operators (at least one) applied in order."""
         key = (checkpoint, operators)
         if key not in self._kept:
-            first = operators[0].checkpoints
-            before = (
-                self._applied(checkpoint, operators[:-1])
-                if len(operators) > 1
-                else Queries(self.gradients(checkpoint, first), first)
-            )
-            self._kept[key] = self._apply(operators[-1], before)
+            last = operators[-1]
+            if len(operators) == 1:
+                before = Queries(self.gradients(checkpoint, last.checkpoints), last.checkpoints)
+            else:
+                before = self._moved(self._applied(checkpoint, operators[:-1]), last.checkpoints)
+                self._kept[checkpoint, operators[:-1]] = before  # the next term goes on from there
+            self._kept[key] = self._apply(last, before)
         return self._kept[key]
 
     def _apply(self, operator: Operator, before: Queries) -> Queries:
-        """One operator: move to the eigenbasis of its curvature, and multiply by its function of the eigenvalues."""
-        group, pool = self.parameter_groups, operator.checkpoints
-        if not pool:
+        """The operator's function of the eigenvalues (sigma = 0 without curvature) times queries in its eigenbasis."""
+        group = self.parameter_groups
+        if not operator.checkpoints:
             scaled = {n: g * operator.on(g.new_zeros(()), group[n]) for n, g in before.values.items()}
-            return Queries(scaled, before.pool)
-        blocks = self.curvature(pool)
-        moved = {name: self._moved(name, g, before.pool, pool) for name, g in before.values.items()}
-        return Queries({n: g * operator.on(blocks[n].eigenvalues_POI, group[n]) for n, g in moved.items()}, pool)
+        else:
+            blocks = self.curvature(operator.checkpoints)
+            scaled = {n: g * operator.on(blocks[n].eigenvalues_POI, group[n]) for n, g in before.values.items()}
+        return Queries(scaled, before.pool)
 
-    def _moved(self, name: str, values_QPOI: Tensor, origin: Pool, target: Pool) -> Tensor:
-        if origin == target:
-            return values_QPOI
-        basis = self.curvature(target)[name].basis
-        change = self.curvature(origin)[name].basis.to(basis) if origin else basis
-        return change.rotate(values_QPOI)
+    def _moved(self, queries: Queries, pool: Pool) -> Queries:
+        """The same queries in the eigenbasis of another pool (of no curvature: they stay where they are)."""
+        if not pool or pool == queries.pool:
+            return queries
+        blocks, origin = self.curvature(pool), self.curvature(queries.pool) if queries.pool else {}
+        changes = {n: origin[n].basis.to(b.basis) if origin else b.basis for n, b in blocks.items()}
+        return Queries({name: changes[name].rotate(g) for name, g in queries.values.items()}, pool)
 
 
 def meeting(values: Gradients, blocks: Curvature, tokens: Mapping[str, int]) -> tuple[Gradients, dict[str, Eigenbasis]]:

@@ -127,7 +127,9 @@ def score_parts(
     stage = _Stage(work, plan, groups, train, batch_size, per_layer)
     count = len(query)
     gradient_bytes = work.parameters * stage.lens.dtype.itemsize
-    tile = max(1, min(count, work.memory // 2 // (gradient_bytes * 4)))  # the gradients, those of two operators, a temporary
+    tile = max(
+        1, min(count, work.memory // 2 // (gradient_bytes * 4))
+    )  # the gradients, those of two operators, a temporary
     parts = []
     for start in range(0, count, tile):
         indices = range(start, min(start + tile, count))

@@ -1,4 +1,4 @@
-"""Segments of training, and how a trajectory is cut into them (Bae et al. 2024, Section 3.2)."""
+"""Segments of training, and how a trajectory is cut into them (Bae et al. 2024, arXiv 2405.12186, Eqs. 13 to 22)."""
 
 from __future__ import annotations
 

@@ -184,7 +184,7 @@ class Trajectory:
     def lr_steps(self, start: int, end: int) -> tuple[float, ...]:
         """Summed effective learning rates of the steps in (start, end], for each parameter group.
 
-        Heavy-ball momentum m with dampening d multiplies a rate by (1 - d)/(1 - m); Bae et al. 2024, Section 3.3.
+        Heavy-ball momentum m with dampening d multiplies a rate by (1 - d)/(1 - m), the limit of its velocity.
         """
         self._require_plain_sgd()
         return tuple(self._effective()[start:end].sum(0).tolist())
