@@ -37,7 +37,7 @@ def linear_datamodeling_score(
     resamples: int = 200,
     seed: int = 0,
 ) -> LinearDatamodelingScore:
-    """Rank agreement between predicted and retrained measurements over random subsets (Park et al. 2023, arXiv 2303.14186).
+    """Rank agreement between predicted and retrained measurements over random subsets (Park et al. 2023).
 
     Args:
         scores: over groups; for subsets of single examples, scores of `Groups.singletons`.
