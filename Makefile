@@ -26,10 +26,10 @@ format: .venv/dev
 	$(BIN)/ruff check --fix .
 
 benchmark: .venv/dev
-	$(BIN)/python -m benchmarks.mlp --threads 1,2
+	$(BIN)/python benchmarks/mlp.py --threads 1,2
 
 benchmark-kronfluence: .venv/dev benchmarks/.venv-kronfluence/ready
-	$(BIN)/python -m benchmarks.mlp --threads 1,2 --kronfluence
+	$(BIN)/python benchmarks/mlp.py --threads 1,2 --kronfluence
 
 clean:
 	rm -rf .venv benchmarks/.venv-kronfluence demo-output build dist *.egg-info

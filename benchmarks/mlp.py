@@ -170,12 +170,12 @@ class Row:
         if over:
             return f"over ({' and '.join(over)} time)"
         slowed = max(self.disturbance(figures, kind) for kind in KINDS)
-        return f"unsure: epochs took up to {slowed:.1f}x the fastest" if slowed > DISTURBED else "ok"
+        return f"unsure: the median epoch took {slowed:.1f}x the fastest" if slowed > DISTURBED else "ok"
 
     def disturbance(self, figures: Figures, kind: str) -> float:
-        """The slowest epoch beside this figure over the fastest of the whole run."""
+        """The median epoch beside this figure over the fastest of the whole run; medians bear a few slow ones."""
         fastest = min(getattr(epoch, kind) for figure in figures.values() for epoch in figure.epochs)
-        return max(getattr(epoch, kind) for epoch in figures[self.figure].epochs) / fastest
+        return figures[self.figure].epoch(kind) / fastest
 
 
 ROWS = (
