@@ -24,7 +24,7 @@ from torch.nn import functional
 from torch.utils.data import TensorDataset
 
 
-class Classification(Task):
+class Classification(Task):  # type: ignore[misc]
     """What segflow.tasks.Classification computes."""
 
     def compute_train_loss(self, batch: Any, model: nn.Module, sample: bool = False) -> Tensor:

@@ -255,7 +255,7 @@ def main() -> int:
         return 0
     if given.kronfluence and not Path(given.kronfluence_python).exists():
         sys.exit(f"--kronfluence: no interpreter at {given.kronfluence_python}. See benchmarks/README.md.")
-    sys.stdout.reconfigure(line_buffering=True)
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     print(f"MLP 784-512-512-10, {given.examples} examples, batches of {BATCH}, {given.queries} queries, float32")
     print("ratio: to one plain forward+backward epoch of the same model in the same process, medians")
     within = True

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from . import checks
 from .capture import observing
 from .data import Batch, Collate, batches, dataset_length, in_order
-from .errors import GroupError, ScoreError, SegflowError, check_choice
-from .factors import fit
+from .errors import GroupError, MethodError, ScoreError, SegflowError, TrajectoryError, check_choice
+from .factors import covariances, fit
 from .groups import Groups
 from .layers import choose_layers
 from .lens import Lens
@@ -23,9 +23,9 @@ from .ranks import require_one_process, unwrap
 from .scores import Scores
 from .scoring import score_parts
 from .store import Store
-from .task import check_task, tracked_module_names
+from .task import check_task, task_fingerprint, tracked_module_names
 from .trajectory import Trajectory
-from .workspace import Workspace, parameter_groups
+from .workspace import Workspace, check_parameter_names, settle_parameter_groups
 
 
 class Analyzer:
@@ -35,11 +35,12 @@ class Analyzer:
         model: the model that was trained; only its architecture matters, its parameters are put back as they were.
         task: a segflow.Task (or any object with its methods, such as a Kronfluence task).
         trajectory: what training left behind.
-        store: the folder for factors and scores; methods may share one.
+        store: the folder for factors and scores; methods may share one, one run at a time.
         method: what to compute, by default Source(); see segflow.methods.
         seed: of the pseudo-labels.
         memory: bytes that queries, groups and per-example gradients may take together, besides the model's own
-            activations; what needs more is taken in tiles.
+            activations; what needs more is taken in tiles (of at least one query and one group), each of which walks
+            the training data once more.
         collate_fn: joins examples into a batch, as for a DataLoader.
         progress: show bars: True always, False never, None on a terminal only.
 
@@ -61,11 +62,12 @@ class Analyzer:
         progress: bool | None = None,
     ):
         require_one_process()
-        check_task(task)
+        _check_arguments(task, trajectory, method, memory)
         model = unwrap(model)
+        check_parameter_names(model, trajectory)
         recorded = trajectory.parameter_groups
         layers = choose_layers(model, tracked_module_names(task), None if recorded is None else recorded.__contains__)
-        groups, self._notes = parameter_groups(layers.tracked, trajectory)
+        layers, groups = settle_parameter_groups(layers, trajectory)
         self.method = method if method is not None else Source()
         self.plan: Plan = self.method.plan(trajectory)
         self.work = Workspace(model, task, trajectory, Store(store), layers, groups, seed, memory, collate_fn, progress)
@@ -94,14 +96,16 @@ class Analyzer:
                 dataset_length(query, "query")
                 self._check_loss(work.lens("measurement", query), query)
             sample = work.lens("sample", train)
-            checks.check_reached(sample, self._few(train), work.where(last))
+            covariances(sample, self._few(train), work.seed, f"check, {work.where(last)}")
             work.load(0)  # the least converged checkpoint: pseudo-labels still vary there
             scale = checks.curvature_scale(lens, sample, next(self._few(train)))
         checks.require_scale(scale, curvature_tolerance, work.task)
-        return checks.report(work.model, work.layers, scale, self._notes)
+        return checks.report(work.model, work.layers, scale)
 
     def fit(self, train: Any, batch_size: int = 128) -> None:
         """Fit the Kronecker factors that the method needs; what the store holds already is not done again.
+
+        Pseudo-labels are drawn batch by batch, so a run that goes on with a store must keep its `batch_size`.
 
         Raises:
             StoreError: the store holds factors of another model, dataset, task, checkpoint or setting.
@@ -145,6 +149,10 @@ class Analyzer:
         batch_size = _batch_size(batch_size)
         self.work.require_training_data(train)
         length = self.work.trajectory.dataset_size
+        if not isinstance(groups, Groups):
+            raise GroupError(
+                f"groups is a {type(groups).__name__}: expected segflow.Groups, as from Groups.from_lists()."
+            )
         if groups.length != length:
             raise GroupError(
                 f"the groups are about {groups.length} examples, the training data has {length}. "
@@ -167,7 +175,9 @@ class Analyzer:
             "optimizer": self.work.trajectory.optimizer.name,
             "attributed_layers": layers,
             "seed": self.work.seed,
-            "notes": list(self._notes),
+            "not_attributed": dict(self.work.layers.skipped),
+            "task": {key: task_fingerprint(self.work.task)[key] for key in ("class", "options")},
+            "measurement": str(getattr(self.work.task, "measurement", "compute_measurement")),
             "segflow": metadata.version("segflow"),
         }
         return Scores(
@@ -200,3 +210,17 @@ def _batch_size(given: int) -> int:
     if given < 1 or int(given) != given:
         raise SegflowError(f"batch_size={given}: expected at least 1, a whole number.")
     return int(given)
+
+
+def _check_arguments(task: Any, trajectory: Any, method: Any, memory: Any) -> None:
+    """Name what was given where something else is expected."""
+    check_task(task)
+    if not isinstance(trajectory, Trajectory):
+        raise TrajectoryError(
+            f"trajectory={trajectory!r}: expected a segflow.Trajectory. "
+            "Read a recorded run with Trajectory.load(folder)."
+        )
+    if method is not None and (isinstance(method, type) or not callable(getattr(method, "plan", None))):
+        raise MethodError(f"method={method!r}: expected one of Source(...), InfluenceFunction(...), TracIn().")
+    if isinstance(memory, bool) or not isinstance(memory, int) or memory < 1:
+        raise SegflowError(f"memory={memory!r}: expected a whole number of bytes, such as 2 << 30.")

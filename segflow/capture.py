@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from torch.nn.parameter import is_lazy
 from .errors import LayerError, TaskError
 from .layers import Tokens, TrackedLayer
 
+_COARSE = {torch.bfloat16, torch.float16}
 Consumer = Callable[[TrackedLayer, Tokens], None]
 
 
@@ -158,7 +159,7 @@ def capture(
 
     Args:
         layers: tracked layers by name.
-        axes: for each layer, which axis of its input counts the examples (from `example_axes`).
+        axes: for each layer that is reached, which axis of its input counts the examples (from `example_axes`).
         loss: runs the model and returns the loss summed over the batch, shape [].
         consume: called once for each layer that the loss depends on.
         dtype: of the tokens.
@@ -166,7 +167,7 @@ def capture(
     Returns:
         The loss, detached.
     """
-    watches = {name: _Watch(layer, axes[name], dtype) for name, layer in layers.items()}
+    watches = {name: _Watch(layers[name], axis, dtype) for name, axis in axes.items() if name in layers}
     walking: list[bool] = []  # not empty during the backward below, to tell it from one inside the loss
     anchor = next(iter(layers.values())).module.get_parameter("weight").new_zeros((), requires_grad=True)
 
@@ -176,6 +177,11 @@ def capture(
             consume(watch.layer, tokens)
 
     def tap(layer: TrackedLayer, value: Tensor, output: Tensor) -> Tensor:
+        if layer.name not in watches:
+            raise LayerError(
+                f"layer {layer.name!r}: not reached by the first example, but by another one. Put an example that "
+                "reaches every layer first, or leave it out of get_influence_tracked_modules()."
+            )
         watch = watches[layer.name]
         call = _Call(value.detach(), value._version)
         watch.calls.append(call)
@@ -214,26 +220,38 @@ def _refuse_double_backward(layer: TrackedLayer) -> None:
         )
 
 
-def example_axes(
-    layers: Mapping[str, TrackedLayer], run: Callable[[int], Any]
-) -> tuple[dict[str, int], dict[str, torch.Size]]:
+class Layout(NamedTuple):
+    """How the layers see a batch.
+
+    axes: the axis of each layer's input that counts the examples; shapes: its input's shape for two examples;
+    coarse: True if some layer computes in 16 bits.
+    """
+
+    axes: dict[str, int]
+    shapes: dict[str, torch.Size]
+    coarse: bool
+
+
+def example_axes(layers: Mapping[str, TrackedLayer], run: Callable[[int], Any]) -> Layout:
     """Which axis of each layer's input counts the examples, found by running batches of two and three.
 
     Args:
         run: runs the model on a batch of that many copies of one example.
 
     Returns:
-        ({layer: axis}, {layer: input shape at a batch of two}); layers that were not reached are absent.
+        The layout; layers that were not reached are absent from it.
 
     Raises:
         LayerError: no axis of a layer's input counts the examples, as when examples and positions are flattened
             together, or the layer's calls differ in their layout.
     """
     shapes: list[dict[str, list[torch.Size]]] = [{}, {}]
+    precisions: set[torch.dtype] = set()
     for copies, found in zip((2, 3), shapes, strict=True):
 
-        def note(layer: TrackedLayer, value: Tensor, _output: Tensor, found: Any = found) -> None:
+        def note(layer: TrackedLayer, value: Tensor, output: Tensor, found: Any = found) -> None:
             found.setdefault(layer.name, []).append(value.shape)
+            precisions.add(output.dtype)
 
         with torch.enable_grad(), _forward_hooks(layers, note):  # a loss may differentiate inside
             run(copies)
@@ -251,7 +269,7 @@ def example_axes(
                 "get_influence_tracked_modules()."
             )
         axes[name] = axis
-    return axes, {name: two[0] for name, two in shapes[0].items()}
+    return Layout(axes, {name: two[0] for name, two in shapes[0].items()}, bool(precisions & _COARSE))
 
 
 def _example_axis(two: torch.Size, three: torch.Size) -> int | None:

@@ -26,12 +26,13 @@ _SURE = 3.0  # standard errors
 class CurvatureScale:
     """How many times the exact Gauss-Newton curvature `sample=True` has, with its standard error.
 
-    factor is None where it could not be measured, and `note` says why.
+    factor is None where it could not be measured, and `note` says why. fixed: every draw gave the same gradients.
     """
 
     factor: float | None
     error: float = 0.0
     note: str = ""
+    fixed: bool = False
 
     def __str__(self) -> str:
         if self.factor is None:
@@ -47,23 +48,22 @@ class CheckReport:
     parameters: int
     skipped: Mapping[str, str]
     curvature: CurvatureScale
-    notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         share = self.attributed / max(1, self.parameters)
         lines = [f"attributed: {self.attributed:,} of {self.parameters:,} parameters ({share:.1%})"]
         lines += [f"not attributed: {name or 'the model itself'}: {reason}" for name, reason in self.skipped.items()]
         lines += ["the loss is a sum over the batch, repeats itself, and is finite; every tracked layer is reached"]
-        return "\n".join([*lines, str(self.curvature), *self.notes])
+        return "\n".join([*lines, str(self.curvature)])
 
     __repr__ = __str__
 
 
-def report(model: nn.Module, choice: LayerChoice, curvature: CurvatureScale, notes: Iterable[str]) -> CheckReport:
+def report(model: nn.Module, choice: LayerChoice, curvature: CurvatureScale) -> CheckReport:
     """Put together what was found."""
     attributed = sum(layer.size for layer in choice.tracked.values())
     total = sum(parameter.numel() for parameter in model.parameters())
-    return CheckReport(attributed, total, choice.skipped, curvature, tuple(notes))
+    return CheckReport(attributed, total, choice.skipped, curvature)
 
 
 def check_sum(lens: Lens, whole: Batch, halves: Iterable[Batch]) -> None:
@@ -107,7 +107,7 @@ def check_reached(lens: Lens, data: Iterable[Batch], where: str) -> None:
     watch = FiniteWatch(f"check, {lens.kind} loss, {where}")
     for batch in data:
         lens.capture(batch, lambda _layer, _tokens: None, watch)
-    watch.finish(lens.layers)
+    watch.finish(lens.axes)
 
 
 def check_examples(lens: Lens, batch: Batch, alone: Iterable[Batch]) -> None:
@@ -119,7 +119,7 @@ def check_examples(lens: Lens, batch: Batch, alone: Iterable[Batch]) -> None:
         none = torch.zeros_like(found_RB[:, :1])
         expected_RB = torch.cat([single.get(name, none) for single in singles], 1)
         off = torch.linalg.vector_norm(found_RB - expected_RB)
-        if off > (1e-6 if lens.dtype == torch.float64 else 0.1) * torch.linalg.vector_norm(expected_RB):
+        if off > lens.tolerance * torch.linalg.vector_norm(expected_RB):
             raise LayerError(
                 f"layer {name!r}: an example's gradient of the {lens.kind} loss differs alone and in a batch, as where "
                 "the model sorts or mixes the examples of a batch. Keep their order in front of the layer, or leave it "
@@ -137,16 +137,24 @@ def curvature_scale(train: Lens, sample: Lens, batch: Batch) -> CurvatureScale:
         return CurvatureScale(None, note=f"no second derivatives: {str(problem).splitlines()[0]}")
     if exact is None or not exact > 0:
         return CurvatureScale(None, note="the loss has no curvature in any tensor that the model returned")
-    draws = torch.stack([_sampled_form(sample, batch, directions) for _ in range(_DRAWS)]) / exact
-    return CurvatureScale(draws.mean().item(), (draws.std() / _DRAWS**0.5).item())
+    slopes_DLRB = torch.stack([torch.stack(list(_slopes(sample, batch, directions).values())) for _ in range(_DRAWS)])
+    draws = slopes_DLRB.sum(1).square().sum((1, 2)) / exact  # D draws, L layers, R directions, B examples
+    fixed = bool((slopes_DLRB == slopes_DLRB[0]).all())
+    return CurvatureScale(draws.mean().item(), (draws.std() / _DRAWS**0.5).item(), fixed=fixed)
 
 
 def require_scale(scale: CurvatureScale, tolerance: float, task: Any) -> None:
     """Raise TaskError if the sampled curvature is off by more than `tolerance` and surely so."""
     if not tolerance >= 1:
         raise TaskError(f"curvature_tolerance={tolerance}: expected a factor of at least 1.")
-    if scale.factor is None:
+    if scale.factor is None or tolerance == float("inf"):
         return
+    if scale.fixed:
+        raise TaskError(
+            f"{type(task).__name__}: compute_train_loss(sample=True) gives the same gradients in every draw, so "
+            "`sample` is ignored or its labels are fixed. Draw labels from the model's own outputs, see segflow.Task "
+            "(curvature_tolerance=float('inf') accepts it, as an empirical Fisher)."
+        )
     low, high = scale.factor - _SURE * scale.error, scale.factor + _SURE * scale.error
     if low <= tolerance and high >= 1 / tolerance:
         return
@@ -176,11 +184,6 @@ def _slopes(lens: Lens, batch: Batch, directions: Mapping[str, Tensor]) -> dict[
 
     lens.capture(batch, consume, FiniteWatch("check, slopes"))
     return slopes
-
-
-def _sampled_form(lens: Lens, batch: Batch, directions: Mapping[str, Tensor]) -> Tensor:
-    """sum_b <G_b, V>^2 over the directions V, with one draw of pseudo-labels."""
-    return torch.stack(list(_slopes(lens, batch, directions).values())).sum(0).square().sum()
 
 
 def _gauss_newton_forms(lens: Lens, batch: Batch, directions: Mapping[str, Tensor]) -> Tensor | None:

@@ -12,11 +12,13 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from .errors import SegflowError, TaskError
+from .progress import track
 from .ranks import to_device
 
 Collate = Callable[[list[Any]], Any]
 Indices = Sequence[int] | np.ndarray
-_PROBED = 512  # examples that identify a dataset
+_LARGE = 4096  # a TensorDataset beyond this is digested by its tensors, not by its examples
+_REREAD = 8  # examples that are read twice, to see whether reading is random
 
 
 class Batch(NamedTuple):
@@ -70,17 +72,16 @@ def evenly_spaced(length: int, count: int) -> list[int]:
     return sorted({round(place) for place in np.linspace(0, length - 1, count)})
 
 
-def dataset_fingerprint(dataset: Any, role: str) -> dict[str, Any]:
-    """Length, and a digest of the examples ("random" where reading them twice differs, as with augmentation).
-
-    Every example of a TensorDataset counts; of another dataset, 512 evenly spaced ones.
-    """
+def dataset_fingerprint(dataset: Any, role: str, progress: bool | None = None) -> dict[str, Any]:
+    """Length, and a digest of every example ("random" where reading one twice differs, as with augmentation)."""
     length = dataset_length(dataset, role)
-    if type(dataset) is TensorDataset and length > _PROBED:
+    if type(dataset) is TensorDataset and length > _LARGE:
         return {"length": length, "examples": digest(dataset.tensors)}
-    chosen = evenly_spaced(length, _PROBED)
-    first, second = (digest([dataset[index] for index in chosen]) for _ in range(2))
-    return {"length": length, "examples": first if first == second else "random"}
+    first, second = (digest([dataset[index] for index in evenly_spaced(length, _REREAD)]) for _ in range(2))
+    if first != second:
+        return {"length": length, "examples": "random"}
+    every = (dataset[index] for index in track(range(length), f"reading the {role} data", enabled=progress))
+    return {"length": length, "examples": digest([digest(example) for example in every])}
 
 
 def digest(content: Any) -> str:

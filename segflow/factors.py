@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import partial
 from typing import Any
 
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .data import Batch, digest, in_order
-from .errors import FactorError
+from .errors import FactorError, TaskError
 from .kronecker import Covariance, Eigenbasis, KroneckerBlock, add_squared_projections_, eigenbasis
 from .layers import Tokens, TrackedLayer
 from .lens import FiniteWatch, Lens
@@ -36,15 +36,26 @@ def covariances(lens: Lens, data: Iterable[Batch], seed: int, where: str) -> dic
     """Covariance sums of every layer over one pass with pseudo-labels; where names the checkpoint in errors."""
     totals = {name: Covariance.zeros(layer.shape, lens.dtype, lens.device) for name, layer in lens.layers.items()}
     watch = FiniteWatch(f"covariance pass, {where}")
+    masks = used = 0
     for batch in data:
         mask = attention_mask(lens.task, batch.content)
+        _check_mask(mask, lens)
+        masks += mask is not None
 
         def consume(layer: TrackedLayer, tokens: Tokens, mask: Any = mask) -> None:
-            totals[layer.name].add_(tokens, _mask_of(layer, tokens, mask))
+            nonlocal used
+            own = _mask_of(layer, tokens, mask)
+            used += own is not None
+            totals[layer.name].add_(tokens, own)
 
         torch.manual_seed(_seed_of(seed, where, "covariance", batch.number))
         lens.capture(batch, consume, watch)
     watch.finish(lens.layers)
+    if masks and not used:
+        raise TaskError(
+            f"{watch.where}: get_attention_mask() fits no tracked layer's [examples, positions], so it would be "
+            "ignored. Return the mask of the positions that the layers see (shifted as the inputs are), or None."
+        )
     return totals
 
 
@@ -81,7 +92,7 @@ def corrected_eigenvalues(
 def fit(work: Workspace, pools: Iterable[Pool], train: Any, batch_size: int) -> None:
     """Make every unit that the pools need and the store does not hold; only inside `observing(model)`."""
     work.load(len(work.trajectory) - 1)
-    lens = work.lens("sample", train)
+    lens = replace(work.lens("train", train), kind="sample")  # checked with labels that repeat themselves
     lists = in_order(len(train), batch_size)
     made_from = {
         **work.made_from(train, lens),
@@ -108,7 +119,9 @@ def fit(work: Workspace, pools: Iterable[Pool], train: Any, batch_size: int) -> 
             unit = _covariance_unit(work, index)
             work.store.get_or_make(unit, made_from | {"checkpoint": digests[index]}, partial(make_covariance, index))
         basis_from = made_from | {"checkpoints": list(digests.values())}
-        tensors = work.store.get_or_make(_basis_unit(work, pool), basis_from, partial(_make_bases, work, pool))
+        tensors = work.store.get_or_make(
+            _basis_unit(work, pool), basis_from, partial(_make_bases, work, pool, made_from)
+        )
         bases = _bases(lens, tensors)
         for index in pool:
             eigenvalues_from = basis_from | {"checkpoint": digests[index]}
@@ -134,9 +147,9 @@ def pooled_curvature(
     }
 
 
-def _make_bases(work: Workspace, pool: Pool) -> Tensors:
+def _make_bases(work: Workspace, pool: Pool, made_from: Mapping[str, Any]) -> Tensors:
     """Eigenvectors of the pooled covariances, in float64."""
-    sums = [work.store.read(_covariance_unit(work, index), {}) for index in pool]
+    sums = [work.store.read(_covariance_unit(work, index), made_from) for index in pool]
     steps = [work.step(index) for index in pool]
     tensors: Tensors = {}
     for name in track(work.layers.tracked, f"eigenbases, steps {steps}", enabled=work.progress):
@@ -170,6 +183,17 @@ def _basis_unit(work: Workspace, pool: Pool) -> str:
 
 def _eigenvalues_unit(work: Workspace, pool: Pool, index: int) -> str:
     return f"eigenvalues/{_pool_name(work, pool)}/step-{work.step(index)}"
+
+
+def _check_mask(mask: Any, lens: Lens) -> None:
+    """Raise TaskError unless the mask is None, a tensor, or a mapping from tracked layers' names to tensors."""
+    masks = mask if isinstance(mask, Mapping) else {} if mask is None else {next(iter(lens.layers)): mask}
+    unknown = sorted(set(masks) - set(lens.layers))
+    if unknown or not all(isinstance(one, Tensor) for one in masks.values()):
+        raise TaskError(
+            f"get_attention_mask(): expected a tensor [examples, positions], or a mapping to such tensors from names "
+            f"of {list(lens.layers)[:8]}, found {f'names {unknown[:4]}' if unknown else type(mask).__name__}."
+        )
 
 
 def _mask_of(layer: TrackedLayer, tokens: Tokens, mask: Tensor | Mapping[str, Tensor] | None) -> Tensor | None:

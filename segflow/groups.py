@@ -43,6 +43,9 @@ class Groups:
             raise GroupError("no groups were given. Expected at least one.")
         if len(self.labels) != len(self.members):
             raise GroupError(f"{len(self.labels)} labels for {len(self.members)} groups: expected one for each.")
+        if len(set(self.labels)) < len(self.labels):
+            twice = next(label for label in self.labels if self.labels.count(label) > 1)
+            raise GroupError(f"two groups are called {twice!r}. Give each a label of its own (as text).")
         for label, member in zip(self.labels, self.members, strict=True):
             if len(member) == 0:
                 raise GroupError(f"group {label!r} is empty. Leave it out.")
@@ -128,7 +131,8 @@ class Groups:
             raise GroupError("a label is NaN, which equals nothing. Give such examples a label of their own.")
         place = {label: index for index, label in enumerate(distinct)}
         of = np.array([place[label] for label in plain], dtype=np.int64)
-        return cls.from_lists([np.flatnonzero(of == k) for k in range(len(distinct))], len(plain), distinct)
+        order, ends = np.argsort(of, kind="stable"), np.cumsum(np.bincount(of, minlength=len(distinct)))
+        return cls.from_lists(np.split(order, ends[:-1]) if distinct else [], len(plain), distinct)
 
 
 def _indices(given: Sequence[int] | np.ndarray) -> np.ndarray:

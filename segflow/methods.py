@@ -122,8 +122,8 @@ class InfluenceFunction:
     def __post_init__(self) -> None:
         if isinstance(self.damping, str):
             check_choice("damping", self.damping, ("heuristic",), MethodError)
-        elif not self.damping >= 0:
-            raise MethodError(f"damping={self.damping}: expected a number >= 0, or 'heuristic'.")
+        elif not 0 <= self.damping < float("inf"):
+            raise MethodError(f"damping={self.damping}: expected a finite number >= 0, or 'heuristic'.")
 
     def plan(self, trajectory: Trajectory) -> Plan:
         """One term at the last checkpoint."""

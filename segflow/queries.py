@@ -36,7 +36,7 @@ def query_gradients(lens: Lens, data: Iterable[Batch], bases: Mapping[str, Eigen
         for name, layer in lens.layers.items():
             if len(pieces[name]) == before[name]:  # this batch's measurement does not depend on the layer
                 pieces[name].append(torch.zeros(batch.size, *layer.shape, dtype=lens.dtype, device=lens.device))
-    watch.finish(lens.layers)
+    watch.finish(lens.axes)
     return {name: torch.cat(parts) for name, parts in pieces.items()}
 
 

@@ -43,8 +43,8 @@ def record(
         optimizer: its torch.optim optimizer (or accelerate's wrapper of one).
         directory: where to write; read it with `Trajectory.load`.
         dataset_size: number of training examples N.
-        total_steps: optimizer steps to come. None: checkpoints are saved often and thinned on the way, so that
-            they end up as evenly spaced as the steps allow.
+        total_steps: optimizer steps to come. None: checkpoints are saved often and thinned on the way, and end up
+            evenly spaced to within a factor of two; give the number where you know it.
         checkpoints: how many, or the explicit steps (the last step is saved besides).
         overwrite: replace an earlier recording in `directory`.
 
@@ -91,9 +91,10 @@ class Recording:
         self._count: int | None = None  # set where checkpoints are thinned on the way
         self._interval = 1
         self._rows: list[list[list[float]]] = []
+        self._row: list[list[float]] = []  # of the step under way
         self._saved: dict[int, dict[str, Any]] = {}
         self._group_of: dict[str, int] = {}
-        if int(dataset_size) < 1:
+        if not hasattr(dataset_size, "__index__") or dataset_size < 1:
             raise TrajectoryError(f"dataset_size={dataset_size}: expected the number of training examples.")
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise TrajectoryError(
@@ -144,11 +145,12 @@ class Recording:
     def log_step(self) -> None:
         """Log what the optimizer is about to use; a step hook."""
         groups = self.optimizer.param_groups
-        self._rows.append([[float(group.get(key, 0.0)) for group in groups] for key in _LOGGED.values()])
+        self._row = [[float(group.get(key, 0.0)) for group in groups] for key in _LOGGED.values()]
 
     def end_step(self) -> None:
         """Count the step and save a checkpoint where one is due; a step hook."""
         self.step += 1
+        self._rows.append(self._row)  # only now: a step that raised was not taken
         if self.step in self._wanted or (self._count and self.step % self._interval == 0):
             self._save()
         if self._count and len(self._saved) > 2 * self._count:

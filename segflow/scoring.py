@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import Subset
 
 from .data import Batch, digest, in_order
+from .errors import ScoreError
 from .factors import Pool, pooled_curvature
 from .groups import GroupBatch, Groups, Tile, tiles
 from .kronecker import Eigenbasis
@@ -198,4 +199,9 @@ class _Stage:
             part = tile_scores(self.lens, data, tile, queries, bases, work.memory // 8, where)
             columns = torch.from_numpy(tile.groups).to(scores.device)
             scores[:, :, columns] = part if self.per_layer else part.sum(0, keepdim=True)
+        if not torch.isfinite(scores).all():
+            raise ScoreError(
+                f"scores at the {where} are not finite: gradients or the method's operator overflow. "
+                "Use a model in float64, or more damping."
+            )
         return scores

@@ -32,10 +32,12 @@ def response(sigma: Tensor, lr_steps: float) -> Tensor:
 
 
 def damped_inverse(sigma: Tensor, damping: float | Tensor) -> Tensor:
-    """The influence function's operator: 1 / (sigma + damping).
+    """The influence function's operator: 1 / (sigma + damping), and 0 where that is 0 to rounding (pseudo-inverse).
 
     Example:
         >>> damped_inverse(torch.tensor([0.0, 3.0]), 1.0)
         tensor([1.0000, 0.2500])
     """
-    return 1 / (sigma + damping)
+    damped = sigma + damping
+    singular = damped <= torch.finfo(damped.dtype).eps * damped.max()
+    return torch.where(singular, 0.0, 1 / torch.where(singular, 1.0, damped))

@@ -113,11 +113,22 @@ class Store:
     def __init__(self, root: str | os.PathLike[str]):
         self.root = Path(root)
         self._manifest = self.root / "manifest.json"
+        self._read: tuple[tuple[int, ...], dict[str, dict[str, Any]]] | None = (
+            None  # (what the file looked like, units)
+        )
 
     def units(self) -> dict[str, dict[str, Any]]:
         """Every committed unit with its size, checksum and what it was made from."""
-        if not self._manifest.exists():
+        try:
+            stat = self._manifest.stat()
+        except OSError:
             return {}
+        look = (stat.st_ino, stat.st_size, stat.st_mtime_ns)
+        if self._read is None or self._read[0] != look:
+            self._read = (look, self._parsed())
+        return self._read[1]
+
+    def _parsed(self) -> dict[str, dict[str, Any]]:
         content = read_json(self._manifest, StoreError)
         found = content.get("format") if isinstance(content, dict) else None
         if found != FORMAT or not isinstance(content.get("units"), dict):
@@ -150,7 +161,7 @@ class Store:
     def write(self, name: str, tensors: Tensors, made_from: MadeFrom) -> None:
         """Commit one unit; an older unit of that name is replaced."""
         entry = write_tensors(self._path(name), tensors)
-        units = self.units()
+        units = dict(self.units())
         units[name] = {**entry, "made_from": dict(made_from)}
         write_json(self._manifest, {"format": FORMAT, "units": units})
 
@@ -171,7 +182,7 @@ class Store:
             raise StoreError(f"{self._manifest}: damaged at unit {name!r}. Delete the store, or restore the file.")
         differing = [key for key in now if not _agree(stored.get(key), now[key])]
         if differing:
-            sides = "; ".join(f"{key}: stored {stored.get(key)!r}, now {now[key]!r}" for key in differing)
+            sides = "; ".join(f"{key}: {_difference(stored.get(key), now[key])}" for key in differing)
             raise StoreError(
                 f"{self.root}: unit {name!r} was made from something else ({sides}). "
                 "Use another store folder for the new setting, or delete this one to make it anew."
@@ -185,3 +196,11 @@ def _agree(stored: Any, now: Any) -> bool:
     if isinstance(now, list) and isinstance(stored, list) and len(stored) == len(now):
         return all(_agree(*pair) for pair in zip(stored, now, strict=True))
     return bool(stored == now)
+
+
+def _difference(stored: Any, now: Any) -> str:
+    """Both sides; of long lists only how many entries differ, and the first that do."""
+    if isinstance(stored, list) and isinstance(now, list) and len(stored) == len(now) > 3:
+        pairs = [pair for pair in zip(stored, now, strict=True) if not _agree(*pair)]
+        return f"{len(pairs)} of {len(now)} differ, the first: {_difference(*pairs[0])}"
+    return f"stored {stored!r}, now {now!r}"

@@ -61,6 +61,8 @@ class Task(ABC):
 
 def check_task(task: Any) -> None:
     """Raise TaskError unless `task` has what the engine calls; Kronfluence's tasks pass."""
+    if isinstance(task, type):
+        raise TaskError(f"the task is the class {task.__name__}: expected an object, {task.__name__}(...).")
     needed = ("compute_train_loss", "compute_measurement")
     missing = [name for name in needed if not callable(getattr(task, name, None))]
     if missing:

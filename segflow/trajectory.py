@@ -79,6 +79,11 @@ class Trajectory:
         self.momentum = _per_step("momentum", self.optimizer.momentum, shape, below=1.0)
         self.dampening = _per_step("dampening", self.optimizer.dampening, shape)
         self.weight_decay = _per_step("weight_decay", self.optimizer.weight_decay, shape)
+        if self.parameter_groups is None and shape[1] > 1:
+            raise TrajectoryError(
+                f"learning_rates cover {shape[1]} parameter groups, and parameter_groups does not say which parameter "
+                "is in which. Pass parameter_groups={parameter name: group}."
+            )
         _check_parameter_groups(self.parameter_groups or {}, shape[1])
         self._digests: dict[int, tuple[tuple[int, ...], str]] = {}  # (what the file looked like, sha256)
         self._expected: dict[int, str] = {}
@@ -94,7 +99,8 @@ class Trajectory:
             if (root / "recording.json").exists():
                 raise TrajectoryError(
                     f"{root}: the recorded run did not finish, its process was stopped inside segflow.record(). "
-                    "Train again, with overwrite=True to reuse the folder."
+                    "Train again, with overwrite=True to reuse the folder; or give Trajectory() the checkpoints that "
+                    "it did leave, their steps, and the learning rates up to the last of them."
                 )
             raise TrajectoryError(
                 f"{root}: no recorded run here (no trajectory.json). Record one with segflow.record()."
@@ -155,8 +161,9 @@ class Trajectory:
             found = read_tensors(path, self._expected.get(index), TrajectoryError)
         else:
             found = _foreign_state(path)
-        recorded = {name[len("model.") :]: tensor for name, tensor in found.items() if name.startswith("model.")}
-        return recorded if index in self._expected else found
+        if all(name.startswith(("model.", "optimizer.")) for name in found) and "step-" in path.name:  # by record()
+            return {name[len("model.") :]: tensor for name, tensor in found.items() if name.startswith("model.")}
+        return found
 
     def digest(self, index: int) -> str:
         """sha256 of the checkpoint's file."""

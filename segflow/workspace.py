@@ -11,7 +11,7 @@ from torch import nn
 
 from .data import Batch, Collate, Indices, batches, dataset_fingerprint, dataset_length, evenly_spaced
 from .errors import TrajectoryError
-from .layers import LayerChoice, TrackedLayer
+from .layers import LayerChoice
 from .lens import Lens, make_lens
 from .progress import track
 from .store import Store
@@ -79,7 +79,7 @@ class Workspace:
         Besides names and shapes these are the training losses of some examples at the last checkpoint, which change
         with whatever the loss depends on: the task's tensors and helpers, the collate function.
         """
-        dataset = dataset_fingerprint(train, "training")
+        dataset = dataset_fingerprint(train, "training", self.progress)
         losses = [self.probe_losses(train, replace(lens, kind="train")) for _ in range(2)]
         steady = dataset["examples"] != "random" and losses[0] == losses[1]
         return {
@@ -100,28 +100,36 @@ class Workspace:
         return torch.stack(losses).tolist()
 
 
-def parameter_groups(
-    layers: Mapping[str, TrackedLayer], trajectory: Trajectory
-) -> tuple[dict[str, int], tuple[str, ...]]:
-    """Each layer's parameter group, and notes on layers whose weight and bias are in groups that differ.
+def settle_parameter_groups(choice: LayerChoice, trajectory: Trajectory) -> tuple[LayerChoice, dict[str, int]]:
+    """Each layer's parameter group; a bias that was trained otherwise than its weight is not attributed.
 
-    Raises TrajectoryError if a layer's weight and bias had different learning rates or momenta.
+    One layer has one learning rate and weight decay, so a bias in a group with others is left out, and named among
+    the skipped.
     """
-    groups, notes = {}, []
-    for name, layer in layers.items():
+    tracked, skipped, groups = dict(choice.tracked), dict(choice.skipped), {}
+    for name, layer in choice.tracked.items():
         prefix = f"{name}." if name else ""
-        weight = trajectory.group_of(f"{prefix}weight") or 0
-        bias = trajectory.group_of(f"{prefix}bias") if layer.has_bias else None
-        groups[name] = weight
-        if bias is None or bias == weight:
-            continue
-        for what in ("learning_rates", "momentum", "dampening"):
-            values = getattr(trajectory, what)
-            if not values[:, weight].equal(values[:, bias]):
-                raise TrajectoryError(
-                    f"layer {name!r}: its weight and bias were trained with different {what.replace('_', ' ')}. "
-                    "One layer's curvature needs one; leave the layer out of get_influence_tracked_modules()."
-                )
-        if not trajectory.weight_decay[:, weight].equal(trajectory.weight_decay[:, bias]):
-            notes.append(f"layer {name!r}: the weight's weight decay is used for the bias too, which had another")
-    return groups, tuple(notes)
+        groups[name] = weight = trajectory.group_of(f"{prefix}weight") or 0
+        bias = trajectory.group_of(f"{prefix}bias") if layer.has_bias else weight
+        logged = {
+            "learning rate": trajectory.learning_rates,
+            "momentum": trajectory.momentum,
+            "dampening": trajectory.dampening,
+            "weight decay": trajectory.weight_decay,
+        }
+        differing = [what for what, log in logged.items() if not log[:, weight].equal(log[:, bias])]
+        if differing:
+            tracked[name] = replace(layer, has_bias=False)
+            skipped[f"{prefix}bias"] = f"it was trained with another {' and '.join(differing)} than the weight"
+    return LayerChoice(tracked, skipped), groups
+
+
+def check_parameter_names(model: nn.Module, trajectory: Trajectory) -> None:
+    """Raise TrajectoryError for a parameter that the trajectory names and the model does not have."""
+    known = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    unknown = sorted(set(trajectory.parameter_groups or ()) - known)
+    if unknown:
+        raise TrajectoryError(
+            f"parameter_groups names {unknown[:4]}, which the model does not have. "
+            "Give the names of model.named_parameters(), or the model that was trained."
+        )

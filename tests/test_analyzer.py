@@ -76,7 +76,7 @@ def test_the_model_is_untouched_also_after_an_exception_in_user_code(tmp_path: P
     before = _snapshot(model)
     good.fit(vectors(N))
     for action in (
-        lambda: analyzer.check(vectors(N), vectors(3)),
+        lambda: analyzer.check(vectors(N), vectors(3), curvature_tolerance=float("inf")),
         lambda: analyzer.fit(vectors(N)),
         lambda: _score(analyzer),
     ):
@@ -249,3 +249,129 @@ def test_a_fault_in_the_demo_is_one_line_and_a_status(
     monkeypatch.setattr(digits, "main", fail)
     assert cli.main(["demo"]) == 1
     assert capsys.readouterr().err == "segflow: no run here\n"
+
+
+class Data(list):  # type: ignore[type-arg]
+    """A plain list as a dataset."""
+
+
+@pytest.mark.parametrize("place", [0, 1, N // 2, N - 1])
+def test_any_relabelled_example_is_seen_when_a_store_is_used_again(tmp_path: Path, place: int) -> None:
+    analyzer = _setting(tmp_path)
+    train = Data(vectors(N)[index] for index in range(N))
+    analyzer.fit(train)
+    _score(analyzer, train)
+    train[place] = (train[place][0], (train[place][1] + 1) % 3)
+    with pytest.raises(sf.StoreError, match="was made from something else"):
+        _score(analyzer, train)
+
+
+def test_an_undamped_influence_function_ignores_directions_without_curvature(tmp_path: Path) -> None:
+    x, y = vectors(N).tensors
+    x[:, 3] = 0.0  # an input that is never there
+    train = TensorDataset(x, y)
+    analyzer = _setting(tmp_path, method=sf.InfluenceFunction(damping=0.0))
+    analyzer.fit(train)
+    scores = [
+        analyzer.score(groups, train, vectors(3, seed=4))
+        for groups in (sf.Groups.random(N, 5), sf.Groups.singletons(N))
+    ]
+    summed = torch.stack([scores[1].values[:, list(m)].sum(1) for m in sf.Groups.random(N, 5).members], 1)
+    torch.testing.assert_close(scores[0].values, summed, rtol=1e-8, atol=0)
+
+
+@pytest.mark.parametrize("share", [0.01, 0.2])
+def test_a_weight_used_outside_its_calls_is_refused_in_float32(tmp_path: Path, share: float) -> None:
+    class Reuse(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.a, self.b = nn.Linear(5, 5), nn.Linear(5, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = torch.tanh(self.a(x))
+            return self.b(h + share * nn.functional.linear(torch.tanh(h), self.a.weight))
+
+    with pytest.raises(sf.LayerError, match="layer 'a': its calls do not make up its gradient"):
+        _setting(tmp_path, model=Reuse()).fit(vectors(N, torch.float32))
+
+
+def test_examples_that_change_places_before_a_layer_are_refused(tmp_path: Path) -> None:
+    class Sorted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(5, 3).double()
+
+        def forward(self, x: Tensor) -> Tensor:
+            order = x[:, 0].argsort()
+            return self.fc(x[order])[order.argsort()]
+
+    with pytest.raises(sf.LayerError, match=r"layer 'fc': an example's gradient .* differs alone and in a batch"):
+        _setting(tmp_path, model=Sorted()).check(vectors(N))
+
+
+def test_a_task_that_ignores_sample_is_named(tmp_path: Path) -> None:
+    with pytest.raises(sf.TaskError, match="gives the same gradients in every draw"):
+        _setting(tmp_path).check(vectors(N))  # FixedLabels draws nothing
+    assert _setting(tmp_path).check(vectors(N), curvature_tolerance=float("inf")).curvature.fixed
+
+
+@pytest.mark.parametrize(
+    "mask", [torch.ones(4, 9), {"nowhere": torch.ones(4, 1)}, "all"], ids=["shape", "name", "type"]
+)
+@pytest.mark.parametrize("call", ["check", "fit"])
+def test_an_attention_mask_that_would_be_ignored_is_refused(tmp_path: Path, mask: Any, call: str) -> None:
+    class Masked(sf.tasks.Classification):
+        def get_attention_mask(self, batch: Any) -> Any:
+            return mask
+
+    with pytest.raises(sf.TaskError, match=r"get_attention_mask\(\)"):
+        getattr(_setting(tmp_path, task=Masked()), call)(vectors(N))
+
+
+def test_a_measurement_of_a_hidden_layer_gives_the_layers_behind_it_no_influence(tmp_path: Path) -> None:
+    class Hidden(FixedLabels):
+        def compute_measurement(self, batch: Any, model: Any) -> Tensor:
+            return model[:2](batch[0]).square().sum()
+
+    analyzer = _setting(tmp_path, task=Hidden(), method=sf.TracIn())
+    parts = _score(analyzer, keep=("layer",)).by_layer
+    assert parts["0"].abs().min() > 0 and not parts["2"].any() and not parts["4"].any()
+
+
+def test_arguments_of_another_kind_are_named(tmp_path: Path) -> None:
+    good = _setting(tmp_path)
+    trajectory, model = good.work.trajectory, good.work.model
+    cases: list[tuple[type[Exception], str, tuple[Any, Any], dict[str, Any]]] = [
+        (sf.TrajectoryError, "expected a segflow.Trajectory", (FixedLabels(), "run"), {}),
+        (
+            sf.MethodError,
+            r"method='source': expected one of Source\(",
+            (FixedLabels(), trajectory),
+            {"method": "source"},
+        ),
+        (sf.MethodError, "expected one of Source", (FixedLabels(), trajectory), {"method": sf.Source}),
+        (sf.TaskError, "the task is the class FixedLabels", (FixedLabels, trajectory), {}),
+        (
+            sf.SegflowError,
+            "memory='2GB': expected a whole number of bytes",
+            (FixedLabels(), trajectory),
+            {"memory": "2GB"},
+        ),
+        (sf.SegflowError, "memory=0", (FixedLabels(), trajectory), {"memory": 0}),
+    ]
+    for error, text, (task, run), options in cases:
+        with pytest.raises(error, match=text):
+            sf.Analyzer(model, task, run, store=tmp_path / "s", **options)
+    with pytest.raises(sf.GroupError, match="groups is a list: expected segflow"):
+        good.score([[0, 1]], vectors(N), vectors(2))  # type: ignore[arg-type]
+    known = dict.fromkeys(("0.wieght",), 0)
+    with pytest.raises(
+        sf.TrajectoryError, match=r"parameter_groups names \['0.wieght'\], which the model does not have"
+    ):
+        sf.Analyzer(
+            model,
+            FixedLabels(),
+            sf.Trajectory(trajectory.checkpoints, trajectory.steps, 0.1, N, None, known),
+            store=tmp_path / "s",
+        )

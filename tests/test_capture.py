@@ -245,7 +245,7 @@ def test_under_autocast_tokens_are_float32_finite_and_close(inside: bool) -> Non
 
     tracked, found = choose_layers(model).tracked, {}
     with torch.autocast("cpu", torch.bfloat16, enabled=not inside), observing(model):
-        axes, _ = example_axes(tracked, lambda copies: loss(model, x[:1].repeat(copies, 1, 1)))
+        axes, _, _ = example_axes(tracked, lambda copies: loss(model, x[:1].repeat(copies, 1, 1)))
         capture(tracked, axes, lambda: loss(model, x), lambda layer, t: found.update({layer.name: t}), torch.float32)
     modules = {name: layer.module for name, layer in tracked.items()}
     exact = oracles.example_gradients(model, modules, lambda i: model(x[i : i + 1]).sin().sum(), len(x))

@@ -49,7 +49,7 @@ def captured(
         found[layer.name] = tokens
 
     with observing(model):
-        axes, _ = example_axes(layers, lambda copies: loss(model, torch.stack([x[0]] * copies)))
+        axes, _, _ = example_axes(layers, lambda copies: loss(model, torch.stack([x[0]] * copies)))
         total = capture(layers, axes, lambda: loss(model, x), consume, torch.float64)
     return total, found
 

@@ -10,15 +10,18 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from .helpers import mlp, vectors
+import segflow as sf
+
+from .helpers import analyzer_of, mlp, trajectory_of, vectors
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
+BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
 def test_the_api_example_runs_and_is_short(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    [code] = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    code, _ = BLOCKS
     assert len(code.splitlines()) <= 32
     monkeypatch.chdir(tmp_path)
     train, model = vectors(40, torch.float32), mlp(torch.float32)
@@ -36,6 +39,33 @@ def test_the_api_example_runs_and_is_short(
     assert given["scores"].values.shape == (5, 4)
     assert set(given["table"].columns) == {"books", "code", "mail", "web"}
     assert "attributed: 79 of 79 parameters (100.0%)" in capsys.readouterr().out
+
+
+class TokenModel(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.mix, self.head = torch.nn.Embedding(7, 6), torch.nn.Linear(6, 6), torch.nn.Linear(6, 7)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        h = self.embed(tokens)
+        past = torch.ones(tokens.shape[1], tokens.shape[1]).tril().log()
+        return self.head(torch.tanh(self.mix((h @ h.mT + past).softmax(-1) @ h)))
+
+
+def test_the_language_model_task_has_the_curvature_s_scale(tmp_path: Path) -> None:
+    given: dict[str, Any] = {"torch": torch, "sf": sf}
+    exec(compile(BLOCKS[1], "README.md", "exec"), given)
+    generator = torch.Generator().manual_seed(1)
+    tokens = torch.randint(0, 7, (24, 9), generator=generator)
+    lengths = torch.randint(4, 10, (24,), generator=generator)
+    data = [{"tokens": t, "mask": torch.arange(9) < n} for t, n in zip(tokens, lengths, strict=True)]
+    model = TokenModel()
+    trajectory = trajectory_of(tmp_path / "run", [model.state_dict()], 24)
+    analyzer = analyzer_of(model, trajectory, tmp_path / "store", given["LanguageModel"](), method=sf.Source(1))
+    report = analyzer.check(data, data)
+    assert report.curvature.factor == pytest.approx(1, abs=4 * report.curvature.error)
+    assert "embed: Embedding is not supported" in str(report)
 
 
 def test_the_commands_and_the_picture_exist() -> None:

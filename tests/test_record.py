@@ -9,7 +9,7 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -503,3 +503,38 @@ def test_a_process_killed_inside_the_block_leaves_a_run_that_reads_as_unfinished
     assert len(list((tmp_path / "checkpoints").iterdir())) == 3
     with pytest.raises(sf.TrajectoryError, match="the recorded run did not finish, its process was stopped"):
         sf.Trajectory.load(tmp_path)
+
+
+def test_a_step_that_raises_is_not_logged_and_a_checkpoint_left_behind_can_be_used(tmp_path: Path) -> None:
+    model = torch.nn.Linear(2, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def closure(fail: bool) -> float:
+        if fail:
+            raise MemoryError
+        return 0.0
+
+    def train(steps: tuple[bool, ...]) -> None:
+        for fail in steps:
+            with suppress(MemoryError):
+                optimizer.step(partial(closure, fail))
+
+    recording = sf.record(model, optimizer, tmp_path, dataset_size=4, total_steps=6, checkpoints=3)
+    with pytest.raises(KeyboardInterrupt), recording:
+        train((False, True, False, False, False))
+        raise KeyboardInterrupt
+    left = sorted((tmp_path / "checkpoints").glob("*.safetensors"))
+    salvaged = sf.Trajectory(left, [2, 4], 0.1, 4)
+    salvaged.load_into(model, 1)
+    with sf.record(model, optimizer, tmp_path, dataset_size=4, total_steps=2, checkpoints=1, overwrite=True):
+        train((False, True, False))
+    assert sf.Trajectory.load(tmp_path).total_steps == 2
+
+
+@pytest.mark.parametrize("size", [128.5, "128", 0])
+def test_a_dataset_size_that_is_no_count_is_refused_before_training(tmp_path: Path, size: object) -> None:
+    model = torch.nn.Linear(2, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    recording = sf.record(model, optimizer, tmp_path, dataset_size=size)  # type: ignore[arg-type]
+    with pytest.raises(sf.TrajectoryError, match="expected the number of training examples"), recording:
+        pass

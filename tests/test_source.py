@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -266,8 +265,8 @@ def test_parameter_groups_have_their_own_learning_rate_and_weight_decay(tmp_path
         "first": (0.5, 0.01, None),
         "second": (0.05, 0.2, None),
     }.items():
-        made = trajectory_of(tmp_path / name, states, N, lr=lr, weight_decay=decay)
-        trajectory = sf.Trajectory(made.checkpoints, made.steps, lr, N, made.optimizer, of)
+        made = trajectory_of(tmp_path / name, states, N)
+        trajectory = sf.Trajectory(made.checkpoints, made.steps, lr, N, sf.OptimizerConstants(weight_decay=decay), of)
         analyzer = analyzer_of(model, trajectory, tmp_path / f"{name}-store")
         analyzer.fit(train)
         by_layer[name] = dict(analyzer.score(GROUPS, train, query, keep=("layer",)).by_layer)
@@ -275,30 +274,29 @@ def test_parameter_groups_have_their_own_learning_rate_and_weight_decay(tmp_path
         torch.testing.assert_close(by_layer["both"][layer], by_layer[expected][layer], rtol=1e-9, atol=0)
 
 
-def _differing(what: str) -> Callable[[Path], sf.Analyzer]:
-    def make(folder: Path) -> sf.Analyzer:
-        model = mlp()
-        groups = {name: int(name.endswith("bias")) for name in model.state_dict()}
-        pair = torch.tensor([[0.1, 0.2]]).expand(10, 2)
-        constants = {what: pair} if what != "learning_rates" else {}
-        made = trajectory_of(folder, [model.state_dict()], N, lr=pair if what == "learning_rates" else pair * 0 + 0.1)
-        optimizer = sf.OptimizerConstants(**constants)
-        trajectory = sf.Trajectory(made.checkpoints, made.steps, made.learning_rates, N, optimizer, groups)
-        return analyzer_of(model, trajectory, folder / "store", method=sf.Source(segments=1))
+@pytest.mark.parametrize("what", ["learning rate", "momentum", "dampening", "weight decay"])
+def test_a_bias_trained_otherwise_than_its_weight_is_left_out_by_name(tmp_path: Path, what: str) -> None:
+    model, train = mlp(), vectors(N)
+    groups = {name: int(name.endswith("bias")) for name in model.state_dict()}
+    same, pair = (torch.tensor([[0.1, second]], dtype=torch.float64).expand(10, 2) for second in (0.1, 0.2))
+    given = dict.fromkeys(("learning rate", "momentum", "dampening", "weight decay"), same) | {what: pair}
+    rates, momentum, dampening, decay = given.values()
+    files = trajectory_of(tmp_path, [model.state_dict()], N).checkpoints
+    optimizer = sf.OptimizerConstants("SGD", momentum, dampening, decay)
 
-    return make
+    def analyzed(constants: sf.OptimizerConstants, learning_rates: Tensor, of: dict[str, int]) -> sf.Analyzer:
+        trajectory = sf.Trajectory(files, [10], learning_rates, N, constants, of)
+        return analyzer_of(model, trajectory, tmp_path / "store", method=sf.Source(segments=1))
 
-
-def test_a_bias_with_a_learning_rate_of_its_own_is_refused_by_name(tmp_path: Path) -> None:
-    with pytest.raises(sf.TrajectoryError, match=r"layer '0': its weight and bias .* different learning rates"):
-        _differing("learning_rates")(tmp_path)
-
-
-def test_a_bias_with_a_weight_decay_of_its_own_is_noted(tmp_path: Path) -> None:
-    analyzer = _differing("weight_decay")(tmp_path)
-    train = vectors(N)
-    assert "layer '0': the weight's weight decay is used for the bias" in str(
-        analyzer.check(train, curvature_tolerance=float("inf"))
-    )
+    analyzer = analyzed(optimizer, rates, groups)
+    report = str(analyzer.check(train, curvature_tolerance=float("inf")))
+    assert f"not attributed: 0.bias: it was trained with another {what} than the weight" in report
+    weights = 5 * 6 + 6 * 4 + 4 * 3
+    assert f"attributed: {weights} of {weights + 13} parameters" in report
     analyzer.fit(train)
-    assert analyzer.score(GROUPS, train, vectors(2)).provenance["notes"]
+    scores = analyzer.score(GROUPS, train, vectors(QUERIES))
+    assert set(scores.provenance["not_attributed"]) == {"0.bias", "2.bias", "4.bias"}
+    alone = {name: 0 for name in groups if name.endswith("weight")}  # the weights' group, biases not trained
+    plain = sf.OptimizerConstants("SGD", momentum[:, :1], dampening[:, :1], decay[:, :1])
+    expected = analyzed(plain, rates[:, :1], alone).score(GROUPS, train, vectors(QUERIES))
+    torch.testing.assert_close(scores.values, expected.values, rtol=1e-12, atol=0)

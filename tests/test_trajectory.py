@@ -64,7 +64,7 @@ def test_every_form_of_learning_rates_is_read_as_steps_by_groups(tmp_path: Path)
         assert found.lr_steps(5, 17) == (pytest.approx(values[5:17].sum(), rel=1e-13),)
     pairs = np.stack([values, 2 * values], 1)
     for given_as in (pairs, pairs.tolist(), dict(enumerate(pairs.tolist(), start=1))):
-        found = trajectory(tmp_path, learning_rates=given_as)
+        found = trajectory(tmp_path, learning_rates=given_as, parameter_groups={})
         assert found.lr_steps(0, 40) == pytest.approx((values.sum(), 2 * values.sum()), rel=1e-13)
     assert trajectory(tmp_path, learning_rates=0.5).lr_steps(3, 5) == (1.0,)
 
@@ -72,7 +72,9 @@ def test_every_form_of_learning_rates_is_read_as_steps_by_groups(tmp_path: Path)
 def test_effective_learning_rates_are_lr_times_one_minus_dampening_over_one_minus_momentum(tmp_path: Path) -> None:
     generator = np.random.default_rng(0)
     lr, m, d, w = generator.uniform(0.1, 0.9, (4, 40, 2))
-    found = trajectory(tmp_path, learning_rates=lr, **constants(momentum=m, dampening=d, weight_decay=w))
+    found = trajectory(
+        tmp_path, learning_rates=lr, parameter_groups={}, **constants(momentum=m, dampening=d, weight_decay=w)
+    )
     effective = (lr * (1 - d) / (1 - m))[7:29]
     assert found.lr_steps(7, 29) == pytest.approx(tuple(effective.sum(0)), rel=1e-13)
     decayed = (effective * w[7:29]).sum(0) / effective.sum(0)
@@ -87,13 +89,20 @@ def test_dampening_without_momentum_changes_nothing_as_in_torch(tmp_path: Path) 
 def test_constants_may_be_given_once_per_step_or_per_step_and_group(tmp_path: Path) -> None:
     rates = np.full((40, 2), 0.1)
     for m in (0.5, [0.5] * 40, torch.full((40, 2), 0.5), np.full((40, 1), 0.5)):
-        found = trajectory(tmp_path, learning_rates=rates, **constants(momentum=m))
+        found = trajectory(tmp_path, learning_rates=rates, parameter_groups={}, **constants(momentum=m))
         assert found.lr_steps(0, 40) == pytest.approx((8.0, 8.0), rel=1e-13)
 
 
 def test_a_segment_that_does_not_learn_has_a_finite_weight_decay(tmp_path: Path) -> None:
     found = trajectory(tmp_path, learning_rates=[0.0] * 20 + [0.1] * 20, **constants(weight_decay=0.03))
     assert found.lr_steps(0, 20) == (0.0,) and found.mean_weight_decay(0, 20) == (pytest.approx(0.03),)
+
+
+def test_several_learning_rates_need_to_know_whose_they_are(tmp_path: Path) -> None:
+    with pytest.raises(
+        sf.TrajectoryError, match="learning_rates cover 2 parameter groups, and parameter_groups does not"
+    ):
+        trajectory(tmp_path, learning_rates=np.full((40, 2), 0.1))
 
 
 def test_parameter_groups_say_which_learning_rates_a_parameter_had(tmp_path: Path) -> None:
