@@ -10,6 +10,7 @@ import sys
 import textwrap
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
