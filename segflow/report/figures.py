@@ -20,10 +20,10 @@ def influence_figure(
     query_caption: str = "",
     k: int = 6,
 ) -> Any:
-    """A query's most helpful and most harmful training images, and how its influence is spread over the terms.
+    """The training images that raise or lower a query's measurement most, and how influence is spread over the terms.
 
     Args:
-        scores: of single examples, kept with `keep=("term",)`; the measurement must be a loss.
+        scores: of single examples, kept with `keep=("term",)`.
         query: its row.
         query_image: [H, W]; train_images: [N, H, W].
         caption: text under a training image.
@@ -46,8 +46,8 @@ def influence_figure(
     _image(left.subplots(), query_image, f"query {scores.query_labels[query]}\n{query_caption}")
     axes = middle.subplots(2, k)
     rows: Sequence[tuple[str, bool]] = (
-        ("helpful: removal raises the loss", True),
-        ("harmful: removal lowers it", False),
+        ("removal raises the measurement (a loss: helpful)", True),
+        ("removal lowers the measurement (a loss: harmful)", False),
     )
     for row, (title, largest) in zip(axes, rows, strict=True):
         for place, (axis, ranked) in enumerate(zip(row, scores.top(query, k, largest), strict=False)):
