@@ -27,6 +27,10 @@ from .methods import Plan
 from .queries import Curvature, Gradients, QuerySide, meeting, query_gradients
 from .workspace import Workspace
 
+# Shares of the memory budget: a half for queries, a quarter for groups, an eighth for what is formed on the way.
+_QUERY_SHARE, _GROUP_SHARE, _PASSING_SHARE = 2, 4, 8
+_QUERY_COPIES = 4  # the gradients, those of two operators, and a temporary
+
 
 @dataclass
 class TrainSide:
@@ -128,9 +132,7 @@ def score_parts(
     stage = _Stage(work, plan, groups, train, batch_size, per_layer)
     count = len(query)
     gradient_bytes = work.parameters * stage.lens.dtype.itemsize
-    tile = max(
-        1, min(count, work.memory // 2 // (gradient_bytes * 4))
-    )  # the gradients, those of two operators, a temporary
+    tile = max(1, min(count, work.memory // _QUERY_SHARE // (_QUERY_COPIES * gradient_bytes)))
     parts = []
     for start in range(0, count, tile):
         indices = range(start, min(start + tile, count))
@@ -144,10 +146,11 @@ class _Stage:
     def __init__(self, work: Workspace, plan: Plan, groups: Groups, train: Any, batch_size: int, per_layer: bool):
         self.work, self.plan, self.groups, self.train = work, plan, groups, train
         self.batch_size, self.per_layer = batch_size, per_layer
+        work.load(len(work.trajectory) - 1)
         self.lens = work.lens("train", train)
         self.made_from = work.made_from(train, self.lens)
         gradient_bytes = work.parameters * self.lens.dtype.itemsize
-        size = max(1, min(len(groups), work.memory // 4 // gradient_bytes))
+        size = max(1, min(len(groups), work.memory // _GROUP_SHARE // gradient_bytes))
         self.tiles = tiles(groups, batch_size, size - size % batch_size if size > batch_size else size)
 
     def run(self, query: Any) -> Tensor:
@@ -160,7 +163,16 @@ class _Stage:
             examples = int(self.groups.sizes.sum()) * len(term.train_checkpoints)
             blocks = curvature(queries.pool) if queries.pool else {}
             values, bases = meeting(queries.values, blocks, {n: examples * self.lens.positions(n) for n in blocks})
-            scores = [self._unit(place, index, values, bases) for index in term.train_checkpoints]
+            made_from = {
+                **self.made_from,
+                "term": term.label,
+                "queries": digest(values),
+                "in an eigenbasis": sorted(bases),
+                "groups": digest([self.groups.members]),
+                "batch_size": self.batch_size,
+                "per_layer": self.per_layer,
+            }
+            scores = [self._unit(index, made_from, values, bases) for index in term.train_checkpoints]
             parts[place] = torch.stack(scores).mean(0) / self.work.trajectory.dataset_size
         return torch.stack([parts[place] for place in range(len(self.plan))])
 
@@ -171,18 +183,11 @@ class _Stage:
         bases = {name: block.basis for name, block in curvature(pool).items()} if pool else {}
         return query_gradients(lens, data, bases, self.work.where(index))
 
-    def _unit(self, place: int, index: int, queries: Gradients, bases: Mapping[str, Eigenbasis]) -> Tensor:
+    def _unit(
+        self, index: int, term_from: Mapping[str, Any], queries: Gradients, bases: Mapping[str, Eigenbasis]
+    ) -> Tensor:
         """<query side, group gradients at a checkpoint>, [L, Q, K], from the store or computed into it."""
-        made_from = {
-            **self.made_from,
-            "checkpoint": self.work.trajectory.digest(index),
-            "term": self.plan[place].label,
-            "queries": digest(queries),
-            "in an eigenbasis": sorted(bases),
-            "groups": digest([self.groups.members]),
-            "batch_size": self.batch_size,
-            "per_layer": self.per_layer,
-        }
+        made_from = {**term_from, "checkpoint": self.work.trajectory.digest(index)}
         unit = f"scores/{digest(json.dumps(made_from, sort_keys=True))[:16]}/step-{self.work.step(index)}"
         made = self.work.store.get_or_make(unit, made_from, lambda: {"scores": self._scores(index, queries, bases)})
         return made["scores"]
@@ -196,7 +201,7 @@ class _Stage:
         for number, tile in enumerate(self.tiles, start=1):
             label = f"groups, {where}" + (f", tile {number}/{len(self.tiles)}" if len(self.tiles) > 1 else "")
             data = work.walk(self.lens, self.train, [batch.examples for batch in tile.batches], label)
-            part = tile_scores(self.lens, data, tile, queries, bases, work.memory // 8, where)
+            part = tile_scores(self.lens, data, tile, queries, bases, work.memory // _PASSING_SHARE, where)
             columns = torch.from_numpy(tile.groups).to(scores.device)
             scores[:, :, columns] = part if self.per_layer else part.sum(0, keepdim=True)
         if not torch.isfinite(scores).all():
