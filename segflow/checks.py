@@ -122,7 +122,7 @@ def check_examples(lens: Lens, batch: Batch, alone: Iterable[Batch]) -> None:
         if off > lens.tolerance * torch.linalg.vector_norm(expected_RB):
             raise LayerError(
                 f"layer {name!r}: an example's gradient of the {lens.kind} loss differs alone and in a batch, as where "
-                "the model sorts or mixes the examples of a batch, or padding is not masked. Keep the examples in order "
+                "the model sorts or mixes the examples of a batch, or padding is not masked. Keep examples in order "
                 "in front of the layer and mask what pads them, or leave it out of get_influence_tracked_modules()."
             )
 
