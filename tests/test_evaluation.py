@@ -286,6 +286,12 @@ def _with_terms() -> sf.Scores:
     return _scores(first + second, by_term={"segment 1: steps 1-5": first, "segment 2: steps 6-9": second})
 
 
+def _axes(figure: Any) -> list[Any]:
+    """Every axis, left to right: the query's, the rows' from top to bottom, the spread's."""
+    left, middle, right = figure.subfigs
+    return [*left.axes, *(axis for row in middle.subfigs for axis in row.axes), *right.axes]
+
+
 def test_the_figure_shows_the_top_images_both_ways_and_the_spread() -> None:
     figure = influence_figure(
         _with_terms(), 0, IMAGES[0], IMAGES, caption=lambda ranked: f"train {ranked.label}", query_caption="a five", k=2
@@ -294,7 +300,7 @@ def test_the_figure_shows_the_top_images_both_ways_and_the_spread() -> None:
     figure.savefig(png)
     assert png.getvalue().startswith(b"\x89PNG")
     assert len(png.getvalue()) > 5000
-    axes = [axis for part in figure.subfigs for axis in part.axes]
+    axes = _axes(figure)
     texts = [axis.get_xlabel() for axis in axes]
     assert texts[:5] == [
         "query q0\na five",
@@ -311,7 +317,7 @@ def test_the_figure_shows_the_top_images_both_ways_and_the_spread() -> None:
 
 def test_the_figure_is_of_the_query_and_the_number_of_images_asked_for() -> None:
     figure = influence_figure(_with_terms(), 1, IMAGES[1], IMAGES, k=4)
-    axes = [axis for part in figure.subfigs for axis in part.axes]
+    axes = _axes(figure)
     assert len(axes) == 1 + 2 * 4 + 1
     assert axes[0].get_xlabel() == "query q1\n"
     assert axes[5].get_xlabel() == "-1.000"

@@ -41,20 +41,19 @@ def influence_figure(
         )
     from matplotlib.figure import Figure
 
-    figure: Any = Figure(figsize=(1.35 * (k + 3.6), 5.2), layout="constrained")
+    figure: Any = Figure(figsize=(1.35 * (k + 3.6), 4.2), layout="constrained")
     left, middle, right = figure.subfigures(1, 3, width_ratios=[1.5, k, 3.2])
     _image(left.subplots(), query_image, f"query {scores.query_labels[query]}\n{query_caption}")
-    axes = middle.subplots(2, k)
     rows: Sequence[tuple[str, bool]] = (
         ("removal raises the measurement (a loss: helpful)", True),
         ("removal lowers the measurement (a loss: harmful)", False),
     )
-    for row, (title, largest) in zip(axes, rows, strict=True):
-        for place, (axis, ranked) in enumerate(zip(row, scores.top(query, k, largest), strict=False)):
+    for part, (title, largest) in zip(middle.subfigures(2, 1), rows, strict=True):
+        part.suptitle(title, fontsize=9)
+        axes = np.atleast_1d(part.subplots(1, k))
+        for axis, ranked in zip(axes, scores.top(query, k, largest), strict=False):
             text = f"{ranked.score:+.3f}" + (f"\n{caption(ranked)}" if caption else "")
             _image(axis, train_images[ranked.group], text)
-            if place == 0:
-                axis.set_title(title, fontsize=9, loc="left")
     _spread(right.subplots(), scores, query)
     return figure
 
