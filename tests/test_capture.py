@@ -28,17 +28,9 @@ from segflow.lens import FiniteWatch, make_lens
 from . import oracles
 from .helpers import analyzer_of, mlp, perturbed_states, trajectory_of, vectors
 from .test_layers import RANDOMISED, Along, Calls, assert_exact, captured, example_matrices, normal, sines
+from .test_layers import _float64 as _float64  # a fixture that every test here uses
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(autouse=True)
-def _float64() -> Iterator[None]:
-    torch.manual_seed(0)
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(before)
 
 
 # ---- exact: however the model calls its layers ----
