@@ -27,8 +27,17 @@ from segflow.lens import FiniteWatch, make_lens
 
 from . import oracles
 from .helpers import analyzer_of, mlp, perturbed_states, trajectory_of, vectors
-from .test_layers import RANDOMISED, Along, Calls, assert_exact, captured, example_matrices, normal, sines
-from .test_layers import _float64 as _float64  # a fixture that every test here uses
+from .test_layers import (
+    RANDOMISED,
+    Along,
+    Calls,
+    _float64,  # noqa: F401  (a fixture that every test here uses)
+    assert_exact,
+    captured,
+    example_matrices,
+    normal,
+    sines,
+)
 
 CPU = torch.device("cpu")
 
