@@ -18,7 +18,7 @@ from .ranks import to_device
 Collate = Callable[[list[Any]], Any]
 Indices = Sequence[int] | np.ndarray
 _LARGE = 4096  # a TensorDataset beyond this is digested by its tensors, not by its examples
-_REREAD = 8  # examples that are read twice, to see whether reading is random
+_REREAD = 64  # examples that are read three times, to see whether reading is random
 
 
 class Batch(NamedTuple):
@@ -77,8 +77,8 @@ def dataset_fingerprint(dataset: Any, role: str, progress: bool | None = None) -
     length = dataset_length(dataset, role)
     if type(dataset) is TensorDataset and length > _LARGE:
         return {"length": length, "examples": digest(dataset.tensors)}
-    first, second = (digest([dataset[index] for index in evenly_spaced(length, _REREAD)]) for _ in range(2))
-    if first != second:
+    some = evenly_spaced(length, _REREAD)
+    if len({digest([dataset[index] for index in some]) for _ in range(3)}) > 1:
         return {"length": length, "examples": "random"}
     every = (dataset[index] for index in track(range(length), f"reading the {role} data", enabled=progress))
     return {"length": length, "examples": digest([digest(example) for example in every])}
