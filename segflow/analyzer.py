@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Iterator, Sequence
+from dataclasses import replace
 from importlib import metadata
 from typing import Any
 
@@ -95,7 +96,7 @@ class Analyzer:
             if query is not None:
                 dataset_length(query, "query")
                 self._check_loss(work.lens("measurement", query), query)
-            sample = work.lens("sample", train)
+            sample = replace(lens, kind="sample")
             covariances(sample, self._few(train), work.seed, f"check, {work.where(last)}")
             work.load(0)  # the least converged checkpoint: pseudo-labels still vary there
             scale = checks.curvature_scale(lens, sample, next(self._few(train)))

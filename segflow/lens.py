@@ -86,8 +86,7 @@ def make_lens(
     """Find each layer's example axis with the dataset's first example; call it inside `observing(model)`.
 
     Raises LayerError where a layer is not reached by a training loss (a measurement may leave layers out: their part
-    of it is zero), its input has no axis of examples, or its
-    weight is also used outside its calls.
+    of it is zero), its input has no axis of examples, or its weight is also used outside its calls.
     """
     reference = next(iter(layers.values())).module.get_parameter("weight")
     device = reference.device

@@ -149,6 +149,12 @@ class _Stage:
         work.load(len(work.trajectory) - 1)
         self.lens = work.lens("train", train)
         self.made_from = work.made_from(train, self.lens)
+        self.scored_from = {
+            **self.made_from,
+            "groups": digest([groups.members]),
+            "batch_size": batch_size,
+            "per_layer": per_layer,
+        }
         gradient_bytes = work.parameters * self.lens.dtype.itemsize
         size = max(1, min(len(groups), work.memory // _GROUP_SHARE // gradient_bytes))
         self.tiles = tiles(groups, batch_size, size - size % batch_size if size > batch_size else size)
@@ -164,13 +170,10 @@ class _Stage:
             blocks = curvature(queries.pool) if queries.pool else {}
             values, bases = meeting(queries.values, blocks, {n: examples * self.lens.positions(n) for n in blocks})
             made_from = {
-                **self.made_from,
+                **self.scored_from,
                 "term": term.label,
                 "queries": digest(values),
                 "in an eigenbasis": sorted(bases),
-                "groups": digest([self.groups.members]),
-                "batch_size": self.batch_size,
-                "per_layer": self.per_layer,
             }
             scores = [self._unit(index, made_from, values, bases) for index in term.train_checkpoints]
             parts[place] = torch.stack(scores).mean(0) / self.work.trajectory.dataset_size

@@ -113,9 +113,8 @@ class Store:
     def __init__(self, root: str | os.PathLike[str]):
         self.root = Path(root)
         self._manifest = self.root / "manifest.json"
-        self._read: tuple[tuple[int, ...], dict[str, dict[str, Any]]] | None = (
-            None  # (what the file looked like, units)
-        )
+        # The manifest's units as last read, with what the file looked like then.
+        self._read: tuple[tuple[int, ...], dict[str, dict[str, Any]]] | None = None
 
     def units(self) -> dict[str, dict[str, Any]]:
         """Every committed unit with its size, checksum and what it was made from."""
