@@ -27,16 +27,18 @@ from torch import Tensor
 from segflow.capture import observing
 from segflow.data import batches, in_order
 from segflow.factors import corrected_eigenvalues, covariances
-from segflow.groups import Groups, tiles
-from segflow.kronecker import Eigenbasis, eigenbasis
+from segflow.groups import Groups, shares, tiles
+from segflow.kronecker import Eigenbasis, eigenvectors, mean_over
 from segflow.layers import choose_layers
 from segflow.lens import make_lens
 from segflow.queries import Gradients, query_gradients
-from segflow.scoring import tile_scores
+from segflow.ranks import Ranks
 from segflow.tasks import Classification
+from segflow.trainside import MetQueries, tile_scores
 
 HERE = Path(__file__).parent
 PEER_QUERIES = 200
+ALONE = Ranks()
 BUDGET = 2**28  # bytes for temporaries, as an Analyzer with 2 GiB of memory would pass on
 KINDS = ("process", "wall")
 DISTURBED = 1.5
@@ -66,30 +68,37 @@ class Ours:
     def covariance(self) -> Any:
         with observing(self.model):
             data = self.walk(self.train, in_order(len(self.train), BATCH))
-            return covariances(self.sample, data, 0, "the benchmark")
+            return covariances(self.sample, data, ALONE, "the benchmark")
 
     def make_bases(self) -> dict[str, Eigenbasis]:
-        found = {name: eigenbasis([sums], name) for name, sums in self.sums.items()}
-        return {name: Eigenbasis(b.inputs_PII.float(), b.outputs_POO.float()) for name, b in found.items()}
+        def side(total: Tensor, rows: Tensor, name: str) -> Tensor:
+            return eigenvectors(mean_over([(total, rows)]), name).float()
+
+        return {
+            name: Eigenbasis(side(sums.a_PII, sums.a_rows, name), side(sums.g_POO, sums.g_rows, name))
+            for name, sums in self.sums.items()
+        }
 
     def eigenvalues(self) -> Any:
         with observing(self.model):
             data = self.walk(self.train, in_order(len(self.train), BATCH))
-            return corrected_eigenvalues(self.sample, data, self.bases, 0, "the benchmark", BUDGET)
+            return corrected_eigenvalues(self.sample, data, self.bases, ALONE, "the benchmark", BUDGET)
 
     def query_side(self) -> Gradients:
         """Every query's gradient under an influence function's operator, in the eigenbasis."""
         with observing(self.model):
             data = self.walk(self.query, in_order(len(self.query), BATCH))
-            gradients = query_gradients(self.measurement, data, self.bases, "the benchmark")
+            gradients = query_gradients(self.measurement, data, self.bases, ALONE, "the benchmark")
         return {name: g / (torch.ones(g.shape[1:]) + 0.1) for name, g in gradients.items()}
 
     def scores(self, groups: Groups, queries: Gradients, bases: Mapping[str, Eigenbasis]) -> Tensor:
         """bases: the eigenbases that the queries stand in, into which training tokens are rotated; or none."""
         with observing(self.model):
-            [tile] = tiles(groups, BATCH, len(groups))
+            [pieces] = shares(groups, 1)
+            [tile] = tiles(pieces, BATCH, len(groups))
             data = self.walk(self.train, [batch.examples for batch in tile.batches])
-            return tile_scores(self.plain, data, tile, queries, bases, BUDGET, "the benchmark")
+            met = MetQueries(queries, bases, (len(next(iter(queries.values()))),), ALONE)
+            return tile_scores(self.plain, data, tile, met, BUDGET, "the benchmark")
 
     def product(self, count: int) -> Callable[[], object]:
         """All queries [Q, D] times `count` summed gradients [K, D], for each layer; in slices of at most 128."""

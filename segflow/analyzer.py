@@ -4,44 +4,53 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
 from . import checks
 from .capture import observing
-from .data import Batch, Collate, batches, dataset_length, in_order
+from .data import Batch, Collate, batches, dataset_length, digest, in_order
 from .errors import GroupError, MethodError, ScoreError, SegflowError, TrajectoryError, check_choice
 from .factors import covariances, fit
 from .groups import Groups
+from .interrupts import orderly
+from .journal import Journal, Summary
 from .layers import choose_layers
 from .lens import Lens
 from .methods import Method, Plan, Source, curvatures, describe
 from .progress import track
-from .ranks import require_one_process, unwrap
+from .ranks import Ranks, current, is_sharded, unwrap
 from .scores import Scores
 from .scoring import score_parts
 from .store import Store
 from .task import check_task, task_fingerprint, tracked_module_names
 from .trajectory import Trajectory
+from .units import Units
 from .workspace import Workspace, check_parameter_names, settle_parameter_groups
 
 
 class Analyzer:
     """Explains a trained model: check, fit factors across checkpoints, score groups of training data.
 
+    Under `accelerate launch` (or torchrun) every process makes the same calls and gets the same results; the work is
+    shared, and only the first process touches the store.
+
     Args:
         model: the model that was trained; only its architecture matters, its parameters are put back as they were.
         task: a segflow.Task (or any object with its methods, such as a Kronfluence task).
         trajectory: what training left behind.
-        store: the folder for factors and scores; methods may share one, one run at a time.
+        store: the folder for factors and scores; methods may share one, one run at a time (a lock sees to it). Its
+            `events.jsonl` logs what was done.
         method: what to compute, by default Source(); see segflow.methods.
         seed: of the pseudo-labels.
-        memory: bytes that queries, groups and per-example gradients may take together, besides the model's own
-            activations; what needs more is taken in tiles (of at least one query and one group), each of which walks
-            the training data once more.
+        memory: bytes that queries, groups and per-example gradients may take together in one process, besides the
+            model's own activations; what needs more is taken in tiles (of at least one query and one group), each of
+            which walks the training data once more. Several processes hold as many tiles of queries at a time.
         collate_fn: joins examples into a batch, as for a DataLoader.
         progress: show bars: True always, False never, None on a terminal only.
 
@@ -62,7 +71,6 @@ class Analyzer:
         collate_fn: Collate | None = None,
         progress: bool | None = None,
     ):
-        require_one_process()
         _check_arguments(task, trajectory, method, memory)
         model = unwrap(model)
         check_parameter_names(model, trajectory)
@@ -71,7 +79,11 @@ class Analyzer:
         layers, groups = settle_parameter_groups(layers, trajectory)
         self.method = method if method is not None else Source()
         self.plan: Plan = self.method.plan(trajectory)
-        self.work = Workspace(model, task, trajectory, Store(store), layers, groups, seed, memory, collate_fn, progress)
+        ranks = current()
+        units = Units(Store(store), ranks, Journal(Path(store) / "events.jsonl", ranks, progress))
+        self.work = Workspace(
+            model, task, trajectory, units, layers, groups, seed, memory, collate_fn, progress, is_sharded(model)
+        )
 
     def check(self, train: Any, query: Any | None = None, *, curvature_tolerance: float = 1.25) -> checks.CheckReport:
         """Say what is wrong with the task, the model or the trajectory, before hours are spent.
@@ -88,7 +100,7 @@ class Analyzer:
         """
         work, last = self.work, len(self.work.trajectory) - 1
         work.require_training_data(train)
-        with observing(work.model):
+        with self._stage("check", store=False):
             for index in track(range(last + 1), "checkpoints fit the model", enabled=work.progress):
                 work.load(index)
             lens = work.lens("train", train)
@@ -96,8 +108,8 @@ class Analyzer:
             if query is not None:
                 dataset_length(query, "query")
                 self._check_loss(work.lens("measurement", query), query)
-            sample = replace(lens, kind="sample")
-            covariances(sample, self._few(train), work.seed, f"check, {work.where(last)}")
+            sample = replace(lens, kind="sample", seed=work.seed)
+            covariances(sample, self._few(train), Ranks(), f"check, {work.where(last)}")
             work.load(0)  # the least converged checkpoint: pseudo-labels still vary there
             scale = checks.curvature_scale(lens, sample, next(self._few(train)))
         checks.require_scale(scale, curvature_tolerance, work.task)
@@ -106,17 +118,20 @@ class Analyzer:
     def fit(self, train: Any, batch_size: int = 128) -> None:
         """Fit the Kronecker factors that the method needs; what the store holds already is not done again.
 
-        Pseudo-labels are drawn batch by batch, so a run that goes on with a store must keep its `batch_size`.
+        A run that was stopped goes on where it was, also with another batch size or number of processes: what a pass
+        draws for an example depends on the seed, the checkpoint and the example only.
 
         Raises:
-            StoreError: the store holds factors of another model, dataset, task, checkpoint or setting.
+            StoreError: the store holds factors of another model, dataset, task, checkpoint or setting, is damaged, or
+                is in use by another run.
+            RankError: another process of this run failed, died, or was given something else.
             LayerError, TaskError, FactorError: a layer is never reached, or numbers are not finite.
         """
         batch_size = _batch_size(batch_size)
         self.work.require_training_data(train)
         pools = curvatures(self.plan)
         if pools:
-            with observing(self.work.model):
+            with self._stage("fit", batch_size=batch_size):
                 fit(self.work, pools, train, batch_size)
 
     def score(
@@ -163,9 +178,29 @@ class Analyzer:
         labels = tuple(map(str, range(count) if query_labels is None else query_labels))
         if len(labels) != count:
             raise ScoreError(f"{len(labels)} query labels for {count} queries: expected one for each.")
-        with observing(self.work.model):
+        with self._stage("score", batch_size=batch_size, groups=len(groups), queries=count):
+            self.work.ranks.agree("the groups (made with the same seed on every rank?)", digest([groups.members]))
             parts = score_parts(self.work, self.plan, groups, train, query, batch_size, "layer" in keep)
         return self._labelled(parts, groups, labels, keep)
+
+    def summary(self) -> Summary:
+        """What was done so far: units made and found, time and peak memory, for each stage and kind of work."""
+        return self.work.units.journal.summary()
+
+    @contextmanager
+    def _stage(self, name: str, store: bool = True, **facts: Any) -> Iterator[None]:
+        """One stage of work on all ranks: the store locked, the work logged, the model left as it was."""
+        work, units = self.work, self.work.units
+        with ExitStack() as stack:
+            stack.enter_context(orderly())
+            stack.enter_context(work.ranks.together(name))
+            held = stack.enter_context(units.store.locked(name)) if store and work.ranks.main else None
+            stack.enter_context(units.journal.stage(name, ranks=work.ranks.count, **describe(self.method), **facts))
+            if held is not None and held.took_over:
+                units.journal.event("took_over", holder=held.took_over)
+            work.ranks.agree("the model, task and settings", work.settings() | facts)
+            stack.enter_context(observing(work.model))
+            yield
 
     def _labelled(self, parts_TLQK: Tensor, groups: Groups, labels: tuple[str, ...], keep: Collection[str]) -> Scores:
         terms = [term.label for term in self.plan]

@@ -72,6 +72,30 @@ def requiring_grad(parameters: Sequence[Tensor]) -> Iterator[None]:
             parameter.requires_grad_(False)
 
 
+@contextmanager
+def called_parameters(layers: Mapping[str, TrackedLayer]) -> Iterator[dict[str, list[Tensor]]]:
+    """Collect each layer's parameters as its calls see them, and let gradients reach them for a while.
+
+    A sharded model's layers hold shards between their calls, and whole parameters only within them.
+    """
+    found: dict[str, list[Tensor]] = {}
+
+    def adapt(layer: TrackedLayer) -> Callable[..., None]:
+        def note(_module: nn.Module, _args: Any) -> None:
+            found[layer.name] = [parameter.requires_grad_(True) for parameter in layer.parameters]
+
+        return note
+
+    with ExitStack() as stack:
+        for layer in layers.values():
+            stack.callback(layer.module.register_forward_pre_hook(adapt(layer)).remove)
+        try:
+            yield found
+        finally:
+            for parameter in (parameter for own in found.values() for parameter in own):
+                parameter.requires_grad_(False)
+
+
 class _Tap(torch.autograd.Function):
     """The identity on a layer's output; its backward hands the output's gradient to `receive`.
 
@@ -169,7 +193,8 @@ def capture(
     """
     watches = {name: _Watch(layers[name], axis, dtype) for name, axis in axes.items() if name in layers}
     walking: list[bool] = []  # not empty during the backward below, to tell it from one inside the loss
-    anchor = next(iter(layers.values())).module.get_parameter("weight").new_zeros((), requires_grad=True)
+    weight = next(iter(layers.values())).module.get_parameter("weight")
+    anchor = torch.zeros((), dtype=weight.dtype, device=weight.device, requires_grad=True)
 
     def deliver(watch: _Watch) -> None:
         tokens = watch.tokens()

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 from collections.abc import Iterable, Mapping, MutableMapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from .data import Batch
 from .errors import LayerError, TaskError
 from .layers import LayerChoice, Tokens, TrackedLayer
 from .lens import FiniteWatch, Lens
+from .ranks import Ranks, is_sharded
 
 _DIRECTIONS = 8  # random directions along which curvatures are compared
 _DRAWS = 64  # sampled losses for each batch
@@ -71,8 +71,8 @@ def check_sum(lens: Lens, whole: Batch, halves: Iterable[Batch]) -> None:
     name = type(lens.task).__name__
     before = {key: buffer.clone() for key, buffer in lens.model.named_buffers()}
     with torch.enable_grad():  # parameters are frozen; a task may differentiate by itself
-        first, second = (lens.loss(whole.content).detach().double() for _ in range(2))
-        parts = torch.stack([lens.loss(half.content).detach().double() for half in halves])
+        first, second = (lens.loss(whole).detach().double() for _ in range(2))
+        parts = torch.stack([lens.loss(half).detach().double() for half in halves])
     total, size = parts.sum(), torch.maximum(first.abs(), parts.abs().sum()).clamp_min(1e-12)
     moved = [key for key, buffer in lens.model.named_buffers() if not torch.equal(before[key], buffer)]
     if moved:
@@ -107,7 +107,7 @@ def check_reached(lens: Lens, data: Iterable[Batch], where: str) -> None:
     watch = FiniteWatch(f"check, {lens.kind} loss, {where}")
     for batch in data:
         lens.capture(batch, lambda _layer, _tokens: None, watch)
-    watch.finish(lens.axes)
+    watch.finish(lens.axes, Ranks())
 
 
 def check_examples(lens: Lens, batch: Batch, alone: Iterable[Batch]) -> None:
@@ -129,7 +129,8 @@ def check_examples(lens: Lens, batch: Batch, alone: Iterable[Batch]) -> None:
 
 def curvature_scale(train: Lens, sample: Lens, batch: Batch) -> CurvatureScale:
     """Second moment of sampled gradients over the exact Gauss-Newton curvature, along random directions."""
-    torch.manual_seed(1)  # apart from the directions
+    if is_sharded(train.model):
+        return CurvatureScale(None, note="the model is sharded; check the task on a small unsharded model")
     directions = _directions(train)
     try:
         exact = _gauss_newton_forms(train, batch, directions)
@@ -137,10 +138,11 @@ def curvature_scale(train: Lens, sample: Lens, batch: Batch) -> CurvatureScale:
         return CurvatureScale(None, note=f"no second derivatives: {str(problem).splitlines()[0]}")
     if exact is None or not exact > 0:
         return CurvatureScale(None, note="the loss has no curvature in any tensor that the model returned")
-    slopes_DLRB = torch.stack([torch.stack(list(_slopes(sample, batch, directions).values())) for _ in range(_DRAWS)])
-    draws = slopes_DLRB.sum(1).square().sum((1, 2)) / exact  # D draws, L layers, R directions, B examples
+    draws = [replace(sample, seed=draw) for draw in range(_DRAWS)]
+    slopes_DLRB = torch.stack([torch.stack(list(_slopes(draw, batch, directions).values())) for draw in draws])
+    moments = slopes_DLRB.sum(1).square().sum((1, 2)) / exact  # D draws, L layers, R directions, B examples
     fixed = bool((slopes_DLRB == slopes_DLRB[0]).all())
-    return CurvatureScale(draws.mean().item(), (draws.std() / _DRAWS**0.5).item(), fixed=fixed)
+    return CurvatureScale(moments.mean().item(), (moments.std() / _DRAWS**0.5).item(), fixed=fixed)
 
 
 def require_scale(scale: CurvatureScale, tolerance: float, task: Any) -> None:
@@ -195,7 +197,7 @@ def _gauss_newton_forms(lens: Lens, batch: Batch, directions: Mapping[str, Tenso
         outputs: list[Tensor] = []
         handle = lens.model.register_forward_hook(lambda _m, _i, out: _handed_on(out, outputs))
         try:
-            loss = lens.loss(batch.content)
+            loss = lens.loss(batch)
         finally:
             handle.remove()
         if not outputs:
@@ -251,7 +253,7 @@ def _handed_on(output: Any, found: list[Tensor]) -> Any:
     if isinstance(output, list | tuple):
         items = [_handed_on(value, found) for value in output]
         return type(output)(*items) if hasattr(output, "_fields") else type(output)(items)
-    if dataclasses.is_dataclass(output) and not isinstance(output, type):
-        own = [part.name for part in dataclasses.fields(output) if part.init]
-        return dataclasses.replace(output, **{name: _handed_on(getattr(output, name), found) for name in own})
+    if is_dataclass(output) and not isinstance(output, type):
+        own = [part.name for part in fields(output) if part.init]
+        return replace(output, **{name: _handed_on(getattr(output, name), found) for name in own})
     return output

@@ -13,34 +13,49 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from .errors import SegflowError, TaskError
 from .progress import track
-from .ranks import to_device
+from .ranks import Ranks, to_device
 
 Collate = Callable[[list[Any]], Any]
 Indices = Sequence[int] | np.ndarray
 _LARGE = 4096  # a TensorDataset beyond this is digested by its tensors, not by its examples
+_PIECE = 256  # examples that are digested together, by one rank
 _REREAD = 64  # examples that are read three times, to see whether reading is random
 
 
 class Batch(NamedTuple):
-    """One batch: its place in the pass, how many examples it holds, and what the collate function made of them."""
+    """One batch: its examples' indices in the dataset, and what the collate function made of them.
 
-    number: int
-    size: int
+    idle: True for a batch that is run only because other ranks have one more, so that all take part in what a sharded
+    model's forward exchanges.
+    """
+
+    examples: Indices
     content: Any
+    idle: bool = False
+
+    @property
+    def size(self) -> int:
+        """How many examples the batch holds."""
+        return len(self.examples)
+
+    def __str__(self) -> str:
+        first, last = self.examples[0], self.examples[-1]
+        return f"example {first}" if self.size == 1 else f"the batch of {self.size} examples from {first} to {last}"
 
 
 def batches(
-    dataset: Any, index_lists: Sequence[Indices], collate_fn: Collate | None, device: torch.device
+    dataset: Any, index_lists: Sequence[Indices], collate_fn: Collate | None, device: torch.device, idle: int = 0
 ) -> Iterator[Batch]:
-    """Yield one collated batch on `device` for each list of example indices, in that order."""
+    """Yield one collated batch on `device` for each list of example indices, in that order; then `idle` idle ones."""
+    lists = [np.asarray(indices).tolist() for indices in index_lists] + [[0]] * idle
     loader = DataLoader(
         dataset,
-        batch_sampler=[np.asarray(indices).tolist() for indices in index_lists],  # type: ignore[arg-type]
+        batch_sampler=lists,  # type: ignore[arg-type]
         collate_fn=collate_fn,
         generator=torch.Generator(),
     )
-    for number, (indices, content) in enumerate(zip(index_lists, loader, strict=True)):
-        yield Batch(number, len(indices), to_device(content, device))
+    for number, (indices, content) in enumerate(zip(lists, loader, strict=True)):
+        yield Batch(indices, to_device(content, device), number >= len(index_lists))
 
 
 def in_order(length: int, batch_size: int) -> list[range]:
@@ -72,16 +87,25 @@ def evenly_spaced(length: int, count: int) -> list[int]:
     return sorted({round(place) for place in np.linspace(0, length - 1, count)})
 
 
-def dataset_fingerprint(dataset: Any, role: str, progress: bool | None = None) -> dict[str, Any]:
-    """Length, and a digest of every example ("random" where reading one twice differs, as with augmentation)."""
+def dataset_fingerprint(dataset: Any, role: str, ranks: Ranks, progress: bool | None = None) -> dict[str, Any]:
+    """Length, and a digest of every example ("random" where reading one twice differs, as with augmentation).
+
+    Each rank reads its share of the examples; RankError where the ranks' datasets differ in length or in some examples.
+    """
     length = dataset_length(dataset, role)
+    ranks.agree(f"the {role} dataset's length", length)
+    some = evenly_spaced(length, _REREAD)
+    readings = {digest([dataset[index] for index in some]) for _ in range(3)}
+    if max(ranks.gather(len(readings))) > 1:
+        return {"length": length, "examples": "random"}
+    ranks.agree(f"some examples of the {role} dataset (does every rank build it with the same seed?)", sorted(readings))
     if type(dataset) is TensorDataset and length > _LARGE:
         return {"length": length, "examples": digest(dataset.tensors)}
-    some = evenly_spaced(length, _REREAD)
-    if len({digest([dataset[index] for index in some]) for _ in range(3)}) > 1:
-        return {"length": length, "examples": "random"}
-    every = (dataset[index] for index in track(range(length), f"reading the {role} data", enabled=progress))
-    return {"length": length, "examples": digest([digest(example) for example in every])}
+    pieces = in_order(length, _PIECE)
+    own = track(ranks.share(pieces), f"reading the {role} data", enabled=progress)
+    shares = ranks.gather([digest([digest(dataset[index]) for index in piece]) for piece in own])
+    every = [shares[number % ranks.count][number // ranks.count] for number in range(len(pieces))]
+    return {"length": length, "examples": digest(every)}
 
 
 def digest(content: Any) -> str:

@@ -9,6 +9,10 @@ class SegflowError(Exception):
     """Base of every error that segflow raises on purpose."""
 
 
+class RankError(SegflowError):
+    """Another process of this run failed, died, or was given something else."""
+
+
 class StoreError(SegflowError):
     """A store's file is missing, damaged, or was made from something else."""
 

@@ -1,6 +1,6 @@
 """The data passes that fit Kronecker factors per checkpoint and pool them per segment, unit by unit.
 
-Units in the store:
+Each rank walks its share of the data, and the sums are reduced once for each unit. Units in the store:
 
     covariance/step-S             sums of a a^T and g g^T at the checkpoint of step S
     eigenbasis/steps-S-T          bases of A and S averaged over the checkpoints of steps S, T, ...
@@ -9,38 +9,44 @@ Units in the store:
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterable, Mapping
-from dataclasses import fields, replace
-from functools import partial
-from typing import Any
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import lru_cache, partial
+from itertools import zip_longest
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .data import Batch, digest, in_order
 from .errors import FactorError, TaskError
-from .kronecker import Covariance, Eigenbasis, KroneckerBlock, add_squared_projections_, eigenbasis
+from .files import Tensors
+from .kronecker import Covariance, Eigenbasis, KroneckerBlock, add_squared_projections_, eigenvectors, mean_over
 from .layers import Tokens, TrackedLayer
 from .lens import FiniteWatch, Lens
-from .progress import track
-from .store import Tensors
+from .ranks import Ranks, balanced
 from .task import attention_mask
+from .units import Planned, Unit
 from .workspace import Workspace
 
 Pool = tuple[int, ...]  # indices of the checkpoints whose curvature is averaged
 _NAMED = 6  # steps that a unit's name spells out
+_KEPT_SHARE = 8  # of the memory budget, for a pool's blocks
 
 
-def covariances(lens: Lens, data: Iterable[Batch], seed: int, where: str) -> dict[str, Covariance]:
-    """Covariance sums of every layer over one pass with pseudo-labels; where names the checkpoint in errors."""
+def covariances(lens: Lens, data: Iterable[Batch], ranks: Ranks, where: str) -> dict[str, Covariance]:
+    """Covariance sums of every layer over one pass with pseudo-labels, of what all `ranks` walk.
+
+    where: names the checkpoint in errors.
+    """
     totals = {name: Covariance.zeros(layer.shape, lens.dtype, lens.device) for name, layer in lens.layers.items()}
     watch = FiniteWatch(f"covariance pass, {where}")
     masks = used = 0
     for batch in data:
         mask = attention_mask(lens.task, batch.content)
         _check_mask(mask, lens)
-        masks += mask is not None
+        masks += mask is not None and not batch.idle
 
         def consume(layer: TrackedLayer, tokens: Tokens, mask: Any = mask) -> None:
             nonlocal used
@@ -48,122 +54,233 @@ def covariances(lens: Lens, data: Iterable[Batch], seed: int, where: str) -> dic
             used += own is not None
             totals[layer.name].add_(tokens, own)
 
-        torch.manual_seed(_seed_of(seed, where, "covariance", batch.number))
         lens.capture(batch, consume, watch)
-    watch.finish(lens.layers)
-    if masks and not used:
+    watch.finish(lens.layers, ranks)
+    of_ranks = ranks.gather([masks, used])
+    if any(masks for masks, _ in of_ranks) and not any(used for _, used in of_ranks):
         raise TaskError(
             f"{watch.where}: get_attention_mask() fits no tracked layer's [examples, positions], so it would be "
             "ignored. Return the mask of the positions that the layers see (shifted as the inputs are), or None."
         )
+    ranks.sum_([total for sums in totals.values() for total in vars(sums).values()])
     return totals
 
 
 def corrected_eigenvalues(
-    lens: Lens, data: Iterable[Batch], bases: Mapping[str, Eigenbasis], seed: int, where: str, budget: int
+    lens: Lens, data: Iterable[Batch], bases: Mapping[str, Eigenbasis], ranks: Ranks, where: str, budget: int
 ) -> dict[str, Tensor]:
     """Lambda [P, O, I] of every layer: the mean over examples of (Q_S^T G Q_A)^2, over one pass with pseudo-labels.
 
-    budget: bytes for per-example gradients of sequence and convolution layers.
+    ranks: those that share the data; budget: bytes for per-example gradients of sequence and convolution layers.
     """
     totals = {
         name: torch.zeros(layer.shape, dtype=lens.dtype, device=lens.device) for name, layer in lens.layers.items()
     }
     watch = FiniteWatch(f"corrected-eigenvalue pass, {where}")
-    examples = 0
+    examples = torch.zeros((), dtype=torch.float64, device=lens.device)
 
     def consume(layer: TrackedLayer, tokens: Tokens) -> None:
         add_squared_projections_(totals[layer.name], tokens, bases[layer.name], budget)
 
     for batch in data:
-        torch.manual_seed(_seed_of(seed, where, "eigenvalues", batch.number))
         lens.capture(batch, consume, watch)
-        examples += batch.size
-    watch.finish(lens.layers)
+        examples += 0 if batch.idle else batch.size
+    watch.finish(lens.layers, ranks)
+    ranks.sum_([*totals.values(), examples])
     finite = torch.stack([torch.isfinite(total).all() for total in totals.values()]).tolist()
     if not all(finite):
         raise FactorError(
             f"{watch.where}: the corrected eigenvalues of layer {list(totals)[finite.index(False)]!r} are not finite. "
             "Their sum over the data overflows; use a model in float64."
         )
-    return {name: total / examples for name, total in totals.items()}
+    return {name: total / examples.to(total.dtype) for name, total in totals.items()}
 
 
 def fit(work: Workspace, pools: Iterable[Pool], train: Any, batch_size: int) -> None:
-    """Make every unit that the pools need and the store does not hold; only inside `observing(model)`."""
-    work.load(len(work.trajectory) - 1)
-    lens = replace(work.lens("train", train), kind="sample")  # checked with labels that repeat themselves
-    lists = in_order(len(train), batch_size)
-    made_from = {
-        **work.made_from(train, lens),
-        "sampled losses": work.probe_losses(train, lens),
-        "batch_size": batch_size,
-        "dtype": str(lens.dtype),
-    }
+    """Make every unit that the pools need and the store does not hold; only inside `observing(model)`.
 
-    def make_covariance(index: int) -> Tensors:
-        work.load(index)
-        where = work.where(index)
-        found = covariances(lens, work.walk(lens, train, lists, f"covariance, {where}"), work.seed, where)
+    A covariance whose eigenbasis is there is not needed any more.
+    """
+    fitting = _Fitting(work, train, batch_size)
+    units = work.units
+    while True:  # a covariance made anew may make another pool's eigenbasis stale
+        planned = {pool: fitting.planned(pool) for pool in pools}
+        held = units.held({unit.name: unit.made_from for each in planned.values() for unit in each})
+        needed: dict[str, Planned] = {}
+        for pool, each in planned.items():
+            first = len(pool) if each[len(pool)].name in held else 0
+            needed |= {unit.name: unit for unit in each[first:]}
+        expected: Counter[str] = Counter()
+        for unit in needed.values():
+            expected[unit.kind] += unit.examples
+        units.journal.expect(expected)
+        if not units.settle(list(needed.values()), held):
+            return
+
+
+class _Fitting:
+    """One fitting run: plans the units of a pool and makes them."""
+
+    def __init__(self, work: Workspace, train: Any, batch_size: int):
+        self.work, self.train = work, train
+        work.load(len(work.trajectory) - 1)
+        lens = work.lens("train", train)  # checked with labels that repeat themselves
+        self.lens = replace(lens, kind="sample", seed=work.seed, place=work.trajectory.total_steps)
+        self.lists = work.ranks.share(in_order(len(train), batch_size))
+        self.made_from = {
+            **work.made_from(train, self.lens),
+            **work.sampling_needs(train, self.lens, batch_size),
+            "dtype": str(lens.dtype),
+        }
+        self.bases = lru_cache(1)(self._read_bases)
+
+    def planned(self, pool: Pool) -> list[Planned]:
+        """A pool's units in the order of making: a covariance for each checkpoint, the eigenbasis, the eigenvalues."""
+        work, examples = self.work, sum(map(len, self.lists))
+        digests = {index: work.checkpoint_digest(index) for index in pool}
+        covariances = [
+            Planned(
+                "covariance",
+                _covariance_unit(work, index),
+                self.made_from | {"checkpoint": digests[index]},
+                (),
+                examples,
+                partial(self._make_covariance, index),
+            )
+            for index in pool
+        ]
+        basis_from = self.made_from | {"checkpoints": list(digests.values())}
+        sources = tuple(unit.name for unit in covariances)
+        basis = Planned(
+            "eigenbasis", _basis_unit(work, pool), basis_from, sources, 0, partial(self._make_bases, pool, covariances)
+        )
+        eigenvalues = [
+            Planned(
+                "eigenvalues",
+                _eigenvalues_unit(work, pool, index),
+                basis_from | {"checkpoint": digests[index]},
+                (basis.name,),
+                examples,
+                partial(self._make_eigenvalues, index, basis),
+            )
+            for index in pool
+        ]
+        return [*covariances, basis, *eigenvalues]
+
+    def _pass(self, index: int, kind: str) -> tuple[Lens, Iterator[Batch], str]:
+        """The lens and the data for one pass at a checkpoint, and the checkpoint's name."""
+        self.work.load(index)
+        lens, where = replace(self.lens, place=self.work.step(index)), self.work.where(index)
+        return lens, self.work.walk(lens, self.train, self.lists, kind, where), where
+
+    def _make_covariance(self, index: int) -> Tensors:
+        lens, data, where = self._pass(index, "covariance")
+        found = covariances(lens, data, self.work.ranks, where)
         return {f"{name}.{key}": value for name, sums in found.items() for key, value in vars(sums).items()}
 
-    def make_eigenvalues(index: int, bases: Mapping[str, Eigenbasis]) -> Tensors:
-        work.load(index)
-        where = work.where(index)
-        data = work.walk(lens, train, lists, f"eigenvalues, {where}")
-        return corrected_eigenvalues(lens, data, bases, work.seed, where, work.memory // 8)
+    def _make_eigenvalues(self, index: int, basis: Planned) -> Tensors:
+        bases = self.bases(basis.name)
+        lens, data, where = self._pass(index, "eigenvalues")
+        return corrected_eigenvalues(lens, data, bases, self.work.ranks, where, self.work.memory // 8)
 
-    for pool in pools:
-        digests = {index: work.trajectory.digest(index) for index in pool}
-        for index in pool:
-            unit = _covariance_unit(work, index)
-            work.store.get_or_make(unit, made_from | {"checkpoint": digests[index]}, partial(make_covariance, index))
-        basis_from = made_from | {"checkpoints": list(digests.values())}
-        tensors = work.store.get_or_make(
-            _basis_unit(work, pool), basis_from, partial(_make_bases, work, pool, made_from)
-        )
-        bases = _bases(lens, tensors)
-        for index in pool:
-            eigenvalues_from = basis_from | {"checkpoint": digests[index]}
-            unit = _eigenvalues_unit(work, pool, index)
-            work.store.get_or_make(unit, eigenvalues_from, partial(make_eigenvalues, index, bases))
+    def _make_bases(self, pool: Pool, sources: list[Planned]) -> Tensors:
+        """Eigenvectors of the pooled covariances in float64, each side of each layer on one rank."""
+        ranks, steps = self.work.ranks, [self.work.step(index) for index in pool]
+        units = [self.work.units.open(source.name, source.made_from) for source in sources]
+        sides = _sides(self.lens)
+        owners = balanced([shape[0] * shape[1] ** 3 for _, _, shape in sides], ranks.count)
+        hands = [[side for side, owner in zip(sides, owners, strict=True) if owner == rank] for rank in range(ranks.count)]
+        own: list[Tensor] = []
+        for dealt in zip_longest(*hands):
+            matrix = ranks.deal([side and _pooled(units, side) for side in dealt], self.lens.device)
+            if matrix is not None:
+                own.append(matrix)
+        found = []
+        for (name, side, _), matrix in zip(hands[ranks.index], own, strict=True):
+            found.append(eigenvectors(matrix, f"layer {name!r}, {side}, checkpoints at steps {steps}"))
+        made = {}
+        for dealt, vectors in zip_longest(zip_longest(*hands), found):
+            for side, theirs in zip(dealt, ranks.collect(vectors), strict=False):
+                if side is not None and theirs is not None:
+                    made[f"{side.layer}.{side.name}"] = theirs
+        return made
+
+    def _read_bases(self, unit: str) -> dict[str, Eigenbasis]:
+        basis = self.work.units.open(unit, self.made_from)
+        return {name: _basis(basis, name, self.lens) for name in self.lens.layers}
 
 
-def pooled_curvature(
-    work: Workspace, pool: Pool, train_from: Mapping[str, Any], lens: Lens
-) -> dict[str, KroneckerBlock]:
-    """The fitted blocks of every layer, eigenvalues averaged over the pool's checkpoints.
+class StoredCurvature(Mapping[str, KroneckerBlock]):
+    """The fitted blocks of a pool, eigenvalues averaged over its checkpoints, read layer by layer as they are asked for.
 
-    train_from: `Workspace.made_from` of the training data. Raises StoreError where they were not fitted, or from
-    something else.
+    fits: whether all blocks together take no more than their share of the memory budget; if so they are kept. Every
+    rank must ask for the same layers in the same order. Raises StoreError where they were not fitted, or from something
+    else.
+
+    Args:
+        train_from: `Workspace.made_from` of the training data.
     """
-    digests = [work.trajectory.digest(index) for index in pool]
-    made_from = {**train_from, "dtype": str(lens.dtype), "checkpoints": digests}
-    bases = _bases(lens, work.store.read(_basis_unit(work, pool), made_from))
-    each = [work.store.read(_eigenvalues_unit(work, pool, index), made_from) for index in pool]
-    return {
-        name: KroneckerBlock(basis, torch.stack([one[name] for one in each]).mean(0).to(lens.device))
-        for name, basis in bases.items()
-    }
+
+    def __init__(self, work: Workspace, pool: Pool, train_from: Mapping[str, Any], lens: Lens):
+        self.lens = lens
+        self.units = [_basis_unit(work, pool), *(_eigenvalues_unit(work, pool, index) for index in pool)]
+        made_from = {
+            **train_from,
+            "dtype": str(lens.dtype),
+            "checkpoints": [work.checkpoint_digest(index) for index in pool],
+        }
+        self._basis, *self._eigenvalues = [work.units.open(unit, made_from) for unit in self.units]
+        numbers = sum(P * (O * O + I * I + O * I) for P, O, I in (layer.shape for layer in lens.layers.values()))
+        self.fits = numbers * lens.dtype.itemsize <= work.memory // _KEPT_SHARE
+        self._kept: dict[str, KroneckerBlock] = {}
+
+    def __getitem__(self, name: str) -> KroneckerBlock:
+        if name in self._kept:
+            return self._kept[name]
+        shape, device = self.lens.layers[name].shape, self.lens.device
+        total = torch.stack([unit.tensor(name, shape, device) for unit in self._eigenvalues]).mean(0)
+        block = KroneckerBlock(_basis(self._basis, name, self.lens), total)
+        if self.fits:
+            self._kept[name] = block
+        return block
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.lens.layers)
+
+    def __len__(self) -> int:
+        return len(self.lens.layers)
 
 
-def _make_bases(work: Workspace, pool: Pool, made_from: Mapping[str, Any]) -> Tensors:
-    """Eigenvectors of the pooled covariances, in float64."""
-    sums = [work.store.read(_covariance_unit(work, index), made_from) for index in pool]
-    steps = [work.step(index) for index in pool]
-    tensors: Tensors = {}
-    for name in track(work.layers.tracked, f"eigenbases, steps {steps}", enabled=work.progress):
-        parts = [Covariance(**{f.name: one[f"{name}.{f.name}"] for f in fields(Covariance)}) for one in sums]
-        basis = eigenbasis(parts, f"layer {name!r}, checkpoints at steps {steps}")
-        tensors |= {f"{name}.inputs": basis.inputs_PII, f"{name}.outputs": basis.outputs_POO}
-    return tensors
+def _basis(unit: Unit, name: str, lens: Lens) -> Eigenbasis:
+    """One layer's eigenbasis, in the lens's precision."""
+    P, O, I = lens.layers[name].shape
+    inputs = unit.tensor(f"{name}.inputs", (P, I, I), lens.device)
+    return Eigenbasis(inputs.to(lens.dtype), unit.tensor(f"{name}.outputs", (P, O, O), lens.device).to(lens.dtype))
 
 
-def _bases(lens: Lens, tensors: Tensors) -> dict[str, Eigenbasis]:
-    def side(name: str, which: str) -> Tensor:
-        return tensors[f"{name}.{which}"].to(lens.device, lens.dtype)
+class _Side(NamedTuple):
+    """One side of a layer's curvature: "inputs" or "outputs", and the shape of its covariance."""
 
-    return {name: Eigenbasis(side(name, "inputs"), side(name, "outputs")) for name in lens.layers}
+    layer: str
+    name: str
+    shape: tuple[int, int, int]
+
+
+def _sides(lens: Lens) -> list[_Side]:
+    shapes = {name: layer.shape for name, layer in lens.layers.items()}
+    return [
+        _Side(name, side, (P, D, D))
+        for name, (P, O, I) in shapes.items()
+        for side, D in (("inputs", I), ("outputs", O))
+    ]
+
+
+def _pooled(units: Sequence[Unit], side: _Side) -> Tensor | None:
+    """A layer's A or S averaged over the units' checkpoints, on rank 0."""
+    total, rows = ("a_PII", "a_rows") if side.name == "inputs" else ("g_POO", "g_rows")
+    names = [(f"{side.layer}.{total}", side.shape), (f"{side.layer}.{rows}", ())]
+    files = [unit.file for unit in units if unit.file is not None]
+    return mean_over([tuple(file.tensor(*name) for name in names) for file in files]) if files else None
 
 
 def _covariance_unit(work: Workspace, index: int) -> str:
@@ -201,9 +318,3 @@ def _mask_of(layer: TrackedLayer, tokens: Tokens, mask: Tensor | Mapping[str, Te
     if isinstance(mask, Mapping):
         mask = mask.get(layer.name)
     return mask if mask is not None and mask.shape == tokens.a_PBSI.shape[1:3] else None
-
-
-def _seed_of(seed: int, *place: object) -> int:
-    """A seed of its own for each place of each pass, the same in every run."""
-    content = hashlib.sha256(repr((seed, *place)).encode()).digest()
-    return int.from_bytes(content[:7], "little")

@@ -18,7 +18,7 @@ from .layers import Tokens
 
 @dataclass(frozen=True)
 class Covariance:
-    """Sums over tokens of a a^T and g g^T; `mean()` divides by how many tokens each has seen."""
+    """Sums over tokens of a a^T and g g^T, and how many tokens each has seen."""
 
     a_PII: Tensor
     g_POO: Tensor
@@ -47,10 +47,6 @@ class Covariance:
         a_PNI, g_PNO = a.flatten(1, 2), g.flatten(1, 2)
         self.a_PII.baddbmm_(a_PNI.mT, a_PNI)
         self.g_POO.baddbmm_(g_PNO.mT, g_PNO)
-
-    def mean(self) -> tuple[Tensor, Tensor]:
-        """(A, S) in float64: the mean over tokens."""
-        return self.a_PII.double() / self.a_rows.clamp_min(1), self.g_POO.double() / self.g_rows.clamp_min(1)
 
 
 @dataclass(frozen=True)
@@ -88,21 +84,23 @@ class KroneckerBlock:
     eigenvalues_POI: Tensor
 
 
-def eigenbasis(pooled: Iterable[Covariance], where: str) -> Eigenbasis:
-    """Eigenvectors of A and S averaged over checkpoints, computed in float64.
+def mean_over(checkpoints: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
+    """A or S [P, D, D] averaged over checkpoints, in float64, from each one's (sum over tokens, number of tokens)."""
+    means = [total.double() / rows.double().clamp_min(1) for total, rows in checkpoints]
+    return torch.stack(means).mean(0)
 
-    where: the layer and checkpoints, for errors. Raises FactorError if a covariance is not finite.
+
+def eigenvectors(side_PDD: Tensor, where: str) -> Tensor:
+    """Orthonormal eigenvectors of A or S, in columns, in its precision.
+
+    where: the layer, its side and checkpoints, for errors. Raises FactorError if the matrix is not finite.
     """
-    means = [covariance.mean() for covariance in pooled]
-    sides = [torch.stack(side).mean(0) for side in zip(*means, strict=True)]
-    for side, of_what in zip(sides, ("inputs", "output gradients"), strict=True):
-        if not torch.isfinite(side).all():
-            raise FactorError(
-                f"{where}: the covariance of the {of_what} is not finite. "
-                "Their squares overflow; use a model in float64, or look for a checkpoint that diverged."
-            )
-    inputs, outputs = (torch.linalg.eigh((side + side.mT) / 2).eigenvectors for side in sides)
-    return Eigenbasis(inputs, outputs)
+    if not torch.isfinite(side_PDD).all():
+        raise FactorError(
+            f"{where}: the covariance is not finite. Squares overflow; use a model in float64, or look for a "
+            "checkpoint that diverged."
+        )
+    return torch.linalg.eigh((side_PDD + side_PDD.mT) / 2).eigenvectors
 
 
 def add_squared_projections_(total_POI: Tensor, tokens: Tokens, basis: Eigenbasis, budget: int) -> None:

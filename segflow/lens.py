@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .capture import Consumer, capture, example_axes, requiring_grad
+from .capture import Consumer, called_parameters, capture, example_axes, requiring_grad
 from .data import Batch, Collate, batches
+from .draws import drawing
 from .errors import LayerError, TaskError
 from .layers import Tokens, TrackedLayer
+from .ranks import Ranks, is_sharded
 from .task import summed_loss
 
 _DRAIN_EVERY = 64  # batches between two looks at the device for non-finite numbers
@@ -24,6 +27,7 @@ class Lens:
 
     kind: "train", "sample" (pseudo-labels) or "measurement"; axes: the example axis of each reached layer;
     shapes: each reached layer's input shape for two examples; coarse: True where a layer computes in 16 bits.
+    seed, place: with an example's index, what its pseudo-labels depend on.
     """
 
     model: nn.Module
@@ -35,6 +39,8 @@ class Lens:
     dtype: torch.dtype
     device: torch.device
     coarse: bool
+    seed: int = 0
+    place: int = 0
 
     @property
     def tolerance(self) -> float:
@@ -50,28 +56,34 @@ class Lens:
         features = shape[-1] if isinstance(layer.module, nn.Linear) else shape[1]
         return max(1, shape.numel() // (2 * features))
 
-    def loss(self, batch: Any) -> Tensor:
-        """The summed loss of one collated batch."""
-        return summed_loss(self.task, batch, self.model, kind=self.kind)
+    def loss(self, batch: Batch) -> Tensor:
+        """The summed loss of one batch."""
+        if self.kind != "sample":
+            return summed_loss(self.task, batch.content, self.model, kind=self.kind)
+        with drawing(self.seed, self.place, batch.examples):
+            return summed_loss(self.task, batch.content, self.model, kind=self.kind)
 
     def capture(self, batch: Batch, consume: Consumer, watch: FiniteWatch) -> Tensor:
         """Walk one batch, handing tokens to `consume` and their finiteness to `watch`; returns the loss.
 
-        Raises LayerError where a layer's input does not have one row (or slice) for each example.
+        Of an idle batch nothing is handed on. Raises LayerError where a layer's input does not have one row (or slice)
+        for each example.
         """
 
         def checked(layer: TrackedLayer, tokens: Tokens) -> None:
             if tokens.a_PBSI.shape[1] != batch.size:
                 raise LayerError(
-                    f"layer {layer.name!r}: its input has {tokens.a_PBSI.shape[1]} rows in batch {batch.number}, "
-                    f"expected one for each of the {batch.size} examples. Give it inputs [examples, ..., features] "
-                    "(not flattened, routed or repeated), or leave it out of get_influence_tracked_modules()."
+                    f"layer {layer.name!r}: its input has {tokens.a_PBSI.shape[1]} rows in {batch}, expected one for "
+                    "each example. Give it inputs [examples, ..., features] (not flattened, routed or repeated), or "
+                    "leave it out of get_influence_tracked_modules()."
                 )
             watch.see(layer.name, _magnitude(tokens))
             consume(layer, tokens)
 
-        loss = capture(self.layers, self.axes, lambda: self.loss(batch.content), checked, self.dtype)
-        watch.see_loss(batch.number, loss)
+        receive = _ignore if batch.idle else checked
+        loss = capture(self.layers, self.axes, lambda: self.loss(batch), receive, self.dtype)
+        if not batch.idle:
+            watch.see_loss(batch, loss)
         return loss
 
 
@@ -139,16 +151,24 @@ def _require_whole_gradients(lens: Lens, batch: Batch) -> None:
 
 def _autograd_gradients(lens: Lens, batch: Batch) -> dict[str, Tensor]:
     """The gradient of a batch's loss in each layer's [P, O, I], by autograd; inside `observing(model)`."""
-    held = [layer.parameters for layer in lens.layers.values()]
-    parameters = [parameter for own in held for parameter in own]
     torch.manual_seed(0)
-    with requiring_grad(parameters), torch.enable_grad():
-        found = torch.autograd.grad(lens.loss(batch.content), parameters, allow_unused=True, materialize_grads=True)
+    held = {} if is_sharded(lens.model) else {name: layer.parameters for name, layer in lens.layers.items()}
+    with ExitStack() as stack:
+        stack.enter_context(requiring_grad([parameter for own in held.values() for parameter in own]))
+        held = held or stack.enter_context(called_parameters(lens.layers))
+        stack.enter_context(torch.enable_grad())
+        loss = lens.loss(batch)
+        parameters = [parameter for own in held.values() for parameter in own]
+        found = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
     gradients = iter(gradient.to(lens.dtype) for gradient in found)
     return {
-        name: layer.gradient_matrix(next(gradients), next(gradients) if layer.has_bias else None)
-        for name, layer in lens.layers.items()
+        name: lens.layers[name].gradient_matrix(next(gradients), next(gradients) if lens.layers[name].has_bias else None)
+        for name in held
     }
+
+
+def _ignore(_layer: TrackedLayer, _tokens: Tokens) -> None:
+    """Consume nothing."""
 
 
 def _magnitude(tokens: Tokens) -> Tensor:
@@ -165,7 +185,7 @@ class FiniteWatch:
     """
 
     where: str
-    _places: list[str] = field(default_factory=list)
+    _places: list[tuple[str, str | None]] = field(default_factory=list)
     _pending: list[str] = field(default_factory=list)
     _numbers: list[Tensor] = field(default_factory=list)
     _batches: int = 0
@@ -177,10 +197,9 @@ class FiniteWatch:
         self._pending.append(layer)
         self._numbers.append(number)
 
-    def see_loss(self, batch: int, loss: Tensor) -> None:
+    def see_loss(self, batch: Batch, loss: Tensor) -> None:
         """Note the batch's loss; every so often all that was noted is looked at."""
-        self._places += [f"gradient or input of layer {layer!r} in batch {batch}" for layer in self._pending]
-        self._places.append(f"loss of batch {batch}")
+        self._places += [(str(batch), layer) for layer in [*self._pending, None]]
         self._numbers.append(loss)
         self._pending.clear()
         self._batches += 1
@@ -197,17 +216,18 @@ class FiniteWatch:
         self._places.clear()
         if not bad:
             return
-        losses = [place for place in bad if place.startswith("loss")]
-        error = TaskError if losses else LayerError
-        raise error(
-            f"{self.where}: the {(losses or bad)[0]} is not finite. Look at that batch's data and at the "
+        losses = [place for place in bad if place[1] is None]
+        batch, layer = (losses or bad)[0]
+        what = "loss" if layer is None else f"gradient or input of layer {layer!r}"
+        raise (TaskError if layer is None else LayerError)(
+            f"{self.where}: the {what} of {batch} is not finite. Look at that batch's data and at the "
             "checkpoint; a run that diverged has no influence to explain."
         )
 
-    def finish(self, layers: Iterable[str]) -> None:
-        """Look at what is left, and raise unless every layer was reached by some batch's loss."""
+    def finish(self, layers: Iterable[str], ranks: Ranks) -> None:
+        """Look at what is left, and raise unless every layer was reached by some batch's loss on some rank."""
         self.drain()
-        unreached = sorted(set(layers) - self._seen)
+        unreached = sorted(set(layers).difference(*ranks.gather(sorted(self._seen))))
         if unreached:
             raise LayerError(
                 f"{self.where}: layer {unreached[0]!r} was never reached: no batch's loss depends on it"

@@ -1,26 +1,295 @@
-"""One process or many: the only module that talks to accelerate and torch.distributed."""
+"""One process or many: the only module that talks to accelerate and torch.distributed.
+
+Whole tensors travel as bytes and other values as JSON, so any dtype goes and nothing is unpickled. Every collective is
+waited for by polling, so that a rank that fails, ends or dies meanwhile is an error that names it (module peers).
+"""
 
 from __future__ import annotations
 
+import heapq
+import json
 import os
-from typing import Any
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
+from accelerate import PartialState
 from accelerate.utils import extract_model_from_parallel, send_to_device
+from torch import Tensor, nn
+from torch import distributed as dist
 
-from .errors import SegflowError
+from .errors import RankError
+from .peers import Peers, silence
+
+Item = TypeVar("Item")
+Header = tuple[str, list[int]] | None  # a tensor's dtype and shape; None where there is no tensor
+
+_PACKET = 2048  # bytes of JSON that travel in one go
+_BUCKET = 64 << 20  # bytes that are summed in one go
+_LOOK_EVERY = 0.25  # seconds between two looks at the other ranks
+_LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
-def require_one_process() -> None:
-    """Refuse to run as one of several processes, where every process would silently do all the work."""
-    size = int(os.environ.get("WORLD_SIZE", "1"))
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        size = torch.distributed.get_world_size()
-    if size > 1:
-        raise SegflowError(
-            f"segflow runs in one process so far, and this is one of {size}. "
-            "Start the script with plain `python` instead of `accelerate launch` or `torchrun`."
-        )
+class Ranks:
+    """The processes that share one run's work; by default this one alone.
+
+    Every rank must make the same calls in the same order, inside `together`.
+    """
+
+    def __init__(self, index: int = 0, count: int = 1, peers: Peers | None = None):
+        self.index, self.count = index, count
+        self._peers = peers
+        self._group: Any = None
+        self._depth = 0
+        self._device = torch.device("cpu")
+
+    @property
+    def main(self) -> bool:
+        """True on the rank that touches the store and the terminal."""
+        return self.index == 0
+
+    @property
+    def local_count(self) -> int:
+        """How many ranks this machine runs."""
+        return min(self.count, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+    def share(self, items: Sequence[Item]) -> list[Item]:
+        """This rank's items: every count-th."""
+        return list(items[self.index :: self.count])
+
+    @contextmanager
+    def together(self, what: str) -> Iterator[None]:
+        """A stage of work: begins when every rank has arrived; an exception in one rank ends it on the others.
+
+        what: names the stage. Raises RankError where another rank fails, ends, dies or does something else.
+        """
+        if self._peers is None or self._depth:
+            yield
+            return
+        self._depth += 1
+        try:
+            try:
+                anew = self._peers.arrive(what)
+            except RuntimeError as problem:
+                raise self._peers.explain(problem) from problem
+            if anew or self._group is None:
+                self._group = self._new_group()
+            yield
+            self.wait()
+        except BaseException as problem:
+            if not isinstance(problem, RankError):
+                first = (str(problem).splitlines() or [""])[0][:500]
+                self._peers.post(f"failed: {type(problem).__name__}: {first}")
+            raise
+        finally:
+            self._depth -= 1
+
+    def wait(self) -> None:
+        """Until every rank is here."""
+        self.gather(None)
+
+    def same(self, value: Any = None) -> Any:
+        """Rank 0's value, as JSON can hold it, on every rank; what the others give is ignored."""
+        return value if self.count == 1 else self._told(value, 0)
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's value, as JSON can hold it, in rank order, on every rank."""
+        if self.count == 1:
+            return [value]
+        content = json.dumps(value).encode()
+        packets = [torch.zeros(_PACKET + 8, dtype=torch.uint8, device=self._device) for _ in range(self.count)]
+        self._run(dist.all_gather, packets, self._packet(content))
+        sizes = [_size(packet) for packet in packets]
+        if max(sizes) > _PACKET:
+            packets = [torch.zeros(max(sizes) + 8, dtype=torch.uint8, device=self._device) for _ in sizes]
+            self._run(dist.all_gather, packets, self._packet(content, max(sizes)))
+        return [json.loads(_content(packet, size)) for packet, size in zip(packets, sizes, strict=True)]
+
+    def agree(self, what: str, value: Any) -> None:
+        """Raise RankError unless the value, as JSON can hold it, is the same on every rank; what: names it."""
+        values = [json.dumps(each, sort_keys=True) for each in self.gather(value)]
+        differing = [rank for rank, each in enumerate(values) if each != values[0]]
+        if differing:
+            rank = differing[0]
+            raise RankError(
+                f"{what}: not the same on every rank. Rank 0 has {values[0][:300]}, rank {rank} has "
+                f"{values[rank][:300]}. Every rank must run the same script on the same data with the same seeds."
+            )
+
+    def sum_(self, tensors: Sequence[Tensor]) -> None:
+        """Sum each tensor over the ranks, in place, on every rank."""
+        if self.count == 1:
+            return
+        bucket: list[Tensor] = []
+        for tensor in [*tensors, None]:
+            like = bucket[-1] if bucket else tensor
+            size = sum(one.numel() * one.element_size() for one in bucket)
+            full = tensor is None or size + tensor.numel() * tensor.element_size() > _BUCKET
+            if bucket and (full or tensor is None or (tensor.dtype, tensor.device) != (like.dtype, like.device)):  # type: ignore[union-attr]
+                self._sum_bucket(bucket)
+                bucket = []
+            if tensor is not None:
+                bucket.append(tensor)
+
+    def broadcast(self, tensor: Tensor | None, source: int = 0, device: torch.device | None = None) -> Tensor:
+        """The source's tensor on every rank; the others give None. device: where it is wanted, else the source's or CPU."""
+        if self.count == 1 and tensor is not None:
+            return tensor if device is None else tensor.to(device)
+        header = self._told(_header(tensor), source)
+        if self.index == source and tensor is not None:
+            content = self._bytes(tensor)
+        else:
+            content = torch.empty(_length(header), dtype=torch.uint8, device=self._device)
+        if len(content):
+            self._run(dist.broadcast, content, source)
+        if self.index == source and tensor is not None:
+            return tensor if device is None else tensor.to(device)
+        return _tensor(content, header).to(device or "cpu")
+
+    def collect(self, tensor: Tensor | None) -> list[Tensor | None]:
+        """Every rank's tensor (of any shape, or None) on rank 0, in rank order and on its device; elsewhere nothing."""
+        if self.count == 1:
+            return [tensor]
+        headers = self.gather(_header(tensor))
+        length = max(map(_length, headers))
+        parts = [torch.empty(length, dtype=torch.uint8, device=self._device) for _ in headers] if self.main else None
+        if length:
+            self._run(dist.gather, self._padded(tensor, length), parts, 0)
+        if parts is None:
+            return []
+        device = self._device if tensor is None else tensor.device
+        return [
+            None if header is None else _tensor(part[: _length(header)], header).to(device)
+            for part, header in zip(parts, headers, strict=True)
+        ]
+
+    def deal(self, tensors: Sequence[Tensor | None], device: torch.device) -> Tensor | None:
+        """Rank 0 gives a tensor (or None) for every rank; each gets its own, on its device."""
+        if self.count == 1:
+            return None if tensors[0] is None else tensors[0].to(device)
+        headers = self._told([_header(tensor) for tensor in tensors], 0)
+        length = max(map(_length, headers))
+        content = torch.empty(length, dtype=torch.uint8, device=self._device)
+        if length:
+            self._run(dist.scatter, content, [self._padded(one, length) for one in tensors] if self.main else None, 0)
+        header = headers[self.index]
+        return None if header is None else _tensor(content[: _length(header)], header).to(device)
+
+    def _sum_bucket(self, bucket: Sequence[Tensor]) -> None:
+        flat = torch.cat([tensor.reshape(-1) for tensor in bucket]).to(self._device)
+        if len(flat):
+            self._run(dist.all_reduce, flat)
+        for tensor, total in zip(bucket, flat.split([tensor.numel() for tensor in bucket]), strict=True):
+            tensor.copy_(total.view(tensor.shape))
+
+    def _told(self, value: Any, source: int) -> Any:
+        content = json.dumps(value).encode() if self.index == source else b""
+        packet = self._packet(content)
+        self._run(dist.broadcast, packet, source)
+        size = _size(packet)
+        if size > _PACKET:
+            packet = self._packet(content, size)
+            self._run(dist.broadcast, packet, source)
+        return json.loads(_content(packet, size))
+
+    def _packet(self, content: bytes, room: int = _PACKET) -> Tensor:
+        """The content's length and as much of it as there is room for."""
+        held = len(content).to_bytes(8, "little") + content[:room].ljust(room, b"\0")
+        return torch.frombuffer(bytearray(held), dtype=torch.uint8).to(self._device)
+
+    def _bytes(self, tensor: Tensor) -> Tensor:
+        return tensor.detach().contiguous().reshape(-1).view(torch.uint8).to(self._device)
+
+    def _padded(self, tensor: Tensor | None, length: int) -> Tensor:
+        content = torch.zeros(length, dtype=torch.uint8, device=self._device)
+        if tensor is not None and tensor.numel():
+            own = self._bytes(tensor)
+            content[: len(own)] = own
+        return content
+
+    def _new_group(self) -> Any:
+        """A process group of our own, so that the user's collectives never mix with ours."""
+        if self._group is not None:
+            with suppress(RuntimeError):
+                dist.destroy_process_group(self._group)
+        group = dist.new_group(timeout=timedelta(seconds=max(60.0, 2 * silence())))
+        with suppress(RuntimeError):  # from now on peers say whether to go on waiting
+            dist.distributed_c10d._set_pg_timeout(timedelta(days=30), group)
+        if "gloo" not in str(dist.get_backend(group)):
+            self._device = torch.device("cuda", torch.cuda.current_device())
+        return group
+
+    def _run(self, collective: Any, *arguments: Any) -> None:
+        """Run a collective and wait for it, looking now and then whether the others are alive."""
+        if self._peers is None or self._group is None or not self._depth:
+            raise RankError("a collective outside of Ranks.together(): this is a fault of segflow's.")
+        looked, pause = time.monotonic(), 0.0
+        try:
+            work = collective(*arguments, group=self._group, async_op=True)
+            while not work.is_completed():
+                time.sleep(pause)
+                pause = min(0.02, pause + 2e-5)
+                if time.monotonic() - looked > _LOOK_EVERY:
+                    self._peers.require_all()
+                    looked = time.monotonic()
+            work.wait()
+        except RankError:
+            raise
+        except RuntimeError as problem:
+            raise self._peers.explain(problem) from problem
+
+
+_joined: tuple[Any, Ranks] | None = None  # the default process group, and this process's place in it
+_joins = 0
+
+
+def current() -> Ranks:
+    """This process's place among those that a launcher started (accelerate, torchrun); alone without one."""
+    global _joined, _joins  # noqa: PLW0603
+    if not (dist.is_available() and dist.is_initialized()):
+        if int(os.environ.get("WORLD_SIZE", "1")) <= 1:
+            return Ranks()
+        PartialState(cpu=not torch.cuda.is_available())
+    group = dist.group.WORLD
+    if _joined is None or _joined[0] is not group:
+        index, count = dist.get_rank(), dist.get_world_size()
+        peers = None
+        if count > 1:
+            _joins += 1
+            store = dist.distributed_c10d._get_default_store().clone()
+            store.set_timeout(timedelta(seconds=silence()))
+            agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+            host = "the launcher" if agent else "rank 0"
+            peers = Peers(
+                dist.PrefixStore(f"segflow/{_joins}", store), index, count, f"{host}, which hosts the rendezvous,"
+            )
+        _joined = (group, Ranks(index, count, peers))
+    return _joined[1]
+
+
+def leave() -> None:
+    """Forget the launcher: a child process is no rank, even if its parent is one."""
+    for name in _LAUNCHER:
+        os.environ.pop(name, None)
+
+
+def balanced(costs: Sequence[float], count: int) -> list[int]:
+    """The rank that takes each piece of work, the most costly first, each to the rank with least work so far.
+
+    Example:
+        >>> balanced([1, 4, 2, 2], 2)
+        [1, 0, 1, 1]
+    """
+    loads = [(0.0, rank) for rank in range(count)]
+    owners = [0] * len(costs)
+    for place in sorted(range(len(costs)), key=lambda place: -costs[place]):
+        load, rank = loads[0]
+        owners[place] = rank
+        heapq.heapreplace(loads, (load + costs[place], rank))
+    return owners
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
@@ -28,6 +297,58 @@ def to_device(batch: Any, device: torch.device) -> Any:
     return send_to_device(batch, device)
 
 
-def unwrap(model: torch.nn.Module) -> torch.nn.Module:
+def unwrap(model: nn.Module) -> nn.Module:
     """The user's own module behind DistributedDataParallel or torch.compile wrappers."""
     return extract_model_from_parallel(model, keep_fp32_wrapper=True)
+
+
+def _sharded(tensor: object) -> bool:
+    return dist.is_available() and isinstance(tensor, dist.tensor.DTensor)
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """True if some parameter is spread over ranks (torch's `fully_shard`, tensor parallelism)."""
+    return any(map(_sharded, model.parameters()))
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor that may be spread over ranks; every rank must call it."""
+    return tensor.full_tensor() if _sharded(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def laid_out(state: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """A state dict of whole tensors, each spread over the ranks as the model's own is; nothing is communicated."""
+    own = model.state_dict() if is_sharded(model) else {}
+    spread = {}
+    for name, tensor in state.items():
+        like: Any = own.get(name)
+        if _sharded(like):
+            spread[name] = dist.tensor.distribute_tensor(
+                tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None
+            )
+        else:
+            spread[name] = tensor
+    return spread
+
+
+def _header(tensor: Tensor | None) -> Header:
+    return None if tensor is None else (str(tensor.dtype).removeprefix("torch."), list(tensor.shape))
+
+
+def _length(header: Header) -> int:
+    if header is None:
+        return 0
+    return torch.Size(header[1]).numel() * getattr(torch, header[0]).itemsize
+
+
+def _tensor(content: Tensor, header: Header) -> Tensor:
+    dtype, shape = header  # type: ignore[misc]
+    return content.clone().view(getattr(torch, dtype)).view(shape)
+
+
+def _size(packet: Tensor) -> int:
+    return int.from_bytes(packet[:8].cpu().numpy().tobytes(), "little")
+
+
+def _content(packet: Tensor, size: int) -> bytes:
+    return packet[8 : 8 + size].cpu().numpy().tobytes()

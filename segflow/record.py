@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from .errors import TrajectoryError
-from .ranks import unwrap
-from .store import write_json, write_tensors
+from .ranks import current, unwrap, whole
+from .files import write_json, write_tensors
 from .trajectory import FORMAT
 
 # What later preconditioned methods need of optimizer.state; momentum buffers are not among it.
@@ -36,7 +36,9 @@ def record(
     """Record the training that happens inside the `with` block; the loop and its numbers stay as they are.
 
     Every step's learning rate, momentum, dampening and weight decay of each parameter group is logged from the
-    optimizer's own step hooks, and evenly spaced checkpoints are saved, always with the last step.
+    optimizer's own step hooks, and evenly spaced checkpoints are saved, always with the last step. A run that is killed
+    leaves what it had at its last checkpoint; see `Trajectory.load(..., unfinished=True)`. Of several processes the
+    first writes; parameters that are sharded over them are put together.
 
     Args:
         model: the model in training.
@@ -67,17 +69,20 @@ def record(
     """
     recording = Recording(unwrap(model), getattr(optimizer, "optimizer", optimizer), Path(directory), dataset_size)
     recording.plan(total_steps, checkpoints)
-    recording.begin(overwrite)
-    hooks = [
-        recording.optimizer.register_step_pre_hook(lambda *_: recording.log_step()),
-        recording.optimizer.register_step_post_hook(lambda *_: recording.end_step()),
-    ]
-    try:
-        yield recording
-    finally:
-        for hook in hooks:
-            hook.remove()
-    recording.finish()
+    ranks = current()
+    with ranks.together("record"):
+        if ranks.main:
+            recording.begin(overwrite)
+        hooks = [
+            recording.optimizer.register_step_pre_hook(lambda *_: recording.log_step()),
+            recording.optimizer.register_step_post_hook(lambda *_: recording.end_step()),
+        ]
+        try:
+            yield recording
+        finally:
+            for hook in hooks:
+                hook.remove()
+        recording.finish()
 
 
 class Recording:
@@ -192,6 +197,7 @@ class Recording:
         return state
 
     def _save(self) -> None:
+        """Save a checkpoint, and then what is known of the trajectory, so that a run that is killed here can be read."""
         self._note_parameters()
         tensors = {f"model.{name}": value for name, value in self._model_state().items()}
         for name, parameter in self.model.named_parameters():
@@ -199,11 +205,23 @@ class Recording:
                 value = self.optimizer.state.get(parameter, {}).get(key)
                 if value is not None:
                     tensors[f"optimizer.{name}.{key}"] = torch.as_tensor(value)
-        file = f"checkpoints/step-{self.step:08d}.safetensors"
-        self._saved[self.step] = {"file": file, "step": self.step, **write_tensors(self.directory / file, tensors)}
+        complete = {name: whole(tensor) for name, tensor in tensors.items()}  # on every rank
+        entry: dict[str, Any] = {"file": f"checkpoints/step-{self.step:08d}.safetensors", "step": self.step}
+        if current().main:
+            entry |= write_tensors(self.directory / entry["file"], complete)
+        self._saved[self.step] = entry
+        if current().main:
+            write_json(self.directory / "recording.json", self._so_far())
+
+    def _write_trajectory(self) -> None:
+        if current().main:
+            write_json(self.directory / "trajectory.json", self._so_far())
+            (self.directory / "recording.json").unlink()
 
     def _drop(self, step: int) -> None:
-        (self.directory / self._saved.pop(step)["file"]).unlink()
+        file = self.directory / self._saved.pop(step)["file"]
+        if current().main:
+            file.unlink()
 
     def _thin(self, wanted: list[int]) -> None:
         """Keep the saved checkpoints nearest to the wanted steps, of which the last is one."""
@@ -211,13 +229,14 @@ class Recording:
         for step in set(self._saved) - kept:
             self._drop(step)
 
-    def _write_trajectory(self) -> None:
+    def _so_far(self) -> dict[str, Any]:
+        """What trajectory.json says, the log of steps written to a file of its own."""
         width = max(len(row[0]) for row in self._rows)
         padded = [[values + [0.0] * (width - len(values)) for values in row] for row in self._rows]
         log = torch.tensor(padded, dtype=torch.float64)  # [steps, logged values, parameter groups]
         tensors = {name: log[:, index] for index, name in enumerate(_LOGGED)}
         groups = self.optimizer.param_groups
-        content = {
+        return {
             "format": FORMAT,
             "dataset_size": self.dataset_size,
             "optimizer": type(self.optimizer).__name__,
@@ -228,8 +247,6 @@ class Recording:
             "checkpoints": [self._saved[step] for step in sorted(self._saved)],
             "log": write_tensors(self.directory / "steps.safetensors", tensors),
         }
-        write_json(self.directory / "trajectory.json", content)
-        (self.directory / "recording.json").unlink()
 
 
 def _evenly(total: int, count: int) -> list[int]:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .data import digest
 from .errors import ScoreError
-from .store import read_tensors, write_tensors
+from .files import read_tensors, write_tensors
 
 FORMAT = 1
 

@@ -1,124 +1,43 @@
-"""The train side, and the product where it meets the query side.
+"""Scoring: walks a plan, term by term and checkpoint by checkpoint, and lets queries meet groups.
 
-Axes: Q queries, K groups, P parts, O outputs, I inputs, L layers; a block of gradients is [Q or K, P, O, I].
+Groups are dealt out to the ranks. Queries that fit one rank are worked on in shares and then held by every rank;
+others stay apart, a block on each rank, and go round when a tile of groups is ready to meet them.
+
+Axes: Q queries, K groups, P parts, O outputs, I inputs, L layers, T terms.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from functools import lru_cache, partial
-from typing import Any
+from itertools import pairwise
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
-from einops import rearrange
 from torch import Tensor
 from torch.utils.data import Subset
 
-from .data import Batch, digest, in_order
+from .data import dataset_fingerprint, digest, in_order
 from .errors import ScoreError
-from .factors import Pool, pooled_curvature
-from .groups import GroupBatch, Groups, Tile, tiles
-from .kronecker import Eigenbasis
-from .layers import Tokens, TrackedLayer
-from .lens import FiniteWatch, Lens
-from .methods import Plan
-from .queries import Curvature, Gradients, QuerySide, meeting, query_gradients
+from .factors import Pool, StoredCurvature
+from .files import Tensors
+from .groups import Groups, Tile, shares, tiles
+from .methods import Operator, Plan, Term
+from .queries import Gradients, Queries, QuerySide, meeting, query_gradients
+from .ranks import Ranks
+from .task import measurement_fingerprint
+from .trainside import MetQueries, tile_scores
+from .units import Planned
 from .workspace import Workspace
 
 # Shares of the memory budget: a half for queries, a quarter for groups, an eighth for what is formed on the way.
 _QUERY_SHARE, _GROUP_SHARE, _PASSING_SHARE = 2, 4, 8
-_QUERY_COPIES = 4  # the gradients, those of two operators, and a temporary
-
-
-@dataclass
-class TrainSide:
-    """Summed gradients of a tile's groups, met with a query side: scores [Q, K] for each layer.
-
-    queries: the query side; bases: of the layers whose queries stand in an eigenbasis; count: K, the tile's groups;
-    budget: bytes for what is formed on the way.
-    """
-
-    queries: Gradients
-    bases: Mapping[str, Eigenbasis]
-    count: int
-    budget: int
-    _sums: Gradients = field(default_factory=dict)
-    _scores: Gradients = field(default_factory=dict)
-
-    def add(self, layer: TrackedLayer, tokens: Tokens, batch: GroupBatch) -> None:
-        """Add one layer's tokens of one batch."""
-        sizes = batch.sizes
-        if layer.name in self.bases:
-            tokens = self.bases[layer.name].rotate_tokens(tokens)
-        if tokens.a_PBSI.shape[2] == 1 and len(sizes) > 1 and max(sizes) == 1:
-            self._add_single_tokens(layer, tokens, batch.first)
-            return
-        P, O, I = layer.shape
-        if layer.name not in self._sums:
-            self._sums[layer.name] = tokens.a_PBSI.new_zeros(self.count, P, O, I)
-        sums_KPOI = self._sums[layer.name][batch.first : batch.first + len(sizes)]
-        a, g = (_by_group(side, sizes) for side in tokens)
-        sums_KPOI.view(-1, O, I).baddbmm_(g.mT, a)
-
-    def _add_single_tokens(self, layer: TrackedLayer, tokens: Tokens, first: int) -> None:
-        """Groups of one example of one token: g^T R a, which never forms the example's gradient."""
-        a_PKI, g_PKO = tokens.a_PBSI.squeeze(2), tokens.g_PBSO.squeeze(2)
-        queries, K = self.queries[layer.name], a_PKI.shape[1]
-        scores = self._scores_of(layer.name)[:, first : first + K]
-        step = max(1, self.budget // (g_PKO.numel() * g_PKO.element_size()))
-        for start in range(0, len(queries), step):
-            answered_QPOK = torch.einsum("qpoi,pki->qpok", queries[start : start + step], a_PKI)
-            scores[start : start + step].add_(answered_QPOK.mul_(g_PKO.mT).sum((1, 2)))
-
-    def _scores_of(self, name: str) -> Tensor:
-        if name not in self._scores:
-            queries = self.queries[name]
-            self._scores[name] = queries.new_zeros(queries.shape[0], self.count)
-        return self._scores[name]
-
-    def scores(self) -> Tensor:
-        """[L, Q, K]: for each layer the product of all queries with the tile's groups."""
-        for name, sums_KPOI in self._sums.items():
-            self._scores_of(name).addmm_(self.queries[name].flatten(1), sums_KPOI.flatten(1).mT)
-        return torch.stack([self._scores_of(name) for name in self.queries])
-
-
-def _by_group(side_PBSD: Tensor, sizes: Sequence[int]) -> Tensor:
-    """Tokens as [K * P, N, D]: each group's own, padded with zeros to the largest group of the batch."""
-    P, _, S, D = side_PBSD.shape
-    K, most = len(sizes), max(sizes)
-    if min(sizes) < most:
-        within = torch.arange(most)[None, :] < torch.tensor(sizes)[:, None]
-        places = torch.nonzero(within.flatten()).flatten().to(side_PBSD.device)
-        side_PBSD = side_PBSD.new_zeros(P, K * most, S, D).index_copy_(1, places, side_PBSD)
-    return rearrange(side_PBSD, "p (k n) s d -> (k p) (n s) d", k=K)
-
-
-def tile_scores(
-    lens: Lens,
-    data: Iterable[Batch],
-    tile: Tile,
-    queries: Gradients,
-    bases: Mapping[str, Eigenbasis],
-    budget: int,
-    where: str,
-) -> Tensor:
-    """Scores [L, Q, K] of one tile's groups: <query side, summed training gradients>, for each layer in order.
-
-    bases: of the layers whose queries stand in an eigenbasis (training tokens are rotated into it).
-    """
-    side = TrainSide(queries, bases, len(tile.groups), budget)
-    watch = FiniteWatch(f"training gradients, {where}")
-    for batch, plan in zip(data, tile.batches, strict=True):
-
-        def consume(layer: TrackedLayer, tokens: Tokens, plan: GroupBatch = plan) -> None:
-            side.add(layer, tokens, plan)
-
-        lens.capture(batch, consume, watch)
-    watch.drain()
-    return side.scores()
+_QUERY_COPIES = 4  # the gradients, those of two operators, and a temporary (or a block that passes by)
+_NO_TILE = Tile(np.arange(0), ())
+_ROUNDED = ("training losses",)  # differs slightly on another machine: compared, but not in a unit's name
 
 
 def score_parts(
@@ -126,24 +45,25 @@ def score_parts(
 ) -> Tensor:
     """Scores [T, L, Q, K] of a plan's terms (L = 1, the layers' sum, unless per_layer); inside `observing(model)`.
 
-    Queries and groups are taken in tiles that fit the workspace's memory; each term, checkpoint and tile of queries
-    is a unit of the store, so that a run that was stopped goes on where it was.
+    Queries and groups are taken in blocks and tiles that fit the workspace's memory; each term, checkpoint and block of
+    queries is a unit of the store, so that a run that was stopped goes on where it was, on any number of ranks.
     """
     stage = _Stage(work, plan, groups, train, batch_size, per_layer)
-    count = len(query)
     gradient_bytes = work.parameters * stage.lens.dtype.itemsize
-    tile = max(1, min(count, work.memory // _QUERY_SHARE // (_QUERY_COPIES * gradient_bytes)))
-    parts = []
-    for start in range(0, count, tile):
-        indices = range(start, min(start + tile, count))
-        parts.append(stage.run(Subset(query, indices)))
-    return torch.cat(parts, 2)
+    blocks = in_order(len(query), max(1, work.memory // _QUERY_SHARE // (_QUERY_COPIES * gradient_bytes)))
+    together = work.ranks.count if len(blocks) > 1 else 1  # blocks that are on their ranks at a time
+    rounds = [blocks[start : start + together] for start in range(0, len(blocks), together)]
+    passes = len(rounds) * sum(len(term.train_checkpoints) for term in plan)
+    work.units.journal.expect({"groups": stage.examples * passes})
+    return torch.cat([stage.run(query, some) for some in rounds], 2)
 
 
 class _Stage:
-    """One scoring run: walks the plan for a tile of queries."""
+    """One scoring run: walks the plan for some blocks of queries."""
 
-    def __init__(self, work: Workspace, plan: Plan, groups: Groups, train: Any, batch_size: int, per_layer: bool):
+    def __init__(
+        self, work: Workspace, plan: Plan, groups: Groups, train: Any, batch_size: int, per_layer: bool
+    ):
         self.work, self.plan, self.groups, self.train = work, plan, groups, train
         self.batch_size, self.per_layer = batch_size, per_layer
         work.load(len(work.trajectory) - 1)
@@ -151,65 +71,154 @@ class _Stage:
         self.made_from = work.made_from(train, self.lens)
         self.scored_from = {
             **self.made_from,
+            "dtype": str(self.lens.dtype),
             "groups": digest([groups.members]),
-            "batch_size": batch_size,
             "per_layer": per_layer,
+            "measurement": measurement_fingerprint(work.task),
         }
         gradient_bytes = work.parameters * self.lens.dtype.itemsize
         size = max(1, min(len(groups), work.memory // _GROUP_SHARE // gradient_bytes))
-        self.tiles = tiles(groups, batch_size, size - size % batch_size if size > batch_size else size)
+        size = size - size % batch_size if size > batch_size else size
+        self.tiles = [tiles(pieces, batch_size, size) for pieces in shares(groups, work.ranks.count)]
+        self.examples = sum(len(batch.examples) for tile in self.tiles[work.ranks.index] for batch in tile.batches)
 
-    def run(self, query: Any) -> Tensor:
-        """Scores [T, L, Q, K] of these queries."""
-        curvature = lru_cache(2)(lambda pool: pooled_curvature(self.work, pool, self.made_from, self.lens))
-        gradients = lru_cache(1)(partial(self._gradients, query, curvature))
+    def run(self, query: Any, blocks: Sequence[range]) -> Tensor:
+        """Scores [T, L, Q, K] of these queries: one block for each rank, or one block that all ranks share."""
+        work, ranks = self.work, self.work.ranks
+        rows = blocks if len(blocks) > 1 else _split(blocks[0], ranks.count)
+        own = Subset(query, rows[ranks.index] if ranks.index < len(rows) else range(0))
+        asked = _Asked(
+            tuple(map(len, blocks)),
+            [dataset_fingerprint(Subset(query, block), "query", ranks, work.progress) for block in blocks],
+        )
+        curvature = lru_cache(2)(lambda pool: StoredCurvature(work, pool, self.made_from, self.lens))
+        gradients = lru_cache(1)(partial(self._gradients, own, curvature))
         parts: dict[int, Tensor] = {}
-        for place, queries in QuerySide(self.plan, gradients, curvature, self.work.parameter_groups).walk():
+        for place, queries in QuerySide(self.plan, gradients, curvature, work.parameter_groups).walk():
             term = self.plan[place]
-            examples = int(self.groups.sizes.sum()) * len(term.train_checkpoints)
-            blocks = curvature(queries.pool) if queries.pool else {}
-            values, bases = meeting(queries.values, blocks, {n: examples * self.lens.positions(n) for n in blocks})
-            made_from = {
-                **self.scored_from,
-                "term": term.label,
-                "queries": digest(values),
-                "in an eigenbasis": sorted(bases),
-            }
-            scores = [self._unit(index, made_from, values, bases) for index in term.train_checkpoints]
-            parts[place] = torch.stack(scores).mean(0) / self.work.trajectory.dataset_size
+            met = self._met(queries, curvature, asked, len(term.train_checkpoints))
+            pools = dict.fromkeys(operator.checkpoints for operator in term.operators if operator.checkpoints)
+            inputs = tuple(unit for pool in pools for unit in curvature(pool).units)
+            parts[place] = self._term(term, met, asked, inputs)
         return torch.stack([parts[place] for place in range(len(self.plan))])
 
-    def _gradients(self, query: Any, curvature: Callable[[Pool], Curvature], index: int, pool: Pool) -> Gradients:
-        self.work.load(index)
-        lens = self.work.lens("measurement", query)
-        data = self.work.walk(lens, query, in_order(len(query), self.batch_size), f"queries, {self.work.where(index)}")
-        bases = {name: block.basis for name, block in curvature(pool).items()} if pool else {}
-        return query_gradients(lens, data, bases, self.work.where(index))
-
-    def _unit(
-        self, index: int, term_from: Mapping[str, Any], queries: Gradients, bases: Mapping[str, Eigenbasis]
-    ) -> Tensor:
-        """<query side, group gradients at a checkpoint>, [L, Q, K], from the store or computed into it."""
-        made_from = {**term_from, "checkpoint": self.work.trajectory.digest(index)}
-        unit = f"scores/{digest(json.dumps(made_from, sort_keys=True))[:16]}/step-{self.work.step(index)}"
-        made = self.work.store.get_or_make(unit, made_from, lambda: {"scores": self._scores(index, queries, bases)})
-        return made["scores"]
-
-    def _scores(self, index: int, queries: Gradients, bases: Mapping[str, Eigenbasis]) -> Tensor:
+    def _gradients(
+        self, own: Subset[Any], curvature: Callable[[Pool], StoredCurvature], index: int, pool: Pool
+    ) -> Queries:
+        """This rank's query gradients at a checkpoint, in the pool's eigenbasis if that fits."""
         work, where = self.work, self.work.where(index)
         work.load(index)
+        lens = work.lens("measurement", own.dataset)
+        data = work.walk(lens, own, in_order(len(own), self.batch_size), "queries", where)
+        blocks = curvature(pool) if pool else None
+        bases = {name: block.basis for name, block in blocks.items()} if blocks is not None and blocks.fits else {}
+        return Queries(query_gradients(lens, data, bases, work.ranks, where), pool if bases else ())
+
+    def _met(
+        self, queries: Queries, curvature: Callable[[Pool], StoredCurvature], asked: _Asked, checkpoints: int
+    ) -> MetQueries:
+        """The query side where training gradients will meet it; one block becomes known to every rank."""
+        ranks = self.work.ranks
+        blocks = curvature(queries.pool) if queries.pool else None
+        examples = int(self.groups.sizes.sum()) * checkpoints
+        tokens = {name: examples * self.lens.positions(name) for name in queries.values}
+        values, bases = meeting(queries.values, blocks, sum(asked.sizes), tokens)
+        if len(asked.sizes) == 1:
+            values = {name: _from_all(value_QPOI, ranks) for name, value_QPOI in values.items()}
+        return MetQueries(values, bases, asked.sizes, ranks)
+
+    def _term(self, term: Term, met: MetQueries, asked: _Asked, inputs: tuple[str, ...]) -> Tensor:
+        """One term's scores [L, Q, K] on every rank, from the store or computed into it."""
+        work, units, starts = self.work, self.work.units, np.cumsum([0, *asked.sizes]).tolist()
+        term_from = {
+            **self.scored_from,
+            "operators": [_described(operator, work) for operator in term.operators],
+            "query checkpoint": work.checkpoint_digest(term.query_checkpoint),
+        }
         layers = len(self.lens.layers) if self.per_layer else 1
-        first = next(iter(queries.values()))
-        scores = first.new_zeros(layers, len(first), len(self.groups))
-        for number, tile in enumerate(self.tiles, start=1):
-            label = f"groups, {where}" + (f", tile {number}/{len(self.tiles)}" if len(self.tiles) > 1 else "")
-            data = work.walk(self.lens, self.train, [batch.examples for batch in tile.batches], label)
-            part = tile_scores(self.lens, data, tile, queries, bases, work.memory // _PASSING_SHARE, where)
-            columns = torch.from_numpy(tile.groups).to(scores.device)
-            scores[:, :, columns] = part if self.per_layer else part.sum(0, keepdim=True)
-        if not torch.isfinite(scores).all():
+        sketches = work.ranks.gather(_sketch(met.values))
+        at_checkpoints = []
+        for index in term.train_checkpoints:
+            compute = lru_cache(1)(partial(self._scores, index, met))
+            planned = []
+            for block, size in enumerate(asked.sizes):
+                about = {"queries": asked.fingerprints[block], "sketch": sketches[block]}
+                made_from = {**term_from, **about, "checkpoint": work.checkpoint_digest(index)}
+                make = partial(_rows, compute, starts[block], size)
+                planned.append(Planned("groups", self._name(made_from, index), made_from, inputs, self.examples, make))
+            units.settle(planned, units.held({unit.name: unit.made_from for unit in planned}))
+            found = [units.open(unit.name, unit.made_from) for unit in planned]
+            shapes = [(layers, size, len(self.groups)) for size in asked.sizes]
+            of_blocks = [unit.tensor("scores", shape) for unit, shape in zip(found, shapes, strict=True)]
+            at_checkpoints.append(torch.cat(of_blocks, 1))
+        return torch.stack(at_checkpoints).mean(0) / work.trajectory.dataset_size
+
+    def _name(self, made_from: Mapping[str, Any], index: int) -> str:
+        exact = {key: value for key, value in made_from.items() if key not in _ROUNDED}
+        return f"scores/{digest(json.dumps(exact, sort_keys=True))[:16]}/step-{self.work.step(index)}"
+
+    def _scores(self, index: int, met: MetQueries) -> Tensor | None:
+        """<query side, group gradients at a checkpoint>, [L, Q, K] on rank 0: each rank's groups, tile by tile."""
+        work, ranks, where = self.work, self.work.ranks, self.work.where(index)
+        work.load(index)
+        scores: Tensor | None = None
+        for number in range(max(map(len, self.tiles))):
+            in_turn = [tiles[number] if number < len(tiles) else _NO_TILE for tiles in self.tiles]
+            tile = in_turn[ranks.index]
+            data = work.walk(self.lens, self.train, [batch.examples for batch in tile.batches], "groups", where)
+            part_LQK = tile_scores(self.lens, data, tile, met, work.memory // _PASSING_SHARE, where)
+            part_LQK = part_LQK if self.per_layer else part_LQK.sum(0, keepdim=True)
+            if scores is None and ranks.main:
+                scores = part_LQK.new_zeros(*part_LQK.shape[:2], len(self.groups))
+            for theirs, piece in zip(in_turn, ranks.collect(part_LQK), strict=False):
+                if scores is not None and piece is not None:
+                    scores.index_add_(2, torch.from_numpy(theirs.groups).to(scores.device), piece)
+        if scores is not None and not torch.isfinite(scores).all():
             raise ScoreError(
                 f"scores at the {where} are not finite: gradients or the method's operator overflow. "
                 "Use a model in float64, or more damping."
             )
         return scores
+
+
+class _Asked(NamedTuple):
+    """Blocks of queries that are worked on at a time: how many queries each holds, and what identifies them."""
+
+    sizes: tuple[int, ...]
+    fingerprints: list[dict[str, Any]]
+
+
+def _split(block: range, count: int) -> list[range]:
+    """A block of queries in nearly even shares, one for each rank."""
+    ends = [len(block) * rank // count for rank in range(count + 1)]
+    return [block[start:end] for start, end in pairwise(ends)]
+
+
+def _from_all(value_QPOI: Tensor, ranks: Ranks) -> Tensor:
+    """Every rank's queries, in rank order, on every rank."""
+    own, device = ranks.index, value_QPOI.device
+    return torch.cat([ranks.broadcast(value_QPOI if own == rank else None, rank, device) for rank in range(ranks.count)])
+
+
+def _rows(compute: Callable[[], Tensor | None], start: int, size: int) -> Tensors:
+    scores = compute()
+    return {} if scores is None else {"scores": scores[:, start : start + size]}
+
+
+def _described(operator: Operator, work: Workspace) -> dict[str, Any]:
+    """What an operator does, without reference to where its checkpoints stand in a trajectory."""
+    return {**asdict(operator), "checkpoints": [work.checkpoint_digest(index) for index in operator.checkpoints]}
+
+
+def _sketch(values: Gradients) -> list[str]:
+    """Two numbers that hardly any change of the queries leaves alone, rounded so that another number of ranks does."""
+    if not len(next(iter(values.values()))):
+        return []
+    generator = torch.Generator().manual_seed(0)
+    norm = torch.stack([torch.linalg.vector_norm(value).double() for value in values.values()]).norm().item()
+    projected = 0.0
+    for value_QPOI in values.values():
+        weights = torch.randn(value_QPOI[0].numel(), generator=generator).to(value_QPOI)
+        rows = torch.linspace(1, 2, len(value_QPOI)).to(value_QPOI)
+        projected += (rows @ (value_QPOI.flatten(1) @ weights)).item()
+    return [f"{norm:.3e}", f"{projected / max(norm, 1e-300):.2f}"]

@@ -1,106 +1,48 @@
-"""Units of safetensors with a manifest: the only module that writes to disk for the engine.
+"""Units of safetensors with a manifest, each bound to what it was made from. The format's rules: docs/STORE.md.
 
-Layout of a store:
+    manifest.json               {"format": 2}
+    manifest/<name>.json        {"bytes", "sha256", "made_from", "inputs"} of one unit
+    units/<name>.safetensors    its tensors; a name is words joined by "/"
 
-    manifest.json               {"format": 1, "units": {name: {"bytes", "sha256", "made_from"}}}
-    units/<name>.safetensors    the tensors of one unit; a name is words joined by "/"
-
-A unit is committed by write, flush to disk, rename, and the manifest last, so a unit named in the manifest is
-whole. `made_from` binds it to what it was computed from; reading it for something else is an error.
+A unit is committed by its tensors first and its entry last, each written, flushed to disk and renamed, so a unit that
+has an entry is whole. `made_from` binds it to what it was computed from; reading it for something else is an error.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
-from safetensors import SafetensorError
-from torch import Tensor
+from .errors import StoreError
+from .files import PARTIAL, TensorFile, Tensors, inside, read_json, write_json, write_tensors
+from .lock import Held, hold
 
-from .errors import SegflowError, StoreError
-
-FORMAT = 1
-_ROUNDING = 1e-4
-Tensors = dict[str, Tensor]
+FORMAT = 2
 MadeFrom = Mapping[str, Any]
+_ROUNDING = 1e-4
 _NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*(/[A-Za-z0-9_-][A-Za-z0-9._-]*)*")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_REPAIR = "Run `segflow store repair` on the store to set it aside, or delete it to have it made anew."
 
 
-def write_file(path: Path, content: bytes) -> None:
-    """Write `content` so that `path` holds either its old content or all of the new one, also after a power cut."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    with open(partial, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
+@dataclass(frozen=True)
+class Entry:
+    """What the manifest says of a unit.
 
+    bytes, sha256: of its file; made_from: what it was computed from; inputs: the sha256 of the units it was made of.
+    """
 
-def write_json(path: Path, content: Any) -> None:
-    """Write `content` as readable JSON, atomically."""
-    write_file(path, (json.dumps(content, indent=1, sort_keys=True) + "\n").encode())
-
-
-def read_json(path: Path, error: type[SegflowError]) -> Any:
-    """Read JSON; a file that is missing or is not JSON raises `error` naming it."""
-    try:
-        return json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise error(f"{path}: no such file.") from None
-    except (OSError, ValueError) as problem:
-        raise error(f"{path}: not readable as JSON ({problem}). Restore it or make it anew.") from problem
-
-
-def write_tensors(path: Path, tensors: Tensors, metadata: dict[str, str] | None = None) -> dict[str, Any]:
-    """Write tensors atomically as safetensors; returns {"bytes", "sha256"} of the file."""
-    cpu = {name: tensor.detach().to("cpu").contiguous().clone() for name, tensor in tensors.items()}
-    content = safetensors.torch.save(cpu, metadata)
-    write_file(path, content)
-    return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-
-
-def read_tensors(path: Path, sha256: str | None, error: type[SegflowError]) -> Tensors:
-    """Read a safetensors file, verifying its checksum where one is known."""
-    try:
-        content = path.read_bytes()
-    except OSError as problem:
-        raise error(f"{path}: cannot be read ({problem}). Restore it or make it anew.") from problem
-    if sha256 is not None:
-        found = hashlib.sha256(content).hexdigest()
-        if found != sha256:
-            raise error(
-                f"{path}: damaged, its {len(content)} bytes have sha256 {found[:16]}..., "
-                f"expected {sha256[:16]}.... Delete the file to have it made anew, or restore it."
-            )
-    try:
-        return safetensors.torch.load(content)
-    except SafetensorError as problem:
-        raise error(f"{path}: not a whole safetensors file ({problem}). Restore it or make it anew.") from problem
-
-
-def file_digest(path: Path, error: type[SegflowError]) -> str:
-    """sha256 of a file's bytes, read in pieces."""
-    try:
-        with open(path, "rb") as file:
-            digest = hashlib.sha256()
-            while piece := file.read(1 << 20):
-                digest.update(piece)
-    except OSError as problem:
-        raise error(f"{path}: cannot be read ({problem}).") from problem
-    return digest.hexdigest()
+    bytes: int
+    sha256: str
+    made_from: dict[str, Any]
+    inputs: dict[str, str]
 
 
 class Store:
@@ -112,73 +54,145 @@ class Store:
 
     def __init__(self, root: str | os.PathLike[str]):
         self.root = Path(root)
-        self._manifest = self.root / "manifest.json"
-        # The manifest's units as last read, with what the file looked like then.
-        self._read: tuple[tuple[int, ...], dict[str, dict[str, Any]]] | None = None
 
-    def units(self) -> dict[str, dict[str, Any]]:
-        """Every committed unit with its size, checksum and what it was made from."""
-        try:
-            stat = self._manifest.stat()
-        except OSError:
-            return {}
-        look = (stat.st_ino, stat.st_size, stat.st_mtime_ns)
-        if self._read is None or self._read[0] != look:
-            self._read = (look, self._parsed())
-        return self._read[1]
+    @contextmanager
+    def locked(self, purpose: str) -> Iterator[Held]:
+        """Keep other runs out; what a killed run left half-written is removed. StoreError names the holder, if any."""
+        with hold(self.root, purpose) as held:
+            self._check_format()
+            for leftover in self.leftovers():
+                leftover.unlink(missing_ok=True)
+            yield held
 
-    def _parsed(self) -> dict[str, dict[str, Any]]:
-        content = read_json(self._manifest, StoreError)
-        found = content.get("format") if isinstance(content, dict) else None
-        if found != FORMAT or not isinstance(content.get("units"), dict):
-            raise StoreError(
-                f"{self._manifest}: store format {found!r}, this segflow reads format {FORMAT}. "
-                "Use another store folder, or the segflow version that made this one."
-            )
-        units: dict[str, dict[str, Any]] = content["units"]
-        for name, entry in units.items():
-            if not isinstance(entry, dict) or set(entry) != {"bytes", "sha256", "made_from"}:
-                raise StoreError(f"{self._manifest}: damaged at unit {name!r}. Delete the store, or restore the file.")
-        return units
+    def names(self) -> list[str]:
+        """The names of all committed units."""
+        return sorted({*self._old(), *self._listed("manifest", ".json")})
+
+    def files(self) -> list[str]:
+        """The names under which files of units are there, committed or not."""
+        return sorted(self._listed("units", ".safetensors"))
+
+    def leftovers(self) -> list[Path]:
+        """Files that were never finished."""
+        found = [path for folder in ("manifest", "units") for path in self._walk(folder) if path.name.endswith(PARTIAL)]
+        return sorted([*found, *self.root.glob(f"*{PARTIAL}")])
+
+    def entry(self, name: str) -> Entry | None:
+        """What the manifest says of a unit, None if it has none; StoreError if that is damaged."""
+        self._check_format()
+        path = self.entry_path(name)
+        if not path.exists():
+            return self._old().get(name)
+        return _entry(read_json(path, StoreError), path)
 
     def __contains__(self, name: str) -> bool:
-        """True if the unit was committed and its file is still there."""
-        return name in self.units() and self._path(name).exists()
+        """True if the unit is committed, its file is there whole, and no unit it was made of has changed since."""
+        entry = self.entry(name)
+        path = self.unit_path(name)
+        return entry is not None and path.is_file() and path.stat().st_size == entry.bytes and not self.is_stale(entry)
 
-    def read(self, name: str, made_from: MadeFrom) -> Tensors:
-        """The unit's tensors, on the CPU.
+    def is_stale(self, entry: Entry) -> bool:
+        """True if a unit that this one was made of is there with other content."""
+        return any((now := self.entry(name)) is not None and now.sha256 != sha for name, sha in entry.inputs.items())
+
+    def holds(self, name: str, made_from: MadeFrom) -> bool:
+        """Whether the unit is in the store; StoreError if it is and was made from something else."""
+        if name not in self:
+            return False
+        self._check(name, made_from)
+        return True
+
+    def open(self, name: str, made_from: MadeFrom) -> TensorFile:
+        """The unit's file, its checksum verified.
 
         made_from: what the caller would make it from; each key that is given must agree with what was stored.
         Raises StoreError if the unit is absent, damaged, or was made from something else.
         """
-        units = self.units()
-        if name not in units:
+        entry = self.entry(name)
+        if entry is None or not self.unit_path(name).exists():
             raise StoreError(f"{self.root}: no unit {name!r}. Run Analyzer.fit() with this store first.")
-        self._check(name, units[name]["made_from"], made_from)
-        return read_tensors(self._path(name), str(units[name]["sha256"]), StoreError)
+        if self.is_stale(entry):
+            raise StoreError(
+                f"{self.root}: unit {name!r} was made of units that have changed since. "
+                "Run Analyzer.fit() with this store first."
+            )
+        self._check(name, made_from)
+        return TensorFile(self.unit_path(name), entry.sha256, StoreError)
 
-    def write(self, name: str, tensors: Tensors, made_from: MadeFrom) -> None:
-        """Commit one unit; an older unit of that name is replaced."""
-        entry = write_tensors(self._path(name), tensors)
-        units = dict(self.units())
-        units[name] = {**entry, "made_from": dict(made_from)}
-        write_json(self._manifest, {"format": FORMAT, "units": units})
+    def write(self, name: str, tensors: Tensors, made_from: MadeFrom, inputs: Iterable[str] = ()) -> dict[str, Any]:
+        """Commit one unit, replacing an older one of that name; returns {"bytes", "sha256"}.
 
-    def get_or_make(self, name: str, made_from: MadeFrom, make: Callable[[], Tensors]) -> Tensors:
-        """The committed unit if there is one made from the same, else what `make()` returns, committed."""
-        if name not in self:
-            self.write(name, make(), made_from)
-        return self.read(name, made_from)
+        inputs: the units it was made of.
+        """
+        self._migrate()
+        sources = {source: self.entry(source) for source in inputs}
+        written = write_tensors(self.unit_path(name), tensors)
+        of = {source: entry.sha256 for source, entry in sources.items() if entry is not None}
+        write_json(self.entry_path(name), {**written, "made_from": dict(made_from), "inputs": of})
+        return written
 
-    def _path(self, name: str) -> Path:
+    def unit_path(self, name: str) -> Path:
+        """Where a unit's tensors are."""
+        return self._path("units", name, ".safetensors")
+
+    def entry_path(self, name: str) -> Path:
+        """Where a unit's entry in the manifest is."""
+        return self._path("manifest", name, ".json")
+
+    def _path(self, folder: str, name: str, suffix: str) -> Path:
         if not _NAME.fullmatch(name):
             raise StoreError(f"{name!r} is not a unit's name: words of letters, digits, '.', '_', '-' joined by '/'.")
-        return self.root / "units" / f"{name}.safetensors"
+        return inside(self.root, folder, name + suffix)
 
-    def _check(self, name: str, stored: Any, asked: MadeFrom) -> None:
+    def _walk(self, folder: str) -> Iterator[Path]:
+        for parent, _, names in os.walk(self.root / folder):  # does not follow links
+            yield from (Path(parent, name) for name in names)
+
+    def _listed(self, folder: str, suffix: str) -> set[str]:
+        base = self.root / folder
+        found = (path.relative_to(base).as_posix() for path in self._walk(folder))
+        names = {name.removesuffix(suffix) for name in found if name.endswith(suffix)}
+        return {name for name in names if _NAME.fullmatch(name)}
+
+    def _check_format(self) -> int:
+        """The store's format; StoreError unless it is one that this segflow reads."""
+        path = inside(self.root, "manifest.json")
+        if not path.exists():
+            return FORMAT
+        content = read_json(path, StoreError)
+        found = content.get("format") if isinstance(content, dict) else None
+        if found not in (1, FORMAT) or isinstance(found, bool):
+            raise StoreError(
+                f"{path}: store format {found!r}, this segflow reads formats 1 and {FORMAT}. "
+                "Use another store folder, or the segflow version that made this one."
+            )
+        return int(found)
+
+    def _old(self) -> dict[str, Entry]:
+        """The entries of a store of format 1, which had them all in one file."""
+        if self._check_format() == FORMAT:
+            return {}
+        path = self.root / "manifest.json"
+        units = read_json(path, StoreError).get("units")
+        if not isinstance(units, dict):
+            raise StoreError(f"{path}: damaged. {_REPAIR}")
+        whole = {name: {"inputs": {}, **entry} if isinstance(entry, dict) else entry for name, entry in units.items()}
+        return {name: _entry(entry, path) for name, entry in whole.items()}
+
+    def _migrate(self) -> None:
+        """Bring the store to this format; interrupted, it is done again."""
+        if (self.root / "manifest.json").exists() and self._check_format() == FORMAT:
+            return
+        for name, entry in self._old().items():
+            if not self.entry_path(name).exists():
+                write_json(self.entry_path(name), asdict(entry))
+        write_json(self.root / "manifest.json", {"format": FORMAT})
+
+    def _check(self, name: str, asked: MadeFrom) -> None:
+        """Raise StoreError, naming both sides, unless the unit was made from what is asked."""
+        entry = self.entry(name)
+        stored = {} if entry is None else entry.made_from
         now = json.loads(json.dumps(asked))
-        if not isinstance(stored, dict):
-            raise StoreError(f"{self._manifest}: damaged at unit {name!r}. Delete the store, or restore the file.")
         differing = [key for key in now if not _agree(stored.get(key), now[key])]
         if differing:
             sides = "; ".join(f"{key}: {_difference(stored.get(key), now[key])}" for key in differing)
@@ -186,6 +200,21 @@ class Store:
                 f"{self.root}: unit {name!r} was made from something else ({sides}). "
                 "Use another store folder for the new setting, or delete this one to make it anew."
             )
+
+
+def _entry(content: Any, path: Path) -> Entry:
+    """An entry as it was read; StoreError unless it has the form that rule 5 of docs/STORE.md gives."""
+    kinds = {"bytes": int, "sha256": str, "made_from": dict, "inputs": dict}
+    whole = (
+        isinstance(content, dict)
+        and set(content) == {field.name for field in fields(Entry)}
+        and all(isinstance(content[key], kind) for key, kind in kinds.items())
+        and all(isinstance(sha, str) and _SHA256.fullmatch(sha) for sha in [content["sha256"], *content["inputs"].values()])
+        and all(_NAME.fullmatch(name) for name in content["inputs"])
+    )
+    if not whole:
+        raise StoreError(f"{path}: damaged, it does not describe a unit. {_REPAIR}")
+    return Entry(**content)
 
 
 def _agree(stored: Any, now: Any) -> bool:

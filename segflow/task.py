@@ -89,16 +89,30 @@ def attention_mask(task: Any, batch: Any) -> Tensor | Mapping[str, Tensor] | Non
 def task_fingerprint(task: Any) -> dict[str, Any]:
     """The task's class, plain-valued attributes and training loss's compiled code: what tells apart fitted factors."""
     ignored = getattr(task, "measurement_options", ())
-    options = {
-        key: repr(value)
-        for key, value in sorted(getattr(task, "__dict__", {}).items())
-        if key not in ignored and isinstance(value, bool | int | float | str | None | list | tuple)
+    options = {name: value for name, value in _options(task).items() if name not in ignored}
+    return {
+        "class": type(task).__qualname__,
+        "options": options,
+        "code": _code_digest(task, "compute_train_loss", "get_attention_mask"),
     }
+
+
+def measurement_fingerprint(task: Any) -> dict[str, Any]:
+    """The task's plain-valued attributes and measurement's compiled code: what tells apart scores."""
+    return {"options": _options(task), "code": _code_digest(task, "compute_measurement")}
+
+
+def _options(task: Any) -> dict[str, str]:
+    plain = (bool, int, float, str, type(None), list, tuple)
+    return {key: repr(value) for key, value in sorted(getattr(task, "__dict__", {}).items()) if isinstance(value, plain)}
+
+
+def _code_digest(task: Any, *methods: str) -> str:
     sha = hashlib.sha256()
-    for name in ("compute_train_loss", "get_attention_mask"):
+    for name in methods:
         code = getattr(getattr(type(task), name, None), "__code__", None)
         sha.update(repr(_instructions(code)).encode())
-    return {"class": type(task).__qualname__, "options": options, "code": sha.hexdigest()[:16]}
+    return sha.hexdigest()[:16]
 
 
 def _instructions(code: Any) -> Any:

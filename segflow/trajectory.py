@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from .errors import TrajectoryError
-from .store import file_digest, read_json, read_tensors
+from .ranks import laid_out
+from .files import file_digest, read_json, read_tensors
 
 FORMAT = 1
 PerStep = float | Sequence[float] | Sequence[Sequence[float]] | np.ndarray | Tensor
@@ -181,7 +182,7 @@ class Trajectory:
         """Copy checkpoint `index` into `model`; TrajectoryError names what does not fit."""
         state = self.state(index)
         try:
-            model.load_state_dict(state, strict=True)
+            model.load_state_dict(laid_out(state, model), strict=True)
         except RuntimeError as problem:
             raise TrajectoryError(
                 f"checkpoint at step {self.steps[index]} ({self.checkpoints[index].name}) is of another model: "

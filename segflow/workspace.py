@@ -13,10 +13,10 @@ from .data import Batch, Collate, Indices, batches, dataset_fingerprint, dataset
 from .errors import TrajectoryError
 from .layers import LayerChoice
 from .lens import Lens, make_lens
-from .progress import track
-from .store import Store
+from .ranks import Ranks
 from .task import task_fingerprint
 from .trajectory import Trajectory
+from .units import Units
 
 _PROBES = 16  # training examples whose losses tell one task from another
 
@@ -25,19 +25,26 @@ _PROBES = 16  # training examples whose losses tell one task from another
 class Workspace:
     """Everything but the data and the method; see Analyzer for the fields.
 
-    parameter_groups: the optimizer's parameter group of each tracked layer.
+    parameter_groups: the optimizer's parameter group of each tracked layer; sharded: True if the model's parameters are
+    spread over the ranks, so that all ranks must run every forward together.
     """
 
     model: nn.Module
     task: Any
     trajectory: Trajectory
-    store: Store
+    units: Units
     layers: LayerChoice
     parameter_groups: Mapping[str, int]
     seed: int
     memory: int
     collate_fn: Collate | None
     progress: bool | None
+    sharded: bool
+
+    @property
+    def ranks(self) -> Ranks:
+        """The processes that share the work."""
+        return self.units.ranks
 
     @property
     def parameters(self) -> int:
@@ -60,9 +67,29 @@ class Workspace:
         """The model seen through the task's "train", "sample" or "measurement" loss on this dataset."""
         return make_lens(self.model, self.task, kind, self.layers.tracked, dataset, self.collate_fn)
 
-    def walk(self, lens: Lens, dataset: Any, lists: Sequence[Indices], label: str) -> Iterator[Batch]:
-        """One batch for each list of example indices, behind a progress bar."""
-        return track(batches(dataset, lists, self.collate_fn, lens.device), label, len(lists), self.progress)
+    def checkpoint_digest(self, index: int) -> str:
+        """sha256 of a checkpoint's file, the same on every rank."""
+        return str(self.ranks.same(self.trajectory.digest(index) if self.ranks.main else None))
+
+    def walk(self, lens: Lens, dataset: Any, lists: Sequence[Indices], kind: str, where: str) -> Iterator[Batch]:
+        """One batch for each of this rank's lists of example indices, behind a progress bar.
+
+        Where the model is sharded, ranks with fewer batches than another run idle ones at the end.
+        """
+        idle = max(self.ranks.gather(len(lists))) - len(lists) if self.sharded else 0
+        data = batches(dataset, lists, self.collate_fn, lens.device, idle)
+        examples = sum(map(len, lists))
+        return self.units.journal.walk(data, f"{kind}, {where}", examples, lambda b: 0 if b.idle else b.size)
+
+    def settings(self) -> dict[str, Any]:
+        """What must be the same on every rank."""
+        return {
+            "model": {name: [*layer.shape] for name, layer in self.layers.tracked.items()},
+            "task": task_fingerprint(self.task),
+            "steps": list(self.trajectory.steps),
+            "seed": self.seed,
+            "memory": self.memory,
+        }
 
     def require_training_data(self, train: Any) -> None:
         """Raise TrajectoryError unless `train` is as long as the dataset that the run was recorded with."""
@@ -79,7 +106,7 @@ class Workspace:
         Besides names and shapes these are the training losses of some examples at the last checkpoint, which change
         with whatever the loss depends on: the task's tensors and helpers, the collate function.
         """
-        dataset = dataset_fingerprint(train, "training", self.progress)
+        dataset = dataset_fingerprint(train, "training", self.ranks, self.progress)
         losses = [self.probe_losses(train, replace(lens, kind="train")) for _ in range(2)]
         steady = dataset["examples"] != "random" and losses[0] == losses[1]
         return {
@@ -96,8 +123,22 @@ class Workspace:
         chosen = [[index] for index in evenly_spaced(len(train), _PROBES)]
         torch.manual_seed(self.seed)
         with torch.enable_grad():  # parameters are frozen; a task may differentiate by itself
-            losses = [lens.loss(b.content).detach() for b in batches(train, chosen, self.collate_fn, lens.device)]
+            losses = [lens.loss(batch).detach() for batch in batches(train, chosen, self.collate_fn, lens.device)]
         return torch.stack(losses).tolist()
+
+    def sampling_needs(self, train: Any, sample: Lens, batch_size: int) -> dict[str, Any]:
+        """What pseudo-labels depend on besides seed, checkpoint and example, and what they are for some examples.
+
+        Measured: if some examples' sampled losses alone do not add up to their loss in one batch, the task draws in a
+        way that mixes examples (for a selection of rows, say), and a store keeps its batch size.
+        """
+        alone = self.probe_losses(train, sample)
+        chosen = evenly_spaced(len(train), _PROBES)
+        with torch.enable_grad():
+            [together] = [sample.loss(batch) for batch in batches(train, [chosen], self.collate_fn, sample.device)]
+        off = abs(sum(alone) - together.item())
+        mixes = off > max(1e-4, sample.tolerance) * sum(map(abs, alone))
+        return {"sampled losses": alone, "batch_size": batch_size if mixes else "any"}
 
 
 def settle_parameter_groups(choice: LayerChoice, trajectory: Trajectory) -> tuple[LayerChoice, dict[str, int]]:

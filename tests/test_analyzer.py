@@ -121,7 +121,7 @@ def test_a_non_finite_loss_names_batch_and_checkpoint(tmp_path: Path) -> None:
     analyzer = _setting(tmp_path, task=sf.tasks.Regression("sum", "prediction"), model=nn.Linear(5, 1).double())
     x, _ = _broken(9, float("nan")).tensors
     train = TensorDataset(x, torch.zeros(N, 1).double())
-    with pytest.raises(sf.TaskError, match="covariance pass, checkpoint at step 10: the loss of batch 2 is not finite"):
+    with pytest.raises(sf.TaskError, match="covariance pass, checkpoint at step 10: the loss of the batch of .* is not finite"):
         analyzer.fit(train, batch_size=4)
 
 
@@ -132,14 +132,14 @@ def test_a_non_finite_gradient_names_layer_batch_and_checkpoint(tmp_path: Path) 
             kink = (batch[0][:, 2].detach() * 0 + model(batch[0]).sum(1) * 0).clamp_min(0)
             return loss + kink[batch[0][:, 2] > 50].sqrt().sum()  # 0 * infinity at the kink
 
-    with pytest.raises(sf.LayerError, match=r"checkpoint at step 10: the gradient or input of layer '4' in batch 1"):
+    with pytest.raises(sf.LayerError, match=r"checkpoint at step 10: the gradient or input of layer '4' of the batch of .* is"):
         _setting(tmp_path, task=Kinked()).fit(_broken(5, 99.0), batch_size=4)
 
 
 def test_a_factor_that_overflows_names_the_layer(tmp_path: Path) -> None:
     model = mlp(torch.float32)
     x, y = vectors(N, torch.float32).tensors
-    with pytest.raises(sf.LayerError, match="layer '0' in batch 0 is not finite"):
+    with pytest.raises(sf.LayerError, match="layer '0' of the batch of .* is not finite"):
         _setting(tmp_path, model=model).fit(TensorDataset(x * 1e25, y))
 
 
@@ -156,12 +156,6 @@ def test_a_layer_that_is_never_reached_is_named(tmp_path: Path) -> None:
     for call in ("check", "fit"):
         with pytest.raises(sf.LayerError, match="layer 'spare': never reached"):
             getattr(_setting(tmp_path, model=Spare()), call)(vectors(N))
-
-
-def test_two_processes_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(sf.SegflowError, match="this is one of 2"):
-        _setting(tmp_path)
 
 
 def test_method_options_are_checked() -> None:

@@ -19,11 +19,12 @@ from torch.utils.data import TensorDataset
 import segflow as sf
 from segflow import lens as lens_module
 from segflow.capture import capture, example_axes, observing
-from segflow.data import batches, in_order
+from segflow.data import Batch, batches, in_order
 from segflow.factors import corrected_eigenvalues, covariances
-from segflow.kronecker import eigenbasis
+from segflow.kronecker import Eigenbasis, eigenvectors
 from segflow.layers import choose_layers
 from segflow.lens import FiniteWatch, make_lens
+from segflow.ranks import Ranks
 
 from . import oracles
 from .helpers import analyzer_of, mlp, perturbed_states, trajectory_of, vectors
@@ -367,7 +368,7 @@ def test_examples_of_several_lengths_flattened_together_are_refused_though_the_f
         lens = _lens(model, Loss(lambda x, m: m(x).sin().sum()), data, collate=torch.cat)
         [batch] = batches(data, [[0, 1, 2]], torch.cat, CPU)
         with pytest.raises(
-            sf.LayerError, match=r"layer '': its input has 6 rows in batch 0, expected .* the 3 examples"
+            sf.LayerError, match=r"layer '': its input has 6 rows in the batch of 3 examples from 0 to 2, expected one for each"
         ):
             lens.capture(batch, _ignore, FiniteWatch("pass"))
 
@@ -386,7 +387,7 @@ def test_examples_routed_to_different_layers_are_refused() -> None:
         tracked = choose_layers(model, ["left"], is_trained=lambda _name: True).tracked
         lens = make_lens(model, Loss(lambda b, m: m(b[0]).sum()), "train", tracked, TensorDataset(x), None)
         [batch] = batches(TensorDataset(x), [[0, 1, 2]], None, CPU)
-        with pytest.raises(sf.LayerError, match=r"layer 'left': its input has 2 rows in batch 0, .* the 3 examples"):
+        with pytest.raises(sf.LayerError, match=r"layer 'left': its input has 2 rows in the batch of 3 examples from"):
             lens.capture(batch, _ignore, FiniteWatch("pass"))
 
 
@@ -469,7 +470,7 @@ def test_a_layer_that_no_loss_depends_on_is_refused_by_name_and_pass() -> None:
         with pytest.raises(
             sf.LayerError, match=r"covariance pass, checkpoint at step 7: layer 'b' was never reached: no batch's loss"
         ):
-            covariances(lens, batches(data, in_order(4, 2), None, CPU), 0, "checkpoint at step 7")
+            covariances(lens, batches(data, in_order(4, 2), None, CPU), Ranks(), "checkpoint at step 7")
 
 
 def test_a_layer_that_only_some_batches_reach_is_fine() -> None:
@@ -479,7 +480,7 @@ def test_a_layer_that_only_some_batches_reach_is_fine() -> None:
         lens = _lens(model, Loss(lambda batch, m: m(batch[0]).sum()), data)
         for batch in batches(data, [[1], [0]], None, CPU):
             lens.capture(batch, _ignore, watch)
-    watch.finish(lens.layers)
+    watch.finish(lens.layers, Ranks())
 
 
 def _spoilt_pass(dtype: torch.dtype, loss: Callable[[Tensor, nn.Module], Tensor], bad: float, at: int = 5) -> None:
@@ -490,25 +491,25 @@ def _spoilt_pass(dtype: torch.dtype, loss: Callable[[Tensor, nn.Module], Tensor]
     data = TensorDataset(x)
     with observing(model):
         lens = _lens(model, Loss(lambda batch, m: loss(batch[0], m)), data, "sample")
-        covariances(lens, batches(data, in_order(8, 2), None, CPU), 0, "checkpoint at step 7")
+        covariances(lens, batches(data, in_order(8, 2), None, CPU), Ranks(), "checkpoint at step 7")
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_loss_that_is_not_finite_is_refused_with_its_batch_and_pass(bad: float) -> None:
-    with pytest.raises(sf.TaskError, match=r"covariance pass, checkpoint at step 7: the loss of batch 2 is not finite"):
+    with pytest.raises(sf.TaskError, match=r"covariance pass, checkpoint at step 7: the loss of the batch of 2 examples from 4 to 5 is not finite"):
         _spoilt_pass(torch.float64, lambda x, m: m(x).square().sum(), bad)
 
 
 def test_a_gradient_that_is_not_finite_is_refused_with_its_layer_batch_and_pass() -> None:
     """The loss is finite: the square root's slope at 0 is not."""
     with pytest.raises(
-        sf.LayerError, match=r"covariance pass, checkpoint at step 7: the gradient or input of layer '2' in batch 2 is"
+        sf.LayerError, match=r"covariance pass, checkpoint at step 7: the gradient or input of layer '2' of the batch of 2 examples from 4 to 5 is"
     ):
         _spoilt_pass(torch.float64, lambda x, m: (m(x) * x).square().sum(1).sqrt().sum(), 0.0)
 
 
 def test_tokens_whose_squares_overflow_are_refused() -> None:
-    with pytest.raises(sf.LayerError, match=r"input of layer '\d' in batch 2 is not finite"):
+    with pytest.raises(sf.LayerError, match=r"input of layer '\d' of the batch of 2 examples from 4 to 5 is not finite"):
         _spoilt_pass(torch.float32, lambda x, m: 1e10 * m(x).sum(), 1e12)
 
 
@@ -517,16 +518,16 @@ def test_the_first_bad_batch_is_named() -> None:
     for batch in range(5):
         watch.see("a", torch.tensor(1.0))
         watch.see("b", torch.tensor(float("nan") if batch >= 2 else 1.0))
-        watch.see_loss(batch, torch.tensor(1.0))
-    with pytest.raises(sf.LayerError, match=r"some pass: the gradient or input of layer 'b' in batch 2 is not finite"):
-        watch.finish(["a", "b"])
+        watch.see_loss(Batch([batch], None), torch.tensor(1.0))
+    with pytest.raises(sf.LayerError, match=r"some pass: the gradient or input of layer 'b' of example 2 is not finite"):
+        watch.finish(["a", "b"], Ranks())
 
 
 def test_a_long_pass_stops_soon_after_a_bad_number_not_at_its_end() -> None:
     watch = FiniteWatch("some pass")
-    with pytest.raises(sf.TaskError, match="loss of batch 3 is not finite"):
+    with pytest.raises(sf.TaskError, match="loss of example 3 is not finite"):
         for batch in range(1000):
-            watch.see_loss(batch, torch.tensor(float("inf") if batch == 3 else 1.0))
+            watch.see_loss(Batch([batch], None), torch.tensor(float("inf") if batch == 3 else 1.0))
     assert batch == lens_module._DRAIN_EVERY - 1
 
 
@@ -556,9 +557,9 @@ def test_factor_passes_compute_no_weight_gradients() -> None:
         lens = _lens(model, Loss(loss), data, "sample")
         walk = lambda: batches(data, in_order(12, 5), None, CPU)  # noqa: E731
         leaves.clear()
-        sums = covariances(lens, walk(), 0, "here")
-        bases = {name: eigenbasis([total], name) for name, total in sums.items()}
-        corrected_eigenvalues(lens, walk(), bases, 0, "here", 1 << 20)
+        sums = covariances(lens, walk(), Ranks(), "here")
+        bases = {n: Eigenbasis(eigenvectors(s.a_PII, n), eigenvectors(s.g_POO, n)) for n, s in sums.items()}
+        corrected_eigenvalues(lens, walk(), bases, Ranks(), "here", 1 << 20)
     assert leaves == [[torch.Size([])]] * 6
     assert all(parameter.grad is None for parameter in model.parameters())
 

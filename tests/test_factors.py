@@ -12,8 +12,9 @@ from torch.utils.data import TensorDataset
 
 import segflow as sf
 from segflow.capture import observing
-from segflow.factors import covariances, pooled_curvature
+from segflow.factors import StoredCurvature, covariances
 from segflow.kronecker import KroneckerBlock
+from segflow.ranks import Ranks
 
 from . import oracles
 from .helpers import (
@@ -60,7 +61,7 @@ def _fitted(analyzer: sf.Analyzer, train: Any) -> dict[str, KroneckerBlock]:
     pool = analyzer.plan[-1].operators[-1].checkpoints
     with observing(work.model):
         lens = work.lens("train", train)
-        return pooled_curvature(work, pool, work.made_from(train, lens), lens)
+        return dict(StoredCurvature(work, pool, work.made_from(train, lens), lens))
 
 
 def _dense(block: KroneckerBlock) -> Tensor:
@@ -201,9 +202,9 @@ def test_attention_mask_keeps_padding_out_of_the_input_covariance(tmp_path: Path
         work = analyzer.work
         with observing(model):
             lens = work.lens("sample", train)
-            sums = covariances(lens, work.walk(lens, train, [range(N)], "test"), 0, "here")
+            sums = covariances(lens, work.walk(lens, train, [range(N)], "covariance", "here"), Ranks(), "here")
         tokens = torch.cat([rows.reshape(-1, 5), torch.ones(rows.shape[0] * rows.shape[1], 1).double()], 1)
-        torch.testing.assert_close(sums["up"].mean()[0][0], tokens.mT @ tokens / len(tokens))
+        torch.testing.assert_close(sums["up"].a_PII[0] / sums["up"].a_rows, tokens.mT @ tokens / len(tokens))
 
 
 def test_seed_changes_the_pseudo_labels_and_nothing_else_does(tmp_path: Path) -> None:

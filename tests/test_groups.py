@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from torch.utils.data import Subset, TensorDataset
 
 import segflow as sf
-from segflow.groups import GroupBatch, tiles
+from segflow.groups import GroupBatch, shares, tiles
 from segflow.layers import Tokens, TrackedLayer
-from segflow.scoring import TrainSide
+from segflow.ranks import Ranks
+from segflow.trainside import MetQueries, TrainSide
 
 from .helpers import ConvNet, FixedLabels, analyzer_of, images, mlp, perturbed_states, trajectory_of, vectors
 
@@ -125,8 +126,8 @@ FAULTS = {
     "one-hot labels": (lambda: sf.Groups.by(torch.eye(2)), "a label cannot name a group"),
     "list labels": (lambda: sf.Groups.by([[1], [2]]), "a label cannot name a group .*unhashable"),
     "NaN label": (lambda: sf.Groups.by(np.array([1.0, np.nan])), "a label is NaN"),
-    "batch size": (lambda: tiles(sf.Groups.singletons(2), 0, 1), "batch_size=0, tile_size=1: expected at least 1"),
-    "tile size": (lambda: tiles(sf.Groups.singletons(2), 1, 0), "batch_size=1, tile_size=0: expected at least 1"),
+    "batch size": (lambda: tiles(shares(sf.Groups.singletons(2), 1)[0], 0, 1), "batch_size=0, tile_size=1: expected at least 1"),
+    "tile size": (lambda: tiles(shares(sf.Groups.singletons(2), 1)[0], 1, 0), "batch_size=1, tile_size=0: expected at least 1"),
 }
 
 
@@ -155,7 +156,7 @@ def test_tiles_walk_every_group_once_within_the_batch_size_and_the_padding(
     shuffled = np.random.default_rng(seed).permutation(length)[: sum(sizes)]
     members = np.split(shuffled, np.cumsum(sizes)[:-1])
     groups = sf.Groups.from_lists(members, length, partial=True)
-    planned = tiles(groups, batch_size, tile_size)
+    planned = tiles(shares(groups, 1)[0], batch_size, tile_size)
     assert sorted(np.concatenate([tile.groups for tile in planned]).tolist()) == list(range(len(sizes)))
     for tile in planned:
         assert 1 <= len(tile.groups) <= tile_size
@@ -173,7 +174,7 @@ def test_tiles_walk_every_group_once_within_the_batch_size_and_the_padding(
 
 
 def test_small_groups_share_batches() -> None:
-    [tile] = tiles(sf.Groups.random(60, 3), batch_size=32, tile_size=100)
+    [tile] = tiles(shares(sf.Groups.random(60, 3), 1)[0], batch_size=32, tile_size=100)
     assert [len(batch.examples) for batch in tile.batches] == [30, 30]
 
 
@@ -283,7 +284,7 @@ def test_singleton_scores_do_not_depend_on_batch_size_or_memory(case: Case, tmp_
 def test_memory_and_batch_size_really_change_the_walk() -> None:
     groups = sf.Groups.from_lists(RAGGED, N)
     walks = [
-        [batch.sizes for tile in tiles(groups, *sizes) for batch in tile.batches]
+        [batch.sizes for tile in tiles(shares(groups, 1)[0], *sizes) for batch in tile.batches]
         for sizes in ((64, 8), (64, 1), (4, 8))
     ]
     assert walks[0] != walks[1] != walks[2] != walks[0]
@@ -315,10 +316,10 @@ def test_one_token_singletons_take_the_fast_path_and_equal_the_general_one(modul
     )
     examples = np.arange(K)
     for budget in (1, 1 << 20):  # queries one at a time, and all at once
-        fast = TrainSide({"layer": queries}, {}, K, budget)
+        fast = TrainSide(MetQueries({"layer": queries}, {}, (len(queries),), Ranks()), K, budget)
         fast.add(layer, Tokens(a, g), GroupBatch(examples, (1,) * K, 0))
         assert not fast._sums, "no gradient of an example was formed"
-        general = TrainSide({"layer": queries}, {}, K, budget)
+        general = TrainSide(MetQueries({"layer": queries}, {}, (len(queries),), Ranks()), K, budget)
         for k in range(K):
             general.add(layer, Tokens(a[:, [k]], g[:, [k]]), GroupBatch(examples[[k]], (1,), k))
         assert general._sums

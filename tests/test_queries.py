@@ -49,15 +49,24 @@ def test_a_change_of_basis_is_leaving_one_and_entering_the_other() -> None:
     torch.testing.assert_close(second.unrotate(moved), gradient)
 
 
+class Blocks(dict[str, KroneckerBlock]):
+    """Stands for a StoredCurvature."""
+
+    fits = True
+
+
 def test_few_training_tokens_come_to_the_queries_and_many_do_not() -> None:
     block = KroneckerBlock(_basis(1, 3, 4), torch.ones(1, 3, 4).double())
     queries = _random(10, 1, 3, 4)
-    few, bases = meeting({"layer": queries}, {"layer": block}, {"layer": 5})
+    few, bases = meeting({"layer": queries}, Blocks(layer=block), 10, {"layer": 5})
     assert few["layer"] is queries and bases == {"layer": block.basis}
-    many, bases = meeting({"layer": queries}, {"layer": block}, {"layer": 5000})
-    assert not bases
-    torch.testing.assert_close(many["layer"], block.basis.unrotate(queries))
-    assert meeting({"layer": queries}, {}, {}) == ({"layer": queries}, {})
+    for count, tokens, fits in ((10, 5000, True), (1, 5, True), (10, 5, False)):
+        blocks = Blocks(layer=block)
+        blocks.fits = fits
+        many, bases = meeting({"layer": queries}, blocks, count, {"layer": tokens})
+        assert not bases
+        torch.testing.assert_close(many["layer"], block.basis.unrotate(queries))
+    assert meeting({"layer": queries}, None, 10, {}) == ({"layer": queries}, {})
 
 
 @pytest.mark.parametrize("net", ["mlp", "conv"])
@@ -71,8 +80,8 @@ def test_the_meeting_place_changes_no_score(
     values, met = [], []
     for tokens in (0, 10**9, None):
 
-        def forced(queries: Any, blocks: Any, counted: Any, tokens: int | None = tokens) -> Any:
-            found = meeting(queries, blocks, counted if tokens is None else dict.fromkeys(blocks, tokens))
+        def forced(queries: Any, blocks: Any, count: int, counted: Any, tokens: int | None = tokens) -> Any:
+            found = meeting(queries, blocks, count, counted if tokens is None else dict.fromkeys(blocks, tokens))
             met.append(len(found[1]))
             return found
 

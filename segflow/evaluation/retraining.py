@@ -13,7 +13,9 @@ import torch
 
 from ..errors import ScoreError
 from ..progress import track
+from ..ranks import current, leave
 
+Job = tuple[np.ndarray, int]
 TrainAndMeasure = Callable[[np.ndarray, int], "np.ndarray | Sequence[float]"]
 
 
@@ -42,14 +44,14 @@ def retrain(
     seed: int = 0,
     progress: bool | None = None,
 ) -> np.ndarray:
-    """Train on every subset, in parallel processes of one thread each.
+    """Train on every subset, in parallel processes of one thread each; under a launcher, each rank does its share.
 
     Args:
         train_and_measure: (indices of the kept examples or groups, seed) -> the measurements [Q]. With more than one
             process it must be importable (a function at the top of a module, or functools.partial of one).
         subsets: [M, K] booleans.
         repetitions: retrainings of each subset, with seeds of their own.
-        processes: how many at a time; by default as many as there are cores.
+        processes: how many at a time on each rank; by default as many as there are cores for each.
 
     Returns:
         [M, repetitions, Q] in float64; average over the second axis for the linear datamodeling score.
@@ -61,16 +63,34 @@ def retrain(
         for number, kept in enumerate(np.asarray(subsets, dtype=bool))
         for repetition in range(repetitions)
     ]
-    workers = min(processes or os.cpu_count() or 1, len(jobs))
+    ranks = current()
+    with ranks.together("retrain"):
+        shares = ranks.gather(_all_done(train_and_measure, ranks.share(jobs), processes, progress))
+    done = [shares[number % ranks.count][number // ranks.count] for number in range(len(jobs))]
+    return np.asarray(done, dtype=np.float64).reshape(len(subsets), repetitions, -1)
+
+
+def _all_done(
+    train_and_measure: TrainAndMeasure, jobs: list[Job], processes: int | None, progress: bool | None
+) -> list[list[float]]:
+    """The measurements of each job, in parallel where more than one process is asked for."""
+    cores = max(1, (os.cpu_count() or 1) // current().local_count)
+    workers = min(processes or cores, len(jobs))
     if workers <= 1:
         with _one_thread():
             done = [train_and_measure(*job) for job in track(jobs, "retraining", enabled=progress)]
     else:
         context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(workers, context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        with ProcessPoolExecutor(workers, context, initializer=_begin_alone) as pool:
             futures = [pool.submit(train_and_measure, *job) for job in jobs]
             done = [future.result() for future in track(futures, "retraining", enabled=progress)]
-    return np.asarray(done, dtype=np.float64).reshape(len(subsets), repetitions, -1)
+    return [np.asarray(measured, dtype=np.float64).ravel().tolist() for measured in done]
+
+
+def _begin_alone() -> None:
+    """A process of the pool has one thread, and is no rank even if its parent is one."""
+    torch.set_num_threads(1)
+    leave()
 
 
 @contextmanager

@@ -1,0 +1,197 @@
+"""Random numbers that depend on (seed, checkpoint, example) only, whatever batch an example is in.
+
+Random functions that run inside `drawing` are caught where torch dispatches them, and answered from a counter: a hash of
+(key of the example, number of the draw, place within the example's part of the result).
+
+Axes: B examples, R rows of a result, C categories, N draws from a row.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+_aten = torch.ops.aten
+_GOLDEN, _MIX = -7046029254386353131, (-4658895280553007687, -7723592293110705685)  # splitmix64's, as signed integers
+
+
+@contextmanager
+def drawing(seed: int, place: object, examples: Sequence[int] | np.ndarray) -> Iterator[None]:
+    """Inside, what random functions draw for a batch's example depends on (seed, place, its index) only.
+
+    Known are uniform, normal, exponential, Bernoulli and multinomial draws (so torch.distributions' Categorical, Normal
+    and the like) whose result has the examples on its first axis, or the second, or flattened with their positions. All
+    others, and draws for a selection of rows, come from a generator that depends on the batch as well. NumPy's and
+    Python's random functions cannot be caught. The caller's random state does not move.
+
+    Args:
+        place: what else the numbers shall depend on, such as a checkpoint's step.
+        examples: the dataset's indices of the batch's examples, in order.
+    """
+    plain = [int(index) for index in examples]
+    digest = hashlib.sha256(repr((seed, place)).encode()).digest()
+    root = int.from_bytes(digest[:8], "little", signed=True)
+    whole = hashlib.sha256(repr((seed, place, plain)).encode()).digest()
+    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices=devices), _Draws(_mixed(torch.tensor(plain) * _GOLDEN + root)):
+        torch.manual_seed(int.from_bytes(whole[:7], "little"))
+        yield
+
+
+class _Draws(TorchDispatchMode):
+    """Answers random functions for a batch whose examples have these keys [B]."""
+
+    def __init__(self, keys_B: Tensor):
+        super().__init__()
+        self._keys_B = keys_B
+        self._count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        sampler = _SAMPLERS.get(func)
+        if sampler is None or kwargs.get("generator") is not None:
+            return func(*args, **kwargs)
+        self._count += 1
+        result = sampler(self._uniforms, *args, **kwargs)
+        return func(*args, **kwargs) if result is None else result
+
+    def _uniforms(self, like: Tensor, draws: int = 0) -> Tensor | None:
+        """Uniform numbers in (0, 1), float64, of a tensor's shape (with `draws` more of each row of a matrix instead).
+
+        None if the tensor has no axis of examples.
+        """
+        shape = (*like.shape[:-1], draws) if draws else tuple(like.shape)
+        B = len(self._keys_B)
+        rows = shape[0] if shape else 0
+        if rows and rows % B == 0:
+            places = torch.arange(math.prod(shape) // B, device=like.device)[None, :]
+            keys = self._keys_B.to(like.device)[:, None]
+        elif len(shape) > 1 and shape[1] == B:  # sequences first
+            inner = math.prod(shape[2:])
+            places = torch.arange(rows * inner, device=like.device).reshape(rows, 1, inner)
+            keys = self._keys_B.to(like.device)[None, :, None]
+        else:
+            return None
+        bits = _mixed(_mixed(keys + self._count * _GOLDEN) + places * _GOLDEN)
+        return ((bits >> 11) & ((1 << 53) - 1)).double().add_(0.5).mul_(2.0**-53).reshape(shape)
+
+
+def _mixed(bits: Tensor) -> Tensor:
+    """splitmix64's finaliser on signed 64-bit integers, which wrap around."""
+    for shift, factor in zip((30, 27), _MIX, strict=True):
+        bits = (bits ^ ((bits >> shift) & ((1 << (64 - shift)) - 1))) * factor
+    return bits ^ ((bits >> 31) & ((1 << 33) - 1))
+
+
+Uniforms = Callable[..., Tensor | None]
+
+
+def _rand_like(uniforms: Uniforms, like: Tensor, **options: Any) -> Tensor | None:
+    return _as_asked(uniforms(like), like, options)
+
+
+def _randn_like(uniforms: Uniforms, like: Tensor, **options: Any) -> Tensor | None:
+    return _as_asked(_normal(uniforms(like)), like, options)
+
+
+def _rand(uniforms: Uniforms, size: Sequence[int], **options: Any) -> Tensor | None:
+    like = _empty(size, options)
+    return _as_asked(uniforms(like), like, {})
+
+
+def _randn(uniforms: Uniforms, size: Sequence[int], **options: Any) -> Tensor | None:
+    like = _empty(size, options)
+    return _as_asked(_normal(uniforms(like)), like, {})
+
+
+def _uniform_(uniforms: Uniforms, own: Tensor, low: float = 0.0, high: float = 1.0, **_: Any) -> Tensor | None:
+    u = _as_asked(uniforms(own), own, {})
+    return None if u is None else own.copy_(low + (high - low) * u)
+
+
+def _normal_(uniforms: Uniforms, own: Tensor, mean: float = 0.0, std: float = 1.0, **_: Any) -> Tensor | None:
+    z = _normal(uniforms(own))
+    return None if z is None else own.copy_(mean + std * z)
+
+
+def _normal_of(uniforms: Uniforms, mean: Any, std: Any = 1.0, *_: Any, **__: Any) -> Tensor | None:
+    like = mean if isinstance(mean, Tensor) else std
+    shape = torch.broadcast_shapes(*(t.shape for t in (mean, std) if isinstance(t, Tensor)))
+    z = _normal(uniforms(like.new_empty(shape)))
+    return None if z is None else (mean + std * z.to(like.dtype))
+
+
+def _exponential_(uniforms: Uniforms, own: Tensor, rate: float = 1.0, **_: Any) -> Tensor | None:
+    u = uniforms(own)
+    return None if u is None else own.copy_((u.log().neg() / rate).to(own.dtype).clamp_min(torch.finfo(own.dtype).tiny))
+
+
+def _bernoulli(uniforms: Uniforms, p: Tensor, **_: Any) -> Tensor | None:
+    u = uniforms(p)
+    return None if u is None else (u < p).to(p.dtype)
+
+
+def _bernoulli_(uniforms: Uniforms, own: Tensor, p: Any = 0.5, **_: Any) -> Tensor | None:
+    u = uniforms(own)
+    return None if u is None else own.copy_(u < p)
+
+
+def _multinomial(uniforms: Uniforms, p_RC: Tensor, draws: int, replacement: bool = False, **_: Any) -> Tensor | None:
+    """By the inverse of the distribution function; without replacement the largest of exponential races."""
+    if p_RC.ndim != 2:
+        return None
+    p = p_RC.double()
+    torch._assert_async((torch.isfinite(p).all() & (p >= 0).all() & (p.sum(-1) > 0).all()), "probabilities are invalid")
+    if draws > 1 and not replacement:
+        u_RC = uniforms(p_RC)
+        return None if u_RC is None else (p / u_RC.log().neg()).topk(draws, -1).indices
+    u_RN = uniforms(p_RC, draws)
+    if u_RN is None:
+        return None
+    ends_RC = p.cumsum(-1)
+    drawn_RN = torch.searchsorted(ends_RC, u_RN * ends_RC[:, -1:], right=True)
+    last_R1 = p.shape[-1] - 1 - (p > 0).flip(-1).to(torch.uint8).argmax(-1, keepdim=True)  # rounding ends there
+    return torch.minimum(drawn_RN, last_R1)
+
+
+def _normal(u: Tensor | None) -> Tensor | None:
+    return None if u is None else torch.special.ndtri(u)
+
+
+def _as_asked(values: Tensor | None, like: Tensor, options: dict[str, Any]) -> Tensor | None:
+    """The numbers with the dtype and on the device that were asked for; those below 1 stay below it."""
+    if values is None:
+        return None
+    dtype, device = options.get("dtype") or like.dtype, options.get("device") or like.device
+    rounded = values.to(device, dtype)
+    return torch.where((values < 1).to(device) & (rounded == 1), 1 - torch.finfo(dtype).eps / 2, rounded)
+
+
+def _empty(size: Sequence[int], options: dict[str, Any]) -> Tensor:
+    return torch.empty(tuple(size), dtype=options.get("dtype"), device=options.get("device"))
+
+
+_SAMPLERS: dict[Any, Callable[..., Tensor | None]] = {
+    _aten.rand_like.default: _rand_like,
+    _aten.randn_like.default: _randn_like,
+    _aten.rand.default: _rand,
+    _aten.randn.default: _randn,
+    _aten.uniform_.default: _uniform_,
+    _aten.normal_.default: _normal_,
+    _aten.normal.Tensor_float: _normal_of,
+    _aten.normal.float_Tensor: _normal_of,
+    _aten.normal.Tensor_Tensor: _normal_of,
+    _aten.exponential_.default: _exponential_,
+    _aten.bernoulli.default: _bernoulli,
+    _aten.bernoulli_.float: _bernoulli_,
+    _aten.bernoulli_.Tensor: _bernoulli_,
+    _aten.multinomial.default: _multinomial,
+}

@@ -1,0 +1,134 @@
+"""The train side: summed gradients of groups, and the product where they meet the query side.
+
+Axes: Q queries, K groups, P parts, O outputs, I inputs, L layers; a block of gradients is [Q or K, P, O, I].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from .data import Batch
+from .groups import GroupBatch, Tile
+from .kronecker import Eigenbasis
+from .layers import Tokens, TrackedLayer
+from .lens import FiniteWatch, Lens
+from .queries import Gradients
+from .ranks import Ranks
+
+
+@dataclass(frozen=True)
+class MetQueries:
+    """Queries that are ready to meet training gradients.
+
+    values: what this rank holds, for each layer; bases: of the layers whose queries stand in an eigenbasis;
+    rows: how many queries each rank holds, or one number if every rank holds all of them.
+    """
+
+    values: Gradients
+    bases: Mapping[str, Eigenbasis]
+    rows: tuple[int, ...]
+    ranks: Ranks
+
+    @property
+    def here(self) -> bool:
+        """True if this rank holds all queries."""
+        return len(self.rows) == 1
+
+    def blocks(self) -> Iterator[Gradients]:
+        """All queries, in order, block by block; where they stay apart every rank must take part."""
+        if self.here:
+            yield self.values
+            return
+        for source in range(len(self.rows)):
+            own = source == self.ranks.index
+            yield {n: self.ranks.broadcast(v if own else None, source, v.device) for n, v in self.values.items()}
+
+
+@dataclass
+class TrainSide:
+    """Summed gradients of a tile's pieces of groups, met with a query side: scores [Q, K] for each layer.
+
+    queries: the query side; count: K, the tile's pieces; budget: bytes for what is formed on the way.
+    """
+
+    queries: MetQueries
+    count: int
+    budget: int
+    _sums: Gradients = field(default_factory=dict)
+    _scores: Gradients = field(default_factory=dict)
+
+    def add(self, layer: TrackedLayer, tokens: Tokens, batch: GroupBatch) -> None:
+        """Add one layer's tokens of one batch."""
+        sizes = batch.sizes
+        if layer.name in self.queries.bases:
+            tokens = self.queries.bases[layer.name].rotate_tokens(tokens)
+        if self.queries.here and tokens.a_PBSI.shape[2] == 1 and len(sizes) > 1 and max(sizes) == 1:
+            self._add_single_tokens(layer, tokens, batch.first)
+            return
+        P, O, I = layer.shape
+        if layer.name not in self._sums:
+            self._sums[layer.name] = tokens.a_PBSI.new_zeros(self.count, P, O, I)
+        sums_KPOI = self._sums[layer.name][batch.first : batch.first + len(sizes)]
+        a, g = (_by_group(side, sizes) for side in tokens)
+        sums_KPOI.view(-1, O, I).baddbmm_(g.mT, a)
+
+    def _add_single_tokens(self, layer: TrackedLayer, tokens: Tokens, first: int) -> None:
+        """Groups of one example of one token: g^T R a, which never forms the example's gradient."""
+        a_PKI, g_PKO = tokens.a_PBSI.squeeze(2), tokens.g_PBSO.squeeze(2)
+        queries, K = self.queries.values[layer.name], a_PKI.shape[1]
+        if layer.name not in self._scores:
+            self._scores[layer.name] = queries.new_zeros(queries.shape[0], self.count)
+        scores = self._scores[layer.name][:, first : first + K]
+        step = max(1, self.budget // (g_PKO.numel() * g_PKO.element_size()))
+        for start in range(0, len(queries), step):
+            answered_QPOK = torch.einsum("qpoi,pki->qpok", queries[start : start + step], a_PKI)
+            scores[start : start + step].add_(answered_QPOK.mul_(g_PKO.mT).sum((1, 2)))
+
+    def scores(self) -> Tensor:
+        """[L, Q, K]: for each layer the product of all queries with the tile's pieces."""
+        blocks = [
+            torch.stack([self._product(name, queries_QPOI) for name, queries_QPOI in block.items()])
+            for block in self.queries.blocks()
+        ]
+        return torch.cat(blocks, 1)
+
+    def _product(self, name: str, queries_QPOI: Tensor) -> Tensor:
+        product_QK = self._scores.get(name, queries_QPOI.new_zeros(len(queries_QPOI), self.count))
+        if name in self._sums:
+            product_QK.addmm_(queries_QPOI.flatten(1), self._sums[name].flatten(1).mT)
+        return product_QK
+
+
+def _by_group(side_PBSD: Tensor, sizes: Sequence[int]) -> Tensor:
+    """Tokens as [K * P, N, D]: each group's own, padded with zeros to the largest group of the batch."""
+    P, _, S, D = side_PBSD.shape
+    K, most = len(sizes), max(sizes)
+    if min(sizes) < most:
+        within = torch.arange(most)[None, :] < torch.tensor(sizes)[:, None]
+        places = torch.nonzero(within.flatten()).flatten().to(side_PBSD.device)
+        side_PBSD = side_PBSD.new_zeros(P, K * most, S, D).index_copy_(1, places, side_PBSD)
+    return rearrange(side_PBSD, "p (k n) s d -> (k p) (n s) d", k=K)
+
+
+def tile_scores(
+    lens: Lens, data: Iterable[Batch], tile: Tile, queries: MetQueries, budget: int, where: str
+) -> Tensor:
+    """Scores [L, Q, K] of one tile's pieces: <query side, summed training gradients>, for each layer in order."""
+    side = TrainSide(queries, len(tile.groups), budget)
+    watch = FiniteWatch(f"training gradients, {where}")
+    plans = iter(tile.batches)
+    for batch in data:
+        plan = None if batch.idle else next(plans)
+
+        def consume(layer: TrackedLayer, tokens: Tokens, plan: Any = plan) -> None:
+            side.add(layer, tokens, plan)
+
+        lens.capture(batch, consume, watch)
+    watch.drain()
+    return side.scores()
