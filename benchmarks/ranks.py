@@ -79,7 +79,9 @@ def launched(processes: int, train_size: int, query_count: int) -> dict[str, lis
         folder = Path(name)
         for index in range(2):
             state = mlp().state_dict()
-            save_file({key: value * (1 + 0.05 * index) for key, value in state.items()}, folder / f"{index}.safetensors")
+            save_file(
+                {key: value * (1 + 0.05 * index) for key, value in state.items()}, folder / f"{index}.safetensors"
+            )
         command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", f"--num_processes={processes}"]
         command += ["--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0"]
         command += [__file__, "--worker", str(folder), f"--examples={train_size}", f"--queries={query_count}"]

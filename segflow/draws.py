@@ -1,7 +1,7 @@
 """Random numbers that depend on (seed, checkpoint, example) only, whatever batch an example is in.
 
-Random functions that run inside `drawing` are caught where torch dispatches them, and answered from a counter: a hash of
-(key of the example, number of the draw, place within the example's part of the result).
+Random functions that run inside `drawing` are caught where torch dispatches them, and answered from a counter: a hash
+of (key of the example, number of the draw, place within the example's part of the result).
 
 Axes: B examples, R rows of a result, C categories, N draws from a row.
 """
@@ -80,7 +80,8 @@ class _Draws(TorchDispatchMode):
             keys = self._keys_B.to(like.device)[None, :, None]
         else:
             return None
-        bits = _mixed(_mixed(keys + self._count * _GOLDEN) + places * _GOLDEN)
+        of_draw = torch.tensor(self._count, device=like.device) * _GOLDEN
+        bits = _mixed(_mixed(keys + of_draw) + places * _GOLDEN)
         return ((bits >> 11) & ((1 << 53) - 1)).double().add_(0.5).mul_(2.0**-53).reshape(shape)
 
 

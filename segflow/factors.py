@@ -189,7 +189,9 @@ class _Fitting:
         units = [self.work.units.open(source.name, source.made_from) for source in sources]
         sides = _sides(self.lens)
         owners = balanced([shape[0] * shape[1] ** 3 for _, _, shape in sides], ranks.count)
-        hands = [[side for side, owner in zip(sides, owners, strict=True) if owner == rank] for rank in range(ranks.count)]
+        hands = [
+            [side for side, owner in zip(sides, owners, strict=True) if owner == rank] for rank in range(ranks.count)
+        ]
         own: list[Tensor] = []
         for dealt in zip_longest(*hands):
             matrix = ranks.deal([side and _pooled(units, side) for side in dealt], self.lens.device)
@@ -211,7 +213,7 @@ class _Fitting:
 
 
 class StoredCurvature(Mapping[str, KroneckerBlock]):
-    """The fitted blocks of a pool, eigenvalues averaged over its checkpoints, read layer by layer as they are asked for.
+    """The fitted blocks of a pool, eigenvalues averaged over its checkpoints, read layer by layer when asked for.
 
     fits: whether all blocks together take no more than their share of the memory budget; if so they are kept. Every
     rank must ask for the same layers in the same order. Raises StoreError where they were not fitted, or from something
@@ -280,7 +282,7 @@ def _pooled(units: Sequence[Unit], side: _Side) -> Tensor | None:
     total, rows = ("a_PII", "a_rows") if side.name == "inputs" else ("g_POO", "g_rows")
     names = [(f"{side.layer}.{total}", side.shape), (f"{side.layer}.{rows}", ())]
     files = [unit.file for unit in units if unit.file is not None]
-    return mean_over([tuple(file.tensor(*name) for name in names) for file in files]) if files else None
+    return mean_over([(file.tensor(*names[0]), file.tensor(*names[1])) for file in files]) if files else None
 
 
 def _covariance_unit(work: Workspace, index: int) -> str:

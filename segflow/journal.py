@@ -1,7 +1,7 @@
 """Journal: bars for people, events for programs, and a summary at the end; only rank 0 writes.
 
-Events are lines of JSON in the store's `events.jsonl`, each with "time" (UTC), "run" (random, one for each Analyzer) and
-"event":
+Events are lines of JSON in the store's `events.jsonl`, each with "time" (UTC), "run" (random, one for each Analyzer)
+and "event":
 
     stage_started    stage, ranks, method and the stage's options
     found            stage, kind, unit: the store held it already
@@ -163,10 +163,9 @@ class Journal:
         whole = self._rows[stage, ""]
         parts = ", ".join(f"{row.kind} {row.seconds:.1f} s" for row in rows if row.made)
         made, found = sum(row.made for row in rows), sum(row.found for row in rows)
-        return (
-            f"segflow {stage}: {made} units made, {found} found, {whole.seconds:.1f} s{f' ({parts})' if parts else ''}, "
-            f"peak memory {whole.peak_memory / 2**30:.2f} GiB"
-        )
+        took = f"{whole.seconds:.1f} s{f' ({parts})' if parts else ''}"
+        memory = f"peak memory {whole.peak_memory / 2**30:.2f} GiB"
+        return f"segflow {stage}: {made} units made, {found} found, {took}, {memory}"
 
 
 def read_events(path: Path) -> list[dict[str, Any]]:
@@ -186,7 +185,7 @@ class _Memory:
     """Peak memory of this process (and of its CUDA device) while somebody watches, sampled by one thread."""
 
     def __init__(self) -> None:
-        self._peaks: list[list[int]] = []
+        self._peaks: dict[int, list[int]] = {}
         self._process = psutil.Process()
         self._thread: threading.Thread | None = None
 
@@ -194,7 +193,7 @@ class _Memory:
     def watched(self) -> Iterator[Callable[[], int]]:
         """Sample inside; the function that is yielded tells the peak, in bytes."""
         peak = [self._now()]
-        self._peaks.append(peak)
+        self._peaks[id(peak)] = peak
         if self._thread is None:
             self._thread = threading.Thread(target=self._sample, name="segflow-memory", daemon=True)
             self._thread.start()
@@ -202,7 +201,7 @@ class _Memory:
             yield lambda: peak[0]
         finally:
             peak[0] = max(peak[0], self._now())
-            self._peaks.remove(peak)
+            del self._peaks[id(peak)]
 
     def _now(self) -> int:
         device = torch.cuda.max_memory_allocated() if torch.cuda.is_initialized() else 0
@@ -213,7 +212,7 @@ class _Memory:
         while idle < 5:
             idle = 0 if self._peaks else idle + 1
             now = self._now()
-            for peak in list(self._peaks):
+            for peak in list(self._peaks.values()):
                 peak[0] = max(peak[0], now)
             time.sleep(_SAMPLE_EVERY)
         self._thread = None

@@ -162,7 +162,9 @@ def _autograd_gradients(lens: Lens, batch: Batch) -> dict[str, Tensor]:
         found = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
     gradients = iter(gradient.to(lens.dtype) for gradient in found)
     return {
-        name: lens.layers[name].gradient_matrix(next(gradients), next(gradients) if lens.layers[name].has_bias else None)
+        name: lens.layers[name].gradient_matrix(
+            next(gradients), next(gradients) if lens.layers[name].has_bias else None
+        )
         for name in held
     }
 

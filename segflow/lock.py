@@ -1,7 +1,7 @@
 """The lock that keeps two runs out of one store.
 
-The operating system's lock on `lock` does the work, and ends with its process. `holder.json` says who holds it; where
-that lock does not reach other machines (some network file systems), its beat tells whether another one is still at work.
+The operating system's lock on `lock` does the work, and ends with its process. `holder.json` says who holds it;
+where that lock does not reach other machines (some network file systems), its beat tells whether one is at work.
 """
 
 from __future__ import annotations
@@ -76,7 +76,9 @@ def holder(folder: Path) -> dict[str, Any] | None:
 def is_alive(found: dict[str, Any]) -> bool:
     """Whether a holder on this machine is still at work."""
     try:
-        return found["host"] == socket.gethostname() and bool(psutil.Process(found["pid"]).create_time() == found["born"])
+        return found["host"] == socket.gethostname() and bool(
+            psutil.Process(found["pid"]).create_time() == found["born"]
+        )
     except (psutil.Error, TypeError, ValueError):
         return False
 

@@ -1,7 +1,7 @@
 """Peers: whether the other ranks are alive, told through the rendezvous store that they share.
 
-Every rank writes a beat now and then and watches its neighbour's; who fails, ends or falls silent is noted under one key
-that all ranks read. Keys: who/R, beat/R, arrived/N/R and failed/N for rank R and the N-th stage of work.
+Every rank writes a beat now and then and watches its neighbour's; who fails, ends or falls silent is noted under one
+key that all ranks read. Keys: who/R, beat/R, arrived/N/R and failed/N for rank R and the N-th stage of work.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Peers:
     """What this rank knows of the others.
 
     Args:
-        store: the rendezvous store of torch.distributed (set, get, check).
+        store: the rendezvous store (set, get, check).
         index, count: this rank, and how many there are.
         host: names who hosts the store, for errors.
     """

@@ -23,7 +23,7 @@ def track(items: Iterable[Item], label: str, total: int | None = None, enabled: 
 
 
 class Bars:
-    """A bar for the stage as a whole above one for the pass under way, in examples with their rate and the time left."""
+    """A bar for the whole stage above one for the pass under way, in examples with their rate and the time left."""
 
     def __init__(self, enabled: bool | None):
         self._disable = _disabled(enabled)
@@ -35,7 +35,8 @@ class Bars:
         if self._stage is not None:
             yield
             return
-        with self._bar(label, 0, 0) as self._stage:
+        with self._bar(label, 0, 0) as bar:
+            self._stage = bar
             try:
                 yield
             finally:

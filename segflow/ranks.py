@@ -78,7 +78,7 @@ class Ranks:
             if anew or self._group is None:
                 self._group = self._new_group()
             yield
-            self.wait()
+            self.gather(None)  # nobody leaves before all are done
         except BaseException as problem:
             if not isinstance(problem, RankError):
                 first = (str(problem).splitlines() or [""])[0][:500]
@@ -86,10 +86,6 @@ class Ranks:
             raise
         finally:
             self._depth -= 1
-
-    def wait(self) -> None:
-        """Until every rank is here."""
-        self.gather(None)
 
     def same(self, value: Any = None) -> Any:
         """Rank 0's value, as JSON can hold it, on every rank; what the others give is ignored."""
@@ -135,7 +131,7 @@ class Ranks:
                 bucket.append(tensor)
 
     def broadcast(self, tensor: Tensor | None, source: int = 0, device: torch.device | None = None) -> Tensor:
-        """The source's tensor on every rank; the others give None. device: where it is wanted, else the source's or CPU."""
+        """The source's tensor on every rank; the others give None. device: where it is wanted, else the CPU."""
         if self.count == 1 and tensor is not None:
             return tensor if device is None else tensor.to(device)
         header = self._told(_header(tensor), source)
@@ -259,13 +255,11 @@ def current() -> Ranks:
         peers = None
         if count > 1:
             _joins += 1
-            store = dist.distributed_c10d._get_default_store().clone()
+            store = dist.distributed_c10d._get_default_store().clone()  # type: ignore[attr-defined]
             store.set_timeout(timedelta(seconds=silence()))
-            agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-            host = "the launcher" if agent else "rank 0"
-            peers = Peers(
-                dist.PrefixStore(f"segflow/{_joins}", store), index, count, f"{host}, which hosts the rendezvous,"
-            )
+            host = "the launcher" if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else "rank 0"
+            prefixed = dist.PrefixStore(f"segflow/{_joins}", store)  # type: ignore[attr-defined]
+            peers = Peers(prefixed, index, count, f"{host}, which hosts the rendezvous,")
         _joined = (group, Ranks(index, count, peers))
     return _joined[1]
 
@@ -281,7 +275,7 @@ def balanced(costs: Sequence[float], count: int) -> list[int]:
 
     Example:
         >>> balanced([1, 4, 2, 2], 2)
-        [1, 0, 1, 1]
+        [0, 0, 1, 1]
     """
     loads = [(0.0, rank) for rank in range(count)]
     owners = [0] * len(costs)
@@ -302,10 +296,6 @@ def unwrap(model: nn.Module) -> nn.Module:
     return extract_model_from_parallel(model, keep_fp32_wrapper=True)
 
 
-def _sharded(tensor: object) -> bool:
-    return dist.is_available() and isinstance(tensor, dist.tensor.DTensor)
-
-
 def is_sharded(model: nn.Module) -> bool:
     """True if some parameter is spread over ranks (torch's `fully_shard`, tensor parallelism)."""
     return any(map(_sharded, model.parameters()))
@@ -318,17 +308,22 @@ def whole(tensor: Tensor) -> Tensor:
 
 def laid_out(state: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """A state dict of whole tensors, each spread over the ranks as the model's own is; nothing is communicated."""
-    own = model.state_dict() if is_sharded(model) else {}
-    spread = {}
+    if not is_sharded(model):
+        return dict(state)
+    from torch.distributed.tensor import distribute_tensor
+
+    own, spread = model.state_dict(), dict(state)
     for name, tensor in state.items():
         like: Any = own.get(name)
         if _sharded(like):
-            spread[name] = dist.tensor.distribute_tensor(
-                tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None
-            )
-        else:
-            spread[name] = tensor
+            place = (like.device_mesh, like.placements)
+            spread[name] = distribute_tensor(tensor.to(like.device), *place, src_data_rank=None)
     return spread
+
+
+def _sharded(tensor: object) -> bool:
+    """True for a DTensor, told without importing its module."""
+    return hasattr(tensor, "full_tensor")
 
 
 def _header(tensor: Tensor | None) -> Header:

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from .errors import TrajectoryError
-from .ranks import current, unwrap, whole
 from .files import write_json, write_tensors
+from .ranks import current, unwrap, whole
 from .trajectory import FORMAT
 
 # What later preconditioned methods need of optimizer.state; momentum buffers are not among it.
@@ -197,7 +197,7 @@ class Recording:
         return state
 
     def _save(self) -> None:
-        """Save a checkpoint, and then what is known of the trajectory, so that a run that is killed here can be read."""
+        """Save a checkpoint, and then what is known of the trajectory, so that a run that is killed can be read."""
         self._note_parameters()
         tensors = {f"model.{name}": value for name, value in self._model_state().items()}
         for name, parameter in self.model.named_parameters():

@@ -61,9 +61,7 @@ def score_parts(
 class _Stage:
     """One scoring run: walks the plan for some blocks of queries."""
 
-    def __init__(
-        self, work: Workspace, plan: Plan, groups: Groups, train: Any, batch_size: int, per_layer: bool
-    ):
+    def __init__(self, work: Workspace, plan: Plan, groups: Groups, train: Any, batch_size: int, per_layer: bool):
         self.work, self.plan, self.groups, self.train = work, plan, groups, train
         self.batch_size, self.per_layer = batch_size, per_layer
         work.load(len(work.trajectory) - 1)
@@ -197,7 +195,9 @@ def _split(block: range, count: int) -> list[range]:
 def _from_all(value_QPOI: Tensor, ranks: Ranks) -> Tensor:
     """Every rank's queries, in rank order, on every rank."""
     own, device = ranks.index, value_QPOI.device
-    return torch.cat([ranks.broadcast(value_QPOI if own == rank else None, rank, device) for rank in range(ranks.count)])
+    return torch.cat(
+        [ranks.broadcast(value_QPOI if own == rank else None, rank, device) for rank in range(ranks.count)]
+    )
 
 
 def _rows(compute: Callable[[], Tensor | None], start: int, size: int) -> Tensors:

@@ -15,7 +15,7 @@ import math
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -56,12 +56,16 @@ class Store:
         self.root = Path(root)
 
     @contextmanager
-    def locked(self, purpose: str) -> Iterator[Held]:
-        """Keep other runs out; what a killed run left half-written is removed. StoreError names the holder, if any."""
+    def locked(self, purpose: str, tidy: bool = True) -> Iterator[Held]:
+        """Keep other runs out, and remove what a killed run left half-written, unless not to `tidy`.
+
+        Raises StoreError, naming the holder, if another run has the store.
+        """
         with hold(self.root, purpose) as held:
             self._check_format()
-            for leftover in self.leftovers():
-                leftover.unlink(missing_ok=True)
+            for leftover in self.leftovers() if tidy else []:
+                with suppress(OSError):
+                    leftover.unlink()
             yield held
 
     def names(self) -> list[str]:
@@ -209,7 +213,9 @@ def _entry(content: Any, path: Path) -> Entry:
         isinstance(content, dict)
         and set(content) == {field.name for field in fields(Entry)}
         and all(isinstance(content[key], kind) for key, kind in kinds.items())
-        and all(isinstance(sha, str) and _SHA256.fullmatch(sha) for sha in [content["sha256"], *content["inputs"].values()])
+        and all(
+            isinstance(sha, str) and _SHA256.fullmatch(sha) for sha in [content["sha256"], *content["inputs"].values()]
+        )
         and all(_NAME.fullmatch(name) for name in content["inputs"])
     )
     if not whole:

@@ -104,7 +104,9 @@ def measurement_fingerprint(task: Any) -> dict[str, Any]:
 
 def _options(task: Any) -> dict[str, str]:
     plain = (bool, int, float, str, type(None), list, tuple)
-    return {key: repr(value) for key, value in sorted(getattr(task, "__dict__", {}).items()) if isinstance(value, plain)}
+    return {
+        key: repr(value) for key, value in sorted(getattr(task, "__dict__", {}).items()) if isinstance(value, plain)
+    }
 
 
 def _code_digest(task: Any, *methods: str) -> str:

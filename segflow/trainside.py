@@ -116,9 +116,7 @@ def _by_group(side_PBSD: Tensor, sizes: Sequence[int]) -> Tensor:
     return rearrange(side_PBSD, "p (k n) s d -> (k p) (n s) d", k=K)
 
 
-def tile_scores(
-    lens: Lens, data: Iterable[Batch], tile: Tile, queries: MetQueries, budget: int, where: str
-) -> Tensor:
+def tile_scores(lens: Lens, data: Iterable[Batch], tile: Tile, queries: MetQueries, budget: int, where: str) -> Tensor:
     """Scores [L, Q, K] of one tile's pieces: <query side, summed training gradients>, for each layer in order."""
     side = TrainSide(queries, len(tile.groups), budget)
     watch = FiniteWatch(f"training gradients, {where}")

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from .errors import TrajectoryError
+from .files import file_digest, inside, read_json, read_tensors
 from .ranks import laid_out
-from .files import file_digest, read_json, read_tensors
 
 FORMAT = 1
 PerStep = float | Sequence[float] | Sequence[Sequence[float]] | np.ndarray | Tensor
@@ -90,54 +90,67 @@ class Trajectory:
         self._expected: dict[int, str] = {}
 
     @classmethod
-    def load(cls, directory: str | os.PathLike[str]) -> Trajectory:
+    def load(cls, directory: str | os.PathLike[str], *, unfinished: bool = False) -> Trajectory:
         """Read what `segflow.record` wrote into `directory`.
+
+        unfinished: accept a run that was stopped inside `segflow.record`, up to the last checkpoint that it left.
 
         Raises TrajectoryError where the recording is missing, unfinished or damaged.
         """
         root = Path(directory)
         if not (root / "trajectory.json").exists():
+            if unfinished and (root / "recording.json").exists():
+                return cls._parsed(root, "recording.json")
             if (root / "recording.json").exists():
                 raise TrajectoryError(
                     f"{root}: the recorded run did not finish, its process was stopped inside segflow.record(). "
-                    "Train again, with overwrite=True to reuse the folder; or give Trajectory() the checkpoints that "
-                    "it did leave, their steps, and the learning rates up to the last of them."
+                    "Train again, with overwrite=True to reuse the folder; or pass unfinished=True to explain the "
+                    "model of its last checkpoint."
                 )
             raise TrajectoryError(
                 f"{root}: no recorded run here (no trajectory.json). Record one with segflow.record()."
             )
-        content = read_json(root / "trajectory.json", TrajectoryError)
+        return cls._parsed(root, "trajectory.json")
+
+    @classmethod
+    def _parsed(cls, root: Path, name: str) -> Trajectory:
+        content = read_json(root / name, TrajectoryError)
         found = content.get("format") if isinstance(content, dict) else None
         if found != FORMAT:
             raise TrajectoryError(f"{root}: trajectory format {found!r}, this segflow reads format {FORMAT}.")
+        if content.get("finished") is False:
+            raise TrajectoryError(f"{root}: the recorded run was stopped before its first checkpoint. Train again.")
         try:
-            return cls._recorded(root, content)
-        except (KeyError, TypeError, AttributeError) as problem:
+            return cls._recorded(root, content, whole=name == "trajectory.json")
+        except (KeyError, TypeError, AttributeError, ValueError) as problem:
             raise TrajectoryError(
-                f"{root / 'trajectory.json'}: damaged ({type(problem).__name__}: {problem}). "
-                "Restore it, or record again."
+                f"{root / name}: damaged ({type(problem).__name__}: {problem}). Restore it, or record again."
             ) from problem
 
     @classmethod
-    def _recorded(cls, root: Path, content: Mapping[str, Any]) -> Trajectory:
-        log = read_tensors(root / "steps.safetensors", content["log"]["sha256"], TrajectoryError)
+    def _recorded(cls, root: Path, content: Mapping[str, Any], whole: bool) -> Trajectory:
+        """The trajectory that a file describes; of a run that was stopped, only what is surely there."""
+        log = read_tensors(root / "steps.safetensors", content["log"]["sha256"] if whole else None, TrajectoryError)
+        entries = [(inside(root, entry["file"], error=TrajectoryError), entry) for entry in content["checkpoints"]]
+        entries = [(path, entry) for path, entry in entries if whole or path.exists()]
+        last = entries[-1][1]["step"] if entries else 0
         constants = OptimizerConstants(
             content["optimizer"],
-            log["momentum"],
-            log["dampening"],
-            log["weight_decay"],
+            log["momentum"][:last],
+            log["dampening"][:last],
+            log["weight_decay"][:last],
             content["nesterov"],
             content["maximize"],
         )
         trajectory = cls(
-            [root / entry["file"] for entry in content["checkpoints"]],
-            [entry["step"] for entry in content["checkpoints"]],
-            log["learning_rate"],
+            [path for path, _ in entries],
+            [entry["step"] for _, entry in entries],
+            log["learning_rate"][:last],
             content["dataset_size"],
             constants,
             content["parameter_groups"],
         )
-        trajectory._expected = dict(enumerate(entry["sha256"] for entry in content["checkpoints"]))
+        trajectory._expected = {index: entry["sha256"] for index, (_, entry) in enumerate(entries)}
         return trajectory
 
     def __len__(self) -> int:

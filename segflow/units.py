@@ -69,7 +69,8 @@ class Units:
             tensors = planned.make()
             if self.ranks.main:
                 with shielded():
-                    facts |= self.store.write(planned.name, tensors, planned.made_from, planned.inputs)
+                    written = self.store.write(planned.name, tensors, planned.made_from, planned.inputs)
+                facts.update(written)
 
     def settle(self, planned: Sequence[Planned], held: Container[str]) -> bool:
         """Make, in order, those units that are not among the `held`; True if there were any."""

@@ -121,7 +121,9 @@ def test_a_non_finite_loss_names_batch_and_checkpoint(tmp_path: Path) -> None:
     analyzer = _setting(tmp_path, task=sf.tasks.Regression("sum", "prediction"), model=nn.Linear(5, 1).double())
     x, _ = _broken(9, float("nan")).tensors
     train = TensorDataset(x, torch.zeros(N, 1).double())
-    with pytest.raises(sf.TaskError, match="covariance pass, checkpoint at step 10: the loss of the batch of .* is not finite"):
+    with pytest.raises(
+        sf.TaskError, match=r"covariance pass, checkpoint at step 10: the loss of the batch of .* is not finite"
+    ):
         analyzer.fit(train, batch_size=4)
 
 
@@ -132,14 +134,16 @@ def test_a_non_finite_gradient_names_layer_batch_and_checkpoint(tmp_path: Path) 
             kink = (batch[0][:, 2].detach() * 0 + model(batch[0]).sum(1) * 0).clamp_min(0)
             return loss + kink[batch[0][:, 2] > 50].sqrt().sum()  # 0 * infinity at the kink
 
-    with pytest.raises(sf.LayerError, match=r"checkpoint at step 10: the gradient or input of layer '4' of the batch of .* is"):
+    with pytest.raises(
+        sf.LayerError, match=r"checkpoint at step 10: the gradient or input of layer '4' of the batch of .* is"
+    ):
         _setting(tmp_path, task=Kinked()).fit(_broken(5, 99.0), batch_size=4)
 
 
 def test_a_factor_that_overflows_names_the_layer(tmp_path: Path) -> None:
     model = mlp(torch.float32)
     x, y = vectors(N, torch.float32).tensors
-    with pytest.raises(sf.LayerError, match="layer '0' of the batch of .* is not finite"):
+    with pytest.raises(sf.LayerError, match=r"layer '0' of the batch of .* is not finite"):
         _setting(tmp_path, model=model).fit(TensorDataset(x * 1e25, y))
 
 

@@ -368,7 +368,8 @@ def test_examples_of_several_lengths_flattened_together_are_refused_though_the_f
         lens = _lens(model, Loss(lambda x, m: m(x).sin().sum()), data, collate=torch.cat)
         [batch] = batches(data, [[0, 1, 2]], torch.cat, CPU)
         with pytest.raises(
-            sf.LayerError, match=r"layer '': its input has 6 rows in the batch of 3 examples from 0 to 2, expected one for each"
+            sf.LayerError,
+            match=r"layer '': its input has 6 rows in the batch of 3 examples from 0 to 2, expected one for each",
         ):
             lens.capture(batch, _ignore, FiniteWatch("pass"))
 
@@ -496,20 +497,26 @@ def _spoilt_pass(dtype: torch.dtype, loss: Callable[[Tensor, nn.Module], Tensor]
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_loss_that_is_not_finite_is_refused_with_its_batch_and_pass(bad: float) -> None:
-    with pytest.raises(sf.TaskError, match=r"covariance pass, checkpoint at step 7: the loss of the batch of 2 examples from 4 to 5 is not finite"):
+    with pytest.raises(
+        sf.TaskError,
+        match=r"covariance pass, checkpoint at step 7: the loss of the batch of 2 examples from 4 to 5 is not finite",
+    ):
         _spoilt_pass(torch.float64, lambda x, m: m(x).square().sum(), bad)
 
 
 def test_a_gradient_that_is_not_finite_is_refused_with_its_layer_batch_and_pass() -> None:
     """The loss is finite: the square root's slope at 0 is not."""
     with pytest.raises(
-        sf.LayerError, match=r"covariance pass, checkpoint at step 7: the gradient or input of layer '2' of the batch of 2 examples from 4 to 5 is"
+        sf.LayerError,
+        match=r"pass, checkpoint at step 7: the gradient or input of layer '2' of the batch of 2 examples from 4 to 5 is",
     ):
         _spoilt_pass(torch.float64, lambda x, m: (m(x) * x).square().sum(1).sqrt().sum(), 0.0)
 
 
 def test_tokens_whose_squares_overflow_are_refused() -> None:
-    with pytest.raises(sf.LayerError, match=r"input of layer '\d' of the batch of 2 examples from 4 to 5 is not finite"):
+    with pytest.raises(
+        sf.LayerError, match=r"input of layer '\d' of the batch of 2 examples from 4 to 5 is not finite"
+    ):
         _spoilt_pass(torch.float32, lambda x, m: 1e10 * m(x).sum(), 1e12)
 
 
@@ -519,7 +526,9 @@ def test_the_first_bad_batch_is_named() -> None:
         watch.see("a", torch.tensor(1.0))
         watch.see("b", torch.tensor(float("nan") if batch >= 2 else 1.0))
         watch.see_loss(Batch([batch], None), torch.tensor(1.0))
-    with pytest.raises(sf.LayerError, match=r"some pass: the gradient or input of layer 'b' of example 2 is not finite"):
+    with pytest.raises(
+        sf.LayerError, match=r"some pass: the gradient or input of layer 'b' of example 2 is not finite"
+    ):
         watch.finish(["a", "b"], Ranks())
 
 

@@ -205,7 +205,11 @@ def test_a_measurement_may_leave_layers_out(tmp_path: Path) -> None:
     ("value", "error", "text"),
     [
         (torch.nan, sf.TaskError, "loss of the batch of 16 examples from 32 to 47 is not finite"),
-        (torch.inf, sf.LayerError, "gradient or input of layer '0' of the batch of 16 examples from 32 to 47 is not finite"),  # tanh hides it
+        (
+            torch.inf,
+            sf.LayerError,
+            "gradient or input of layer '0' of the batch of 16 examples from 32 to 47 is not finite",
+        ),  # tanh hides it
     ],
 )
 def test_an_input_that_is_not_finite_is_named(tmp_path: Path, value: float, error: type[Exception], text: str) -> None:

@@ -126,8 +126,14 @@ FAULTS = {
     "one-hot labels": (lambda: sf.Groups.by(torch.eye(2)), "a label cannot name a group"),
     "list labels": (lambda: sf.Groups.by([[1], [2]]), "a label cannot name a group .*unhashable"),
     "NaN label": (lambda: sf.Groups.by(np.array([1.0, np.nan])), "a label is NaN"),
-    "batch size": (lambda: tiles(shares(sf.Groups.singletons(2), 1)[0], 0, 1), "batch_size=0, tile_size=1: expected at least 1"),
-    "tile size": (lambda: tiles(shares(sf.Groups.singletons(2), 1)[0], 1, 0), "batch_size=1, tile_size=0: expected at least 1"),
+    "batch size": (
+        lambda: tiles(shares(sf.Groups.singletons(2), 1)[0], 0, 1),
+        "batch_size=0, tile_size=1: expected at least 1",
+    ),
+    "tile size": (
+        lambda: tiles(shares(sf.Groups.singletons(2), 1)[0], 1, 0),
+        "batch_size=1, tile_size=0: expected at least 1",
+    ),
 }
 
 

@@ -257,7 +257,7 @@ def _remove(path: Path) -> None:
         (_other_content, r"not a scores file \(tensors \['weight'\]\)\. Expected what Scores\.save wrote"),
         (_flip_a_value, "damaged, its content has another checksum"),
         (_flip_a_label, "damaged, its content has another checksum"),
-        (_remove, "cannot be read"),
+        (_remove, "no such file"),
     ],
 )
 def test_a_harmed_file_is_refused_by_name(
