@@ -160,7 +160,7 @@ class Peers:
                     heard, since = beat, time.monotonic()
                 elif self._has(f"ended/{neighbour}"):
                     self._blame(neighbour, _ENDED)
-                elif time.monotonic() - since > silence():
+                elif beat and time.monotonic() - since > silence():
                     self._blame(neighbour, f"does not answer for {silence():.0f} s")
                 noted = self._get(f"failed/{self._number}")
                 self._answered = time.monotonic()

@@ -265,7 +265,11 @@ def current() -> Ranks:
 
 
 def leave() -> None:
-    """Forget the launcher: a child process is no rank, even if its parent is one."""
+    """Take no part any more: a child process is no rank, even if its parent is one."""
+    global _joined  # noqa: PLW0603
+    if _joined is not None and _joined[1]._peers is not None:
+        _joined[1]._peers.leave()
+    _joined = None
     for name in _LAUNCHER:
         os.environ.pop(name, None)
 

@@ -133,7 +133,7 @@ class Trajectory:
         log = read_tensors(root / "steps.safetensors", content["log"]["sha256"] if whole else None, TrajectoryError)
         entries = [(inside(root, entry["file"], error=TrajectoryError), entry) for entry in content["checkpoints"]]
         entries = [(path, entry) for path, entry in entries if whole or path.exists()]
-        last = entries[-1][1]["step"] if entries else 0
+        last = None if whole else entries[-1][1]["step"] if entries else 0
         constants = OptimizerConstants(
             content["optimizer"],
             log["momentum"][:last],

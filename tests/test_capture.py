@@ -508,7 +508,7 @@ def test_a_gradient_that_is_not_finite_is_refused_with_its_layer_batch_and_pass(
     """The loss is finite: the square root's slope at 0 is not."""
     with pytest.raises(
         sf.LayerError,
-        match=r"pass, checkpoint at step 7: the gradient or input of layer '2' of the batch of 2 examples from 4 to 5 is",
+        match=r"checkpoint at step 7: the gradient or input of layer '2' of the batch of 2 examples from 4 to 5 is",
     ):
         _spoilt_pass(torch.float64, lambda x, m: (m(x) * x).square().sum(1).sqrt().sum(), 0.0)
 
