@@ -53,6 +53,11 @@ def silence() -> float:
     return float(os.environ.get("SEGFLOW_RANK_TIMEOUT", _SILENCE))
 
 
+def _interval() -> float:
+    """Seconds between two beats."""
+    return min(1.0, silence() / 8)
+
+
 class Peers:
     """What this rank knows of the others.
 
@@ -73,6 +78,7 @@ class Peers:
         process = psutil.Process()
         own = Who(index, process.pid, socket.gethostname(), process.create_time())
         store.set(f"who/{index}", json.dumps(own))
+        store.set(f"beat/{index}", "0")
         self._thread = threading.Thread(target=self._watch, name="segflow-peers", daemon=True)
         self._thread.start()
         atexit.register(self.leave)
@@ -118,8 +124,9 @@ class Peers:
             self._failed = f"{self._host} does not answer for {silence():.0f} s"
         for rank in range(self._count) if waited_for is None else waited_for:
             if self._failed is None and rank in self._who and self._who[rank].is_surely_dead():
-                self._failed = f"{self._who[rank]} has died"
+                self._failed = self._noted() or f"{self._who[rank]} has died"  # perhaps of another's failure
         if self._failed is not None:
+            time.sleep(2.5 * _interval() if self._index == 0 else 0)  # the others may read the note in its store
             raise RankError(
                 f"{self._what}: {self._failed}. What was committed is kept: start all ranks again and they go on there."
             )
@@ -151,7 +158,7 @@ class Peers:
         """Beat, watch the neighbour, and look for what others noted; a thread."""
         neighbour = (self._index + 1) % self._count
         beats, heard, since = 0, "", time.monotonic()
-        while not self._stop.wait(min(1.0, silence() / 8)):
+        while not self._stop.wait(_interval()):
             try:
                 beats += 1
                 self._store.set(f"beat/{self._index}", str(beats))
@@ -162,17 +169,24 @@ class Peers:
                     self._blame(neighbour, _ENDED)
                 elif beat and time.monotonic() - since > silence():
                     self._blame(neighbour, f"does not answer for {silence():.0f} s")
-                noted = self._get(f"failed/{self._number}")
+                self._failed = self._failed or self._noted()
                 self._answered = time.monotonic()
-                if noted and self._failed is None:
-                    rank, text = json.loads(noted)
-                    if rank != self._index:
-                        self._failed = f"{self._who.get(rank, f'rank {rank}')} {text}"
             except RuntimeError:  # the store is gone
                 if self._stop.wait(1.0):
                     return
                 self._failed = self._failed or f"{self._host} has ended"
                 return
+
+    def _noted(self) -> str | None:
+        """Which other rank failed in this stage and how, if that was noted and the store still answers."""
+        try:
+            noted = self._get(f"failed/{self._number}")
+        except RuntimeError:
+            return None
+        if not noted:
+            return None
+        rank, text = json.loads(noted)
+        return None if rank == self._index else f"{self._who.get(rank, f'rank {rank}')} {text}"
 
     def _blame(self, rank: int, text: str) -> None:
         """Note who failed, unless that is known already."""

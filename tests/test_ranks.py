@@ -155,7 +155,7 @@ def test_a_rank_that_fails_dies_or_falls_silent_ends_the_others_by_name(
     begun = time.monotonic()
     if then == "stop":  # its worker never answers: the others' answers are read from the error
         with pytest.raises(AssertionError, match=r"ranks \[1\] of 3 still hung") as caught:
-            gang.run(3, _one_fails, then, timeout=40, SEGFLOW_RANK_TIMEOUT="3")
+            gang.run(3, _one_fails, then, timeout=20, SEGFLOW_RANK_TIMEOUT="3")
         assert str(caught.value).count("text='fit: rank 1 (process") == 2 and says in str(caught.value)
         return
     found = gang.run(3, _one_fails, then, timeout=60, SEGFLOW_RANK_TIMEOUT="10")
