@@ -71,6 +71,7 @@ class Peers:
         self._store, self._index, self._count, self._host = store, index, count, host
         self._number = 0  # of the stage under way
         self._what = "start"
+        self._guarded = False  # inside a stage that must not outlive the others
         self._failed: str | None = None
         self._answered = time.monotonic()  # when the store last answered
         self._stop = threading.Event()
@@ -83,6 +84,13 @@ class Peers:
         self._thread.start()
         atexit.register(self.leave)
 
+    def guard(self, on: bool) -> None:
+        """While on, this process ends if another rank failed and it does not notice by itself.
+
+        It may hang in what a sharded model's layers exchange, where nothing can look at the other ranks.
+        """
+        self._guarded = on
+
     def arrive(self, what: str) -> bool:
         """Begin a stage together: wait until every rank has arrived; True if the stage before failed on some rank.
 
@@ -90,6 +98,14 @@ class Peers:
         """
         self._number, self._what, self._failed = self._number + 1, what, None
         self._answered = time.monotonic()
+        try:
+            return self._arrived(what)
+        except RankError:
+            raise
+        except RuntimeError as problem:  # the store is gone
+            raise self.explain(problem) from problem
+
+    def _arrived(self, what: str) -> bool:
         self._store.set(f"arrived/{self._number}/{self._index}", what)
         missing, begun, told = list(range(self._count)), time.monotonic(), False
         while True:
@@ -157,7 +173,7 @@ class Peers:
     def _watch(self) -> None:
         """Beat, watch the neighbour, and look for what others noted; a thread."""
         neighbour = (self._index + 1) % self._count
-        beats, heard, since = 0, "", time.monotonic()
+        beats, heard, since, since_failed = 0, "", time.monotonic(), time.monotonic()
         while not self._stop.wait(_interval()):
             try:
                 beats += 1
@@ -169,7 +185,12 @@ class Peers:
                     self._blame(neighbour, _ENDED)
                 elif beat and time.monotonic() - since > silence():
                     self._blame(neighbour, f"does not answer for {silence():.0f} s")
-                self._failed = self._failed or self._noted()
+                if self._failed is None and (noted := self._noted()):
+                    self._failed, since_failed = noted, time.monotonic()
+                if self._failed and self._guarded and time.monotonic() - since_failed > silence() / 2:
+                    sys.stderr.write(f"segflow: rank {self._index} ends: {self._what}: {self._failed}.\n")
+                    sys.stderr.flush()
+                    os._exit(70)
                 self._answered = time.monotonic()
             except RuntimeError:  # the store is gone
                 if self._stop.wait(1.0):

@@ -61,30 +61,30 @@ class Ranks:
         return list(items[self.index :: self.count])
 
     @contextmanager
-    def together(self, what: str) -> Iterator[None]:
+    def together(self, what: str, guard: bool = True) -> Iterator[None]:
         """A stage of work: begins when every rank has arrived; an exception in one rank ends it on the others.
 
-        what: names the stage. Raises RankError where another rank fails, ends, dies or does something else.
+        what: names the stage. guard: end this process if it hangs after another has failed. Raises RankError where
+        another rank fails, ends, dies or does something else.
         """
         if self._peers is None or self._depth:
             yield
             return
         self._depth += 1
         try:
-            try:
-                anew = self._peers.arrive(what)
-            except RuntimeError as problem:
-                raise self._peers.explain(problem) from problem
-            if anew or self._group is None:
+            if self._peers.arrive(what) or self._group is None:
                 self._group = self._new_group()
+            self._peers.guard(guard)
             yield
             self.gather(None)  # nobody leaves before all are done
         except BaseException as problem:
+            if isinstance(problem, RuntimeError) and any(name in str(problem) for name in ("gloo", "NCCL")):
+                raise self._peers.explain(problem) from problem  # in what a sharded model's layers exchange
             if not isinstance(problem, RankError):
-                first = (str(problem).splitlines() or [""])[0][:500]
-                self._peers.post(f"failed: {type(problem).__name__}: {first}")
+                self._peers.post(f"failed: {type(problem).__name__}: {str(problem)[:500].partition(chr(10))[0]}")
             raise
         finally:
+            self._peers.guard(False)
             self._depth -= 1
 
     def same(self, value: Any = None) -> Any:
@@ -143,7 +143,7 @@ class Ranks:
             self._run(dist.broadcast, content, source)
         if self.index == source and tensor is not None:
             return tensor if device is None else tensor.to(device)
-        return _tensor(content, header).to(device or "cpu")
+        return _tensor(content, header, device or torch.device("cpu"))  # type: ignore[return-value]
 
     def collect(self, tensor: Tensor | None) -> list[Tensor | None]:
         """Every rank's tensor (of any shape, or None) on rank 0, in rank order and on its device; elsewhere nothing."""
@@ -157,10 +157,7 @@ class Ranks:
         if parts is None:
             return []
         device = self._device if tensor is None else tensor.device
-        return [
-            None if header is None else _tensor(part[: _length(header)], header).to(device)
-            for part, header in zip(parts, headers, strict=True)
-        ]
+        return [_tensor(part, header, device) for part, header in zip(parts, headers, strict=True)]
 
     def deal(self, tensors: Sequence[Tensor | None], device: torch.device) -> Tensor | None:
         """Rank 0 gives a tensor (or None) for every rank; each gets its own, on its device."""
@@ -171,8 +168,7 @@ class Ranks:
         content = torch.empty(length, dtype=torch.uint8, device=self._device)
         if length:
             self._run(dist.scatter, content, [self._padded(one, length) for one in tensors] if self.main else None, 0)
-        header = headers[self.index]
-        return None if header is None else _tensor(content[: _length(header)], header).to(device)
+        return _tensor(content, headers[self.index], device)
 
     def _sum_bucket(self, bucket: Sequence[Tensor]) -> None:
         flat = torch.cat([tensor.reshape(-1) for tensor in bucket]).to(self._device)
@@ -340,9 +336,10 @@ def _length(header: Header) -> int:
     return torch.Size(header[1]).numel() * getattr(torch, header[0]).itemsize
 
 
-def _tensor(content: Tensor, header: Header) -> Tensor:
-    dtype, shape = header  # type: ignore[misc]
-    return content.clone().view(getattr(torch, dtype)).view(shape)
+def _tensor(content: Tensor, header: Header, device: torch.device) -> Tensor | None:
+    if header is None:
+        return None
+    return content[: _length(header)].clone().view(getattr(torch, header[0])).view(header[1]).to(device)
 
 
 def _size(packet: Tensor) -> int:

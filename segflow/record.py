@@ -70,7 +70,7 @@ def record(
     recording = Recording(unwrap(model), getattr(optimizer, "optimizer", optimizer), Path(directory), dataset_size)
     recording.plan(total_steps, checkpoints)
     ranks = current()
-    with ranks.together("record"):
+    with ranks.together("record", guard=False):
         if ranks.main:
             recording.begin(overwrite)
         hooks = [

@@ -84,13 +84,13 @@ class _Stage:
         """Scores [T, L, Q, K] of these queries: one block for each rank, or one block that all ranks share."""
         work, ranks = self.work, self.work.ranks
         rows = blocks if len(blocks) > 1 else _split(blocks[0], ranks.count)
-        own = Subset(query, rows[ranks.index] if ranks.index < len(rows) else range(0))
+        own = rows[ranks.index] if ranks.index < len(rows) else range(0)
         asked = _Asked(
             tuple(map(len, blocks)),
             [dataset_fingerprint(Subset(query, block), "query", ranks, work.progress) for block in blocks],
         )
         curvature = lru_cache(2)(lambda pool: StoredCurvature(work, pool, self.made_from, self.lens))
-        gradients = lru_cache(1)(partial(self._gradients, own, curvature))
+        gradients = lru_cache(1)(partial(self._gradients, query, own, curvature))
         parts: dict[int, Tensor] = {}
         for place, queries in QuerySide(self.plan, gradients, curvature, work.parameter_groups).walk():
             term = self.plan[place]
@@ -101,13 +101,14 @@ class _Stage:
         return torch.stack([parts[place] for place in range(len(self.plan))])
 
     def _gradients(
-        self, own: Subset[Any], curvature: Callable[[Pool], StoredCurvature], index: int, pool: Pool
+        self, query: Any, own: range, curvature: Callable[[Pool], StoredCurvature], index: int, pool: Pool
     ) -> Queries:
         """This rank's query gradients at a checkpoint, in the pool's eigenbasis if that fits."""
         work, where = self.work, self.work.where(index)
         work.load(index)
-        lens = work.lens("measurement", own.dataset)
-        data = work.walk(lens, own, in_order(len(own), self.batch_size), "queries", where)
+        lens = work.lens("measurement", query)
+        lists = [own[part.start : part.stop] for part in in_order(len(own), self.batch_size)]
+        data = work.walk(lens, query, lists, "queries", where)
         blocks = curvature(pool) if pool else None
         bases = {name: block.basis for name, block in blocks.items()} if blocks is not None and blocks.fits else {}
         return Queries(query_gradients(lens, data, bases, work.ranks, where), pool if bases else ())
