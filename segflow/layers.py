@@ -51,7 +51,7 @@ class TrackedLayer:
         """[P, O, I] of the layer's gradient, the bias being the last input."""
         weight = self.module.get_parameter("weight")
         outputs = weight.shape[0] // self.parts
-        return self.parts, outputs, weight[0].numel() + int(self.has_bias)
+        return self.parts, outputs, weight.shape[1:].numel() + int(self.has_bias)
 
     @property
     def size(self) -> int:

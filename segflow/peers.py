@@ -121,6 +121,7 @@ class Peers:
         self._meet(list(range(self._count)))
         stages = {rank: self._get(f"arrived/{self._number}/{rank}") for rank in range(self._count)}
         if set(stages.values()) != {what}:
+            self._linger()
             raise RankError(f"the ranks are at different stages: {stages}. Every rank must make the same calls.")
         return self._has(f"failed/{self._number - 1}")
 
@@ -142,7 +143,7 @@ class Peers:
             if self._failed is None and rank in self._who and self._who[rank].is_surely_dead():
                 self._failed = self._noted() or f"{self._who[rank]} has died"  # perhaps of another's failure
         if self._failed is not None:
-            time.sleep(2.5 * _interval() if self._index == 0 else 0)  # the others may read the note in its store
+            self._linger()
             raise RankError(
                 f"{self._what}: {self._failed}. What was committed is kept: start all ranks again and they go on there."
             )
@@ -213,6 +214,11 @@ class Peers:
         """Note who failed, unless that is known already."""
         if not self._has(f"failed/{self._number}"):
             self._store.set(f"failed/{self._number}", json.dumps([rank, text]))
+
+    def _linger(self) -> None:
+        """Let the others read what was noted in the store, if this rank may be its host, before it fails and ends."""
+        if self._index == 0:
+            time.sleep(2.5 * _interval())
 
     def _meet(self, ranks: list[int]) -> None:
         """Learn which processes these ranks are, as far as they are there."""
