@@ -7,7 +7,7 @@ CPU_TORCH := torch==2.13.0
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 EXTRA_INDEX := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
-.PHONY: demo test test-slow format benchmark benchmark-kronfluence clean
+.PHONY: demo test test-slow test-faults format benchmark benchmark-kronfluence clean
 
 demo: .venv/demo
 	$(BIN)/segflow demo --out demo-output
@@ -21,12 +21,17 @@ test: .venv/dev
 test-slow: .venv/dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m slow
 
+# Kills at random moments, hostile stores, a full disk, contention for the lock; the counts are printed. Ten minutes.
+test-faults: .venv/dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow tests/test_faults.py
+
 format: .venv/dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
 benchmark: .venv/dev
 	$(BIN)/python benchmarks/mlp.py --threads 1,2
+	$(BIN)/python benchmarks/ranks.py --processes 1,2
 
 benchmark-kronfluence: .venv/dev benchmarks/.venv-kronfluence/ready
 	$(BIN)/python benchmarks/mlp.py --threads 1,2 --kronfluence

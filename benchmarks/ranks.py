@@ -1,4 +1,4 @@
-"""What a second process saves: fit and score under `accelerate launch` with 1 and 2 processes of one thread each.
+"""What a second process saves: fit and score by 1 and by 2 processes of one thread each.
 
     python benchmarks/ranks.py --processes 1,2
 
@@ -82,8 +82,7 @@ def launched(processes: int, train_size: int, query_count: int) -> dict[str, lis
             save_file(
                 {key: value * (1 + 0.05 * index) for key, value in state.items()}, folder / f"{index}.safetensors"
             )
-        command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", f"--num_processes={processes}"]
-        command += ["--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0"]
+        command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--master_port=0"]
         command += [__file__, "--worker", str(folder), f"--examples={train_size}", f"--queries={query_count}"]
         environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "SEGFLOW_QUIET": "1"}
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)

@@ -102,7 +102,7 @@ def _work(pipe: Any) -> None:
             distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=index, world_size=count)
         try:
             result = job(*arguments)
-        except BaseException as problem:
+        except BaseException as problem:  # noqa: BLE001 - the parent is told
             result = Failed(type(problem).__name__, str(problem), traceback.format_exc())
         ranks.leave()
         ranks._joins = 0  # the next job's ranks may be younger processes

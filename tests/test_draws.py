@@ -114,7 +114,7 @@ def test_uniform_draws_stay_below_one_in_every_precision() -> None:
     for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
         with drawing(0, 0, range(1000)):
             found = torch.rand_like(torch.zeros(1000, 1000, dtype=dtype))
-        assert found.dtype == dtype and 0 <= found.min() and found.max() < 1
+        assert found.dtype == dtype and found.min() >= 0 and found.max() < 1
 
 
 def test_what_is_not_known_is_drawn_reproducibly_from_the_batch() -> None:

@@ -174,7 +174,8 @@ class Slow:
     def __getitem__(self, i):
         import time; time.sleep(0.02); return self.data[i]
 root, model = Path(sys.argv[1]), mlp()
-analyzer = analyzer_of(model, trajectory_of(root / "run", perturbed_states(model, 2), 21), root / "store", method=sf.InfluenceFunction())
+trajectory = trajectory_of(root / "run", perturbed_states(model, 2), 21)
+analyzer = analyzer_of(model, trajectory, root / "store", method=sf.InfluenceFunction())
 print("fitting", flush=True)
 analyzer.fit(Slow(vectors(21)), batch_size=2)
 """

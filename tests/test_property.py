@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ def _model(widths: list[int], seed: int) -> nn.Module:
         return ConvNet(seed=seed)
     torch.manual_seed(seed)
     sizes = [5, *widths, 3]
-    layers = [(nn.Linear(a, b, bias=bool((seed + a) % 2)), nn.Tanh()) for a, b in zip(sizes, sizes[1:], strict=False)]
+    layers = [(nn.Linear(a, b, bias=bool((seed + a) % 2)), nn.Tanh()) for a, b in pairwise(sizes)]
     return nn.Sequential(*[module for pair in layers for module in pair][:-1]).double()
 
 
