@@ -82,7 +82,7 @@ def launched(processes: int, train_size: int, query_count: int) -> dict[str, lis
             save_file(
                 {key: value * (1 + 0.05 * index) for key, value in state.items()}, folder / f"{index}.safetensors"
             )
-        command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--master_port=0"]
+        command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone"]
         command += [__file__, "--worker", str(folder), f"--examples={train_size}", f"--queries={query_count}"]
         environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "SEGFLOW_QUIET": "1"}
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)

@@ -339,7 +339,8 @@ def _length(header: Header) -> int:
 def _tensor(content: Tensor, header: Header, device: torch.device) -> Tensor | None:
     if header is None:
         return None
-    return content[: _length(header)].clone().view(getattr(torch, header[0])).view(header[1]).to(device)
+    own = content if len(content) == _length(header) else content[: _length(header)].clone()
+    return own.view(getattr(torch, header[0])).view(header[1]).to(device)
 
 
 def _size(packet: Tensor) -> int:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -244,3 +248,47 @@ def _count(kept: Any, seed: int) -> list[float]:
 def test_retrainings_are_shared_out_to_the_ranks(gang: Gang, count: int) -> None:
     expected = _retrained()
     assert gang.run(count, _retrained) == [expected] * count
+
+
+NODE = """
+import json, sys
+from pathlib import Path
+from tests.test_distributed import run
+from segflow.ranks import current
+values = run(sys.argv[1], "store")[0]
+Path(sys.argv[1], f"out-{current().index}.json").write_text(json.dumps(values))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.geteuid() != 0 or shutil.which("ip") is None, reason="network namespaces need root and ip")
+def test_two_nodes_with_addresses_of_their_own_get_the_numbers_of_one(tmp_path: Path) -> None:
+    """Each node is a network namespace with two processes; a pair of virtual cables joins them."""
+    names = [f"segflow{os.getpid()}{side}" for side in "ab"]
+    (tmp_path / "script.py").write_text(NODE)
+
+    def ip(*arguments: str) -> None:
+        subprocess.run(["ip", *arguments], check=True)
+
+    try:
+        for name in names:
+            ip("netns", "add", name)
+        ip("link", "add", "segv0", "netns", names[0], "type", "veth", "peer", "name", "segv1", "netns", names[1])
+        nodes = []
+        for node, name in enumerate(names):
+            ip("-n", name, "addr", "add", f"10.77.0.{node + 1}/24", "dev", f"segv{node}")
+            for device in ("lo", f"segv{node}"):
+                ip("-n", name, "link", "set", device, "up")
+            command = ["ip", "netns", "exec", name, sys.executable, "-m", "torch.distributed.run", "--nnodes", "2"]
+            command += ["--nproc_per_node", "2", "--node_rank", str(node), "--master_addr", "10.77.0.1"]
+            command += ["--master_port", "29577", str(tmp_path / "script.py"), str(tmp_path)]
+            environment = os.environ | {"GLOO_SOCKET_IFNAME": f"segv{node}", "PYTHONPATH": os.getcwd()}
+            nodes.append(subprocess.Popen(command, env=environment | {"OMP_NUM_THREADS": "1"}))
+        assert [node.wait(180) for node in nodes] == [0, 0]
+    finally:
+        for name in names:
+            subprocess.run(["ip", "netns", "del", name], check=False)
+    alone = torch.tensor(run(str(tmp_path), "alone")[0])
+    for rank in range(4):
+        found = torch.tensor(json.loads((tmp_path / f"out-{rank}.json").read_text()))
+        torch.testing.assert_close(found, alone, rtol=1e-9, atol=1e-12)
