@@ -120,7 +120,13 @@ class Scores:
             )
         if not tensors.pop("sha256").equal(_bytes(digest(tensors))):
             raise ScoreError(f"{path}: damaged, its content has another checksum. Restore it or make it anew.")
-        labels = json.loads(tensors["labels"].numpy().tobytes())
+        try:
+            return cls._labelled(Path(path), tensors, json.loads(tensors["labels"].numpy().tobytes()))
+        except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as problem:
+            raise ScoreError(f"{path}: its labels make no sense ({problem}). Restore it or make it anew.") from problem
+
+    @classmethod
+    def _labelled(cls, path: Path, tensors: Mapping[str, Tensor], labels: Any) -> Scores:
         if labels["format"] != FORMAT:
             raise ScoreError(f"{path}: scores format {labels['format']!r}, this segflow reads format {FORMAT}.")
         parts = {

@@ -166,6 +166,25 @@ def test_a_rank_that_fails_dies_or_falls_silent_ends_the_others_by_name(
             assert f"fit: rank {culprit} (process" in one.text and says in one.text, one.text
 
 
+def _one_hangs_elsewhere() -> None:
+    from torch import distributed
+
+    place = current()
+    if place.main:
+        with place.together("score"):
+            distributed.barrier()  # stands for what a sharded model's layers exchange
+    try:
+        with place.together("score"):
+            raise sf.TaskError("the labels are wrong")
+    finally:
+        time.sleep(12)
+
+
+def test_a_rank_that_hangs_where_nobody_looks_ends_when_another_has_failed(gang: Gang) -> None:
+    first, second = gang.run(2, _one_hangs_elsewhere, SEGFLOW_RANK_TIMEOUT="4")
+    assert first == Failed("died", "exit code 70") and second.kind == "TaskError"
+
+
 def _one_takes_no_part() -> str:
     place = current()
     if place.index == 1:

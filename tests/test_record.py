@@ -539,3 +539,48 @@ def test_a_dataset_size_that_is_no_count_is_refused_before_training(tmp_path: Pa
     recording = sf.record(model, optimizer, tmp_path, dataset_size=size)  # type: ignore[arg-type]
     with pytest.raises(sf.TrajectoryError, match="expected the number of training examples"), recording:
         pass
+
+
+def test_a_run_that_was_stopped_is_read_up_to_its_last_checkpoint_when_asked(tmp_path: Path) -> None:
+    def trained(folder: str, stop: int) -> None:
+        model = mlp()
+        optimizer = SGD(model.parameters(), lr=0.1)
+        x, y = vectors(N).tensors
+        with sf.record(model, optimizer, tmp_path / folder, dataset_size=N, total_steps=12, checkpoints=4):
+            for step in range(12):
+                if step == stop:
+                    raise KeyboardInterrupt
+                optimizer.param_groups[0]["lr"] = 0.1 / (step + 1)
+                optimizer.zero_grad()
+                torch.nn.functional.cross_entropy(model(x), y).backward()
+                optimizer.step()
+
+    trained("whole", 99)
+    whole = sf.Trajectory.load(tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        trained("stopped", 8)
+    with pytest.raises(sf.TrajectoryError, match="pass unfinished=True"):
+        sf.Trajectory.load(tmp_path / "stopped")
+    found = sf.Trajectory.load(tmp_path / "stopped", unfinished=True)
+    assert found.steps == (3, 6) and found.learning_rates.equal(whole.learning_rates[:6])
+    for index in range(2):
+        state = found.state(index)
+        assert all(value.equal(state[name]) for name, value in whole.state(index).items())
+    with pytest.raises(KeyboardInterrupt):
+        trained("at once", 0)
+    with pytest.raises(sf.TrajectoryError, match="stopped before its first checkpoint"):
+        sf.Trajectory.load(tmp_path / "at once", unfinished=True)
+
+
+@pytest.mark.parametrize("file", ["/etc/passwd", "../outside.safetensors", "checkpoints/../../x", 7, None])
+def test_a_recording_cannot_name_files_outside_its_folder(tmp_path: Path, file: object) -> None:
+    model = mlp()
+    optimizer = SGD(model.parameters(), lr=0.1)
+    with sf.record(model, optimizer, tmp_path / "run", dataset_size=N, total_steps=1, checkpoints=1):
+        optimizer.step()
+    path = tmp_path / "run" / "trajectory.json"
+    content = json.loads(path.read_text())
+    content["checkpoints"][0]["file"] = file
+    path.write_text(json.dumps(content))
+    with pytest.raises(sf.TrajectoryError):
+        sf.Trajectory.load(tmp_path / "run")

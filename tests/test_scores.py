@@ -289,3 +289,16 @@ def test_another_format_is_refused(scores: sf.Scores, tmp_path: Path, monkeypatc
         scores.save(tmp_path / "s")
     with pytest.raises(sf.ScoreError, match="scores format 2, this segflow reads format 1"):
         sf.Scores.load(tmp_path / "s")
+
+
+@pytest.mark.parametrize("labels", [b"[]", b"{}", b"7", b"[" * 9999, b'{"format": 1, "query_labels": 3}', b"\xff"])
+def test_labels_that_make_no_sense_are_refused(tmp_path: Path, labels: bytes) -> None:
+    from segflow.data import digest
+    from segflow.files import write_tensors
+
+    text = torch.frombuffer(bytearray(labels), dtype=torch.uint8)
+    tensors = {"values": torch.ones(1, 2), "labels": text}
+    sha = torch.frombuffer(bytearray(digest(tensors).encode()), dtype=torch.uint8)
+    write_tensors(tmp_path / "scores", tensors | {"sha256": sha})
+    with pytest.raises(sf.ScoreError, match="its labels make no sense"):
+        sf.Scores.load(tmp_path / "scores")
