@@ -1,7 +1,7 @@
 """One process or many: the only module that talks to accelerate and torch.distributed.
 
-Whole tensors travel as bytes and other values as JSON, so any dtype goes and nothing is unpickled. Every collective is
-waited for by polling, so that a rank that fails, ends or dies meanwhile is an error that names it (module peers).
+Tensors travel as bytes and other values as JSON, so any dtype goes and nothing is unpickled. Collectives are polled, so
+that a rank that fails, ends or dies meanwhile is an error that names it (module peers).
 """
 
 from __future__ import annotations
@@ -322,8 +322,7 @@ def laid_out(state: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]
 
 
 def _sharded(tensor: object) -> bool:
-    """True for a DTensor, told without importing its module."""
-    return hasattr(tensor, "full_tensor")
+    return hasattr(tensor, "full_tensor")  # a DTensor, told without importing its module
 
 
 def _header(tensor: Tensor | None) -> Header:
