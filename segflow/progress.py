@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
 from tqdm import tqdm
@@ -19,14 +19,14 @@ def track(items: Iterable[Item], label: str, total: int | None = None, enabled: 
     enabled: True shows it always, False never, None only where standard error is a terminal and the
     environment variable `SEGFLOW_QUIET` is not set.
     """
-    yield from tqdm(items, desc=label, total=total, disable=_disabled(enabled), leave=False, dynamic_ncols=True)
+    yield from tqdm(items, desc=label, total=total, **_manner(enabled))
 
 
 class Bars:
     """A bar for the whole stage above one for the pass under way, in examples with their rate and the time left."""
 
     def __init__(self, enabled: bool | None):
-        self._disable = _disabled(enabled)
+        self._enabled = enabled
         self._stage: Any = None
 
     @contextmanager
@@ -49,40 +49,63 @@ class Bars:
             self._stage.refresh()
 
     @contextmanager
-    def walk(self, label: str, total: int) -> Iterator[Callable[[int], None]]:
-        """Show a pass's bar; the function that is yielded moves it, and the stage's, by some examples."""
+    def walk(self, label: str, total: int, expected: bool) -> Iterator[Callable[[int], None]]:
+        """Show a pass's bar; the function that is yielded moves it by some examples.
+
+        expected: the examples are among those that the stage expects, so its bar moves too.
+        """
         with self._bar(label, total, 1) as bar:
 
             def step(size: int) -> None:
                 bar.update(size)
-                if self._stage is not None and self._stage.total:
+                if expected and self._stage is not None:
                     self._stage.update(size)
 
             yield step
 
     def say(self, line: str) -> None:
         """Write a line beside the bars, if there are any."""
-        if not self._bar_is_off():
-            tqdm.write(line, file=sys.stderr)
+        if _shown(self._enabled):
+            tqdm.write(line, file=_Stderr())
 
     def _bar(self, label: str, total: int, position: int) -> Any:
-        return tqdm(
-            desc=label,
-            total=total,
-            position=position,
-            unit=" examples",
-            unit_scale=True,
-            disable=self._disable,
-            leave=False,
-            dynamic_ncols=True,
-        )
-
-    def _bar_is_off(self) -> bool:
-        return bool(self._disable) or (self._disable is None and not sys.stderr.isatty())
+        units = {"unit": " examples", "unit_scale": True}
+        return tqdm(desc=label, total=total, position=position, **units, **_manner(self._enabled))
 
 
-def _disabled(enabled: bool | None) -> bool | None:
-    """tqdm's `disable`: None lets it look for a terminal."""
-    if os.environ.get("RANK", "0") != "0" or (enabled is None and os.environ.get("SEGFLOW_QUIET")):
-        return True
-    return None if enabled is None else not enabled
+class _Stderr:
+    """Standard error as it is now; what cannot be written there (the terminal was closed) is no reason to stop."""
+
+    def __init__(self) -> None:
+        self._stream = sys.stderr
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Stderr) and self._stream is other._stream
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def write(self, text: str) -> None:
+        with suppress(OSError, ValueError):
+            self._stream.write(text)
+
+    def flush(self) -> None:
+        with suppress(OSError, ValueError):
+            self._stream.flush()
+
+
+def _manner(enabled: bool | None) -> dict[str, Any]:
+    return {"file": _Stderr(), "disable": not _shown(enabled), "leave": False, "dynamic_ncols": True}
+
+
+def _shown(enabled: bool | None) -> bool:
+    if os.environ.get("RANK", "0") != "0":
+        return False
+    if enabled is not None:
+        return enabled
+    try:
+        return not os.environ.get("SEGFLOW_QUIET") and sys.stderr.isatty()
+    except (AttributeError, ValueError):  # no terminal: something that takes text, or a file that was closed
+        return False
