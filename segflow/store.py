@@ -62,7 +62,7 @@ class Store:
         Raises StoreError, naming the holder, if another run has the store.
         """
         with hold(self.root, purpose) as held:
-            self._check_format()
+            self._marker()
             for leftover in self.leftovers() if tidy else []:
                 with suppress(OSError):
                     leftover.unlink()
@@ -70,7 +70,7 @@ class Store:
 
     def names(self) -> list[str]:
         """The names of all committed units."""
-        return sorted({*self._old(), *self._listed("manifest", ".json")})
+        return sorted({*self._old(self._marker()), *self._listed("manifest", ".json")})
 
     def files(self) -> list[str]:
         """The names under which files of units are there, committed or not."""
@@ -83,17 +83,20 @@ class Store:
 
     def entry(self, name: str) -> Entry | None:
         """What the manifest says of a unit, None if it has none; StoreError if that is damaged."""
-        self._check_format()
-        path = self.entry_path(name)
+        marker, path = self._marker(), self.entry_path(name)
         if not path.exists():
-            return self._old().get(name)
+            return self._old(marker).get(name)
         return _entry(read_json(path, StoreError), path)
 
     def __contains__(self, name: str) -> bool:
         """True if the unit is committed, its file is there whole, and no unit it was made of has changed since."""
-        entry = self.entry(name)
-        path = self.unit_path(name)
-        return entry is not None and path.is_file() and path.stat().st_size == entry.bytes and not self.is_stale(entry)
+        return self._current(name) is not None
+
+    def _current(self, name: str) -> Entry | None:
+        entry, path = self.entry(name), self.unit_path(name)
+        if entry is None or not path.is_file() or path.stat().st_size != entry.bytes or self.is_stale(entry):
+            return None
+        return entry
 
     def is_stale(self, entry: Entry) -> bool:
         """True if a unit that this one was made of is there with other content."""
@@ -101,9 +104,10 @@ class Store:
 
     def holds(self, name: str, made_from: MadeFrom) -> bool:
         """Whether the unit is in the store; StoreError if it is and was made from something else."""
-        if name not in self:
+        entry = self._current(name)
+        if entry is None:
             return False
-        self._check(name, made_from)
+        self._check(name, entry, made_from)
         return True
 
     def open(self, name: str, made_from: MadeFrom) -> TensorFile:
@@ -120,7 +124,7 @@ class Store:
                 f"{self.root}: unit {name!r} was made of units that have changed since. "
                 "Run Analyzer.fit() with this store first."
             )
-        self._check(name, made_from)
+        self._check(name, entry, made_from)
         return TensorFile(self.unit_path(name), entry.sha256, StoreError)
 
     def write(self, name: str, tensors: Tensors, made_from: MadeFrom, inputs: Iterable[str] = ()) -> dict[str, Any]:
@@ -158,11 +162,11 @@ class Store:
         names = {name.removesuffix(suffix) for name in found if name.endswith(suffix)}
         return {name for name in names if _NAME.fullmatch(name)}
 
-    def _check_format(self) -> int:
-        """The store's format; StoreError unless it is one that this segflow reads."""
+    def _marker(self) -> dict[str, Any]:
+        """What manifest.json holds; StoreError unless it is of a format that this segflow reads."""
         path = inside(self.root, "manifest.json")
         if not path.exists():
-            return FORMAT
+            return {"format": FORMAT}
         content = read_json(path, StoreError)
         found = content.get("format") if isinstance(content, dict) else None
         if found not in (1, FORMAT) or isinstance(found, bool):
@@ -170,14 +174,13 @@ class Store:
                 f"{path}: store format {found!r}, this segflow reads formats 1 and {FORMAT}. "
                 "Use another store folder, or the segflow version that made this one."
             )
-        return int(found)
+        return dict(content)
 
-    def _old(self) -> dict[str, Entry]:
-        """The entries of a store of format 1, which had them all in one file."""
-        if self._check_format() == FORMAT:
+    def _old(self, marker: Mapping[str, Any]) -> dict[str, Entry]:
+        """The entries of a store of format 1, which had them all in manifest.json."""
+        if marker["format"] == FORMAT:
             return {}
-        path = self.root / "manifest.json"
-        units = read_json(path, StoreError).get("units")
+        path, units = self.root / "manifest.json", marker.get("units")
         if not isinstance(units, dict):
             raise StoreError(f"{path}: damaged. {_REPAIR}")
         whole = {name: {"inputs": {}, **entry} if isinstance(entry, dict) else entry for name, entry in units.items()}
@@ -185,18 +188,17 @@ class Store:
 
     def _migrate(self) -> None:
         """Bring the store to this format; interrupted, it is done again."""
-        if (self.root / "manifest.json").exists() and self._check_format() == FORMAT:
+        path, marker = self.root / "manifest.json", self._marker()
+        if path.exists() and marker["format"] == FORMAT:
             return
-        for name, entry in self._old().items():
+        for name, entry in self._old(marker).items():
             if not self.entry_path(name).exists():
                 write_json(self.entry_path(name), asdict(entry))
-        write_json(self.root / "manifest.json", {"format": FORMAT})
+        write_json(path, {"format": FORMAT})
 
-    def _check(self, name: str, asked: MadeFrom) -> None:
+    def _check(self, name: str, entry: Entry, asked: MadeFrom) -> None:
         """Raise StoreError, naming both sides, unless the unit was made from what is asked."""
-        entry = self.entry(name)
-        stored = {} if entry is None else entry.made_from
-        now = json.loads(json.dumps(asked))
+        stored, now = entry.made_from, json.loads(json.dumps(asked))
         differing = [key for key in now if not _agree(stored.get(key), now[key])]
         if differing:
             sides = "; ".join(f"{key}: {_difference(stored.get(key), now[key])}" for key in differing)
