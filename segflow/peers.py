@@ -100,8 +100,6 @@ class Peers:
         self._answered = time.monotonic()
         try:
             return self._arrived(what)
-        except RankError:
-            raise
         except RuntimeError as problem:  # the store is gone
             raise self.explain(problem) from problem
 

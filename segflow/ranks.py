@@ -96,53 +96,46 @@ class Ranks:
         if self.count == 1:
             return [value]
         content = json.dumps(value).encode()
-        packets = [torch.zeros(_PACKET + 8, dtype=torch.uint8, device=self._device) for _ in range(self.count)]
+        packets = [self._room(_PACKET + 8) for _ in range(self.count)]
         self._run(dist.all_gather, packets, self._packet(content))
         sizes = [_size(packet) for packet in packets]
         if max(sizes) > _PACKET:
-            packets = [torch.zeros(max(sizes) + 8, dtype=torch.uint8, device=self._device) for _ in sizes]
+            packets = [self._room(max(sizes) + 8) for _ in sizes]
             self._run(dist.all_gather, packets, self._packet(content, max(sizes)))
         return [json.loads(_content(packet, size)) for packet, size in zip(packets, sizes, strict=True)]
 
     def agree(self, what: str, value: Any) -> None:
         """Raise RankError unless the value, as JSON can hold it, is the same on every rank; what: names it."""
         values = [json.dumps(each, sort_keys=True) for each in self.gather(value)]
-        differing = [rank for rank, each in enumerate(values) if each != values[0]]
-        if differing:
-            rank = differing[0]
-            raise RankError(
-                f"{what}: not the same on every rank. Rank 0 has {values[0][:300]}, rank {rank} has "
-                f"{values[rank][:300]}. Every rank must run the same script on the same data with the same seeds."
-            )
+        for rank, each in enumerate(values):
+            if each != values[0]:
+                raise RankError(
+                    f"{what}: not the same on every rank. Rank 0 has {values[0][:300]}, rank {rank} has "
+                    f"{each[:300]}. Every rank must run the same script on the same data with the same seeds."
+                )
 
     def sum_(self, tensors: Sequence[Tensor]) -> None:
         """Sum each tensor over the ranks, in place, on every rank."""
         if self.count == 1:
             return
-        bucket: list[Tensor] = []
-        for tensor in [*tensors, None]:
-            like = bucket[-1] if bucket else tensor
-            size = sum(one.numel() * one.element_size() for one in bucket)
-            full = tensor is None or size + tensor.numel() * tensor.element_size() > _BUCKET
-            if bucket and (full or tensor is None or (tensor.dtype, tensor.device) != (like.dtype, like.device)):  # type: ignore[union-attr]
-                self._sum_bucket(bucket)
-                bucket = []
-            if tensor is not None:
-                bucket.append(tensor)
+        for bucket in _buckets(tensors):
+            flat = torch.cat([tensor.reshape(-1) for tensor in bucket]).to(self._device)
+            if len(flat):
+                self._run(dist.all_reduce, flat)
+            for tensor, total in zip(bucket, flat.split([tensor.numel() for tensor in bucket]), strict=True):
+                tensor.copy_(total.view(tensor.shape))
 
     def broadcast(self, tensor: Tensor | None, source: int = 0, device: torch.device | None = None) -> Tensor:
         """The source's tensor on every rank; the others give None. device: where it is wanted, else the CPU."""
         if self.count == 1 and tensor is not None:
             return tensor if device is None else tensor.to(device)
-        header = self._told(_header(tensor), source)
-        if self.index == source and tensor is not None:
-            content = self._bytes(tensor)
-        else:
-            content = torch.empty(_length(header), dtype=torch.uint8, device=self._device)
+        own = tensor if self.index == source else None
+        header = self._told(_header(own), source)
+        content = self._room(_length(header)) if own is None else self._bytes(own)
         if len(content):
             self._run(dist.broadcast, content, source)
-        if self.index == source and tensor is not None:
-            return tensor if device is None else tensor.to(device)
+        if own is not None:
+            return own if device is None else own.to(device)
         return _tensor(content, header, device or torch.device("cpu"))  # type: ignore[return-value]
 
     def collect(self, tensor: Tensor | None) -> list[Tensor | None]:
@@ -151,7 +144,7 @@ class Ranks:
             return [tensor]
         headers = self.gather(_header(tensor))
         length = max(map(_length, headers))
-        parts = [torch.empty(length, dtype=torch.uint8, device=self._device) for _ in headers] if self.main else None
+        parts = [self._room(length) for _ in headers] if self.main else None
         if length:
             self._run(dist.gather, self._padded(tensor, length), parts, 0)
         if parts is None:
@@ -165,17 +158,10 @@ class Ranks:
             return None if tensors[0] is None else tensors[0].to(device)
         headers = self._told([_header(tensor) for tensor in tensors], 0)
         length = max(map(_length, headers))
-        content = torch.empty(length, dtype=torch.uint8, device=self._device)
+        content = self._room(length)
         if length:
             self._run(dist.scatter, content, [self._padded(one, length) for one in tensors] if self.main else None, 0)
         return _tensor(content, headers[self.index], device)
-
-    def _sum_bucket(self, bucket: Sequence[Tensor]) -> None:
-        flat = torch.cat([tensor.reshape(-1) for tensor in bucket]).to(self._device)
-        if len(flat):
-            self._run(dist.all_reduce, flat)
-        for tensor, total in zip(bucket, flat.split([tensor.numel() for tensor in bucket]), strict=True):
-            tensor.copy_(total.view(tensor.shape))
 
     def _told(self, value: Any, source: int) -> Any:
         content = json.dumps(value).encode() if self.index == source else b""
@@ -192,11 +178,14 @@ class Ranks:
         held = len(content).to_bytes(8, "little") + content[:room].ljust(room, b"\0")
         return torch.frombuffer(bytearray(held), dtype=torch.uint8).to(self._device)
 
+    def _room(self, length: int) -> Tensor:
+        return torch.zeros(length, dtype=torch.uint8, device=self._device)
+
     def _bytes(self, tensor: Tensor) -> Tensor:
         return tensor.detach().contiguous().reshape(-1).view(torch.uint8).to(self._device)
 
     def _padded(self, tensor: Tensor | None, length: int) -> Tensor:
-        content = torch.zeros(length, dtype=torch.uint8, device=self._device)
+        content = self._room(length)
         if tensor is not None and tensor.numel():
             own = self._bytes(tensor)
             content[: len(own)] = own
@@ -228,8 +217,6 @@ class Ranks:
                     self._peers.require_all()
                     looked = time.monotonic()
             work.wait()
-        except RankError:
-            raise
         except RuntimeError as problem:
             raise self._peers.explain(problem) from problem
 
@@ -247,8 +234,7 @@ def current() -> Ranks:
         PartialState(cpu=not torch.cuda.is_available())
     group = dist.group.WORLD
     if _joined is None or _joined[0] is not group:
-        index, count = dist.get_rank(), dist.get_world_size()
-        peers = None
+        index, count, peers = dist.get_rank(), dist.get_world_size(), None
         if count > 1:
             _joins += 1
             store = dist.distributed_c10d._get_default_store().clone()  # type: ignore[attr-defined]
@@ -323,6 +309,20 @@ def laid_out(state: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]
 
 def _sharded(tensor: object) -> bool:
     return hasattr(tensor, "full_tensor")  # a DTensor, told without importing its module
+
+
+def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Neighbours of one dtype and device together, up to a bucket's size."""
+    bucket: list[Tensor] = []
+    room = _BUCKET
+    for tensor in tensors:
+        room -= tensor.nbytes
+        if bucket and (room < 0 or (tensor.dtype, tensor.device) != (bucket[0].dtype, bucket[0].device)):
+            yield bucket
+            bucket, room = [], _BUCKET - tensor.nbytes
+        bucket.append(tensor)
+    if bucket:
+        yield bucket
 
 
 def _header(tensor: Tensor | None) -> Header:
