@@ -46,6 +46,10 @@ def drawing(seed: int, place: object, examples: Sequence[int] | np.ndarray) -> I
         yield
 
 
+class _NoExamples(Exception):
+    """What is drawn has no part for each example."""
+
+
 class _Draws(TorchDispatchMode):
     """Answers random functions for a batch whose examples have these keys [B]."""
 
@@ -60,13 +64,15 @@ class _Draws(TorchDispatchMode):
         if sampler is None or kwargs.get("generator") is not None:
             return func(*args, **kwargs)
         self._count += 1
-        result = sampler(self._uniforms, *args, **kwargs)
-        return func(*args, **kwargs) if result is None else result
+        try:
+            return sampler(self._uniforms, *args, **kwargs)
+        except _NoExamples:
+            return func(*args, **kwargs)
 
-    def _uniforms(self, like: Tensor, draws: int = 0) -> Tensor | None:
+    def _uniforms(self, like: Tensor, draws: int = 0) -> Tensor:
         """Uniform numbers in (0, 1), float64, of a tensor's shape (with `draws` more of each row of a matrix instead).
 
-        None if the tensor has no axis of examples.
+        Raises _NoExamples if the tensor has no axis of examples.
         """
         shape = (*like.shape[:-1], draws) if draws else tuple(like.shape)
         B = len(self._keys_B)
@@ -79,7 +85,7 @@ class _Draws(TorchDispatchMode):
             places = torch.arange(rows * inner, device=like.device).reshape(rows, 1, inner)
             keys = self._keys_B.to(like.device)[None, :, None]
         else:
-            return None
+            raise _NoExamples
         of_draw = torch.tensor(self._count, device=like.device) * _GOLDEN
         bits = _mixed(_mixed(keys + of_draw) + places * _GOLDEN)
         return ((bits >> 11) & ((1 << 53) - 1)).double().add_(0.5).mul_(2.0**-53).reshape(shape)
@@ -92,85 +98,73 @@ def _mixed(bits: Tensor) -> Tensor:
     return bits ^ ((bits >> 31) & ((1 << 33) - 1))
 
 
-Uniforms = Callable[..., Tensor | None]
+Uniforms = Callable[..., Tensor]
 
 
-def _rand_like(uniforms: Uniforms, like: Tensor, **options: Any) -> Tensor | None:
+def _rand_like(uniforms: Uniforms, like: Tensor, **options: Any) -> Tensor:
     return _as_asked(uniforms(like), like, options)
 
 
-def _randn_like(uniforms: Uniforms, like: Tensor, **options: Any) -> Tensor | None:
+def _randn_like(uniforms: Uniforms, like: Tensor, **options: Any) -> Tensor:
     return _as_asked(_normal(uniforms(like)), like, options)
 
 
-def _rand(uniforms: Uniforms, size: Sequence[int], **options: Any) -> Tensor | None:
-    like = _empty(size, options)
-    return _as_asked(uniforms(like), like, {})
+def _rand(uniforms: Uniforms, size: Sequence[int], **options: Any) -> Tensor:
+    return _rand_like(uniforms, _empty(size, options))
 
 
-def _randn(uniforms: Uniforms, size: Sequence[int], **options: Any) -> Tensor | None:
-    like = _empty(size, options)
-    return _as_asked(_normal(uniforms(like)), like, {})
+def _randn(uniforms: Uniforms, size: Sequence[int], **options: Any) -> Tensor:
+    return _randn_like(uniforms, _empty(size, options))
 
 
-def _uniform_(uniforms: Uniforms, own: Tensor, low: float = 0.0, high: float = 1.0, **_: Any) -> Tensor | None:
-    u = _as_asked(uniforms(own), own, {})
-    return None if u is None else own.copy_(low + (high - low) * u)
+def _uniform_(uniforms: Uniforms, own: Tensor, low: float = 0.0, high: float = 1.0, **_: Any) -> Tensor:
+    return own.copy_(low + (high - low) * _rand_like(uniforms, own))
 
 
-def _normal_(uniforms: Uniforms, own: Tensor, mean: float = 0.0, std: float = 1.0, **_: Any) -> Tensor | None:
-    z = _normal(uniforms(own))
-    return None if z is None else own.copy_(mean + std * z)
+def _normal_(uniforms: Uniforms, own: Tensor, mean: float = 0.0, std: float = 1.0, **_: Any) -> Tensor:
+    return own.copy_(mean + std * _normal(uniforms(own)))
 
 
-def _normal_of(uniforms: Uniforms, mean: Any, std: Any = 1.0, *_: Any, **__: Any) -> Tensor | None:
+def _normal_of(uniforms: Uniforms, mean: Any, std: Any = 1.0, *_: Any, **__: Any) -> Tensor:
     like = mean if isinstance(mean, Tensor) else std
     shape = torch.broadcast_shapes(*(t.shape for t in (mean, std) if isinstance(t, Tensor)))
-    z = _normal(uniforms(like.new_empty(shape)))
-    return None if z is None else (mean + std * z.to(like.dtype))
+    drawn: Tensor = mean + std * _normal(uniforms(like.new_empty(shape))).to(like.dtype)
+    return drawn
 
 
-def _exponential_(uniforms: Uniforms, own: Tensor, rate: float = 1.0, **_: Any) -> Tensor | None:
-    u = uniforms(own)
-    return None if u is None else own.copy_((u.log().neg() / rate).to(own.dtype).clamp_min(torch.finfo(own.dtype).tiny))
+def _exponential_(uniforms: Uniforms, own: Tensor, rate: float = 1.0, **_: Any) -> Tensor:
+    waited = (uniforms(own).log().neg() / rate).to(own.dtype)
+    return own.copy_(waited.clamp_min(torch.finfo(own.dtype).tiny))
 
 
-def _bernoulli(uniforms: Uniforms, p: Tensor, **_: Any) -> Tensor | None:
-    u = uniforms(p)
-    return None if u is None else (u < p).to(p.dtype)
+def _bernoulli(uniforms: Uniforms, p: Tensor, **_: Any) -> Tensor:
+    return (uniforms(p) < p).to(p.dtype)
 
 
-def _bernoulli_(uniforms: Uniforms, own: Tensor, p: Any = 0.5, **_: Any) -> Tensor | None:
-    u = uniforms(own)
-    return None if u is None else own.copy_(u < p)
+def _bernoulli_(uniforms: Uniforms, own: Tensor, p: Any = 0.5, **_: Any) -> Tensor:
+    return own.copy_(uniforms(own) < p)
 
 
-def _multinomial(uniforms: Uniforms, p_RC: Tensor, draws: int, replacement: bool = False, **_: Any) -> Tensor | None:
+def _multinomial(uniforms: Uniforms, p_RC: Tensor, draws: int, replacement: bool = False, **_: Any) -> Tensor:
     """By the inverse of the distribution function; without replacement the largest of exponential races."""
     if p_RC.ndim != 2:
-        return None
+        raise _NoExamples
     p = p_RC.double()
     torch._assert_async((torch.isfinite(p).all() & (p >= 0).all() & (p.sum(-1) > 0).all()), "probabilities are invalid")
     if draws > 1 and not replacement:
-        u_RC = uniforms(p_RC)
-        return None if u_RC is None else (p / u_RC.log().neg()).topk(draws, -1).indices
-    u_RN = uniforms(p_RC, draws)
-    if u_RN is None:
-        return None
+        return (p / uniforms(p_RC).log().neg()).topk(draws, -1).indices
     ends_RC = p.cumsum(-1)
-    drawn_RN = torch.searchsorted(ends_RC, u_RN * ends_RC[:, -1:], right=True)
+    drawn_RN = torch.searchsorted(ends_RC, uniforms(p_RC, draws) * ends_RC[:, -1:], right=True)
     last_R1 = p.shape[-1] - 1 - (p > 0).flip(-1).to(torch.uint8).argmax(-1, keepdim=True)  # rounding ends there
     return torch.minimum(drawn_RN, last_R1)
 
 
-def _normal(u: Tensor | None) -> Tensor | None:
-    return None if u is None else torch.special.ndtri(u)
+def _normal(u: Tensor) -> Tensor:
+    return torch.special.ndtri(u)
 
 
-def _as_asked(values: Tensor | None, like: Tensor, options: dict[str, Any]) -> Tensor | None:
+def _as_asked(values: Tensor, like: Tensor, options: dict[str, Any]) -> Tensor:
     """The numbers with the dtype and on the device that were asked for; those below 1 stay below it."""
-    if values is None:
-        return None
     dtype, device = options.get("dtype") or like.dtype, options.get("device") or like.device
     rounded = values.to(device, dtype)
     return torch.where((values < 1).to(device) & (rounded == 1), 1 - torch.finfo(dtype).eps / 2, rounded)
@@ -180,7 +174,7 @@ def _empty(size: Sequence[int], options: dict[str, Any]) -> Tensor:
     return torch.empty(tuple(size), dtype=options.get("dtype"), device=options.get("device"))
 
 
-_SAMPLERS: dict[Any, Callable[..., Tensor | None]] = {
+_SAMPLERS: dict[Any, Callable[..., Tensor]] = {
     _aten.rand_like.default: _rand_like,
     _aten.randn_like.default: _randn_like,
     _aten.rand.default: _rand,
