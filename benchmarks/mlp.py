@@ -97,7 +97,7 @@ class Ours:
             [pieces] = shares(groups, 1)
             [tile] = tiles(pieces, BATCH, len(groups))
             data = self.walk(self.train, [batch.examples for batch in tile.batches])
-            met = MetQueries(queries, bases, (len(next(iter(queries.values()))),), ALONE)
+            met = MetQueries(queries, bases, 1, ALONE)
             return tile_scores(self.plain, data, tile, met, BUDGET, "the benchmark")
 
     def product(self, count: int) -> Callable[[], object]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from . import checks
 from .capture import observing
-from .data import Batch, Collate, batches, dataset_length, digest, in_order
+from .data import Batch, Collate, batches, dataset_length, in_order
 from .errors import GroupError, MethodError, ScoreError, SegflowError, TrajectoryError, check_choice
 from .factors import covariances, fit
 from .groups import Groups
@@ -179,7 +179,6 @@ class Analyzer:
         if len(labels) != count:
             raise ScoreError(f"{len(labels)} query labels for {count} queries: expected one for each.")
         with self._stage("score", batch_size=batch_size, groups=len(groups), queries=count):
-            self.work.ranks.agree("the groups (made with the same seed on every rank?)", digest([groups.members]))
             parts = score_parts(self.work, self.plan, groups, train, query, batch_size, "layer" in keep)
         return self._labelled(parts, groups, labels, keep)
 

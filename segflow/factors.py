@@ -102,10 +102,10 @@ def fit(work: Workspace, pools: Iterable[Pool], train: Any, batch_size: int) -> 
     A covariance whose eigenbasis is there is not needed any more.
     """
     fitting = _Fitting(work, train, batch_size)
-    units = work.units
+    units, planned = work.units, {pool: fitting.planned(pool) for pool in pools}
+    every = {unit.name: unit for each in planned.values() for unit in each}.values()
     while True:  # a covariance made anew may make another pool's eigenbasis stale
-        planned = {pool: fitting.planned(pool) for pool in pools}
-        held = units.held({unit.name: unit.made_from for each in planned.values() for unit in each})
+        held = units.held(every)
         needed: dict[str, Planned] = {}
         for pool, each in planned.items():
             first = len(pool) if each[len(pool)].name in held else 0
@@ -171,7 +171,7 @@ class _Fitting:
         """The lens and the data for one pass at a checkpoint, and the checkpoint's name."""
         self.work.load(index)
         lens, where = replace(self.lens, place=self.work.step(index)), self.work.where(index)
-        return lens, self.work.walk(lens, self.train, self.lists, kind, where), where
+        return lens, self.work.walk(lens, self.train, self.lists, f"{kind}, {where}"), where
 
     def _make_covariance(self, index: int) -> Tensors:
         lens, data, where = self._pass(index, "covariance")

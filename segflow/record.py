@@ -91,6 +91,7 @@ class Recording:
     def __init__(self, model: nn.Module, optimizer: Any, directory: Path, dataset_size: int):
         self.model, self.optimizer, self.directory, self.dataset_size = model, optimizer, directory, dataset_size
         self.step = 0
+        self._main = current().main  # of several ranks the first writes
         self._total: int | None = None
         self._wanted: set[int] = set()
         self._count: int | None = None  # set where checkpoints are thinned on the way
@@ -207,20 +208,19 @@ class Recording:
                     tensors[f"optimizer.{name}.{key}"] = torch.as_tensor(value)
         complete = {name: whole(tensor) for name, tensor in tensors.items()}  # on every rank
         entry: dict[str, Any] = {"file": f"checkpoints/step-{self.step:08d}.safetensors", "step": self.step}
-        if current().main:
-            entry |= write_tensors(self.directory / entry["file"], complete)
         self._saved[self.step] = entry
-        if current().main:
+        if self._main:
+            entry |= write_tensors(self.directory / entry["file"], complete)
             write_json(self.directory / "recording.json", self._so_far())
 
     def _write_trajectory(self) -> None:
-        if current().main:
+        if self._main:
             write_json(self.directory / "trajectory.json", self._so_far())
             (self.directory / "recording.json").unlink()
 
     def _drop(self, step: int) -> None:
         file = self.directory / self._saved.pop(step)["file"]
-        if current().main:
+        if self._main:
             file.unlink()
 
     def _thin(self, wanted: list[int]) -> None:

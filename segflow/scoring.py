@@ -49,8 +49,7 @@ def score_parts(
     queries is a unit of the store, so that a run that was stopped goes on where it was, on any number of ranks.
     """
     stage = _Stage(work, plan, groups, train, batch_size, per_layer)
-    gradient_bytes = work.parameters * stage.lens.dtype.itemsize
-    blocks = in_order(len(query), max(1, work.memory // _QUERY_SHARE // (_QUERY_COPIES * gradient_bytes)))
+    blocks = in_order(len(query), max(1, work.memory // _QUERY_SHARE // (_QUERY_COPIES * stage.gradient_bytes)))
     together = work.ranks.count if len(blocks) > 1 else 1  # blocks that are on their ranks at a time
     rounds = [blocks[start : start + together] for start in range(0, len(blocks), together)]
     passes = len(rounds) * sum(len(term.train_checkpoints) for term in plan)
@@ -64,18 +63,20 @@ class _Stage:
     def __init__(self, work: Workspace, plan: Plan, groups: Groups, train: Any, batch_size: int, per_layer: bool):
         self.work, self.plan, self.groups, self.train = work, plan, groups, train
         self.batch_size, self.per_layer = batch_size, per_layer
+        chosen = digest([groups.members])
+        work.ranks.agree("the groups (made with the same seed on every rank?)", chosen)
         work.load(len(work.trajectory) - 1)
         self.lens = work.lens("train", train)
         self.made_from = work.made_from(train, self.lens)
         self.scored_from = {
             **self.made_from,
             "dtype": str(self.lens.dtype),
-            "groups": digest([groups.members]),
+            "groups": chosen,
             "per_layer": per_layer,
             "measurement": measurement_fingerprint(work.task),
         }
-        gradient_bytes = work.parameters * self.lens.dtype.itemsize
-        size = max(1, min(len(groups), work.memory // _GROUP_SHARE // gradient_bytes))
+        self.gradient_bytes = work.parameters * self.lens.dtype.itemsize
+        size = max(1, min(len(groups), work.memory // _GROUP_SHARE // self.gradient_bytes))
         size = size - size % batch_size if size > batch_size else size
         self.tiles = [tiles(pieces, batch_size, size) for pieces in shares(groups, work.ranks.count)]
         self.examples = sum(len(batch.examples) for tile in self.tiles[work.ranks.index] for batch in tile.batches)
@@ -108,7 +109,7 @@ class _Stage:
         work.load(index)
         lens = work.lens("measurement", query)
         lists = [own[part.start : part.stop] for part in in_order(len(own), self.batch_size)]
-        data = work.walk(lens, query, lists, "queries", where)
+        data = work.walk(lens, query, lists, f"queries, {where}")
         blocks = curvature(pool) if pool else None
         bases = {name: block.basis for name, block in blocks.items()} if blocks is not None and blocks.fits else {}
         return Queries(query_gradients(lens, data, bases, work.ranks, where), pool if bases else ())
@@ -124,7 +125,7 @@ class _Stage:
         values, bases = meeting(queries.values, blocks, sum(asked.sizes), tokens)
         if len(asked.sizes) == 1:
             values = {name: _from_all(value_QPOI, ranks) for name, value_QPOI in values.items()}
-        return MetQueries(values, bases, asked.sizes, ranks)
+        return MetQueries(values, bases, len(asked.sizes), ranks)
 
     def _term(self, term: Term, met: MetQueries, asked: _Asked, inputs: tuple[str, ...]) -> Tensor:
         """One term's scores [L, Q, K] on every rank, from the store or computed into it."""
@@ -139,13 +140,13 @@ class _Stage:
         at_checkpoints = []
         for index in term.train_checkpoints:
             compute = lru_cache(1)(partial(self._scores, index, met))
+            at_checkpoint = term_from | {"checkpoint": work.checkpoint_digest(index)}
             planned = []
             for block, size in enumerate(asked.sizes):
-                about = {"queries": asked.fingerprints[block], "sketch": sketches[block]}
-                made_from = {**term_from, **about, "checkpoint": work.checkpoint_digest(index)}
+                made_from = at_checkpoint | {"queries": asked.fingerprints[block], "sketch": sketches[block]}
                 make = partial(_rows, compute, starts[block], size)
                 planned.append(Planned("groups", self._name(made_from, index), made_from, inputs, self.examples, make))
-            units.settle(planned, units.held({unit.name: unit.made_from for unit in planned}))
+            units.settle(planned, units.held(planned))
             found = [units.open(unit.name, unit.made_from) for unit in planned]
             shapes = [(layers, size, len(self.groups)) for size in asked.sizes]
             of_blocks = [unit.tensor("scores", shape) for unit, shape in zip(found, shapes, strict=True)]
@@ -164,7 +165,7 @@ class _Stage:
         for number in range(max(map(len, self.tiles))):
             in_turn = [tiles[number] if number < len(tiles) else _NO_TILE for tiles in self.tiles]
             tile = in_turn[ranks.index]
-            data = work.walk(self.lens, self.train, [batch.examples for batch in tile.batches], "groups", where)
+            data = work.walk(self.lens, self.train, [batch.examples for batch in tile.batches], f"groups, {where}")
             part_LQK = tile_scores(self.lens, data, tile, met, work.memory // _PASSING_SHARE, where)
             part_LQK = part_LQK if self.per_layer else part_LQK.sum(0, keepdim=True)
             if scores is None and ranks.main:

@@ -27,25 +27,25 @@ class MetQueries:
     """Queries that are ready to meet training gradients.
 
     values: what this rank holds, for each layer; bases: of the layers whose queries stand in an eigenbasis;
-    rows: how many queries each rank holds, or one number if every rank holds all of them.
+    holders: how many ranks hold a block of the queries; 1 where every rank holds all of them.
     """
 
     values: Gradients
     bases: Mapping[str, Eigenbasis]
-    rows: tuple[int, ...]
+    holders: int
     ranks: Ranks
 
     @property
     def here(self) -> bool:
         """True if this rank holds all queries."""
-        return len(self.rows) == 1
+        return self.holders == 1
 
     def blocks(self) -> Iterator[Gradients]:
         """All queries, in order, block by block; where they stay apart every rank must take part."""
         if self.here:
             yield self.values
             return
-        for source in range(len(self.rows)):
+        for source in range(self.holders):
             own = source == self.ranks.index
             yield {n: self.ranks.broadcast(v if own else None, source, v.device) for n, v in self.values.items()}
 

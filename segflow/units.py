@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -54,9 +54,9 @@ class Units:
     ranks: Ranks
     journal: Journal
 
-    def held(self, units: Mapping[str, MadeFrom]) -> set[str]:
-        """Those of the named units that the store holds; StoreError for one that was made from something else."""
-        found = [n for n, origin in units.items() if self.store.holds(n, origin)] if self.ranks.main else None
+    def held(self, planned: Iterable[Planned]) -> set[str]:
+        """The names of those units that the store holds; StoreError for one that was made from something else."""
+        found = [u.name for u in planned if self.store.holds(u.name, u.made_from)] if self.ranks.main else None
         return set(self.ranks.same(found))
 
     def open(self, name: str, made_from: MadeFrom) -> Unit:

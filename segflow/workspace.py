@@ -47,6 +47,11 @@ class Workspace:
         return self.units.ranks
 
     @property
+    def shapes(self) -> dict[str, list[int]]:
+        """Each tracked layer's [P, O, I]."""
+        return {name: [*layer.shape] for name, layer in self.layers.tracked.items()}
+
+    @property
     def parameters(self) -> int:
         """How many parameters are attributed."""
         return sum(layer.size for layer in self.layers.tracked.values())
@@ -71,7 +76,7 @@ class Workspace:
         """sha256 of a checkpoint's file, the same on every rank."""
         return str(self.ranks.same(self.trajectory.digest(index) if self.ranks.main else None))
 
-    def walk(self, lens: Lens, dataset: Any, lists: Sequence[Indices], kind: str, where: str) -> Iterator[Batch]:
+    def walk(self, lens: Lens, dataset: Any, lists: Sequence[Indices], label: str) -> Iterator[Batch]:
         """One batch for each of this rank's lists of example indices, behind a progress bar.
 
         Where the model is sharded, ranks with fewer batches than another run idle ones at the end.
@@ -79,12 +84,12 @@ class Workspace:
         idle = max(self.ranks.gather(len(lists))) - len(lists) if self.sharded else 0
         data = batches(dataset, lists, self.collate_fn, lens.device, idle)
         examples = sum(map(len, lists))
-        return self.units.journal.walk(data, f"{kind}, {where}", examples, lambda b: 0 if b.idle else b.size)
+        return self.units.journal.walk(data, label, examples, lambda b: 0 if b.idle else b.size)
 
     def settings(self) -> dict[str, Any]:
         """What must be the same on every rank."""
         return {
-            "model": {name: [*layer.shape] for name, layer in self.layers.tracked.items()},
+            "model": self.shapes,
             "task": task_fingerprint(self.task),
             "steps": list(self.trajectory.steps),
             "seed": self.seed,
@@ -110,7 +115,7 @@ class Workspace:
         losses = [self.probe_losses(train, replace(lens, kind="train")) for _ in range(2)]
         steady = dataset["examples"] != "random" and losses[0] == losses[1]
         return {
-            "model": {name: [*layer.shape] for name, layer in self.layers.tracked.items()},
+            "model": self.shapes,
             "dataset": dataset,
             "task": task_fingerprint(self.task),
             "training losses": losses[0] if steady else "random",

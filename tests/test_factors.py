@@ -202,7 +202,7 @@ def test_attention_mask_keeps_padding_out_of_the_input_covariance(tmp_path: Path
         work = analyzer.work
         with observing(model):
             lens = work.lens("sample", train)
-            sums = covariances(lens, work.walk(lens, train, [range(N)], "covariance", "here"), Ranks(), "here")
+            sums = covariances(lens, work.walk(lens, train, [range(N)], "test"), Ranks(), "here")
         tokens = torch.cat([rows.reshape(-1, 5), torch.ones(rows.shape[0] * rows.shape[1], 1).double()], 1)
         torch.testing.assert_close(sums["up"].a_PII[0] / sums["up"].a_rows, tokens.mT @ tokens / len(tokens))
 

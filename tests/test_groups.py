@@ -322,10 +322,10 @@ def test_one_token_singletons_take_the_fast_path_and_equal_the_general_one(modul
     )
     examples = np.arange(K)
     for budget in (1, 1 << 20):  # queries one at a time, and all at once
-        fast = TrainSide(MetQueries({"layer": queries}, {}, (len(queries),), Ranks()), K, budget)
+        fast = TrainSide(MetQueries({"layer": queries}, {}, 1, Ranks()), K, budget)
         fast.add(layer, Tokens(a, g), GroupBatch(examples, (1,) * K, 0))
         assert not fast._sums, "no gradient of an example was formed"
-        general = TrainSide(MetQueries({"layer": queries}, {}, (len(queries),), Ranks()), K, budget)
+        general = TrainSide(MetQueries({"layer": queries}, {}, 1, Ranks()), K, budget)
         for k in range(K):
             general.add(layer, Tokens(a[:, [k]], g[:, [k]]), GroupBatch(examples[[k]], (1,), k))
         assert general._sums
