@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 import segflow as sf
+from segflow import files
 
 
 def mlp(dtype: torch.dtype = torch.float64, seed: int = 0) -> nn.Sequential:
@@ -108,3 +112,31 @@ def example_loss(model: nn.Module, data: TensorDataset, task: Any, kind: str = "
         return task.compute_train_loss(batch, model, sample=kind == "sample")
 
     return loss
+
+
+class Stopped(Exception):
+    """The user's process died here."""
+
+
+@contextmanager
+def stopping_at(
+    call: int, monkeypatch: pytest.MonkeyPatch, error: type[BaseException] = Stopped
+) -> Iterator[list[str]]:
+    """Stop at the n-th time that the store syncs or renames (0: never); the list counts the calls."""
+    calls: list[str] = []
+
+    def wrap(name: str) -> Callable[..., Any]:
+        real = getattr(os, name)
+
+        def run(*args: Any) -> Any:
+            calls.append(name)
+            if len(calls) == call:
+                raise error
+            return real(*args)
+
+        return run
+
+    with monkeypatch.context() as patched:
+        for name in ("fsync", "replace"):
+            patched.setattr(files.os, name, wrap(name))
+        yield calls

@@ -46,16 +46,20 @@ def _run(folder: str, store: str, index: int = 0, count: int = 1, port: int = 0)
         torch.distributed.init_process_group("gloo", address, rank=index, world_size=count, timeout=bound)
         current()
         torch.distributed.barrier()  # from here on every rank knows the others; before, the launcher looks after them
-    root, model = Path(folder), mlp()
-    files = sorted((root / "run").glob("*.safetensors"))
-    trajectory = sf.Trajectory(files, [10, 20, 30], 0.1, N)
-    analyzer = analyzer_of(model, trajectory, root / store, sf.tasks.Classification(), method=sf.Source(segments=2))
-    analyzer.fit(vectors(N), batch_size=2)
-    scores = analyzer.score(sf.Groups.from_lists(GROUPS, N), vectors(N), vectors(5, seed=5), batch_size=2)
+    scores = _scored(Path(folder), Path(folder) / store)
     if index == 0:
-        scores.save(root / f"{store}.scores")
+        scores.save(Path(folder) / f"{store}.scores")
     if count > 1:
         torch.distributed.destroy_process_group()
+
+
+def _scored(folder: Path, store: Path) -> sf.Scores:
+    """Fit and score as every run of this file does."""
+    files = sorted((folder / "run").glob("*.safetensors"))
+    trajectory = sf.Trajectory(files, [10, 20, 30], 0.1, N)
+    analyzer = analyzer_of(mlp(), trajectory, store, sf.tasks.Classification(), method=sf.Source(segments=2))
+    analyzer.fit(vectors(N), batch_size=2)
+    return analyzer.score(sf.Groups.from_lists(GROUPS, N), vectors(N), vectors(5, seed=5), batch_size=2)
 
 
 @pytest.fixture(scope="module")
@@ -240,11 +244,7 @@ def test_hostile_stores_are_refused_or_read_right(
             _forge(Store(store), victim)  # the checksum agrees with the hostile content
         canary = (outside / "canary").read_bytes()
         try:
-            model = mlp()
-            trajectory = sf.Trajectory(sorted((tmp_path / "run").glob("*.safetensors")), [10, 20, 30], 0.1, N)
-            analyzer = analyzer_of(model, trajectory, store, sf.tasks.Classification(), method=sf.Source(segments=2))
-            analyzer.fit(vectors(N), batch_size=2)
-            found = analyzer.score(sf.Groups.from_lists(GROUPS, N), vectors(N), vectors(5, seed=5), batch_size=2)
+            found = _scored(tmp_path, store)
         except sf.SegflowError:
             outcomes["refused"] += 1
         else:
@@ -288,12 +288,8 @@ def test_a_full_disk_is_an_error_that_loses_nothing(
         for size in range(16, 400, 8):
             subprocess.run(["mount", "-o", f"remount,size={size}k", str(small)], check=True)
             before = _committed(small)
-            model = mlp()
-            trajectory = sf.Trajectory(sorted((tmp_path / "run").glob("*.safetensors")), [10, 20, 30], 0.1, N)
-            analyzer = analyzer_of(model, trajectory, small, sf.tasks.Classification(), method=sf.Source(segments=2))
             try:
-                analyzer.fit(vectors(N), batch_size=2)
-                analyzer.score(sf.Groups.from_lists(GROUPS, N), vectors(N), vectors(5, seed=5), batch_size=2)
+                _scored(tmp_path, small)
             except sf.StoreError as problem:
                 assert "the disk is full" in str(problem) and "committed before is kept" in str(problem)
                 assert before.items() <= _committed(small).items()

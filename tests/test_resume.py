@@ -8,8 +8,7 @@ import signal
 import subprocess
 import sys
 import textwrap
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,10 +20,18 @@ from torch import nn
 from torch.utils.data import Dataset, TensorDataset
 
 import segflow as sf
-from segflow import files as files_module
 from segflow.methods import Operator, Plan, Term
 
-from .helpers import FixedLabels, analyzer_of, mlp, perturbed_states, trajectory_of, vectors
+from .helpers import (
+    FixedLabels,
+    Stopped,
+    analyzer_of,
+    mlp,
+    perturbed_states,
+    stopping_at,
+    trajectory_of,
+    vectors,
+)
 
 N, QUERIES, BATCH = 21, 3, 7
 PASSES = N // BATCH  # batches in one pass over the training data
@@ -69,10 +76,6 @@ class Walked(Dataset):
         return [self.data[index] for index in indices]
 
 
-class Stopped(Exception):
-    """The user's process died here."""
-
-
 def stop() -> None:
     raise Stopped
 
@@ -102,28 +105,6 @@ def scored(found: sf.Analyzer, train: Any = None, query: Any = None, groups: Any
         vectors(QUERIES, seed=5) if query is None else query,
         **{"batch_size": BATCH, **options},
     )
-
-
-@contextmanager
-def stopping_at(call: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """Stop at the n-th time that the store syncs or renames; the list counts the calls."""
-    calls: list[str] = []
-
-    def wrap(name: str) -> Callable[..., Any]:
-        real = getattr(os, name)
-
-        def run(*args: Any) -> Any:
-            calls.append(name)
-            if len(calls) == call:
-                raise Stopped
-            return real(*args)
-
-        return run
-
-    with monkeypatch.context() as patched:
-        for name in ("fsync", "replace"):
-            patched.setattr(files_module.os, name, wrap(name))
-        yield calls
 
 
 # Stopped and gone on

@@ -15,6 +15,8 @@ from segflow import files
 from segflow.errors import StoreError
 from segflow.store import Store
 
+from .helpers import stopping_at
+
 MADE = {"model": {"0": [1, 3, 6]}, "batch_size": 7, "options": {"a": None, "b": (1, 2)}}
 
 
@@ -229,8 +231,7 @@ def test_a_store_of_format_1_is_read_and_brought_to_format_2_by_the_first_write(
 def test_a_migration_that_is_stopped_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: int) -> None:
     store = written(tmp_path, ("unit", "a/b"))
     as_format_1(tmp_path)
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        _stop_at(patched, call)
+    with stopping_at(call, monkeypatch, KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
         store.write("other", tensors(3), MADE)
     assert store.names() == ["a/b", "unit"] and same(read(store, "a/b"), tensors())
     store.write("other", tensors(3), MADE)
@@ -238,22 +239,6 @@ def test_a_migration_that_is_stopped_loses_nothing(tmp_path: Path, monkeypatch: 
 
 
 # Interrupted writes
-
-
-def _stop_at(patched: pytest.MonkeyPatch, call: int) -> None:
-    calls = []
-
-    def wrap(real: Any) -> Any:
-        def run(*arguments: Any) -> Any:
-            calls.append(real)
-            if len(calls) == call:
-                raise KeyboardInterrupt
-            return real(*arguments)
-
-        return run
-
-    for name in ("fsync", "replace"):
-        patched.setattr(files.os, name, wrap(getattr(os, name)))
 
 
 @pytest.mark.parametrize("call", ["fsync", "replace"])
