@@ -26,15 +26,15 @@ from torch import Tensor
 
 from segflow.capture import observing
 from segflow.data import batches, in_order
-from segflow.factors import corrected_eigenvalues, covariances
 from segflow.groups import Groups, shares, tiles
 from segflow.kronecker import Eigenbasis, eigenvectors, mean_over
 from segflow.layers import choose_layers
 from segflow.lens import make_lens
+from segflow.passes import corrected_eigenvalues, covariances
 from segflow.queries import Gradients, query_gradients
 from segflow.ranks import Ranks
 from segflow.tasks import Classification
-from segflow.trainside import MetQueries, tile_scores
+from segflow.trainside import MetQueries, TrainSide, tile_scores
 
 HERE = Path(__file__).parent
 PEER_QUERIES = 200
@@ -72,7 +72,7 @@ class Ours:
 
     def make_bases(self) -> dict[str, Eigenbasis]:
         def side(total: Tensor, rows: Tensor, name: str) -> Tensor:
-            return eigenvectors(mean_over([(total, rows)]), name).float()
+            return eigenvectors(mean_over([(total, rows)], (1.0,)), name).float()
 
         return {
             name: Eigenbasis(side(sums.a_PII, sums.a_rows, name), side(sums.g_POO, sums.g_rows, name))
@@ -98,7 +98,7 @@ class Ours:
             [tile] = tiles(pieces, BATCH, len(groups))
             data = self.walk(self.train, [batch.examples for batch in tile.batches])
             met = MetQueries(queries, bases, 1, ALONE)
-            return tile_scores(self.plain, data, tile, met, BUDGET, "the benchmark")
+            return tile_scores(self.plain, data, tile, TrainSide(met, len(groups), BUDGET), "the benchmark")
 
     def product(self, count: int) -> Callable[[], object]:
         """All queries [Q, D] times `count` summed gradients [K, D], for each layer; in slices of at most 128."""

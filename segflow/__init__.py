@@ -6,6 +6,17 @@ SOURCE (influence followed back through training, Bae et al. 2024) on EK-FAC cur
 
 from . import evaluation, tasks
 from .analyzer import Analyzer
+from .baselines import (
+    TRAK,
+    GradientCosine,
+    GradientDot,
+    Hydra,
+    InfluenceFunction,
+    LiSSA,
+    ProjectedFisher,
+    RepresentationSimilarity,
+    TracIn,
+)
 from .errors import (
     FactorError,
     GroupError,
@@ -19,22 +30,30 @@ from .errors import (
     TrajectoryError,
 )
 from .groups import Groups
-from .methods import InfluenceFunction, Source, TracIn
+from .methods import Source
+from .optimizers import OptimizerConstants
 from .record import record
 from .scores import Scores
 from .task import Task
-from .trajectory import OptimizerConstants, Trajectory
+from .trajectory import Trajectory
 
 __all__ = [
+    "TRAK",
     "Analyzer",
     "FactorError",
+    "GradientCosine",
+    "GradientDot",
     "GroupError",
     "Groups",
+    "Hydra",
     "InfluenceFunction",
     "LayerError",
+    "LiSSA",
     "MethodError",
     "OptimizerConstants",
+    "ProjectedFisher",
     "RankError",
+    "RepresentationSimilarity",
     "ScoreError",
     "Scores",
     "SegflowError",

@@ -6,32 +6,32 @@ import os
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from . import checks
 from .capture import observing
-from .data import Batch, Collate, batches, dataset_length, in_order
-from .errors import GroupError, MethodError, ScoreError, SegflowError, TrajectoryError, check_choice
-from .factors import covariances, fit
-from .groups import Groups
+from .curvature import checkpoint_statistics
+from .data import Collate, dataset_length
+from .errors import ScoreError, SegflowError, TrajectoryError, check_choice
+from .factors import Needs, fit, fitting_needs
+from .fitted import Fitted
+from .groups import Groups, check_groups
 from .interrupts import orderly
 from .journal import Journal, Summary
-from .layers import choose_layers
-from .lens import Lens
-from .methods import Method, Plan, Source, curvatures, describe
-from .progress import track
-from .ranks import Ranks, current, is_sharded, unwrap
+from .labelling import RunParts, labelled
+from .methods import Cuts, Method, Source, describe
+from .plans import Plan
+from .ranks import current, unwrap
 from .scores import Scores
-from .scoring import score_parts
+from .scoring import Scoring, score_parts
+from .setup import Settings, by_stage, check_arguments, workspaces
 from .store import Store
-from .task import check_task, task_fingerprint, tracked_module_names
 from .trajectory import Trajectory
 from .units import Units
-from .workspace import Workspace, check_parameter_names, settle_parameter_groups
+from .workspace import Workspace
 
 
 class Analyzer:
@@ -42,11 +42,13 @@ class Analyzer:
 
     Args:
         model: the model that was trained; only its architecture matters, its parameters are put back as they were.
-        task: a segflow.Task (or any object with its methods, such as a Kronfluence task).
-        trajectory: what training left behind.
+        task: a segflow.Task (or any object with its methods, such as a Kronfluence task); of training in several stages
+            with losses of their own, {stage: task}.
+        trajectory: what training left behind; a list of several runs of one recipe is an ensemble, whose scores are
+            averaged, with their spread.
         store: the folder for factors and scores; methods may share one, one run at a time (a lock sees to it). Its
             `events.jsonl` logs what was done.
-        method: what to compute, by default Source(); see segflow.methods.
+        method: what to compute, by default Source(); see segflow.methods and segflow.baselines.
         seed: of the pseudo-labels.
         memory: bytes that queries, groups and per-example gradients may take together in one process, besides the
             model's own activations; what needs more is taken in tiles (of at least one query and one group), each of
@@ -62,7 +64,7 @@ class Analyzer:
         self,
         model: nn.Module,
         task: Any,
-        trajectory: Trajectory,
+        trajectory: Trajectory | Sequence[Trajectory],
         *,
         store: str | os.PathLike[str],
         method: Method | None = None,
@@ -71,26 +73,38 @@ class Analyzer:
         collate_fn: Collate | None = None,
         progress: bool | None = None,
     ):
-        _check_arguments(task, trajectory, method, memory)
-        model = unwrap(model)
-        check_parameter_names(model, trajectory)
-        recorded = trajectory.parameter_groups
-        layers = choose_layers(model, tracked_module_names(task), None if recorded is None else recorded.__contains__)
-        layers, groups = settle_parameter_groups(layers, trajectory)
+        runs = [trajectory] if isinstance(trajectory, Trajectory) else list(trajectory)
+        check_arguments(runs, method, memory)
         self.method = method if method is not None else Source()
-        self.plan: Plan = self.method.plan(trajectory)
         ranks = current()
         units = Units(Store(store), ranks, Journal(Path(store) / "events.jsonl", ranks, progress))
-        self.work = Workspace(
-            model, task, trajectory, units, layers, groups, seed, memory, collate_fn, progress, is_sharded(model)
-        )
+        settings = Settings(unwrap(model), units, seed, memory, collate_fn, progress)
+        self.runs = [
+            workspaces(settings, task, run, f"runs/{number}/" if len(runs) > 1 else "")
+            for number, run in enumerate(runs, start=1)
+        ]
+        if not self._automatic:
+            for works in self.runs:  # refuses now what does not fit
+                for place in range(len(works)):
+                    self.method.plan(works[-1].run, place)
+
+    @property
+    def work(self) -> Workspace:
+        """The last stage of the first run."""
+        return self.runs[0][-1]
+
+    @property
+    def _automatic(self) -> bool:
+        """Whether plans need statistics of the checkpoints."""
+        return bool(getattr(self.method, "automatic", False))
 
     def check(self, train: Any, query: Any | None = None, *, curvature_tolerance: float = 1.25) -> checks.CheckReport:
         """Say what is wrong with the task, the model or the trajectory, before hours are spent.
 
         On a few batches: the loss is a sum over the batch, repeats itself, reaches every tracked layer and is finite;
         `sample=True` has the exact Gauss-Newton curvature's scale to within `curvature_tolerance`; every checkpoint
-        fits the model. With `query`, the measurement is checked likewise.
+        fits the model. With `query`, the measurement is checked likewise. Of an ensemble the losses are those of the
+        first run; training data is given as to `fit`.
 
         Returns:
             A report that prints what share of the parameters is attributed, and what is not, and why.
@@ -98,28 +112,29 @@ class Analyzer:
         Raises:
             TaskError, LayerError, TrajectoryError: naming the fault.
         """
-        work, last = self.work, len(self.work.trajectory) - 1
-        work.require_training_data(train)
+        trains = self._by_stage(train)
+        reports: dict[str, checks.CheckReport] = {}
         with self._stage("check", store=False):
-            for index in track(range(last + 1), "checkpoints fit the model", enabled=work.progress):
-                work.load(index)
-            lens = work.lens("train", train)
-            self._check_loss(lens, train)
-            if query is not None:
-                dataset_length(query, "query")
-                self._check_loss(work.lens("measurement", query), query)
-            sample = replace(lens, kind="sample", seed=work.seed)
-            covariances(sample, self._few(train), Ranks(), f"check, {work.where(last)}")
-            work.load(0)  # the least converged checkpoint: pseudo-labels still vary there
-            scale = checks.curvature_scale(lens, sample, next(self._few(train)))
-        checks.require_scale(scale, curvature_tolerance, work.task)
-        return checks.report(work.model, work.layers, scale)
+            for works in self.runs:
+                checks.check_checkpoints(works)
+            for work, data in zip(self.runs[0], trains, strict=True):
+                if data is not None:
+                    scale = checks.check_stage(work, data, query if work is self.work else None)
+                    checks.require_scale(scale, curvature_tolerance, work.task)
+                    reports[work.trajectory.stage] = checks.report(work.model, work.layers, scale)
+        *earlier, last = reports.items()
+        return replace(last[1], earlier=dict(earlier))
 
     def fit(self, train: Any, batch_size: int = 128) -> None:
-        """Fit the Kronecker factors that the method needs; what the store holds already is not done again.
+        """Fit what the method needs of the training data; what the store holds already is not done again.
 
         A run that was stopped goes on where it was, also with another batch size or number of processes: what a pass
         draws for an example depends on the seed, the checkpoint and the example only.
+
+        Args:
+            train: the training dataset; of training in several stages {stage: dataset}, where stages that come before
+                the first one that is to be attributed may be left out.
+            batch_size: examples in one forward and backward.
 
         Raises:
             StoreError: the store holds factors of another model, dataset, task, checkpoint or setting, is damaged, or
@@ -128,11 +143,19 @@ class Analyzer:
             LayerError, TaskError, FactorError: a layer is never reached, or numbers are not finite.
         """
         batch_size = _batch_size(batch_size)
-        self.work.require_training_data(train)
-        pools = curvatures(self.plan)
-        if pools:
-            with self._stage("fit", batch_size=batch_size):
-                fit(self.work, pools, train, batch_size)
+        trains = self._by_stage(train)
+        if not self._automatic and not any(fitting_needs(self._plans(works, trains, None)) for works in self.runs):
+            return
+        with self._stage("fit", batch_size=batch_size):
+            for works in self.runs:
+                given = [place for place, data in enumerate(trains) if data is not None]
+                if self._automatic:
+                    for place in given:
+                        fit(works[place], Needs(statistics=True), trains[place], batch_size)
+                needs = fitting_needs(self._plans(works, trains, self._cuts(works, trains)))
+                for place in given:
+                    if place in needs:
+                        fit(works[place], needs[place], trains[place], batch_size)
 
     def score(
         self,
@@ -141,17 +164,20 @@ class Analyzer:
         query: Any,
         *,
         batch_size: int = 128,
+        stage: str | None = None,
         query_labels: Sequence[object] | None = None,
         keep: Collection[str] = (),
     ) -> Scores:
         """Score groups of training data against queries.
 
         Args:
-            groups: of `train`'s examples.
-            train: the training dataset; query: a dataset whose every example is a query.
+            groups: of the stage's examples.
+            train: the training data, as given to `fit`; query: a dataset whose every example is a query.
             batch_size: examples in one forward and backward.
+            stage: whose training data is scored, of training in several stages; by default the last one's.
             query_labels: names for the queries; by default their indices.
-            keep: "term" and "layer": keep the scores' parts in `by_term` (for SOURCE: by segment) and `by_layer`.
+            keep: "term", "layer" and "run": keep the scores' parts in `by_term` (for SOURCE: by segment), `by_layer`
+                and, of an ensemble, `by_run`.
 
         Returns:
             Scores [queries, groups]: the predicted change of each query's measurement if the group were removed.
@@ -161,26 +187,22 @@ class Analyzer:
             GroupError, ScoreError, TrajectoryError: groups, queries or training data do not fit.
         """
         for part in keep:
-            check_choice("keep", part, ("term", "layer"), ScoreError)
-        batch_size = _batch_size(batch_size)
-        self.work.require_training_data(train)
-        length = self.work.trajectory.dataset_size
-        if not isinstance(groups, Groups):
-            raise GroupError(
-                f"groups is a {type(groups).__name__}: expected segflow.Groups, as from Groups.from_lists()."
-            )
-        if groups.length != length:
-            raise GroupError(
-                f"the groups are about {groups.length} examples, the training data has {length}. "
-                "Make the groups anew from this dataset."
-            )
+            check_choice("keep", part, ("term", "layer", "run"), ScoreError)
+        batch_size, trains = _batch_size(batch_size), self._by_stage(train)
+        place = self._place(stage, trains)
+        check_groups(groups, self.work.run.stages[place].dataset_size)
         count = dataset_length(query, "query")
         labels = tuple(map(str, range(count) if query_labels is None else query_labels))
         if len(labels) != count:
             raise ScoreError(f"{len(labels)} query labels for {count} queries: expected one for each.")
+        found: list[RunParts] = []
         with self._stage("score", batch_size=batch_size, groups=len(groups), queries=count):
-            parts = score_parts(self.work, self.plan, groups, train, query, batch_size, "layer" in keep)
-        return self._labelled(parts, groups, labels, keep)
+            for works in self.runs:
+                cuts = self._cuts(works, trains)
+                plan = self._plan(works, place, cuts)
+                scoring = Scoring(works, place, plan, groups, trains, batch_size, "layer" in keep)
+                found.append(RunParts(works, plan, cuts, score_parts(scoring, query)))
+        return labelled(found, self.method, groups, place, labels, keep)
 
     def summary(self) -> Summary:
         """What was done so far: units made and found, time and peak memory, for each stage and kind of work."""
@@ -197,65 +219,57 @@ class Analyzer:
             stack.enter_context(units.journal.stage(name, ranks=work.ranks.count, **describe(self.method), **facts))
             if held is not None and held.took_over:
                 units.journal.event("took_over", holder=held.took_over)
-            work.ranks.agree("the model, task and settings", work.settings() | facts)
+            settings = [own.settings() for works in self.runs for own in works]
+            work.ranks.agree("the model, task and settings", [settings, facts])
             stack.enter_context(observing(work.model))
             yield
 
-    def _labelled(self, parts_TLQK: Tensor, groups: Groups, labels: tuple[str, ...], keep: Collection[str]) -> Scores:
-        terms = [term.label for term in self.plan]
-        steps, layers = self.work.trajectory.steps, list(self.work.layers.tracked)
-        provenance = {
-            **describe(self.method),
-            "terms": {term.label: [steps[index] for index in term.train_checkpoints] for term in self.plan},
-            "optimizer": self.work.trajectory.optimizer.name,
-            "attributed_layers": layers,
-            "seed": self.work.seed,
-            "not_attributed": dict(self.work.layers.skipped),
-            "task": {key: task_fingerprint(self.work.task)[key] for key in ("class", "options")},
-            "measurement": str(getattr(self.work.task, "measurement", "compute_measurement")),
-            "segflow": metadata.version("segflow"),
-        }
-        return Scores(
-            parts_TLQK.sum((0, 1)),
-            labels,
-            groups.labels,
-            tuple(groups.sizes.tolist()),
-            provenance,
-            dict(zip(terms, parts_TLQK.sum(1), strict=True)) if "term" in keep else {},
-            dict(zip(layers, parts_TLQK.sum(0), strict=True)) if "layer" in keep else {},
-        )
+    def _plan(self, works: Sequence[Workspace], place: int, cuts: Cuts | None) -> Plan:
+        """The method's plan for one stage's data."""
+        extra = {"cuts": cuts} if self._automatic else {}
+        return self.method.plan(works[-1].run, place, **extra)
 
-    def _few(self, dataset: Any, size: int = 16) -> Iterator[Batch]:
-        device = next(self.work.model.parameters()).device
-        lists = in_order(min(len(dataset), 4 * size), size)
-        return batches(dataset, lists, self.work.collate_fn, device)
+    def _plans(self, works: Sequence[Workspace], trains: Sequence[Any], cuts: Cuts | None) -> list[Plan]:
+        """The plans for every stage whose training data is given."""
+        return [self._plan(works, place, cuts) for place, data in enumerate(trains) if data is not None]
 
-    def _check_loss(self, lens: Lens, dataset: Any) -> None:
-        count = min(len(dataset), 16)
-        lists = [range(count), *in_order(count, max(1, (count + 1) // 2))]
-        whole, *halves = batches(dataset, lists, self.work.collate_fn, lens.device)
-        checks.check_sum(lens, whole, halves)
-        some = range(min(count, 4))
-        together, *alone = batches(dataset, [some, *([index] for index in some)], self.work.collate_fn, lens.device)
-        checks.check_examples(lens, together, alone)
-        checks.check_reached(lens, self._few(dataset), self.work.where(len(self.work.trajectory) - 1))
+    def _cuts(self, works: Sequence[Workspace], trains: Sequence[Any]) -> Cuts | None:
+        """For segments="auto": where the stages are cut, from the statistics that `fit` left in the store."""
+        if not isinstance(self.method, Source) or not self._automatic:
+            return None
+        fitted = Fitted(works, trains)
+        given = [place for place, data in enumerate(trains) if data is not None]
+        statistics = {place: checkpoint_statistics(works[place], fitted.train_from(place)) for place in given}
+        return self.method.cuts(works[-1].run, statistics)
+
+    def _by_stage(self, train: Any) -> list[Any]:
+        """The training data of each stage, None where it is not given."""
+        works = self.runs[0]
+        trains = by_stage(train, [work.trajectory.stage for work in works], "train")
+        given = [data is not None for data in trains]
+        if not given[-1] or given != sorted(given):
+            raise TrajectoryError(
+                f"training data is given for {[w.trajectory.stage for w, ok in zip(works, given, strict=True) if ok]}: "
+                "expected it for the stage to attribute and for all later ones, which let it decay."
+            )
+        for run in self.runs:
+            for work, data in zip(run, trains, strict=True):
+                if data is not None:
+                    work.require_training_data(data)
+        return trains
+
+    def _place(self, stage: str | None, trains: Sequence[Any]) -> int:
+        """The place of the stage to score."""
+        names = [work.trajectory.stage for work in self.runs[0]]
+        if stage is None:
+            return len(names) - 1
+        check_choice("stage", stage, names, TrajectoryError)
+        if trains[names.index(stage)] is None:
+            raise TrajectoryError(f"stage={stage!r}: its training data is not given. Pass {{stage: dataset}}.")
+        return names.index(stage)
 
 
 def _batch_size(given: int) -> int:
     if given < 1 or int(given) != given:
         raise SegflowError(f"batch_size={given}: expected at least 1, a whole number.")
     return int(given)
-
-
-def _check_arguments(task: Any, trajectory: Any, method: Any, memory: Any) -> None:
-    """Name what was given where something else is expected."""
-    check_task(task)
-    if not isinstance(trajectory, Trajectory):
-        raise TrajectoryError(
-            f"trajectory={trajectory!r}: expected a segflow.Trajectory. "
-            "Read a recorded run with Trajectory.load(folder)."
-        )
-    if method is not None and (isinstance(method, type) or not callable(getattr(method, "plan", None))):
-        raise MethodError(f"method={method!r}: expected one of Source(...), InfluenceFunction(...), TracIn().")
-    if isinstance(memory, bool) or not isinstance(memory, int) or memory < 1:
-        raise SegflowError(f"memory={memory!r}: expected a whole number of bytes, such as 2 << 30.")

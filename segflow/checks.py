@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping, MutableMapping
-from dataclasses import dataclass, fields, is_dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .capture import requiring_grad
-from .data import Batch
+from .data import Batch, batches, dataset_length, in_order
 from .errors import LayerError, TaskError
 from .layers import LayerChoice, Tokens, TrackedLayer
 from .lens import FiniteWatch, Lens
+from .passes import covariances
+from .plans import Point
+from .progress import track
 from .ranks import Ranks, is_sharded
+from .workspace import Workspace
 
 _DIRECTIONS = 8  # random directions along which curvatures are compared
 _DRAWS = 64  # sampled losses for each batch
@@ -48,15 +52,55 @@ class CheckReport:
     parameters: int
     skipped: Mapping[str, str]
     curvature: CurvatureScale
+    earlier: Mapping[str, CheckReport] = field(default_factory=dict)  # of earlier stages
 
     def __str__(self) -> str:
         share = self.attributed / max(1, self.parameters)
-        lines = [f"attributed: {self.attributed:,} of {self.parameters:,} parameters ({share:.1%})"]
+        before = [f"stage {name!r}:\n{report}\n\nlast stage:" for name, report in self.earlier.items()]
+        lines = [*before, f"attributed: {self.attributed:,} of {self.parameters:,} parameters ({share:.1%})"]
         lines += [f"not attributed: {name or 'the model itself'}: {reason}" for name, reason in self.skipped.items()]
         lines += ["the loss is a sum over the batch, repeats itself, and is finite; every tracked layer is reached"]
         return "\n".join([*lines, str(self.curvature)])
 
     __repr__ = __str__
+
+
+def check_checkpoints(works: Sequence[Workspace]) -> None:
+    """Every checkpoint of a run fits the model; TrajectoryError for one that does not."""
+    points = [(work, Point.at(work.stage, index)) for work in works for index in range(len(work.trajectory))]
+    for work, point in track(points, "checkpoints fit the model", enabled=works[-1].progress):
+        work.load(point)
+
+
+def check_stage(work: Workspace, train: Any, query: Any | None) -> CurvatureScale:
+    """The training loss of one stage, and the measurement where queries are given; how far its curvature is off."""
+    work.load(work.last)
+    lens = work.lens("train", train)
+    _check_loss(work, lens, train)
+    if query is not None:
+        dataset_length(query, "query")
+        _check_loss(work, work.lens("measurement", query), query)
+    sample = replace(lens, kind="sample", seed=work.seed)
+    covariances(sample, _few(work, train), Ranks(), f"check, {work.where(work.last)}")
+    work.load(Point.at(work.stage, 0))  # the least converged checkpoint: pseudo-labels still vary there
+    return curvature_scale(lens, sample, next(_few(work, train)))
+
+
+def _few(work: Workspace, dataset: Any, size: int = 16) -> Iterator[Batch]:
+    device = next(work.model.parameters()).device
+    lists = in_order(min(len(dataset), 4 * size), size)
+    return batches(dataset, lists, work.collate_fn, device)
+
+
+def _check_loss(work: Workspace, lens: Lens, dataset: Any) -> None:
+    count = min(len(dataset), 16)
+    lists = [range(count), *in_order(count, max(1, (count + 1) // 2))]
+    whole, *halves = batches(dataset, lists, work.collate_fn, lens.device)
+    check_sum(lens, whole, halves)
+    some = range(min(count, 4))
+    together, *alone = batches(dataset, [some, *([index] for index in some)], work.collate_fn, lens.device)
+    check_examples(lens, together, alone)
+    check_reached(lens, _few(work, dataset), work.where(work.last))
 
 
 def report(model: nn.Module, choice: LayerChoice, curvature: CurvatureScale) -> CheckReport:
@@ -190,7 +234,11 @@ def _slopes(lens: Lens, batch: Batch, directions: Mapping[str, Tensor]) -> dict[
 
 def _gauss_newton_forms(lens: Lens, batch: Batch, directions: Mapping[str, Tensor]) -> Tensor | None:
     """sum over directions v of (J v)^T H (J v): J of the model's outputs, H the loss's Hessian in the outputs."""
-    pairs = [pair for name, layer in lens.layers.items() for pair in _by_parameter(layer, directions[name])]
+    pairs = [
+        pair
+        for name, layer in lens.layers.items()
+        for pair in zip(layer.parameters, layer.by_parameter(directions[name]), strict=True)
+    ]
     parameters = [parameter for parameter, _ in pairs]
     math_only = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
     with torch.enable_grad(), requiring_grad(parameters), math_only:
@@ -222,16 +270,6 @@ def _one_form(used: list[tuple[Tensor, Tensor]], parameters: list[Tensor], direc
     bent = torch.autograd.grad(slopes, outputs, pushed, retain_graph=True, allow_unused=True)
     forms = [(u.double() * h.double()).sum() for u, h in zip(pushed, bent, strict=True) if h is not None]
     return torch.stack(forms).sum() if forms else torch.zeros(())
-
-
-def _by_parameter(layer: TrackedLayer, directions_RPOI: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """(parameter, directions [R, *its shape]) for a layer's weight, and for its bias if it has one."""
-    weight, R = layer.module.get_parameter("weight"), len(directions_RPOI)
-    inputs = layer.shape[2] - int(layer.has_bias)
-    pairs: list[tuple[Tensor, Tensor]] = [(weight, directions_RPOI[..., :inputs].reshape(R, *weight.shape))]
-    if layer.has_bias:
-        pairs.append((layer.module.get_parameter("bias"), directions_RPOI[..., inputs].reshape(R, -1)))
-    return pairs
 
 
 def _handed_on(output: Any, found: list[Tensor]) -> Any:

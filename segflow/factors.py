@@ -1,14 +1,11 @@
-"""The data passes that fit Kronecker factors per checkpoint and pool them per segment, unit by unit.
+"""Fitting: what a plan needs of the training data as units of the store, each made once, from the units below it.
 
-Each rank walks its share of the data, and the sums are reduced once for each unit. Units in the store:
-
-    covariance/step-S             sums of a a^T and g g^T at the checkpoint of step S
-    eigenbasis/steps-S-T          bases of A and S averaged over the checkpoints of steps S, T, ...
-    eigenvalues/steps-S-T/step-S  corrected eigenvalues in that basis at the checkpoint of step S
+Each rank walks its share of the data, and the sums are reduced once for each unit. `curvature` lists the units.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -16,190 +13,279 @@ from functools import lru_cache, partial
 from itertools import zip_longest
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
-from .data import Batch, digest, in_order
-from .errors import FactorError, TaskError
+from .curvature import (
+    basis_unit,
+    covariance_unit,
+    eigenvalues_unit,
+    kernel_from,
+    kernel_unit,
+    moments_unit,
+    pool_from,
+    preconditioner_blocks,
+    preconditioner_from,
+    statistics_unit,
+    stored_basis,
+    unsaved,
+)
+from .data import Batch, evenly_spaced, in_order
 from .files import Tensors
-from .kronecker import Covariance, Eigenbasis, KroneckerBlock, add_squared_projections_, eigenvectors, mean_over
-from .layers import Tokens, TrackedLayer
-from .lens import FiniteWatch, Lens
-from .ranks import Ranks, balanced
-from .task import attention_mask
+from .kronecker import Eigenbasis, RankOne, eigenvectors, kfac_eigenvalues, mean_over
+from .lens import Lens
+from .passes import corrected_eigenvalues, covariances, gradient_moments, projected_kernel, sketches
+from .plans import (
+    Curvature,
+    Plan,
+    Point,
+    Preconditioner,
+    ProjectedInverse,
+    Projection,
+    curvatures,
+    preconditioners,
+    projected,
+)
+from .ranks import balanced
 from .units import Planned, Unit
 from .workspace import Workspace
 
-Pool = tuple[int, ...]  # indices of the checkpoints whose curvature is averaged
-_NAMED = 6  # steps that a unit's name spells out
-_KEPT_SHARE = 8  # of the memory budget, for a pool's blocks
+_PROBED = 256  # training examples whose gradients tell checkpoints apart
+_SKETCH = Projection(64, 0)
 
 
-def covariances(lens: Lens, data: Iterable[Batch], ranks: Ranks, where: str) -> dict[str, Covariance]:
-    """Covariance sums of every layer over one pass with pseudo-labels, of what all `ranks` walk.
+class Needs(NamedTuple):
+    """What plans need of one stage's data."""
 
-    where: names the checkpoint in errors.
-    """
-    totals = {name: Covariance.zeros(layer.shape, lens.dtype, lens.device) for name, layer in lens.layers.items()}
-    watch = FiniteWatch(f"covariance pass, {where}")
-    masks = used = 0
-    for batch in data:
-        mask = attention_mask(lens.task, batch.content)
-        _check_mask(mask, lens)
-        masks += mask is not None and not batch.idle
-
-        def consume(layer: TrackedLayer, tokens: Tokens, mask: Any = mask) -> None:
-            nonlocal used
-            own = _mask_of(layer, tokens, mask)
-            used += own is not None
-            totals[layer.name].add_(tokens, own)
-
-        lens.capture(batch, consume, watch)
-    watch.finish(lens.layers, ranks)
-    of_ranks = ranks.gather([masks, used])
-    if any(masks for masks, _ in of_ranks) and not any(used for _, used in of_ranks):
-        raise TaskError(
-            f"{watch.where}: get_attention_mask() fits no tracked layer's [examples, positions], so it would be "
-            "ignored. Return the mask of the positions that the layers see (shifted as the inputs are), or None."
-        )
-    ranks.sum_([total for sums in totals.values() for total in vars(sums).values()])
-    return totals
+    curvatures: Sequence[Curvature] = ()
+    preconditioners: Sequence[Preconditioner] = ()
+    kernels: Sequence[ProjectedInverse] = ()
+    statistics: bool = False
 
 
-def corrected_eigenvalues(
-    lens: Lens, data: Iterable[Batch], bases: Mapping[str, Eigenbasis], ranks: Ranks, where: str, budget: int
-) -> dict[str, Tensor]:
-    """Lambda [P, O, I] of every layer: the mean over examples of (Q_S^T G Q_A)^2, over one pass with pseudo-labels.
-
-    ranks: those that share the data; budget: bytes for per-example gradients of sequence and convolution layers.
-    """
-    totals = {
-        name: torch.zeros(layer.shape, dtype=lens.dtype, device=lens.device) for name, layer in lens.layers.items()
-    }
-    watch = FiniteWatch(f"corrected-eigenvalue pass, {where}")
-    examples = torch.zeros((), dtype=torch.float64, device=lens.device)
-
-    def consume(layer: TrackedLayer, tokens: Tokens) -> None:
-        add_squared_projections_(totals[layer.name], tokens, bases[layer.name], budget)
-
-    for batch in data:
-        lens.capture(batch, consume, watch)
-        examples += 0 if batch.idle else batch.size
-    watch.finish(lens.layers, ranks)
-    ranks.sum_([*totals.values(), examples])
-    finite = torch.stack([torch.isfinite(total).all() for total in totals.values()]).tolist()
-    if not all(finite):
-        raise FactorError(
-            f"{watch.where}: the corrected eigenvalues of layer {list(totals)[finite.index(False)]!r} are not finite. "
-            "Their sum over the data overflows; use a model in float64."
-        )
-    return {name: total / examples.to(total.dtype) for name, total in totals.items()}
+def fitting_needs(plans: Iterable[Plan]) -> dict[int, Needs]:
+    """What plans need of each stage's data; stages of which they need nothing are absent."""
+    every = tuple(term for plan in plans for term in plan)
+    found = (curvatures(every), preconditioners(every), projected(every))
+    stages = sorted({of.stage for kind in found for of in kind})
+    needs = {}
+    for stage in stages:
+        blocks, scales, kernels = (_of_stage(kind, stage) for kind in found)
+        needs[stage] = Needs(blocks, scales, kernels)
+    return needs
 
 
-def fit(work: Workspace, pools: Iterable[Pool], train: Any, batch_size: int) -> None:
-    """Make every unit that the pools need and the store does not hold; only inside `observing(model)`.
+def _of_stage(needed: Iterable[Any], stage: int) -> list[Any]:
+    return [of for of in needed if of.stage == stage]
 
-    A covariance whose eigenbasis is there is not needed any more.
+
+def fit(work: Workspace, needs: Needs, train: Any, batch_size: int) -> None:
+    """Make every unit that is needed and that the store does not hold; only inside `observing(model)`.
+
+    A unit whose only use is in units that are there is not made.
     """
     fitting = _Fitting(work, train, batch_size)
-    units, planned = work.units, {pool: fitting.planned(pool) for pool in pools}
-    every = {unit.name: unit for each in planned.values() for unit in each}.values()
+    units, planned, targets = work.units, *fitting.planned(needs)
     while True:  # a covariance made anew may make another pool's eigenbasis stale
-        held = units.held(every)
-        needed: dict[str, Planned] = {}
-        for pool, each in planned.items():
-            first = len(pool) if each[len(pool)].name in held else 0
-            needed |= {unit.name: unit for unit in each[first:]}
+        held = units.held(planned.values())
+        needed = _needed(planned, targets, held)
         expected: Counter[str] = Counter()
-        for unit in needed.values():
+        for unit in needed:
             expected[unit.kind] += unit.examples
         units.journal.expect(expected)
-        if not units.settle(list(needed.values()), held):
+        if not units.settle(needed, held):
             return
 
 
+def _needed(planned: Mapping[str, Planned], targets: Iterable[str], held: set[str]) -> list[Planned]:
+    """The targets and whatever is missing below those that are not held, in the order of planning."""
+    chosen: set[str] = set()
+
+    def choose(name: str) -> None:
+        if name not in chosen:
+            chosen.add(name)
+            for source in () if name in held else planned[name].inputs:
+                choose(source)
+
+    for name in targets:
+        choose(name)
+    return [unit for name, unit in planned.items() if name in chosen]
+
+
 class _Fitting:
-    """One fitting run: plans the units of a pool and makes them."""
+    """One fitting run of one stage: plans units and makes them."""
 
     def __init__(self, work: Workspace, train: Any, batch_size: int):
-        self.work, self.train = work, train
-        work.load(len(work.trajectory) - 1)
-        lens = work.lens("train", train)  # checked with labels that repeat themselves
-        self.lens = replace(lens, kind="sample", seed=work.seed, place=work.trajectory.total_steps)
+        self.work, self.train, self.batch_size = work, train, batch_size
+        work.load(work.last)
+        self.own = work.lens("train", train)  # checked with labels that repeat themselves
+        self.sample = replace(self.own, kind="sample", seed=work.seed, place=work.trajectory.total_steps)
         self.lists = work.ranks.share(in_order(len(train), batch_size))
-        self.made_from = {
-            **work.made_from(train, self.lens),
-            **work.sampling_needs(train, self.lens, batch_size),
-            "dtype": str(lens.dtype),
+        self.train_from = work.made_from(train, self.own)
+        self.sampled_from = {
+            **work.made_from(train, self.sample),
+            **work.sampling_needs(train, self.sample, batch_size),
+            "dtype": str(self.own.dtype),
         }
+        self.blocks = lru_cache(2)(lambda of: preconditioner_blocks(work, of, self.train_from, self.own))
         self.bases = lru_cache(1)(self._read_bases)
+        self._planned: dict[str, Planned] = {}
 
-    def planned(self, pool: Pool) -> list[Planned]:
-        """A pool's units in the order of making: a covariance for each checkpoint, the eigenbasis, the eigenvalues."""
-        work, examples = self.work, sum(map(len, self.lists))
-        digests = {index: work.checkpoint_digest(index) for index in pool}
-        covariances = [
-            Planned(
+    def planned(self, needs: Needs) -> tuple[dict[str, Planned], list[str]]:
+        """Units by name in the order of making, and the names of those that must be there in the end."""
+        targets: list[str] = []
+        missing = list(dict.fromkeys(point for of in needs.preconditioners for point in self._unsaved(of)))
+        if missing:
+            warnings.warn(
+                f"{self.work.trajectory.optimizer.name}'s second moments were not saved at {len(missing)} checkpoints, "
+                "so they are estimated from gradients there (see the scores' provenance).",
+                stacklevel=4,
+            )
+        for of in needs.preconditioners:
+            preconditioner_from(self.work, of)  # refuses what cannot be estimated
+        targets += [self._moments(point) for point in missing]
+        for curvature in needs.curvatures:
+            targets += self._curvature(curvature)
+        targets += [self._kernel(inverse) for inverse in needs.kernels]
+        if needs.statistics:
+            stage = self.work.stage
+            targets += [self._statistics(Point.at(stage, index)) for index in range(len(self.work.trajectory))]
+        return self._planned, targets
+
+    def _unsaved(self, of: Preconditioner) -> list[Point]:
+        return [Point.at(of.stage, index) for index in unsaved(self.work, of)]
+
+    def _plan(self, kind: str, name: str, made_from: Mapping[str, Any], make: Any, inputs: Sequence[str] = ()) -> str:
+        examples = sum(map(len, self.lists)) if kind not in ("eigenbasis", "kfac", "statistics") else 0
+        self._planned.setdefault(name, Planned(kind, name, dict(made_from), tuple(inputs), examples, make))
+        return name
+
+    def _curvature(self, curvature: Curvature) -> list[str]:
+        """Plan a curvature's units: a covariance for each point, the eigenbasis, the eigenvalues."""
+        work, points = self.work, curvature.points
+        digests = [work.checkpoint_digest(point) for point in points]
+        if curvature.kind == "diagonal":
+            return [
+                self._plan(
+                    "diagonal",
+                    eigenvalues_unit(work, curvature, point),
+                    self.sampled_from | {"checkpoint": digest},
+                    partial(self._make_eigenvalues, point, None),
+                )
+                for point, digest in zip(points, digests, strict=True)
+            ]
+        sources = [
+            self._plan(
                 "covariance",
-                _covariance_unit(work, index),
-                self.made_from | {"checkpoint": digests[index]},
-                (),
-                examples,
-                partial(self._make_covariance, index),
+                covariance_unit(work, point),
+                self.sampled_from | {"checkpoint": digest},
+                partial(self._make_covariance, point),
             )
-            for index in pool
+            for point, digest in zip(points, digests, strict=True)
         ]
-        basis_from = self.made_from | {"checkpoints": list(digests.values())}
-        sources = tuple(unit.name for unit in covariances)
-        basis = Planned(
-            "eigenbasis", _basis_unit(work, pool), basis_from, sources, 0, partial(self._make_bases, pool, covariances)
-        )
-        eigenvalues = [
-            Planned(
+        made_from = self.sampled_from | pool_from(work, curvature, {}, self.own)
+        make = partial(self._make_bases, curvature, sources)
+        moments = [] if curvature.scaled is None else [self._moments(p) for p in self._unsaved(curvature.scaled)]
+        basis = self._plan("eigenbasis", basis_unit(work, curvature), made_from, make, [*sources, *moments])
+        if curvature.kind == "kfac":
+            make = partial(self._make_kfac, curvature, sources)
+            name = eigenvalues_unit(work, curvature, points[0])
+            return [basis, self._plan("kfac", name, made_from, make, [*sources, basis])]
+        return [basis] + [
+            self._plan(
                 "eigenvalues",
-                _eigenvalues_unit(work, pool, index),
-                basis_from | {"checkpoint": digests[index]},
-                (basis.name,),
-                examples,
-                partial(self._make_eigenvalues, index, basis),
+                eigenvalues_unit(work, curvature, point),
+                made_from | {"checkpoint": digest},
+                partial(self._make_eigenvalues, point, curvature),
+                [basis],
             )
-            for index in pool
+            for point, digest in zip(points, digests, strict=True)
         ]
-        return [*covariances, basis, *eigenvalues]
 
-    def _pass(self, index: int, kind: str) -> tuple[Lens, Iterator[Batch], str]:
-        """The lens and the data for one pass at a checkpoint, and the checkpoint's name."""
-        self.work.load(index)
-        lens, where = replace(self.lens, place=self.work.step(index)), self.work.where(index)
+    def _moments(self, point: Point) -> str:
+        made_from = self.train_from | {"checkpoint": self.work.checkpoint_digest(point)}
+        return self._plan("moments", moments_unit(self.work, point), made_from, partial(self._make_moments, point))
+
+    def _kernel(self, inverse: ProjectedInverse) -> str:
+        made_from = kernel_from(self.work, inverse, self.train_from, self.own)
+        return self._plan("kernel", kernel_unit(self.work, inverse), made_from, partial(self._make_kernel, inverse))
+
+    def _statistics(self, point: Point) -> str:
+        made_from = self.sampled_from | {"checkpoint": self.work.checkpoint_digest(point)}
+        name = statistics_unit(self.work, point)
+        return self._plan("statistics", name, made_from, partial(self._make_statistics, point))
+
+    def _pass(self, point: Point, lens: Lens, kind: str) -> tuple[Lens, Iterator[Batch], str]:
+        """The lens and the data for one pass at a point, and the point's name."""
+        self.work.load(point)
+        steps = self.work.run.stages[point.stage].steps
+        lens, where = replace(lens, place=steps[point.weights[-1][0]]), self.work.where(point)
         return lens, self.work.walk(lens, self.train, self.lists, f"{kind}, {where}"), where
 
-    def _make_covariance(self, index: int) -> Tensors:
-        lens, data, where = self._pass(index, "covariance")
+    def _make_covariance(self, point: Point) -> Tensors:
+        lens, data, where = self._pass(point, self.sample, "covariance")
         found = covariances(lens, data, self.work.ranks, where)
         return {f"{name}.{key}": value for name, sums in found.items() for key, value in vars(sums).items()}
 
-    def _make_eigenvalues(self, index: int, basis: Planned) -> Tensors:
-        bases = self.bases(basis.name)
-        lens, data, where = self._pass(index, "eigenvalues")
+    def _make_eigenvalues(self, point: Point, curvature: Curvature | None) -> Tensors:
+        bases = self.bases(curvature) if curvature is not None else None
+        if bases and curvature is not None and curvature.scaled is not None:
+            blocks = self.blocks(curvature.scaled)
+            bases = {name: basis.scaled(blocks[name].part) for name, basis in bases.items()}
+        lens, data, where = self._pass(point, self.sample, "eigenvalues")
         return corrected_eigenvalues(lens, data, bases, self.work.ranks, where, self.work.memory // 8)
 
-    def _make_bases(self, pool: Pool, sources: list[Planned]) -> Tensors:
+    def _make_moments(self, point: Point) -> Tensors:
+        lens, data, where = self._pass(point, self.own, "moments")
+        return gradient_moments(lens, data, self.work.ranks, where, self.work.memory // 8)
+
+    def _make_kernel(self, inverse: ProjectedInverse) -> Tensors:
+        self.work.load(inverse.point)
+        own = self.own if inverse.features == "train" else self.work.lens(inverse.features, self.train)
+        lens, data, where = self._pass(inverse.point, own, "projection")
+        return projected_kernel(lens, data, inverse.projection, self.work.ranks, where)
+
+    def _make_statistics(self, point: Point) -> Tensors:
+        """Sketches of some examples' training gradients (`gradients`) and pseudo-gradients (`curvature`)."""
+        chosen = evenly_spaced(len(self.train), _PROBED)
+        lists = [chosen[part.start : part.stop] for part in in_order(len(chosen), self.batch_size)]
+        found: Tensors = {}
+        for kind, own in (("gradients", self.own), ("curvature", self.sample)):
+            lens, _, where = self._pass(point, own, "statistics")
+            data = self.work.walk(lens, self.train, self.work.ranks.share(lists), f"statistics, {where}")
+            rows = sketches(lens, data, _SKETCH, self.work.ranks, where)
+            found |= {f"{name}.{kind}": value for name, value in rows.items()}
+        return found
+
+    def _make_kfac(self, curvature: Curvature, sources: list[str]) -> Tensors:
+        bases = self.bases(curvature)
+        units = [self.work.units.open(source, self._planned[source].made_from) for source in sources]
+        made = {}
+        for name, layer in self.own.layers.items():
+            inputs, outputs = (_pooled(units, _Side(name, *of), curvature.weights) for of in _shapes(*layer.shape))
+            positions = _positions(units, name, len(self.train), curvature.weights)
+            if inputs is not None and outputs is not None:
+                basis = Eigenbasis(*(side.double().cpu() for side in vars(bases[name]).values()))
+                made[name] = (positions * kfac_eigenvalues(basis, inputs, outputs)).to(self.own.dtype)
+        return made
+
+    def _make_bases(self, curvature: Curvature, sources: list[str]) -> Tensors:
         """Eigenvectors of the pooled covariances in float64, each side of each layer on one rank."""
-        ranks, steps = self.work.ranks, [self.work.step(index) for index in pool]
-        units = [self.work.units.open(source.name, source.made_from) for source in sources]
-        sides = _sides(self.lens)
+        ranks, where = self.work.ranks, [self.work.where(point) for point in curvature.points]
+        units = [self.work.units.open(source, self._planned[source].made_from) for source in sources]
+        sides, scales = _sides(self.own), self.blocks(curvature.scaled) if curvature.scaled else None
         owners = balanced([shape[0] * shape[1] ** 3 for _, _, shape in sides], ranks.count)
         hands = [
             [side for side, owner in zip(sides, owners, strict=True) if owner == rank] for rank in range(ranks.count)
         ]
         own: list[Tensor] = []
         for dealt in zip_longest(*hands):
-            matrix = ranks.deal([side and _pooled(units, side) for side in dealt], self.lens.device)
+            matrix = ranks.deal([side and _pooled(units, side, curvature.weights) for side in dealt], self.own.device)
             if matrix is not None:
                 own.append(matrix)
         found = []
-        for (name, side, _), matrix in zip(hands[ranks.index], own, strict=True):
-            found.append(eigenvectors(matrix, f"layer {name!r}, {side}, checkpoints at steps {steps}"))
+        for side, matrix in zip(hands[ranks.index], own, strict=True):
+            scaled = matrix if scales is None else _scaled(matrix, side, scales[side.layer].part)
+            found.append(eigenvectors(scaled, f"layer {side.layer!r}, {side.name}, {', '.join(where)}"))
         made = {}
         for dealt, vectors in zip_longest(zip_longest(*hands), found):
             for side, theirs in zip(dealt, ranks.collect(vectors), strict=False):
@@ -207,57 +293,9 @@ class _Fitting:
                     made[f"{side.layer}.{side.name}"] = theirs
         return made
 
-    def _read_bases(self, unit: str) -> dict[str, Eigenbasis]:
-        basis = self.work.units.open(unit, self.made_from)
-        return {name: _basis(basis, name, self.lens) for name in self.lens.layers}
-
-
-class StoredCurvature(Mapping[str, KroneckerBlock]):
-    """The fitted blocks of a pool, eigenvalues averaged over its checkpoints, read layer by layer when asked for.
-
-    fits: whether all blocks together take no more than their share of the memory budget; if so they are kept. Every
-    rank must ask for the same layers in the same order. Raises StoreError where they were not fitted, or from something
-    else.
-
-    Args:
-        train_from: `Workspace.made_from` of the training data.
-    """
-
-    def __init__(self, work: Workspace, pool: Pool, train_from: Mapping[str, Any], lens: Lens):
-        self.lens = lens
-        self.units = [_basis_unit(work, pool), *(_eigenvalues_unit(work, pool, index) for index in pool)]
-        made_from = {
-            **train_from,
-            "dtype": str(lens.dtype),
-            "checkpoints": [work.checkpoint_digest(index) for index in pool],
-        }
-        self._basis, *self._eigenvalues = [work.units.open(unit, made_from) for unit in self.units]
-        numbers = sum(P * (O * O + I * I + O * I) for P, O, I in (layer.shape for layer in lens.layers.values()))
-        self.fits = numbers * lens.dtype.itemsize <= work.memory // _KEPT_SHARE
-        self._kept: dict[str, KroneckerBlock] = {}
-
-    def __getitem__(self, name: str) -> KroneckerBlock:
-        if name in self._kept:
-            return self._kept[name]
-        shape, device = self.lens.layers[name].shape, self.lens.device
-        total = torch.stack([unit.tensor(name, shape, device) for unit in self._eigenvalues]).mean(0)
-        block = KroneckerBlock(_basis(self._basis, name, self.lens), total)
-        if self.fits:
-            self._kept[name] = block
-        return block
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.lens.layers)
-
-    def __len__(self) -> int:
-        return len(self.lens.layers)
-
-
-def _basis(unit: Unit, name: str, lens: Lens) -> Eigenbasis:
-    """One layer's eigenbasis, in the lens's precision."""
-    P, O, I = lens.layers[name].shape
-    inputs = unit.tensor(f"{name}.inputs", (P, I, I), lens.device)
-    return Eigenbasis(inputs.to(lens.dtype), unit.tensor(f"{name}.outputs", (P, O, O), lens.device).to(lens.dtype))
+    def _read_bases(self, curvature: Curvature) -> dict[str, Any]:
+        basis = self.work.units.open(basis_unit(self.work, curvature), self.sampled_from)
+        return {name: stored_basis(basis, name, self.own) for name in self.own.layers}
 
 
 class _Side(NamedTuple):
@@ -268,55 +306,29 @@ class _Side(NamedTuple):
     shape: tuple[int, int, int]
 
 
+def _shapes(P: int, O: int, I: int) -> tuple[tuple[str, tuple[int, int, int]], ...]:
+    return ("inputs", (P, I, I)), ("outputs", (P, O, O))
+
+
 def _sides(lens: Lens) -> list[_Side]:
-    shapes = {name: layer.shape for name, layer in lens.layers.items()}
-    return [
-        _Side(name, side, (P, D, D))
-        for name, (P, O, I) in shapes.items()
-        for side, D in (("inputs", I), ("outputs", O))
-    ]
+    return [_Side(name, *of) for name, layer in lens.layers.items() for of in _shapes(*layer.shape)]
 
 
-def _pooled(units: Sequence[Unit], side: _Side) -> Tensor | None:
-    """A layer's A or S averaged over the units' checkpoints, on rank 0."""
+def _pooled(units: Sequence[Unit], side: _Side, weights: Sequence[float]) -> Tensor | None:
+    """A layer's A or S averaged over the units' points, on rank 0."""
     total, rows = ("a_PII", "a_rows") if side.name == "inputs" else ("g_POO", "g_rows")
     names = [(f"{side.layer}.{total}", side.shape), (f"{side.layer}.{rows}", ())]
     files = [unit.file for unit in units if unit.file is not None]
-    return mean_over([(file.tensor(*names[0]), file.tensor(*names[1])) for file in files]) if files else None
+    return mean_over([(file.tensor(*names[0]), file.tensor(*names[1])) for file in files], weights) if files else None
 
 
-def _covariance_unit(work: Workspace, index: int) -> str:
-    return f"covariance/step-{work.step(index)}"
+def _scaled(matrix_PDD: Tensor, side: _Side, part: RankOne) -> Tensor:
+    """A or S of tokens that are scaled by the square root of P's rank-one part."""
+    root_PD = (part.inputs_PI if side.name == "inputs" else part.outputs_PO).double().sqrt()
+    return root_PD[:, :, None] * matrix_PDD * root_PD[:, None, :]
 
 
-def _pool_name(work: Workspace, pool: Pool) -> str:
-    steps = [str(work.step(index)) for index in pool]
-    if len(steps) <= _NAMED:
-        return "steps-" + "-".join(steps)
-    return f"steps-{steps[0]}-to-{steps[-1]}-{digest(steps)[:12]}"
-
-
-def _basis_unit(work: Workspace, pool: Pool) -> str:
-    return f"eigenbasis/{_pool_name(work, pool)}"
-
-
-def _eigenvalues_unit(work: Workspace, pool: Pool, index: int) -> str:
-    return f"eigenvalues/{_pool_name(work, pool)}/step-{work.step(index)}"
-
-
-def _check_mask(mask: Any, lens: Lens) -> None:
-    """Raise TaskError unless the mask is None, a tensor, or a mapping from tracked layers' names to tensors."""
-    masks = mask if isinstance(mask, Mapping) else {} if mask is None else {next(iter(lens.layers)): mask}
-    unknown = sorted(set(masks) - set(lens.layers))
-    if unknown or not all(isinstance(one, Tensor) for one in masks.values()):
-        raise TaskError(
-            f"get_attention_mask(): expected a tensor [examples, positions], or a mapping to such tensors from names "
-            f"of {list(lens.layers)[:8]}, found {f'names {unknown[:4]}' if unknown else type(mask).__name__}."
-        )
-
-
-def _mask_of(layer: TrackedLayer, tokens: Tokens, mask: Tensor | Mapping[str, Tensor] | None) -> Tensor | None:
-    """The mask if it speaks of this layer's positions."""
-    if isinstance(mask, Mapping):
-        mask = mask.get(layer.name)
-    return mask if mask is not None and mask.shape == tokens.a_PBSI.shape[1:3] else None
+def _positions(units: Sequence[Unit], layer: str, examples: int, weights: Sequence[float]) -> float:
+    """How many positions an example has in a layer, on average; on rank 0."""
+    rows = [unit.file.tensor(f"{layer}.g_rows", ()).item() for unit in units if unit.file is not None]
+    return sum(weight * row for weight, row in zip(weights, rows, strict=False)) / examples

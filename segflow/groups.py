@@ -136,6 +136,17 @@ class Groups:
         return cls.from_lists(np.split(order, ends[:-1]) if distinct else [], len(plain), distinct)
 
 
+def check_groups(groups: object, length: int) -> None:
+    """Raise GroupError unless these are groups of a dataset of that length."""
+    if not isinstance(groups, Groups):
+        raise GroupError(f"groups is a {type(groups).__name__}: expected segflow.Groups, as from Groups.from_lists().")
+    if groups.length != length:
+        raise GroupError(
+            f"the groups are about {groups.length} examples, the training data has {length}. "
+            "Make the groups anew from this dataset."
+        )
+
+
 def _indices(given: Sequence[int] | np.ndarray) -> np.ndarray:
     try:
         array = np.asarray(given)
@@ -171,13 +182,14 @@ class Piece(NamedTuple):
     members: np.ndarray
 
 
-def shares(groups: Groups, count: int) -> list[list[Piece]]:
+def shares(groups: Groups, count: int, whole: bool = False) -> list[list[Piece]]:
     """Deal groups out to `count` ranks, balanced by their sizes.
 
     A group larger than a quarter of a rank's fair share is cut into even pieces, whose scores add up; one rank gets
-    whole groups.
+    whole groups, as do all if `whole`.
     """
-    limit = max(1, int(groups.sizes.sum()) // (4 * count)) if count > 1 else groups.length
+    cuts = count > 1 and not whole
+    limit = max(1, int(groups.sizes.sum()) // (4 * count)) if cuts else groups.length
     pieces = [
         Piece(group, part)
         for group, members in enumerate(groups.members)

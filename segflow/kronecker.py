@@ -6,7 +6,7 @@ Axes: P parts, B examples, S positions, N = B * S tokens, I inputs, O outputs, Q
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +14,8 @@ from torch import Tensor
 
 from .errors import FactorError
 from .layers import Tokens
+
+_ROUNDS = 20  # of a rank-one fit with missing entries
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,62 @@ class Covariance:
 
 
 @dataclass(frozen=True)
+class RankOne:
+    """A positive matrix [P, O, I] as outputs_PO times inputs_PI."""
+
+    inputs_PI: Tensor
+    outputs_PO: Tensor
+
+
+def rank_one(matrix_POI: Tensor, live_POI: Tensor) -> RankOne:
+    """The geometric row and column means of a positive matrix, the least-squares fit of its logarithm.
+
+    live_POI: the entries that count (a preconditioner's entry means nothing where there never was a gradient).
+
+    Example:
+        >>> p = torch.tensor([[[1.0, 10.0], [2.0, 20.0]]])
+        >>> fit = rank_one(p, p > 0)
+        >>> (fit.outputs_PO[:, :, None] * fit.inputs_PI[:, None, :] / p).round(decimals=4)
+        tensor([[[1., 1.],
+                 [1., 1.]]])
+    """
+    live = live_POI.to(torch.float64)
+    logs = torch.where(live_POI, matrix_POI.to(torch.float64), 1.0).log()
+    rows, columns = (torch.zeros_like(logs.sum(axis)) for axis in (2, 1))
+    for _ in range(_ROUNDS):  # one round is exact where every entry is live
+        rows = _mean(logs - columns[:, None, :], live, 2)
+        columns = _mean(logs - rows[:, :, None], live, 1)
+    return RankOne(columns.exp().to(matrix_POI.dtype), rows.exp().to(matrix_POI.dtype))
+
+
+def _mean(values: Tensor, weights: Tensor, axis: int) -> Tensor:
+    return (values * weights).sum(axis) / weights.sum(axis).clamp_min(1)
+
+
+@dataclass(frozen=True)
+class PreconditionerBlock:
+    """One layer's P [P, O, I], and its rank-one part."""
+
+    exact_POI: Tensor
+    part: RankOne
+
+
+def preconditioner_block(checkpoints: Iterable[tuple[float, Tensor, Tensor]]) -> PreconditionerBlock:
+    """P averaged over checkpoints, from each one's (weight, second moments [P, O, I], eps [P, O, I] or []).
+
+    An entry whose second moments are all zero never had a gradient, so that any P is right: it takes the rank-one
+    part's rather than 1 / eps, which would only magnify rounding.
+    """
+    total, live = torch.zeros(()), torch.zeros((), dtype=torch.bool)
+    for weight, moments_POI, eps in checkpoints:
+        total = total + weight / (moments_POI.sqrt() + eps)
+        live = live | (moments_POI > 0)
+    part = rank_one(total, live)
+    fitted = part.outputs_PO[:, :, None] * part.inputs_PI[:, None, :]
+    return PreconditionerBlock(torch.where(live, total, fitted), part)
+
+
+@dataclass(frozen=True)
 class Eigenbasis:
     """Orthonormal eigenvectors (in columns) of A and S."""
 
@@ -66,6 +124,15 @@ class Eigenbasis:
         a = torch.einsum("pbsi,pij->pbsj", tokens.a_PBSI, self.inputs_PII)
         return Tokens(a, torch.einsum("pbso,poj->pbsj", tokens.g_PBSO, self.outputs_POO))
 
+    def scaled(self, preconditioner: RankOne) -> Eigenbasis:
+        """P^1/2 in front of the basis: tokens rotated by it are those scaled by P's square root, in this basis."""
+        inputs, outputs = preconditioner.inputs_PI.sqrt(), preconditioner.outputs_PO.sqrt()
+        return Eigenbasis(inputs[:, :, None] * self.inputs_PII, outputs[:, :, None] * self.outputs_POO)
+
+    def diagonal(self, matrix_POI: Tensor) -> Tensor:
+        """The diagonal, in this basis, of the operator that multiplies gradients elementwise by `matrix_POI`."""
+        return Eigenbasis(self.inputs_PII.square(), self.outputs_POO.square()).rotate(matrix_POI[None])[0]
+
     def to(self, other: Eigenbasis) -> Eigenbasis:
         """The change of basis: its `rotate` brings what stands in this basis into the other one."""
         return Eigenbasis(self.inputs_PII.mT @ other.inputs_PII, self.outputs_POO.mT @ other.outputs_POO)
@@ -78,16 +145,23 @@ class Eigenbasis:
 
 @dataclass(frozen=True)
 class KroneckerBlock:
-    """One layer's curvature: Q_S, Q_A and the corrected eigenvalues Lambda [P, O, I]."""
+    """One layer's curvature: Q_S, Q_A (None: the parameters' own axes) and the eigenvalues [P, O, I]."""
 
-    basis: Eigenbasis
+    basis: Eigenbasis | None
     eigenvalues_POI: Tensor
 
 
-def mean_over(checkpoints: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
+def mean_over(checkpoints: Iterable[tuple[Tensor, Tensor]], weights: Sequence[float]) -> Tensor:
     """A or S [P, D, D] averaged over checkpoints, in float64, from each one's (sum over tokens, number of tokens)."""
-    means = [total.double() / rows.double().clamp_min(1) for total, rows in checkpoints]
-    return torch.stack(means).mean(0)
+    return weighted_mean([total.double() / rows.double().clamp_min(1) for total, rows in checkpoints], weights)
+
+
+def weighted_mean(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    """Their sum with weights that add up to 1; where all weigh the same, their mean to the last bit."""
+    stacked = torch.stack(list(tensors))
+    if len(set(weights)) == 1:
+        return stacked.mean(0)
+    return torch.tensordot(torch.tensor(weights, dtype=stacked.dtype, device=stacked.device), stacked, 1)
 
 
 def eigenvectors(side_PDD: Tensor, where: str) -> Tensor:
@@ -103,18 +177,29 @@ def eigenvectors(side_PDD: Tensor, where: str) -> Tensor:
     return torch.linalg.eigh((side_PDD + side_PDD.mT) / 2).eigenvectors
 
 
-def add_squared_projections_(total_POI: Tensor, tokens: Tokens, basis: Eigenbasis, budget: int) -> None:
+def kfac_eigenvalues(basis: Eigenbasis, inputs_PII: Tensor, outputs_POO: Tensor) -> Tensor:
+    """K-FAC's eigenvalues [P, O, I]: the products of those of S and A (Martens and Grosse 2015, arXiv 1503.05671)."""
+    of_inputs, of_outputs = (
+        torch.einsum("pij,pik,pkj->pj", vectors, side, vectors)
+        for vectors, side in ((basis.inputs_PII, inputs_PII), (basis.outputs_POO, outputs_POO))
+    )
+    return of_outputs[:, :, None] * of_inputs[:, None, :]
+
+
+def add_squared_projections_(total_POI: Tensor, tokens: Tokens, basis: Eigenbasis | None, budget: int) -> None:
     """Add sum_b (Q_S^T G_b Q_A)^2 of a batch, in place, without forming G_b where an example is one token.
 
-    budget: bytes that per-example gradients may take at once; examples beyond it are taken in turn.
+    basis: None for sum_b G_b^2. budget: bytes that per-example gradients may take at once; examples beyond it are taken
+    in turn.
     """
     a_PBSI, g_PBSO = tokens
     P, B, S, I = a_PBSI.shape
     O = g_PBSO.shape[-1]
     if S == 1:
-        a_PBI = torch.bmm(a_PBSI.squeeze(2), basis.inputs_PII)
-        g_PBO = torch.bmm(g_PBSO.squeeze(2), basis.outputs_POO)
-        total_POI.baddbmm_(g_PBO.square_().mT, a_PBI.square_())
+        a_PBI, g_PBO = a_PBSI.squeeze(2), g_PBSO.squeeze(2)
+        if basis is not None:
+            a_PBI, g_PBO = torch.bmm(a_PBI, basis.inputs_PII), torch.bmm(g_PBO, basis.outputs_POO)
+        total_POI.baddbmm_(g_PBO.square().mT, a_PBI.square())
         return
     step = max(1, budget // (2 * P * O * I * a_PBSI.element_size()))
     for start in range(0, B, step):

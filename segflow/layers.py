@@ -87,6 +87,13 @@ class TrackedLayer:
             return matrix
         return torch.cat([matrix, rearrange(bias, "(p o) -> p o 1", p=self.parts)], -1)
 
+    def by_parameter(self, gradient_QPOI: Tensor) -> list[Tensor]:
+        """[Q, ...] shaped as the weight, and as the bias if it is attributed: the inverse of `gradient_matrix`."""
+        weight, Q = self.module.get_parameter("weight"), len(gradient_QPOI)
+        inputs = self.shape[2] - int(self.has_bias)
+        parts = [gradient_QPOI[..., :inputs].reshape(Q, *weight.shape)]
+        return [*parts, gradient_QPOI[..., inputs].reshape(Q, -1)] if self.has_bias else parts
+
 
 def _rows(tensor: Tensor, axis: int) -> Tensor:
     """[B, S, features] from a tensor with the examples on `axis`, the features last, positions elsewhere."""

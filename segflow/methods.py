@@ -1,73 +1,38 @@
-"""Attribution methods as plans of terms; the engine knows nothing else about a method.
-
-    score[q, g] = sum over terms of
-        < O . grad f_q(theta_query) ,  mean over c in C of sum_{i in g} grad l_i(theta_c) > / N
-
-is the predicted change of measurement q if group g were removed from training.
-"""
+"""SOURCE as a plan of terms; the methods that it is compared with are in `baselines`."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from operator import index
 from typing import Any, Protocol
 
 from torch import Tensor
 
 from .errors import MethodError, check_choice
-from .segments import cut
-from .spectra import damped_inverse, decay, response
+from .plans import Curvature, Operator, Plan, Point, Preconditioner, Scale, Spectral, Term
+from .segments import WEIGHTINGS, Segment, Segmentation, cut, segmentation
 from .trajectory import Trajectory
 
-_HEURISTIC_SHARE = 0.1  # of a layer's mean eigenvalue; Grosse et al. 2023, arXiv 2308.03296
-
-
-@dataclass(frozen=True)
-class Operator:
-    """A function of the curvature pooled over `checkpoints` (of no curvature, sigma = 0, where there are none).
-
-    kind: "decay", "response" or "damped_inverse". amount: lr_steps, or the damping (None: the heuristic one), and
-    shift: weight decay added to the eigenvalues; one number for each parameter group.
-    """
-
-    kind: str
-    checkpoints: tuple[int, ...]
-    amount: tuple[float | None, ...]
-    shift: tuple[float, ...]
-
-    def on(self, eigenvalues: Tensor, parameter_group: int) -> Tensor:
-        """The operator's own eigenvalues for a layer of that parameter group."""
-        amount = self.amount[parameter_group]
-        sigma = eigenvalues + self.shift[parameter_group]
-        if self.kind == "damped_inverse":
-            heuristic = _HEURISTIC_SHARE * eigenvalues.mean()
-            return damped_inverse(sigma, heuristic if amount is None else amount)
-        function = decay if self.kind == "decay" else response
-        return function(sigma, 0.0 if amount is None else amount)
-
-
-@dataclass(frozen=True)
-class Term:
-    """One term of a plan: where the query is, what happens to it, and which training gradients it meets.
-
-    label: the term's name in `Scores.by_term`; operators: applied in order to the query gradient.
-    """
-
-    label: str
-    query_checkpoint: int
-    operators: tuple[Operator, ...]
-    train_checkpoints: tuple[int, ...]
-
-
-Plan = tuple[Term, ...]
+Cuts = Mapping[int, Segmentation]  # of each stage
 
 
 class Method(Protocol):
     """A method: a frozen dataclass whose fields are its options and whose `plan` lists its terms."""
 
-    def plan(self, trajectory: Trajectory) -> Plan:
-        """The terms for this trajectory."""
+    def plan(self, trajectory: Trajectory, stage: int = -1) -> Plan:
+        """The terms that attribute a stage's data (by default the last one's) to the final model."""
+
+
+def stage_place(trajectory: Trajectory, stage: int) -> int:
+    """The stage's place, counted from the first one."""
+    return stage % len(trajectory.stages)
+
+
+def final_point(trajectory: Trajectory) -> Point:
+    """The end of training."""
+    return Point.at(len(trajectory.stages) - 1, len(trajectory) - 1)
 
 
 @dataclass(frozen=True)
@@ -75,86 +40,113 @@ class Source:
     """SOURCE: the final query gradient walked back through training (Bae et al. 2024, arXiv 2405.12186).
 
     Args:
-        segments: how many segments, or the steps at which one ends and the next begins.
+        segments: how many segments, the steps at which one ends and the next begins (of a single stage), or "auto": cut
+            where curvature and gradients really change, which the scores' provenance then explains.
+        fast: Fast-SOURCE: training gradients and curvature at each segment's mean parameters.
+        preconditioner: how Adam, AdamW, RMSprop and Adagrad enter. "kronecker": H~ = P^1/2 H P^1/2 as EK-FAC with the
+            rank-one part of P inside and the exact P where query and response enter and leave. "diagonal": the paper's
+            hybrid (its Appendix C): a diagonal curvature in the exponential, damped EK-FAC in the inverse. "none": as
+            if the run had been trained with SGD.
+        checkpoint_weights: "nearest": a checkpoint stands for the steps nearest to it; "equal", as in the paper.
+        penalty: for each segment, of segments="auto": the least drop of scatter, relative to the statistics' mean
+            square, that is worth one more cut.
 
     Example:
-        >>> Source(segments=3)
-        Source(segments=3)
+        >>> Source(segments=3).segments
+        3
     """
 
-    segments: int | Sequence[int] = 3
+    segments: int | Sequence[int] | str = 3
+    fast: bool = False
+    preconditioner: str = "kronecker"
+    checkpoint_weights: str = "nearest"
+    penalty: float = 0.1
 
     def __post_init__(self) -> None:
+        check_choice("preconditioner", self.preconditioner, ("kronecker", "diagonal", "none"), MethodError)
+        check_choice("checkpoint_weights", self.checkpoint_weights, WEIGHTINGS, MethodError)
+        if not 0 <= self.penalty < float("inf"):
+            raise MethodError(f"penalty={self.penalty}: expected a finite number >= 0.")
+        if self.automatic:
+            return
         try:
             if isinstance(self.segments, bool | str):
                 raise TypeError
             plain = index(self.segments) if hasattr(self.segments, "__index__") else tuple(map(index, self.segments))
         except TypeError:
             raise MethodError(
-                f"segments={self.segments!r}: expected a count, or the steps at which to cut, as whole numbers."
+                f"segments={self.segments!r}: expected a count, the steps at which to cut, as whole numbers, or 'auto'."
             ) from None
         object.__setattr__(self, "segments", plain)
 
-    def plan(self, trajectory: Trajectory) -> Plan:
-        """One term for each segment, first to last; MethodError if the cut does not fit the trajectory."""
+    @property
+    def automatic(self) -> bool:
+        """Whether a plan needs to be told where to cut."""
+        return self.segments == "auto"
+
+    def cuts(self, trajectory: Trajectory, statistics: Mapping[int, Tensor]) -> dict[int, Segmentation]:
+        """For segments="auto": where each stage is cut, given its checkpoints' statistics [C, F]."""
+        stages = trajectory.stages
+        return {stage: segmentation(stages[stage], found, self.penalty) for stage, found in statistics.items()}
+
+    def plan(self, trajectory: Trajectory, stage: int = -1, cuts: Cuts | None = None) -> Plan:
+        """One term for each segment of the stage, first to last; later stages only let them decay.
+
+        cuts: needed where segments="auto". MethodError if a cut does not fit the trajectory.
+        """
+        stage, last = stage_place(trajectory, stage), len(trajectory.stages) - 1
         walked: tuple[Operator, ...] = ()
-        terms = []
-        for number, part in reversed(list(enumerate(cut(trajectory, self.segments), start=1))):
-            settings = (part.checkpoints, part.lr_steps, part.weight_decay)
-            label = f"segment {number}: steps {part.start + 1}-{part.end}"
-            operators = (*walked, Operator("response", *settings))
-            terms.append(Term(label, len(trajectory) - 1, operators, part.checkpoints))
-            walked = (*walked, Operator("decay", *settings))
+        terms: list[Term] = []
+        for place in range(last, stage - 1, -1):
+            parts = self._segments(trajectory, place, cuts)
+            for number, part in reversed(list(enumerate(parts, start=1))):
+                answer, forget = self._operators(trajectory.stages[place], place, part)
+                if place == stage:
+                    label = f"segment {number}: steps {part.start + 1}-{part.end}"
+                    points, weights = self._points(place, part)
+                    terms.append(Term(label, stage, final_point(trajectory), (*walked, *answer), points, weights))
+                walked = (*walked, *forget)
         return tuple(reversed(terms))
 
+    def _segments(self, trajectory: Trajectory, place: int, cuts: Cuts | None) -> tuple[Segment, ...]:
+        asked = self.segments
+        if isinstance(asked, str):
+            if cuts is None:
+                raise MethodError("segments='auto' needs the checkpoints' statistics: run Analyzer.fit first.")
+            asked = cuts[place].cuts
+        elif not isinstance(asked, int) and len(trajectory.stages) > 1:
+            raise MethodError(
+                f"segments={list(asked)}: the run has {len(trajectory.stages)} stages. Give a count, or 'auto'."
+            )
+        return cut(trajectory.stages[place], asked, self.checkpoint_weights)
 
-@dataclass(frozen=True)
-class InfluenceFunction:
-    """Influence function at the last checkpoint: (curvature + damping)^-1 (Grosse et al. 2023, arXiv 2308.03296).
+    def _points(self, stage: int, part: Segment) -> tuple[tuple[Point, ...], tuple[float, ...]]:
+        if self.fast:
+            return (Point(stage, tuple(zip(part.checkpoints, part.weights, strict=True))),), (1.0,)
+        return tuple(Point.at(stage, checkpoint) for checkpoint in part.checkpoints), part.weights
 
-    Args:
-        damping: added to the eigenvalues (the objective's weight decay, for the exact inverse Hessian of a
-            regularised objective), or "heuristic": 0.1 times each layer's mean eigenvalue.
-    """
-
-    damping: float | str = "heuristic"
-
-    def __post_init__(self) -> None:
-        if isinstance(self.damping, str):
-            check_choice("damping", self.damping, ("heuristic",), MethodError)
-        elif not 0 <= self.damping < float("inf"):
-            raise MethodError(f"damping={self.damping}: expected a finite number >= 0, or 'heuristic'.")
-
-    def plan(self, trajectory: Trajectory) -> Plan:
-        """One term at the last checkpoint."""
-        last = len(trajectory) - 1
-        groups = trajectory.learning_rates.shape[1]
-        amount = (None if isinstance(self.damping, str) else float(self.damping),) * groups
-        operator = Operator("damped_inverse", (last,), amount, (0.0,) * groups)
-        return (Term("final", last, (operator,), (last,)),)
-
-
-@dataclass(frozen=True)
-class TracIn:
-    """TracIn: gradient products at every checkpoint (Pruthi et al. 2020, arXiv 2002.08484).
-
-    A checkpoint stands for the steps since the one before it, so it weighs the sum of their effective learning rates.
-    """
-
-    def plan(self, trajectory: Trajectory) -> Plan:
-        """One term for each checkpoint."""
-        terms = []
-        for place, (start, end) in enumerate(zip((0, *trajectory.steps), trajectory.steps, strict=False)):
-            amount = trajectory.lr_steps(start, end)
-            operator = Operator("response", (), amount, (0.0,) * len(amount))
-            terms.append(Term(f"checkpoint at step {end}", place, (operator,), (place,)))
-        return tuple(terms)
-
-
-def curvatures(plan: Plan) -> list[tuple[int, ...]]:
-    """The distinct checkpoint sets whose pooled curvature a plan needs, in order of first use."""
-    needed = dict.fromkeys(op.checkpoints for term in plan for op in term.operators if op.checkpoints)
-    return list(needed)
+    def _operators(
+        self, trajectory: Trajectory, stage: int, part: Segment
+    ) -> tuple[tuple[Operator, ...], tuple[Operator, ...]]:
+        """What a segment learns of a query, and what it forgets of it on the way back."""
+        curvature = Curvature(stage, *self._points(stage, part))
+        if not trajectory.preconditioned or self.preconditioner == "none":
+            plain = partial(Spectral, stage, curvature=curvature, amount=part.lr_steps, shift=part.weight_decay)
+            return (plain("response"),), (plain("decay"),)
+        P = Preconditioner(stage, tuple(zip(part.checkpoints, part.weights, strict=True)))
+        kind = "ekfac" if self.preconditioner == "kronecker" else "diagonal"
+        scaled = replace(curvature, kind=kind, scaled=P)
+        shifted_by = None if trajectory.decoupled else P
+        of = partial(
+            Spectral, stage, curvature=scaled, amount=part.lr_steps, shift=part.weight_decay, shifted_by=shifted_by
+        )
+        if self.preconditioner == "kronecker":  # P^1/2 f(P^1/2 H P^1/2 + w) P^+-1/2
+            enter, undo = Scale(P, 0.5), Scale(P, -0.5)
+            return (enter, of("response"), enter), (enter, of("decay"), undo)
+        # (1 - exp(-lr_steps (P diag(H) + w))), then H^-1: Bae et al. 2024, Appendix C
+        coupled = (0.0,) * len(part.lr_steps) if trajectory.decoupled else part.weight_decay
+        inverse = Spectral(stage, "damped_inverse", curvature, (None,) * len(part.lr_steps), coupled)
+        return (of("saturation"), inverse), (of("decay"),)
 
 
 def describe(method: Method) -> dict[str, Any]:

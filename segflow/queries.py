@@ -5,25 +5,39 @@ Axes: Q queries, P parts, O outputs, I inputs; a block of gradients is [Q, P, O,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import singledispatchmethod
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from .curvature import StoredCurvature
 from .data import Batch
-from .factors import Pool, StoredCurvature
-from .kronecker import Eigenbasis, example_gradients
+from .kronecker import Eigenbasis, PreconditionerBlock, example_gradients
 from .layers import Tokens, TrackedLayer
 from .lens import FiniteWatch, Lens
-from .methods import Operator, Plan
+from .plans import (
+    Curvature,
+    IterativeInverse,
+    Operator,
+    Plan,
+    Point,
+    Preconditioner,
+    ProjectedInverse,
+    Scale,
+    Spectral,
+    UnitNorm,
+)
 from .ranks import Ranks
+from .representation import FeatureLayer, RepresentationLens
 
 Gradients = dict[str, Tensor]
 
 
 def query_gradients(
-    lens: Lens, data: Iterable[Batch], bases: Mapping[str, Eigenbasis], ranks: Ranks, where: str
+    lens: Lens | RepresentationLens, data: Iterable[Batch], bases: Mapping[str, Eigenbasis], ranks: Ranks, where: str
 ) -> Gradients:
     """The measurement's gradient for this rank's queries, for each layer [Q, P, O, I]; in a basis where one is given.
 
@@ -35,7 +49,7 @@ def query_gradients(
     def consume(layer: TrackedLayer, tokens: Tokens) -> None:
         pieces[layer.name].append(example_gradients(tokens, bases.get(layer.name)))
 
-    def none(layer: TrackedLayer, count: int) -> Tensor:
+    def none(layer: TrackedLayer | FeatureLayer, count: int) -> Tensor:
         return torch.zeros(count, *layer.shape, dtype=lens.dtype, device=lens.device)
 
     for batch in data:
@@ -50,70 +64,133 @@ def query_gradients(
 
 @dataclass(frozen=True)
 class Queries:
-    """This rank's query gradients of every layer, in the eigenbasis of the curvature of `pool` (empty: in none)."""
+    """This rank's query gradients of every layer, in the eigenbasis of a curvature (None: in no basis).
+
+    A layer that the curvature's stage did not train stands in none.
+    """
 
     values: Gradients
-    pool: Pool
+    basis: Curvature | None
+
+
+class Resources(Protocol):
+    """What the operators need of the store, the model and the data."""
+
+    def gradients(self, point: Point, basis: Curvature | None) -> Queries:
+        """The query gradients at a point, if possible in a curvature's eigenbasis."""
+
+    def curvature(self, of: Curvature) -> StoredCurvature:
+        """The fitted blocks."""
+
+    def preconditioner(self, of: Preconditioner) -> Mapping[str, PreconditionerBlock]:
+        """P of every layer that its stage trained."""
+
+    def parameter_group(self, stage: int, layer: str) -> int | None:
+        """The layer's parameter group in a stage; None if the stage did not train it."""
+
+    def inverse(self, of: ProjectedInverse | IterativeInverse, values: Gradients) -> Gradients:
+        """An inverse that mixes the layers, applied to gradients."""
+
+
+def basis_of(curvature: Curvature | None) -> Curvature | None:
+    """What identifies the eigenbasis in which a curvature is diagonal; None if that is the parameters' own."""
+    return None if curvature is None or curvature.kind == "diagonal" else curvature
 
 
 @dataclass
 class QuerySide:
-    """Query gradients under a plan's operators; what two terms share of their operators is computed once.
-
-    gradients: the query gradients at a checkpoint, if possible in a pool's eigenbasis; curvature: the blocks of a pool;
-    parameter_groups: each layer's.
-    """
+    """Query gradients under a plan's operators; what two terms share of their operators is computed once."""
 
     plan: Plan
-    gradients: Callable[[int, Pool], Queries]
-    curvature: Callable[[Pool], StoredCurvature]
-    parameter_groups: Mapping[str, int]
-    _kept: dict[tuple[int, tuple[Operator, ...]], Queries] = field(default_factory=dict)
+    resources: Resources
+    _kept: dict[tuple[Point, tuple[Operator, ...]], Queries] = field(default_factory=dict)
 
     def walk(self) -> Iterator[tuple[int, Queries]]:
         """Each term's place in the plan with its query side, shortest operators first: little is kept between."""
-        remaining = sorted(enumerate(self.plan), key=lambda t: (t[1].query_checkpoint, len(t[1].operators)))
+        remaining = sorted(
+            enumerate(self.plan), key=lambda t: (t[1].query.stage, t[1].query.weights, len(t[1].operators))
+        )
         while remaining:
             place, term = remaining.pop(0)
-            yield place, self._applied(term.query_checkpoint, term.operators)
-            useful = {(t.query_checkpoint, t.operators[:n]) for _, t in remaining for n in range(len(t.operators))}
+            yield place, self._applied(term.query, term.operators)
+            useful = {(t.query, t.operators[:n]) for _, t in remaining for n in range(len(t.operators))}
             self._kept = {key: value for key, value in self._kept.items() if key in useful}
 
-    def _applied(self, checkpoint: int, operators: tuple[Operator, ...]) -> Queries:
-        """The query gradients at a checkpoint with the operators (at least one) applied in order."""
-        key = (checkpoint, operators)
+    def _applied(self, point: Point, operators: tuple[Operator, ...]) -> Queries:
+        """The query gradients at a point with the operators applied in order."""
+        key = (point, operators)
         if key not in self._kept:
+            if not operators:
+                return self.resources.gradients(point, None)
             last = operators[-1]
+            wanted = basis_of(last.curvature) if isinstance(last, Spectral) else None
             if len(operators) == 1:
-                before = self.gradients(checkpoint, last.checkpoints)
+                before = self.resources.gradients(point, wanted)
             else:
-                before = self._applied(checkpoint, operators[:-1])
-            moved = self._moved(before, last.checkpoints)
+                before = self._applied(point, operators[:-1])
+            free = isinstance(last, UnitNorm) or (isinstance(last, Spectral) and last.curvature is None)
+            moved = before if free else self._moved(before, wanted)
             if len(operators) > 1:
-                self._kept[checkpoint, operators[:-1]] = moved  # the next term goes on from there
+                self._kept[point, operators[:-1]] = moved  # the next term goes on from there
             self._kept[key] = self._apply(last, moved)
         return self._kept[key]
 
-    def _apply(self, operator: Operator, before: Queries) -> Queries:
-        """The operator's function of the eigenvalues (sigma = 0 without curvature) times queries in its eigenbasis."""
-        group = self.parameter_groups
-        blocks = self.curvature(operator.checkpoints) if operator.checkpoints else None
+    @singledispatchmethod
+    def _apply(self, operator: Any, before: Queries) -> Queries:
+        """An operator on queries that stand in its basis."""
+        return replace(before, values=self.resources.inverse(operator, before.values))
+
+    @_apply.register
+    def _(self, operator: Spectral, before: Queries) -> Queries:
+        """The function of the eigenvalues times the queries; a layer that the stage did not train stays as it is."""
+        blocks = self.resources.curvature(operator.curvature) if operator.curvature else None
+        units = self.resources.preconditioner(operator.shifted_by) if operator.shifted_by else None
         scaled = {}
         for name, values_QPOI in before.values.items():
-            eigenvalues = values_QPOI.new_zeros(()) if blocks is None else blocks[name].eigenvalues_POI
-            scaled[name] = values_QPOI * operator.on(eigenvalues, group[name])
-        return Queries(scaled, before.pool)
+            group = self.resources.parameter_group(operator.stage, name)
+            if group is None:
+                scaled[name] = values_QPOI
+                continue
+            block = None if blocks is None else blocks[name]
+            eigenvalues = values_QPOI.new_zeros(()) if block is None else block.eigenvalues_POI
+            unit: Tensor | float = 1.0
+            if units is not None:
+                exact_POI = units[name].exact_POI
+                unit = exact_POI if block is None or block.basis is None else block.basis.diagonal(exact_POI)
+            scaled[name] = values_QPOI * operator.on(eigenvalues, group, unit)
+        return replace(before, values=scaled)
 
-    def _moved(self, queries: Queries, pool: Pool) -> Queries:
-        """The same queries in the eigenbasis of another pool (of no curvature: they stay where they are)."""
-        if not pool or pool == queries.pool:
+    @_apply.register
+    def _(self, operator: Scale, before: Queries) -> Queries:
+        of = self.resources.preconditioner(operator.preconditioner)
+        values = before.values.items()
+        return replace(before, values={n: v * of[n].exact_POI.pow(operator.power) if n in of else v for n, v in values})
+
+    @_apply.register
+    def _(self, _operator: UnitNorm, before: Queries) -> Queries:
+        norms_Q = torch.stack([v.flatten(1).square().sum(1) for v in before.values.values()]).sum(0).sqrt()
+        unit_Q111 = norms_Q.clamp_min(torch.finfo(norms_Q.dtype).tiny)[:, None, None, None]
+        return replace(before, values={name: value / unit_Q111 for name, value in before.values.items()})
+
+    def _moved(self, queries: Queries, basis: Curvature | None) -> Queries:
+        """The same queries in another eigenbasis (None: in none)."""
+        if basis == queries.basis:
             return queries
-        blocks, origin = self.curvature(pool), self.curvature(queries.pool) if queries.pool else None
+        origin = self.resources.curvature(queries.basis) if queries.basis else None
+        target = self.resources.curvature(basis) if basis else None
         moved = {}
         for name, values_QPOI in queries.values.items():
-            basis = blocks[name].basis
-            moved[name] = (basis if origin is None else origin[name].basis.to(basis)).rotate(values_QPOI)
-        return Queries(moved, pool)
+            old = origin[name].basis if origin is not None and name in origin else None
+            new = target[name].basis if target is not None and name in target else None
+            moved[name] = _changed(values_QPOI, old, new)
+        return Queries(moved, basis)
+
+
+def _changed(values_QPOI: Tensor, old: Eigenbasis | None, new: Eigenbasis | None) -> Tensor:
+    """Gradients taken from one basis to another; None stands for the parameters' own axes."""
+    if old is None:
+        return values_QPOI if new is None else new.rotate(values_QPOI)
+    return old.unrotate(values_QPOI) if new is None else old.to(new).rotate(values_QPOI)
 
 
 def meeting(
@@ -136,8 +213,10 @@ def meeting(
     met, bases = {}, {}
     for name, queries_QPOI in values.items():
         _, _, O, I = queries_QPOI.shape
-        basis = blocks[name].basis
-        if blocks.fits and tokens[name] * (I * I + O * O) < count * O * I * (O + I):
+        basis = blocks[name].basis if name in blocks else None
+        if basis is None:
+            met[name] = queries_QPOI
+        elif blocks.fits and tokens[name] * (I * I + O * O) < count * O * I * (O + I):
             met[name], bases[name] = queries_QPOI, basis
         else:
             met[name] = basis.unrotate(queries_QPOI)

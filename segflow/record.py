@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -13,13 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from .errors import TrajectoryError
-from .files import write_json, write_tensors
+from .files import read_json, write_json, write_tensors
+from .optimizers import logged_rate, second_moment
 from .ranks import current, unwrap, whole
+from .steplog import check_stage_name
 from .trajectory import FORMAT
 
-# What later preconditioned methods need of optimizer.state; momentum buffers are not among it.
-_KEPT_STATE = ("step", "exp_avg_sq", "max_exp_avg_sq", "square_avg", "grad_avg", "sum")
-_LOGGED = {"learning_rate": "lr", "momentum": "momentum", "dampening": "dampening", "weight_decay": "weight_decay"}
+_LOGGED = ("learning_rate", "momentum", "dampening", "weight_decay")
 
 
 @contextmanager
@@ -32,11 +33,14 @@ def record(
     total_steps: int | None = None,
     checkpoints: int | Sequence[int] = 6,
     overwrite: bool = False,
+    stage: str | None = None,
+    batch_size: int | None = None,
 ) -> Iterator[Recording]:
     """Record the training that happens inside the `with` block; the loop and its numbers stay as they are.
 
     Every step's learning rate, momentum, dampening and weight decay of each parameter group is logged from the
-    optimizer's own step hooks, and evenly spaced checkpoints are saved, always with the last step. A run that is killed
+    optimizer's own step hooks, and evenly spaced checkpoints are saved, always with the last step; those of Adam,
+    AdamW, RMSprop and Adagrad with the bias-corrected second moments. A run that is killed
     leaves what it had at its last checkpoint; see `Trajectory.load(..., unfinished=True)`. Of several processes the
     first writes; parameters that are sharded over them are put together.
 
@@ -48,7 +52,10 @@ def record(
         total_steps: optimizer steps to come. None: checkpoints are saved often and thinned on the way, and end up
             evenly spaced to within a factor of two; give the number where you know it.
         checkpoints: how many, or the explicit steps (the last step is saved besides).
-        overwrite: replace an earlier recording in `directory`.
+        overwrite: replace an earlier recording in `directory` (of a stage: and those of the stages after it).
+        stage: this stage's name, where training has several with data, loss or optimizer of their own: each is recorded
+            with a name into the same `directory`, in order, and `Trajectory.load` reads them together.
+        batch_size: examples in one step, noted for the record.
 
     Raises:
         TrajectoryError: `directory` holds a recording already, the optimizer holds none of the model's parameters, or
@@ -67,11 +74,14 @@ def record(
         >>> sf.Trajectory.load(folder).steps
         (4, 8)
     """
-    recording = Recording(unwrap(model), getattr(optimizer, "optimizer", optimizer), Path(directory), dataset_size)
+    folder = Path(directory) if stage is None else Path(directory) / check_stage_name(stage)
+    recording = Recording(unwrap(model), getattr(optimizer, "optimizer", optimizer), folder, dataset_size)
+    recording.batch_size = batch_size
     recording.plan(total_steps, checkpoints)
     ranks = current()
     with ranks.together("record", guard=False):
         if ranks.main:
+            _begin_stage(Path(directory), stage, overwrite)
             recording.begin(overwrite)
         hooks = [
             recording.optimizer.register_step_pre_hook(lambda *_: recording.log_step()),
@@ -85,12 +95,37 @@ def record(
         recording.finish()
 
 
+def _begin_stage(directory: Path, stage: str | None, overwrite: bool) -> None:
+    """Note a named stage as the last one of `directory`; refuse to mix named stages with a recording of no name."""
+    listed = directory / "stages.json"
+    found = read_json(listed, TrajectoryError) if listed.exists() else None
+    names = found.get("stages", []) if isinstance(found, dict) else []
+    single = any((directory / name).exists() for name in ("trajectory.json", "recording.json"))
+    if stage is None and found is not None:
+        raise TrajectoryError(
+            f"{directory}: holds the stages {names}. Name this one with stage=, or record into another folder."
+        )
+    if stage is None:
+        return
+    if single:
+        raise TrajectoryError(
+            f"{directory}: holds a recording that is no stage. Record stages into a folder of their own."
+        )
+    if stage in names and not overwrite:
+        raise TrajectoryError(f"{directory}: stage {stage!r} is recorded already. Pass overwrite=True to replace it.")
+    kept = names[: names.index(stage)] if stage in names else names
+    write_json(listed, {"format": FORMAT, "stages": [*kept, stage]})
+    for dropped in set(names) - {*kept, stage}:
+        shutil.rmtree(directory / check_stage_name(dropped), ignore_errors=True)
+
+
 class Recording:
     """The state of one `record()` block; `step` counts the optimizer steps so far."""
 
     def __init__(self, model: nn.Module, optimizer: Any, directory: Path, dataset_size: int):
         self.model, self.optimizer, self.directory, self.dataset_size = model, optimizer, directory, dataset_size
         self.step = 0
+        self.batch_size: int | None = None
         self._main = current().main  # of several ranks the first writes
         self._total: int | None = None
         self._wanted: set[int] = set()
@@ -150,8 +185,9 @@ class Recording:
 
     def log_step(self) -> None:
         """Log what the optimizer is about to use; a step hook."""
-        groups = self.optimizer.param_groups
-        self._row = [[float(group.get(key, 0.0)) for group in groups] for key in _LOGGED.values()]
+        groups, name = self.optimizer.param_groups, type(self.optimizer).__name__
+        rates = [logged_rate(name, group, self.step) for group in groups]
+        self._row = [rates, *([float(group.get(key, 0.0)) for group in groups] for key in _LOGGED[1:])]
 
     def end_step(self) -> None:
         """Count the step and save a checkpoint where one is due; a step hook."""
@@ -201,11 +237,13 @@ class Recording:
         """Save a checkpoint, and then what is known of the trajectory, so that a run that is killed can be read."""
         self._note_parameters()
         tensors = {f"model.{name}": value for name, value in self._model_state().items()}
+        optimizer, kind = self.optimizer, type(self.optimizer).__name__
         for name, parameter in self.model.named_parameters():
-            for key in _KEPT_STATE:
-                value = self.optimizer.state.get(parameter, {}).get(key)
-                if value is not None:
-                    tensors[f"optimizer.{name}.{key}"] = torch.as_tensor(value)
+            state = optimizer.state.get(parameter)
+            if state and name in self._group_of:
+                moment = second_moment(kind, state, optimizer.param_groups[self._group_of[name]])
+                if moment is not None:
+                    tensors[f"second_moment.{name}"] = moment
         complete = {name: whole(tensor) for name, tensor in tensors.items()}  # on every rank
         entry: dict[str, Any] = {"file": f"checkpoints/step-{self.step:08d}.safetensors", "step": self.step}
         self._saved[self.step] = entry
@@ -241,6 +279,8 @@ class Recording:
             "dataset_size": self.dataset_size,
             "optimizer": type(self.optimizer).__name__,
             "nesterov": any(bool(group.get("nesterov")) for group in groups),
+            "decoupled": True if any(group.get("decoupled_weight_decay") for group in groups) else None,
+            "batch_size": self.batch_size,
             "maximize": any(bool(group.get("maximize")) for group in groups),
             "constants": [{k: v for k, v in group.items() if _is_plain(v)} for group in groups],
             "parameter_groups": self._group_of,

@@ -18,6 +18,7 @@ from .errors import ScoreError
 from .files import read_tensors, write_tensors
 
 FORMAT = 1
+_KINDS = ("by_term", "by_layer", "by_run")
 
 
 class Ranked(NamedTuple):
@@ -36,6 +37,8 @@ class Scores:
     query_labels, group_labels: names of the rows and the columns; group_sizes: examples in each group.
     provenance: the method, its options and terms, and what the scores were computed from.
     by_term: {term: [Q, K]} and by_layer: {layer: [Q, K]}, each adding up to `values`; empty unless asked for.
+    by_run: {run: [Q, K]} of an ensemble, whose mean is `values`; empty unless asked for. spread: [Q, K], the standard
+    deviation over the runs of an ensemble; None for one run.
     """
 
     values: Tensor
@@ -45,10 +48,13 @@ class Scores:
     provenance: Mapping[str, Any] = field(default_factory=dict)
     by_term: Mapping[str, Tensor] = field(default_factory=dict)
     by_layer: Mapping[str, Tensor] = field(default_factory=dict)
+    by_run: Mapping[str, Tensor] = field(default_factory=dict)
+    spread: Tensor | None = None
 
     def __post_init__(self) -> None:
         expected = (len(self.query_labels), len(self.group_labels))
-        for name, part in {"values": self.values, **self.by_term, **self.by_layer}.items():
+        named = {name: part for kind in _KINDS for name, part in getattr(self, kind).items()}
+        for name, part in {"values": self.values, **named}.items():
             if tuple(part.shape) != expected:
                 raise ScoreError(f"{name}: shape {tuple(part.shape)}, expected {expected} from the labels.")
         if len(self.group_sizes) != len(self.group_labels):
@@ -60,12 +66,22 @@ class Scores:
             raise ScoreError(f"provenance: expected what JSON can hold ({problem}).") from problem
         object.__setattr__(self, "provenance", plain)
 
+    def _parts(self) -> dict[str, Tensor]:
+        """Every tensor [Q, K], by the name that it is saved under."""
+        found = {"values": self.values}
+        for kind in _KINDS:
+            found |= {f"{kind}.{index}": part for index, part in enumerate(getattr(self, kind).values())}
+        return found if self.spread is None else found | {"spread": self.spread}
+
     def __repr__(self) -> str:
         queries, groups = self.values.shape
         return f"Scores({queries} queries x {groups} groups, {self.provenance.get('method', 'unknown method')})"
 
     def total(self) -> Scores:
-        """The scores summed over the queries: one row, the change of the summed measurement."""
+        """The scores summed over the queries: one row, the change of the summed measurement.
+
+        An ensemble's spread is that of the sums, known only where `by_run` was kept.
+        """
 
         def summed(parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
             return {name: part.sum(0, keepdim=True) for name, part in parts.items()}
@@ -74,8 +90,10 @@ class Scores:
             self,
             values=self.values.sum(0, keepdim=True),
             query_labels=("all queries",),
+            spread=torch.stack(list(summed(self.by_run).values())).std(0) if self.by_run else None,
             by_term=summed(self.by_term),
             by_layer=summed(self.by_layer),
+            by_run=summed(self.by_run),
         )
 
     def top(self, query: int | str = 0, k: int = 10, largest: bool = True) -> list[Ranked]:
@@ -95,17 +113,14 @@ class Scores:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write everything to one safetensors file, atomically."""
-        tensors = {"values": self.values}
-        for kind, parts in (("by_term", self.by_term), ("by_layer", self.by_layer)):
-            tensors |= {f"{kind}.{index}": part for index, part in enumerate(parts.values())}
+        tensors = self._parts()
         labels = {
             "format": FORMAT,
             "query_labels": self.query_labels,
             "group_labels": self.group_labels,
             "group_sizes": self.group_sizes,
             "provenance": self.provenance,
-            "by_term": list(self.by_term),
-            "by_layer": list(self.by_layer),
+            **{kind: list(getattr(self, kind)) for kind in _KINDS},
         }
         tensors["labels"] = _bytes(json.dumps(labels))
         write_tensors(Path(path), tensors | {"sha256": _bytes(digest(tensors))}, {"segflow": "scores"})
@@ -130,8 +145,8 @@ class Scores:
         if labels["format"] != FORMAT:
             raise ScoreError(f"{path}: scores format {labels['format']!r}, this segflow reads format {FORMAT}.")
         parts = {
-            kind: {name: tensors[f"{kind}.{index}"] for index, name in enumerate(labels[kind])}
-            for kind in ("by_term", "by_layer")
+            kind: {name: tensors[f"{kind}.{index}"] for index, name in enumerate(labels.get(kind, ()))}
+            for kind in _KINDS
         }
         return cls(
             tensors["values"],
@@ -139,8 +154,8 @@ class Scores:
             tuple(labels["group_labels"]),
             tuple(labels["group_sizes"]),
             labels["provenance"],
-            parts["by_term"],
-            parts["by_layer"],
+            **parts,
+            spread=tensors.get("spread"),
         )
 
     def numpy(self) -> np.ndarray:
@@ -156,13 +171,16 @@ class Scores:
         return pandas.DataFrame(self.numpy(), index=index, columns=pandas.Index(self.group_labels, name="group"))
 
     def to_xarray(self) -> Any:
-        """An xarray Dataset: values (query, group), group_size, and by_term and by_layer where they were kept."""
+        """An xarray Dataset: values (query, group), group_size, spread, by_term, by_layer and by_run if there."""
         import xarray
 
         coords: dict[str, Any] = {"query": list(self.query_labels), "group": list(self.group_labels)}
         data: dict[str, Any] = {"values": (("query", "group"), self.numpy())}
         data["group_size"] = (("group",), np.array(self.group_sizes))
-        for kind, axis, parts in (("by_term", "term", self.by_term), ("by_layer", "layer", self.by_layer)):
+        if self.spread is not None:
+            data["spread"] = (("query", "group"), self.spread.cpu().numpy())
+        for kind in _KINDS:
+            parts, axis = getattr(self, kind), kind.removeprefix("by_")
             if parts:
                 coords[axis] = list(parts)
                 data[kind] = ((axis, "query", "group"), np.stack([part.cpu().numpy() for part in parts.values()]))

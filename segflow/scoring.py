@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -22,14 +22,16 @@ from torch.utils.data import Subset
 
 from .data import dataset_fingerprint, digest, in_order
 from .errors import ScoreError
-from .factors import Pool, StoredCurvature
 from .files import Tensors
+from .fitted import Fitted
 from .groups import Groups, Tile, shares, tiles
-from .methods import Operator, Plan, Term
-from .queries import Gradients, Queries, QuerySide, meeting, query_gradients
+from .kronecker import weighted_mean
+from .plans import Plan, Point, Term
+from .queries import Gradients, Queries, QuerySide, meeting
 from .ranks import Ranks
+from .representation import representation_lens
 from .task import measurement_fingerprint
-from .trainside import MetQueries, tile_scores
+from .trainside import AnyLens, MetQueries, TrainSide, tile_scores
 from .units import Planned
 from .workspace import Workspace
 
@@ -40,19 +42,44 @@ _NO_TILE = Tile(np.arange(0), ())
 _ROUNDED = ("training losses",)  # differs slightly on another machine: compared, but not in a unit's name
 
 
-def score_parts(
-    work: Workspace, plan: Plan, groups: Groups, train: Any, query: Any, batch_size: int, per_layer: bool
-) -> Tensor:
+@dataclass(frozen=True)
+class Scoring:
+    """What is scored: groups of a stage's training data, queries, and the plan.
+
+    works: the workspace of each stage; stage: whose data; trains: every stage's training data that `fit` has seen.
+    """
+
+    works: Sequence[Workspace]
+    stage: int
+    plan: Plan
+    groups: Groups
+    trains: Sequence[Any]
+    batch_size: int
+    per_layer: bool
+
+    @property
+    def work(self) -> Workspace:
+        """The workspace of the stage whose data is scored."""
+        return self.works[self.stage]
+
+    @property
+    def train(self) -> Any:
+        """The training data that is scored."""
+        return self.trains[self.stage]
+
+
+def score_parts(asked: Scoring, query: Any) -> Tensor:
     """Scores [T, L, Q, K] of a plan's terms (L = 1, the layers' sum, unless per_layer); inside `observing(model)`.
 
     Queries and groups are taken in blocks and tiles that fit the workspace's memory; each term, checkpoint and block of
     queries is a unit of the store, so that a run that was stopped goes on where it was, on any number of ranks.
     """
-    stage = _Stage(work, plan, groups, train, batch_size, per_layer)
+    work = asked.work
+    stage = _Stage(asked)
     blocks = in_order(len(query), max(1, work.memory // _QUERY_SHARE // (_QUERY_COPIES * stage.gradient_bytes)))
     together = work.ranks.count if len(blocks) > 1 else 1  # blocks that are on their ranks at a time
     rounds = [blocks[start : start + together] for start in range(0, len(blocks), together)]
-    passes = len(rounds) * sum(len(term.train_checkpoints) for term in plan)
+    passes = len(rounds) * sum(len(term.train) for term in asked.plan)
     work.units.journal.expect({"groups": stage.examples * passes})
     return torch.cat([stage.run(query, some) for some in rounds], 2)
 
@@ -60,26 +87,29 @@ def score_parts(
 class _Stage:
     """One scoring run: walks the plan for some blocks of queries."""
 
-    def __init__(self, work: Workspace, plan: Plan, groups: Groups, train: Any, batch_size: int, per_layer: bool):
-        self.work, self.plan, self.groups, self.train = work, plan, groups, train
-        self.batch_size, self.per_layer = batch_size, per_layer
-        chosen = digest([groups.members])
+    def __init__(self, asked: Scoring):
+        self.asked, self.work, self.plan, self.groups = asked, asked.work, asked.plan, asked.groups
+        work = self.work
+        chosen = digest([self.groups.members])
         work.ranks.agree("the groups (made with the same seed on every rank?)", chosen)
-        work.load(len(work.trajectory) - 1)
-        self.lens = work.lens("train", train)
-        self.made_from = work.made_from(train, self.lens)
+        self.resources = Fitted(asked.works, asked.trains)
+        self.lens = self.resources.lens(asked.stage)
         self.scored_from = {
-            **self.made_from,
+            **self.resources.train_from(asked.stage),
             "dtype": str(self.lens.dtype),
             "groups": chosen,
-            "per_layer": per_layer,
-            "measurement": measurement_fingerprint(work.task),
+            "per_layer": asked.per_layer,
+            "measurement": measurement_fingerprint(asked.works[-1].task),
         }
         self.gradient_bytes = work.parameters * self.lens.dtype.itemsize
-        size = max(1, min(len(groups), work.memory // _GROUP_SHARE // self.gradient_bytes))
-        size = size - size % batch_size if size > batch_size else size
-        self.tiles = [tiles(pieces, batch_size, size) for pieces in shares(groups, work.ranks.count)]
-        self.examples = sum(len(batch.examples) for tile in self.tiles[work.ranks.index] for batch in tile.batches)
+        size = max(1, min(len(self.groups), work.memory // _GROUP_SHARE // self.gradient_bytes))
+        size = size - size % asked.batch_size if size > asked.batch_size else size
+        self.tiles = {
+            whole: [tiles(pieces, asked.batch_size, size) for pieces in shares(self.groups, work.ranks.count, whole)]
+            for whole in {term.normalized for term in self.plan}
+        }
+        own = next(iter(self.tiles.values()))[work.ranks.index]
+        self.examples = sum(len(batch.examples) for tile in own for batch in tile.batches)
 
     def run(self, query: Any, blocks: Sequence[range]) -> Tensor:
         """Scores [T, L, Q, K] of these queries: one block for each rank, or one block that all ranks share."""
@@ -90,37 +120,19 @@ class _Stage:
             tuple(map(len, blocks)),
             [dataset_fingerprint(Subset(query, block), "query", ranks, work.progress) for block in blocks],
         )
-        curvature = lru_cache(2)(lambda pool: StoredCurvature(work, pool, self.made_from, self.lens))
-        gradients = lru_cache(1)(partial(self._gradients, query, own, curvature))
+        queries = self.resources.asking(query, own, self.asked.batch_size, self.plan[0], self.lens.layers)
         parts: dict[int, Tensor] = {}
-        for place, queries in QuerySide(self.plan, gradients, curvature, work.parameter_groups).walk():
+        for place, found in QuerySide(self.plan, queries).walk():
             term = self.plan[place]
-            met = self._met(queries, curvature, asked, len(term.train_checkpoints))
-            pools = dict.fromkeys(operator.checkpoints for operator in term.operators if operator.checkpoints)
-            inputs = tuple(unit for pool in pools for unit in curvature(pool).units)
-            parts[place] = self._term(term, met, asked, inputs)
+            met = self._met(found, asked, len(term.train))
+            parts[place] = self._term(term, met, asked, queries.units(term))
         return torch.stack([parts[place] for place in range(len(self.plan))])
 
-    def _gradients(
-        self, query: Any, own: range, curvature: Callable[[Pool], StoredCurvature], index: int, pool: Pool
-    ) -> Queries:
-        """This rank's query gradients at a checkpoint, in the pool's eigenbasis if that fits."""
-        work, where = self.work, self.work.where(index)
-        work.load(index)
-        lens = work.lens("measurement", query)
-        lists = [own[part.start : part.stop] for part in in_order(len(own), self.batch_size)]
-        data = work.walk(lens, query, lists, f"queries, {where}")
-        blocks = curvature(pool) if pool else None
-        bases = {name: block.basis for name, block in blocks.items()} if blocks is not None and blocks.fits else {}
-        return Queries(query_gradients(lens, data, bases, work.ranks, where), pool if bases else ())
-
-    def _met(
-        self, queries: Queries, curvature: Callable[[Pool], StoredCurvature], asked: _Asked, checkpoints: int
-    ) -> MetQueries:
+    def _met(self, queries: Queries, asked: _Asked, points: int) -> MetQueries:
         """The query side where training gradients will meet it; one block becomes known to every rank."""
         ranks = self.work.ranks
-        blocks = curvature(queries.pool) if queries.pool else None
-        examples = int(self.groups.sizes.sum()) * checkpoints
+        blocks = self.resources.curvature(queries.basis) if queries.basis else None
+        examples = int(self.groups.sizes.sum()) * points
         tokens = {name: examples * self.lens.positions(name) for name in queries.values}
         values, bases = meeting(queries.values, blocks, sum(asked.sizes), tokens)
         if len(asked.sizes) == 1:
@@ -132,42 +144,51 @@ class _Stage:
         work, units, starts = self.work, self.work.units, np.cumsum([0, *asked.sizes]).tolist()
         term_from = {
             **self.scored_from,
-            "operators": [_described(operator, work) for operator in term.operators],
-            "query checkpoint": work.checkpoint_digest(term.query_checkpoint),
+            "operators": [self.resources.described(operator) for operator in term.operators],
+            "query checkpoint": work.checkpoint_digest(term.query),
         }
-        layers = len(self.lens.layers) if self.per_layer else 1
+        if term.side != "gradient" or term.normalized:
+            term_from["side"] = [term.side, term.normalized, *met.values]
+        layers = len(met.values) if self.asked.per_layer else 1
         sketches = work.ranks.gather(_sketch(met.values))
-        at_checkpoints = []
-        for index in term.train_checkpoints:
-            compute = lru_cache(1)(partial(self._scores, index, met))
-            at_checkpoint = term_from | {"checkpoint": work.checkpoint_digest(index)}
+        at_points = []
+        for point in term.train:
+            compute = lru_cache(1)(partial(self._scores, term, point, met))
+            at_point = term_from | {"checkpoint": work.checkpoint_digest(point)}
             planned = []
             for block, size in enumerate(asked.sizes):
-                made_from = at_checkpoint | {"queries": asked.fingerprints[block], "sketch": sketches[block]}
+                made_from = at_point | {"queries": asked.fingerprints[block], "sketch": sketches[block]}
                 make = partial(_rows, compute, starts[block], size)
-                planned.append(Planned("groups", self._name(made_from, index), made_from, inputs, self.examples, make))
+                planned.append(Planned("groups", self._name(made_from, point), made_from, inputs, self.examples, make))
             units.settle(planned, units.held(planned))
             found = [units.open(unit.name, unit.made_from) for unit in planned]
             shapes = [(layers, size, len(self.groups)) for size in asked.sizes]
             of_blocks = [unit.tensor("scores", shape) for unit, shape in zip(found, shapes, strict=True)]
-            at_checkpoints.append(torch.cat(of_blocks, 1))
-        return torch.stack(at_checkpoints).mean(0) / work.trajectory.dataset_size
+            at_points.append(torch.cat(of_blocks, 1))
+        total = weighted_mean(at_points, term.weights)
+        return total if term.normalized else total / work.trajectory.dataset_size
 
-    def _name(self, made_from: Mapping[str, Any], index: int) -> str:
+    def _name(self, made_from: Mapping[str, Any], point: Point) -> str:
         exact = {key: value for key, value in made_from.items() if key not in _ROUNDED}
-        return f"scores/{digest(json.dumps(exact, sort_keys=True))[:16]}/step-{self.work.step(index)}"
+        hashed = digest(json.dumps(exact, sort_keys=True))[:16]
+        return f"{self.work.prefix}scores/{hashed}/{self.work.name(point)}"
 
-    def _scores(self, index: int, met: MetQueries) -> Tensor | None:
-        """<query side, group gradients at a checkpoint>, [L, Q, K] on rank 0: each rank's groups, tile by tile."""
-        work, ranks, where = self.work, self.work.ranks, self.work.where(index)
-        work.load(index)
-        scores: Tensor | None = None
-        for number in range(max(map(len, self.tiles))):
-            in_turn = [tiles[number] if number < len(tiles) else _NO_TILE for tiles in self.tiles]
+    def _scores(self, term: Term, point: Point, met: MetQueries) -> Tensor | None:
+        """<query side, group gradients at a point>, [L, Q, K] on rank 0: each rank's groups, tile by tile."""
+        work, ranks, where = self.work, self.work.ranks, self.work.where(point)
+        work.load(point)
+        lens: AnyLens = self.lens
+        if term.side == "representation":
+            lens = representation_lens(self.lens, term.layer, term.normalized)
+        normalized = term.normalized and term.side == "gradient"
+        shared, scores = self.tiles[term.normalized], None
+        for number in range(max(map(len, shared))):
+            in_turn = [of_rank[number] if number < len(of_rank) else _NO_TILE for of_rank in shared]
             tile = in_turn[ranks.index]
-            data = work.walk(self.lens, self.train, [batch.examples for batch in tile.batches], f"groups, {where}")
-            part_LQK = tile_scores(self.lens, data, tile, met, work.memory // _PASSING_SHARE, where)
-            part_LQK = part_LQK if self.per_layer else part_LQK.sum(0, keepdim=True)
+            data = work.walk(self.lens, self.asked.train, [b.examples for b in tile.batches], f"groups, {where}")
+            side = TrainSide(met, len(tile.groups), work.memory // _PASSING_SHARE, normalized)
+            part_LQK = tile_scores(lens, data, tile, side, where)
+            part_LQK = part_LQK if self.asked.per_layer else part_LQK.sum(0, keepdim=True)
             if scores is None and ranks.main:
                 scores = part_LQK.new_zeros(*part_LQK.shape[:2], len(self.groups))
             for theirs, piece in zip(in_turn, ranks.collect(part_LQK), strict=False):
@@ -205,11 +226,6 @@ def _from_all(value_QPOI: Tensor, ranks: Ranks) -> Tensor:
 def _rows(compute: Callable[[], Tensor | None], start: int, size: int) -> Tensors:
     scores = compute()
     return {} if scores is None else {"scores": scores[:, start : start + size]}
-
-
-def _described(operator: Operator, work: Workspace) -> dict[str, Any]:
-    """What an operator does, without reference to where its checkpoints stand in a trajectory."""
-    return {**asdict(operator), "checkpoints": [work.checkpoint_digest(index) for index in operator.checkpoints]}
 
 
 def _sketch(values: Gradients) -> list[str]:

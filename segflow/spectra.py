@@ -31,6 +31,16 @@ def response(sigma: Tensor, lr_steps: float) -> Tensor:
     return torch.where(sigma == 0, torch.full_like(sigma, lr_steps), -torch.expm1(-lr_steps * safe) / safe)
 
 
+def saturation(sigma: Tensor, lr_steps: float) -> Tensor:
+    """How far a segment has come to its optimum: 1 - exp(-lr_steps * sigma) (the paper's form for Adam, Appendix C).
+
+    Example:
+        >>> saturation(torch.tensor([0.0, 1.0]), 1.0)
+        tensor([0.0000, 0.6321])
+    """
+    return -torch.expm1(-lr_steps * sigma)
+
+
 def damped_inverse(sigma: Tensor, damping: float | Tensor) -> Tensor:
     """The influence function's operator: 1 / (sigma + damping), and 0 where that is 0 to rounding (pseudo-inverse).
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from functools import partial
 from types import CodeType
 from typing import Any
 
@@ -49,6 +50,16 @@ class Task(ABC):
     @abstractmethod
     def compute_measurement(self, batch: Any, model: nn.Module) -> Tensor:
         """What the scores explain (a loss, a margin, ...), summed over the batch's examples; shape []."""
+
+    def compute_output(self, batch: Any, model: nn.Module) -> Tensor:
+        """TRAK's model output function summed over the batch's examples, shape []: a margin, a prediction.
+
+        The training loss should depend on the model through it: its gradient is then this one times a slope.
+        """
+        raise TaskError(
+            f"{type(self).__name__} has no compute_output(), which TRAK needs: the model's output (a margin, a "
+            "prediction), summed over the batch. Define it, or use ProjectedFisher, which takes the training loss."
+        )
 
     def get_influence_tracked_modules(self) -> list[str] | None:
         """Names of the modules to attribute; None takes every supported one."""
@@ -97,6 +108,11 @@ def task_fingerprint(task: Any) -> dict[str, Any]:
     }
 
 
+def output_fingerprint(task: Any) -> dict[str, Any]:
+    """What tells apart kernels of the task's output function."""
+    return {"options": _options(task), "code": _code_digest(task, "compute_output")}
+
+
 def measurement_fingerprint(task: Any) -> dict[str, Any]:
     """The task's plain-valued attributes and measurement's compiled code: what tells apart scores."""
     return {"options": _options(task), "code": _code_digest(task, "compute_measurement")}
@@ -125,12 +141,12 @@ def _instructions(code: Any) -> Any:
 
 
 def summed_loss(task: Any, batch: Any, model: nn.Module, *, kind: str) -> Tensor:
-    """The task's "train", "sample" or "measurement" loss of a batch, checked to be one floating-point number."""
-    name = "compute_measurement" if kind == "measurement" else "compute_train_loss"
-    if kind == "measurement":
-        loss = task.compute_measurement(batch, model)
-    else:
+    """The task's "train", "sample", "measurement" or "output" loss of a batch, checked to be one real number."""
+    name = {"measurement": "compute_measurement", "output": "compute_output"}.get(kind, "compute_train_loss")
+    if name == "compute_train_loss":
         loss = task.compute_train_loss(batch, model, sample=kind == "sample")
+    else:
+        loss = getattr(task, name, partial(Task.compute_output, task))(batch, model)
     if not isinstance(loss, Tensor) or loss.numel() != 1 or not torch.is_floating_point(loss):
         found = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
         raise TaskError(f"{type(task).__name__}.{name}: expected one number, the sum over the batch, found {found}.")

@@ -73,12 +73,15 @@ class Classification(Task):
 
     def compute_measurement(self, batch: Any, model: nn.Module) -> Tensor:
         """The chosen measurement summed over the batch."""
+        if self.measurement == "margin":
+            return self.compute_output(batch, model)
         logits, labels = self._logits(batch, model)
-        true_log_p = -functional.cross_entropy(logits, labels, reduction="none")
-        if self.measurement == "loss":
-            return -true_log_p.sum()
-        if self.measurement == "log_probability":
-            return true_log_p.sum()
+        loss = functional.cross_entropy(logits, labels, reduction="sum")
+        return loss if self.measurement == "loss" else -loss
+
+    def compute_output(self, batch: Any, model: nn.Module) -> Tensor:
+        """The margin log p - log(1 - p) of the true class summed over the batch: TRAK's output function."""
+        logits, labels = self._logits(batch, model)
         others = logits.scatter(-1, labels[:, None], -torch.inf).logsumexp(-1)
         return (logits.gather(-1, labels[:, None]).squeeze(-1) - others).sum()
 
@@ -140,3 +143,8 @@ class Regression(Task):
         if self.measurement == "prediction":
             return predictions.sum()
         return weight * (predictions - targets).square().sum()
+
+    def compute_output(self, batch: Any, model: nn.Module) -> Tensor:
+        """The predictions summed over the batch and their elements: TRAK's output function."""
+        predictions, _, _ = self._predictions(batch, model)
+        return predictions.sum()

@@ -20,6 +20,9 @@ from .layers import Tokens, TrackedLayer
 from .lens import FiniteWatch, Lens
 from .queries import Gradients
 from .ranks import Ranks
+from .representation import FeatureLayer, RepresentationLens
+
+AnyLens = Lens | RepresentationLens
 
 
 @dataclass(frozen=True)
@@ -54,21 +57,24 @@ class MetQueries:
 class TrainSide:
     """Summed gradients of a tile's pieces of groups, met with a query side: scores [Q, K] for each layer.
 
-    queries: the query side; count: K, the tile's pieces; budget: bytes for what is formed on the way.
+    queries: the query side; count: K, the tile's pieces; budget: bytes for what is formed on the way; normalized: bring
+    each piece's summed gradient to norm 1.
     """
 
     queries: MetQueries
     count: int
     budget: int
+    normalized: bool = False
     _sums: Gradients = field(default_factory=dict)
     _scores: Gradients = field(default_factory=dict)
 
-    def add(self, layer: TrackedLayer, tokens: Tokens, batch: GroupBatch) -> None:
+    def add(self, layer: TrackedLayer | FeatureLayer, tokens: Tokens, batch: GroupBatch) -> None:
         """Add one layer's tokens of one batch."""
         sizes = batch.sizes
         if layer.name in self.queries.bases:
             tokens = self.queries.bases[layer.name].rotate_tokens(tokens)
-        if self.queries.here and tokens.a_PBSI.shape[2] == 1 and len(sizes) > 1 and max(sizes) == 1:
+        single = self.queries.here and tokens.a_PBSI.shape[2] == 1 and len(sizes) > 1 and max(sizes) == 1
+        if single and not self.normalized:
             self._add_single_tokens(layer, tokens, batch.first)
             return
         P, O, I = layer.shape
@@ -78,7 +84,7 @@ class TrainSide:
         a, g = (_by_group(side, sizes) for side in tokens)
         sums_KPOI.view(-1, O, I).baddbmm_(g.mT, a)
 
-    def _add_single_tokens(self, layer: TrackedLayer, tokens: Tokens, first: int) -> None:
+    def _add_single_tokens(self, layer: TrackedLayer | FeatureLayer, tokens: Tokens, first: int) -> None:
         """Groups of one example of one token: g^T R a, which never forms the example's gradient."""
         a_PKI, g_PKO = tokens.a_PBSI.squeeze(2), tokens.g_PBSO.squeeze(2)
         queries, K = self.queries.values[layer.name], a_PKI.shape[1]
@@ -96,7 +102,11 @@ class TrainSide:
             torch.stack([self._product(name, queries_QPOI) for name, queries_QPOI in block.items()])
             for block in self.queries.blocks()
         ]
-        return torch.cat(blocks, 1)
+        product_LQK = torch.cat(blocks, 1)
+        if not self.normalized:
+            return product_LQK
+        square_K = torch.stack([sums_KPOI.flatten(1).square().sum(1) for sums_KPOI in self._sums.values()]).sum(0)
+        return product_LQK / square_K.sqrt().clamp_min(torch.finfo(square_K.dtype).tiny)
 
     def _product(self, name: str, queries_QPOI: Tensor) -> Tensor:
         product_QK = self._scores.get(name, queries_QPOI.new_zeros(len(queries_QPOI), self.count))
@@ -116,9 +126,8 @@ def _by_group(side_PBSD: Tensor, sizes: Sequence[int]) -> Tensor:
     return rearrange(side_PBSD, "p (k n) s d -> (k p) (n s) d", k=K)
 
 
-def tile_scores(lens: Lens, data: Iterable[Batch], tile: Tile, queries: MetQueries, budget: int, where: str) -> Tensor:
+def tile_scores(lens: AnyLens, data: Iterable[Batch], tile: Tile, side: TrainSide, where: str) -> Tensor:
     """Scores [L, Q, K] of one tile's pieces: <query side, summed training gradients>, for each layer in order."""
-    side = TrainSide(queries, len(tile.groups), budget)
     watch = FiniteWatch(f"training gradients, {where}")
     plans = iter(tile.batches)
     for batch in data:

@@ -2,42 +2,24 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from .errors import TrajectoryError
 from .files import file_digest, inside, read_json, read_tensors
+from .optimizers import KNOWN, OptimizerConstants, PerStep, effective_rates
 from .ranks import laid_out
+from .steplog import check_parameter_groups, check_stage_name, eps_of_groups, every_rate, per_step
 
 FORMAT = 1
-PerStep = float | Sequence[float] | Sequence[Sequence[float]] | np.ndarray | Tensor
-
-
-@dataclass(frozen=True)
-class OptimizerConstants:
-    """The optimizer that trained the model; each value is constant, [steps], or [steps, parameter groups].
-
-    Args:
-        name: the class name of the torch.optim optimizer, such as "SGD" or "AdamW".
-        momentum, dampening, weight_decay: as in torch.optim.SGD.
-        nesterov: Nesterov's form of momentum; it has heavy-ball's effective learning rate.
-        maximize: True if the optimizer climbed instead of descending.
-    """
-
-    name: str = "SGD"
-    momentum: PerStep = 0.0
-    dampening: PerStep = 0.0
-    weight_decay: PerStep = 0.0
-    nesterov: bool = False
-    maximize: bool = False
+_RECORDED = ("model.", "optimizer.", "second_moment.")  # of a checkpoint by record(), the second once
 
 
 class Trajectory:
@@ -53,6 +35,9 @@ class Trajectory:
         dataset_size: number of training examples N; the objective is the mean of their losses.
         optimizer: what else the optimizer was given.
         parameter_groups: {parameter name: index of its parameter group}; None puts every parameter in group 0.
+        second_moments: of a preconditioned optimizer, one file for each checkpoint with {parameter name: bias-corrected
+            second moment}; None where they were not saved.
+        stage: this stage's name, where training had several; see `after`.
 
     Raises:
         TrajectoryError: a file is missing, steps are out of order, or a step has no learning rate.
@@ -66,6 +51,9 @@ class Trajectory:
         dataset_size: int,
         optimizer: OptimizerConstants | None = None,
         parameter_groups: Mapping[str, int] | None = None,
+        *,
+        second_moments: Sequence[str | os.PathLike[str]] | None = None,
+        stage: str = "train",
     ):
         self.checkpoints = tuple(Path(path) for path in checkpoints)
         _check_checkpoints(self.checkpoints, steps)
@@ -75,17 +63,23 @@ class Trajectory:
         self.dataset_size = int(dataset_size)
         self.optimizer = optimizer or OptimizerConstants()
         self.parameter_groups = None if parameter_groups is None else dict(parameter_groups)
-        self.learning_rates = _learning_rates(learning_rates, self.steps[-1])
+        self.learning_rates = every_rate(learning_rates, self.steps[-1])
         shape = self.learning_rates.shape
-        self.momentum = _per_step("momentum", self.optimizer.momentum, shape, below=1.0)
-        self.dampening = _per_step("dampening", self.optimizer.dampening, shape)
-        self.weight_decay = _per_step("weight_decay", self.optimizer.weight_decay, shape)
+        self.momentum = per_step("momentum", self.optimizer.momentum, shape, below=1.0)
+        self.dampening = per_step("dampening", self.optimizer.dampening, shape)
+        self.weight_decay = per_step("weight_decay", self.optimizer.weight_decay, shape)
         if self.parameter_groups is None and shape[1] > 1:
             raise TrajectoryError(
                 f"learning_rates cover {shape[1]} parameter groups, and parameter_groups does not say which parameter "
                 "is in which. Pass parameter_groups={parameter name: group}."
             )
-        _check_parameter_groups(self.parameter_groups or {}, shape[1])
+        check_parameter_groups(self.parameter_groups or {}, shape[1])
+        self.eps = eps_of_groups(self.optimizer.eps, shape[1])
+        self.stage = check_stage_name(stage)
+        self.earlier: Trajectory | None = None
+        self._moments = None if second_moments is None else tuple(Path(path) for path in second_moments)
+        if self._moments is not None:
+            _check_checkpoints(self._moments, self.steps)
         self._digests: dict[int, tuple[tuple[int, ...], str]] = {}  # (what the file looked like, sha256)
         self._expected: dict[int, str] = {}
 
@@ -98,6 +92,8 @@ class Trajectory:
         Raises TrajectoryError where the recording is missing, unfinished or damaged.
         """
         root = Path(directory)
+        if (root / "stages.json").exists():
+            return cls._staged(root, unfinished)
         if not (root / "trajectory.json").exists():
             if unfinished and (root / "recording.json").exists():
                 return cls._parsed(root, "recording.json")
@@ -111,6 +107,25 @@ class Trajectory:
                 f"{root}: no recorded run here (no trajectory.json). Record one with segflow.record()."
             )
         return cls._parsed(root, "trajectory.json")
+
+    @classmethod
+    def _staged(cls, root: Path, unfinished: bool) -> Trajectory:
+        """Every stage that `record(stage=...)` left in a folder, as the last one with the earlier ones behind it."""
+        content = read_json(root / "stages.json", TrajectoryError)
+        names = content.get("stages") if isinstance(content, dict) else None
+        if content.get("format") != FORMAT if isinstance(content, dict) else True:
+            raise TrajectoryError(f"{root}: stages.json is of another format, expected {FORMAT}. Record again.")
+        if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
+            raise TrajectoryError(f"{root / 'stages.json'}: damaged, it lists no stages. Restore it, or record again.")
+        found: Trajectory | None = None
+        for place, name in enumerate(names):
+            last = place == len(names) - 1
+            stage = cls.load(root / check_stage_name(name), unfinished=unfinished and last)
+            stage.stage = name
+            found = stage if found is None else stage.after(found)
+        if found is None:
+            raise TrajectoryError(f"{root / 'stages.json'}: damaged, it lists no stages. Restore it, or record again.")
+        return found
 
     @classmethod
     def _parsed(cls, root: Path, name: str) -> Trajectory:
@@ -141,6 +156,9 @@ class Trajectory:
             log["weight_decay"][:last],
             content["nesterov"],
             content["maximize"],
+            [float(group.get("eps", 1e-8)) for group in content["constants"]],
+            content.get("decoupled"),
+            content.get("batch_size"),
         )
         trajectory = cls(
             [path for path, _ in entries],
@@ -157,11 +175,37 @@ class Trajectory:
         """The number of checkpoints."""
         return len(self.checkpoints)
 
+    def after(self, earlier: Trajectory) -> Trajectory:
+        """This stage as it follows on an earlier one (and on those before it); TrajectoryError if names recur."""
+        names = [stage.stage for stage in earlier.stages]
+        if self.earlier is not None or self.stage in names:
+            raise TrajectoryError(
+                f"stage {self.stage!r} cannot follow on {names}: expected one stage with a name of its own. "
+                "Pass stage= to Trajectory, or to segflow.record()."
+            )
+        chained = copy.copy(self)
+        chained.earlier = earlier
+        return chained
+
+    @property
+    def stages(self) -> tuple[Trajectory, ...]:
+        """Every stage from the first to this one; steps and checkpoints of each count from its own start."""
+        return (*(self.earlier.stages if self.earlier else ()), self)
+
+    @property
+    def preconditioned(self) -> bool:
+        """Whether the optimizer scales gradients elementwise: Adam, AdamW, RMSprop, Adagrad."""
+        return self.optimizer.preconditioned
+
+    @property
+    def decoupled(self) -> bool:
+        """Whether weight decay acts beside the preconditioned gradient."""
+        return self.optimizer.is_decoupled
+
     def __repr__(self) -> str:
-        return (
-            f"Trajectory({self.optimizer.name}, {self.total_steps} steps, checkpoints at {list(self.steps)}, "
-            f"{self.dataset_size} examples)"
-        )
+        if self.earlier is not None:
+            return " then ".join(f"{stage.stage}: {_described(stage)}" for stage in self.stages)
+        return _described(self)
 
     @property
     def total_steps(self) -> int:
@@ -171,13 +215,32 @@ class Trajectory:
     def state(self, index: int) -> dict[str, Tensor]:
         """The model's state_dict at checkpoint `index`, on the CPU."""
         path = self.checkpoints[index]
-        if path.suffix == ".safetensors":
-            found = read_tensors(path, self._expected.get(index), TrajectoryError)
-        else:
-            found = _foreign_state(path)
-        if all(name.startswith(("model.", "optimizer.")) for name in found) and "step-" in path.name:  # by record()
+        found = read_state(path, self._expected.get(index))
+        if all(name.startswith(_RECORDED) for name in found) and "step-" in path.name:  # by record()
             return {name[len("model.") :]: tensor for name, tensor in found.items() if name.startswith("model.")}
         return found
+
+    def second_moments(self, index: int) -> dict[str, Tensor] | None:
+        """Bias-corrected second moments at checkpoint `index`, by parameter name; None if they were not saved.
+
+        P = 1 / (sqrt(second moment) + eps), eps being that of the parameter's group.
+        """
+        if self._moments is not None:
+            path, found = self._moments[index], read_state(self._moments[index], None)
+        else:
+            path = self.checkpoints[index]
+            if path.suffix != ".safetensors":
+                return None
+            every = read_tensors(path, self._expected.get(index), TrajectoryError)
+            prefix = "second_moment."
+            found = {name[len(prefix) :]: tensor for name, tensor in every.items() if name.startswith(prefix)}
+        for name, moment in found.items():
+            if not (torch.isfinite(moment) & (moment >= 0)).all():
+                raise TrajectoryError(
+                    f"{path}: the second moment of {name!r} is negative or not finite. The run diverged, or "
+                    "the file is of something else."
+                )
+        return found or None
 
     def digest(self, index: int) -> str:
         """sha256 of the checkpoint's file."""
@@ -191,9 +254,13 @@ class Trajectory:
             self._digests[index] = (look, file_digest(path, TrajectoryError))
         return self._digests[index][1]
 
-    def load_into(self, model: nn.Module, index: int) -> None:
-        """Copy checkpoint `index` into `model`; TrajectoryError names what does not fit."""
-        state = self.state(index)
+    def load_into(self, model: nn.Module, index: int | Mapping[int, float]) -> None:
+        """Copy checkpoint `index` into `model`; TrajectoryError names what does not fit.
+
+        index: or {index: weight}, for the weighted mean of several (what is not floating-point is the last one's).
+        """
+        state = self._mean_state(index) if isinstance(index, Mapping) else self.state(index)
+        index = list(index)[-1] if isinstance(index, Mapping) else index
         try:
             model.load_state_dict(laid_out(state, model), strict=True)
         except RuntimeError as problem:
@@ -202,12 +269,28 @@ class Trajectory:
                 f"{problem}. Give the model that was trained."
             ) from problem
 
+    def _mean_state(self, weights: Mapping[int, float]) -> dict[str, Tensor]:
+        total = sum(weights.values())
+        if not weights or min(weights.values()) < 0 or not total > 0:
+            raise TrajectoryError(f"weights {dict(weights)}: expected numbers >= 0 that are not all 0.")
+        mean: dict[str, Tensor] = {}
+        for index, weight in weights.items():
+            state = self.state(index)
+            for name, value in state.items():
+                share = value.double() * (weight / total) if value.is_floating_point() else value
+                mean[name] = mean[name] + share if name in mean and value.is_floating_point() else share
+        return {name: value.to(state[name].dtype) for name, value in mean.items()}
+
     def lr_steps(self, start: int, end: int) -> tuple[float, ...]:
         """Summed effective learning rates of the steps in (start, end], for each parameter group.
 
-        Heavy-ball momentum m with dampening d multiplies a rate by (1 - d)/(1 - m), the limit of its velocity.
+        See `optimizers.effective_rates`. TrajectoryError for an optimizer that is not known.
         """
-        self._require_plain_sgd()
+        if self.optimizer.name not in KNOWN:
+            raise TrajectoryError(
+                f"the run was trained with {self.optimizer.name}, but effective learning rates are known for "
+                f"{', '.join(KNOWN)} only. Use InfluenceFunction, which needs none, or train with one of these."
+            )
         return tuple(self._effective()[start:end].sum(0).tolist())
 
     def mean_weight_decay(self, start: int, end: int) -> tuple[float, ...]:
@@ -222,18 +305,15 @@ class Trajectory:
         return 0 if self.parameter_groups is None else self.parameter_groups.get(parameter)
 
     def _effective(self) -> Tensor:
-        """Effective learning rates [steps, parameter groups]; torch.optim.SGD dampens only where it has momentum."""
-        effective = self.learning_rates * (1 - self.dampening) / (1 - self.momentum)
-        return torch.where(self.momentum == 0, self.learning_rates, effective)
+        """Effective learning rates [steps, parameter groups]."""
+        return effective_rates(self.optimizer.name, self.learning_rates, self.momentum, self.dampening)
 
-    def _require_plain_sgd(self) -> None:
-        constants = self.optimizer
-        if constants.name != "SGD" or constants.maximize:
-            raise TrajectoryError(
-                f"the run was trained with {constants.name}{' (maximize=True)' if constants.maximize else ''}: "
-                "effective learning rates are known for SGD with momentum only. "
-                "Use InfluenceFunction, which needs none, or train with torch.optim.SGD."
-            )
+
+def _described(of: Trajectory) -> str:
+    return (
+        f"Trajectory({of.optimizer.name}, {of.total_steps} steps, checkpoints at {list(of.steps)}, "
+        f"{of.dataset_size} examples)"
+    )
 
 
 def _check_checkpoints(paths: Sequence[Path], steps: Sequence[int]) -> None:
@@ -247,80 +327,11 @@ def _check_checkpoints(paths: Sequence[Path], steps: Sequence[int]) -> None:
         raise TrajectoryError(f"checkpoint steps {list(steps)}: expected ascending whole steps, counted from 1.")
 
 
-def _check_parameter_groups(group_of: Mapping[str, int], known: int) -> None:
-    for name, group in group_of.items():
-        if not isinstance(group, int) or not 0 <= group < known:
-            raise TrajectoryError(
-                f"parameter_groups puts {name!r} in group {group!r}, but learning rates cover {known} group(s), "
-                "counted from 0. Give learning_rates as [steps, parameter groups]."
-            )
-
-
-def _numbers(name: str, given: Any) -> Tensor:
-    try:
-        values = torch.as_tensor(given, dtype=torch.float64)
-    except (TypeError, ValueError, RuntimeError) as problem:
-        raise TrajectoryError(
-            f"{name}: expected numbers, [steps] or [steps, parameter groups] ({problem})."
-        ) from problem
-    if values.ndim > 2 or (values.ndim and 0 in values.shape[1:]):
-        raise TrajectoryError(
-            f"{name} has shape {tuple(values.shape)}: expected a number, [steps] or [steps, parameter groups]."
-        )
-    return values[:, None] if values.ndim == 1 else values
-
-
-def _learning_rates(given: PerStep | Mapping[int, float], total: int) -> Tensor:
-    """Learning rates as [steps, parameter groups]; every step up to `total` must have one."""
-    if isinstance(given, Mapping):
-        values = _numbers("learning_rates", list(given.values()))
-        rates = torch.full((total, values.shape[1]), torch.nan, dtype=torch.float64)
-        for step, rate in zip(given, values, strict=True):
-            if step not in range(1, total + 1):
-                raise TrajectoryError(f"a learning rate for step {step!r}, but steps run from 1 to {total}.")
-            rates[int(step) - 1] = rate
-    else:
-        rates = _numbers("learning_rates", given)
-        rates = rates.expand(total, 1) if rates.ndim == 0 else rates
-    if len(rates) > total:
-        raise TrajectoryError(
-            f"learning rates for {len(rates)} steps, but the last checkpoint stands at step {total}. "
-            "Training's end must be a checkpoint."
-        )
-    missing = torch.cat([~torch.isfinite(rates).all(1), torch.ones(total - len(rates), dtype=torch.bool)])
-    if missing.any():
-        gaps, covered = (_ranges(torch.nonzero(mask).flatten() + 1) for mask in (missing, ~missing))
-        raise TrajectoryError(
-            f"steps {gaps}: no learning rate was recorded (the log covers {covered or 'nothing'}). "
-            "Pass learning_rates= for every step to Trajectory, or record with segflow.record()."
-        )
-    if (rates < 0).any():
-        raise TrajectoryError(f"learning rates must not be negative, found {rates.min().item()}.")
-    return rates
-
-
-def _ranges(steps: Tensor) -> str:
-    runs: list[list[int]] = []
-    for step in steps.tolist():
-        if runs and step == runs[-1][1] + 1:
-            runs[-1][1] = step
-        else:
-            runs.append([step, step])
-    return ", ".join(f"{first}..{last}" if last > first else str(first) for first, last in runs)
-
-
-def _per_step(name: str, given: PerStep, shape: torch.Size, below: float = torch.inf) -> Tensor:
-    values = _numbers(name, given)
-    if values.ndim and (values.shape[0] != shape[0] or values.shape[1] not in (1, shape[1])):
-        raise TrajectoryError(
-            f"{name} has shape {tuple(values.shape)}: expected a number, [{shape[0]}] or "
-            f"{list(shape)} as learning_rates."
-        )
-    wrong = values[~((values >= 0) & (values < below))]
-    if wrong.numel():
-        upper = "" if below == torch.inf else f" and < {below:g}"
-        raise TrajectoryError(f"{name}={wrong[0].item():g}: expected finite numbers >= 0{upper}.")
-    return values.expand(shape)
+def read_state(path: Path, sha256: str | None) -> dict[str, Tensor]:
+    """Tensors by name from a safetensors or a torch file."""
+    if path.suffix == ".safetensors":
+        return read_tensors(path, sha256, TrajectoryError)
+    return _foreign_state(path)
 
 
 def _foreign_state(path: Path) -> dict[str, Tensor]:

@@ -26,8 +26,8 @@ class Unit:
     file: TensorFile | None
     ranks: Ranks
 
-    def tensor(self, name: str, shape: tuple[int, ...], device: torch.device | None = None) -> Tensor:
-        """One tensor on every rank; every rank must call it. StoreError if it has another shape."""
+    def tensor(self, name: str, shape: tuple[int, ...] | None, device: torch.device | None = None) -> Tensor:
+        """One tensor on every rank; every rank must call it. StoreError if it has another shape (None: any)."""
         tensor = None if self.file is None else self.file.tensor(name, shape)
         return self.ranks.broadcast(tensor, device=device)
 

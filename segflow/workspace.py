@@ -1,4 +1,4 @@
-"""Workspace: what every stage shares - the model, its task and trajectory, the store, and how to walk data."""
+"""Workspace: what all work on one stage of training shares - model, task, trajectory, store, and how to walk data."""
 
 from __future__ import annotations
 
@@ -9,29 +9,33 @@ from typing import Any
 import torch
 from torch import nn
 
-from .data import Batch, Collate, Indices, batches, dataset_fingerprint, dataset_length, evenly_spaced
+from .data import Batch, Collate, Indices, batches, dataset_fingerprint, dataset_length, digest, evenly_spaced
 from .errors import TrajectoryError
-from .layers import LayerChoice
+from .layers import LayerChoice, TrackedLayer
 from .lens import Lens, make_lens
+from .plans import Point
 from .ranks import Ranks
 from .task import task_fingerprint
 from .trajectory import Trajectory
 from .units import Units
 
+_NAMED = 6  # steps that a unit's name spells out
 _PROBES = 16  # training examples whose losses tell one task from another
 
 
 @dataclass(frozen=True)
 class Workspace:
-    """Everything but the data and the method; see Analyzer for the fields.
+    """Everything but the data and the method, for one stage of training; see Analyzer for the fields.
 
-    parameter_groups: the optimizer's parameter group of each tracked layer; sharded: True if the model's parameters are
-    spread over the ranks, so that all ranks must run every forward together.
+    run: the whole run's trajectory, of whose stages `stage` is one. layers: those that the stage trained;
+    parameter_groups: the optimizer's parameter group of each; sharded: True if the model's parameters are spread over
+    the ranks, so that all ranks must run every forward together; prefix: of the names of the stage's units.
     """
 
     model: nn.Module
     task: Any
-    trajectory: Trajectory
+    run: Trajectory
+    stage: int
     units: Units
     layers: LayerChoice
     parameter_groups: Mapping[str, int]
@@ -40,6 +44,17 @@ class Workspace:
     collate_fn: Collate | None
     progress: bool | None
     sharded: bool
+    prefix: str = ""
+
+    @property
+    def trajectory(self) -> Trajectory:
+        """The stage's own trajectory."""
+        return self.run.stages[self.stage]
+
+    @property
+    def last(self) -> Point:
+        """The stage's last checkpoint."""
+        return Point.at(self.stage, len(self.trajectory) - 1)
 
     @property
     def ranks(self) -> Ranks:
@@ -56,25 +71,38 @@ class Workspace:
         """How many parameters are attributed."""
         return sum(layer.size for layer in self.layers.tracked.values())
 
-    def step(self, index: int) -> int:
-        """The optimizer step of checkpoint `index`."""
-        return self.trajectory.steps[index]
+    def name(self, point: Point) -> str:
+        """The point in a unit's name: the steps of its checkpoints, and their stage where that is another one."""
+        trajectory = self.run.stages[point.stage]
+        steps = [str(trajectory.steps[index]) for index, _ in point.weights]
+        words = ["step", *steps] if len(steps) == 1 else ["mean", short(steps), digest(point.weights)[:8]]
+        return "-".join(([] if point.stage == self.stage else [trajectory.stage]) + words)
 
-    def where(self, index: int) -> str:
-        """Names a checkpoint in errors and progress bars."""
-        return f"checkpoint at step {self.step(index)}"
+    def where(self, point: Point) -> str:
+        """Names a point in errors and progress bars."""
+        trajectory = self.run.stages[point.stage]
+        steps = [trajectory.steps[index] for index, _ in point.weights]
+        of = f" of {trajectory.stage!r}" if len(self.run.stages) > 1 else ""
+        return f"checkpoint at step {steps[0]}{of}" if len(steps) == 1 else f"mean of the checkpoints at {steps}{of}"
 
-    def load(self, index: int) -> None:
-        """Put checkpoint `index` into the model; only inside `observing(model)`."""
-        self.trajectory.load_into(self.model, index)
+    def load(self, point: Point) -> None:
+        """Put the parameters at a point into the model; only inside `observing(model)`."""
+        weights = dict(point.weights)
+        chosen = weights if len(weights) > 1 else next(iter(weights))
+        self.run.stages[point.stage].load_into(self.model, chosen)
 
-    def lens(self, kind: str, dataset: Any) -> Lens:
-        """The model seen through the task's "train", "sample" or "measurement" loss on this dataset."""
-        return make_lens(self.model, self.task, kind, self.layers.tracked, dataset, self.collate_fn)
+    def lens(self, kind: str, dataset: Any, layers: Mapping[str, TrackedLayer] | None = None) -> Lens:
+        """The model seen through one of the task's losses (see `summed_loss`) on this dataset; layers: other ones."""
+        return make_lens(self.model, self.task, kind, layers or self.layers.tracked, dataset, self.collate_fn)
 
-    def checkpoint_digest(self, index: int) -> str:
-        """sha256 of a checkpoint's file, the same on every rank."""
-        return str(self.ranks.same(self.trajectory.digest(index) if self.ranks.main else None))
+    def checkpoint_digest(self, point: Point) -> str:
+        """sha256 of a checkpoint's file (of several: of their digests and weights), the same on every rank."""
+        trajectory = self.run.stages[point.stage]
+        if len(point.weights) == 1:
+            found = trajectory.digest(point.weights[0][0]) if self.ranks.main else None
+        else:
+            found = digest([[trajectory.digest(i), w] for i, w in point.weights]) if self.ranks.main else None
+        return str(self.ranks.same(found))
 
     def walk(self, lens: Lens, dataset: Any, lists: Sequence[Indices], label: str) -> Iterator[Batch]:
         """One batch for each of this rank's lists of example indices, behind a progress bar.
@@ -91,7 +119,7 @@ class Workspace:
         return {
             "model": self.shapes,
             "task": task_fingerprint(self.task),
-            "steps": list(self.trajectory.steps),
+            "steps": [list(stage.steps) for stage in self.run.stages],
             "seed": self.seed,
             "memory": self.memory,
         }
@@ -101,9 +129,12 @@ class Workspace:
         length = dataset_length(train, "training")
         if length != self.trajectory.dataset_size:
             raise TrajectoryError(
-                f"the training dataset has {length} examples, but the run was recorded with "
+                f"the training dataset has {length} examples, but the {self._named()} was recorded with "
                 f"dataset_size={self.trajectory.dataset_size}. Give the dataset that the model was trained on."
             )
+
+    def _named(self) -> str:
+        return f"stage {self.trajectory.stage!r}" if len(self.run.stages) > 1 else "run"
 
     def made_from(self, train: Any, lens: Lens) -> dict[str, Any]:
         """What binds a unit of the store to this model, training dataset and task.
@@ -124,7 +155,7 @@ class Workspace:
 
     def probe_losses(self, train: Any, lens: Lens) -> list[float]:
         """The lens's loss of evenly spaced examples, each a batch of its own, at the last checkpoint."""
-        self.load(len(self.trajectory) - 1)
+        self.load(self.last)
         chosen = [[index] for index in evenly_spaced(len(train), _PROBES)]
         torch.manual_seed(self.seed)
         with torch.enable_grad():  # parameters are frozen; a task may differentiate by itself
@@ -146,6 +177,13 @@ class Workspace:
         return {"sampled losses": alone, "batch_size": batch_size if mixes else "any"}
 
 
+def short(steps: Sequence[str]) -> str:
+    """Steps joined for a unit's name: all of a few, else the first and the last with a digest of all."""
+    if len(steps) <= _NAMED:
+        return "-".join(steps)
+    return f"{steps[0]}-to-{steps[-1]}-{digest(list(steps))[:12]}"
+
+
 def settle_parameter_groups(choice: LayerChoice, trajectory: Trajectory) -> tuple[LayerChoice, dict[str, int]]:
     """Each layer's parameter group; a bias that was trained otherwise than its weight is not attributed.
 
@@ -164,6 +202,8 @@ def settle_parameter_groups(choice: LayerChoice, trajectory: Trajectory) -> tupl
             "weight decay": trajectory.weight_decay,
         }
         differing = [what for what, log in logged.items() if not log[:, weight].equal(log[:, bias])]
+        if trajectory.eps[weight] != trajectory.eps[bias]:
+            differing.append("eps")
         if differing:
             tracked[name] = replace(layer, has_bias=False)
             skipped[f"{prefix}bias"] = f"it was trained with another {' and '.join(differing)} than the weight"

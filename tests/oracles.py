@@ -188,16 +188,22 @@ def corrected_eigenvalues(example_grads: Tensor, Q_A: Tensor, Q_S: Tensor) -> Te
     return total / len(example_grads)
 
 
-def pooled_ekfac(per_checkpoint: Sequence[tuple[Tensor, Tensor, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
+def pooled_ekfac(
+    per_checkpoint: Sequence[tuple[Tensor, Tensor, Tensor]], weights: Sequence[float] | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """(Q_A, Q_S, Lambda) of a segment from its checkpoints' (A, S, example_grads) (SOURCE App. D).
 
-    A and S are averaged first (equal weights); Lambda is fitted per checkpoint in that basis, then averaged.
+    A and S are averaged first (by default with equal weights); Lambda is fitted per checkpoint in that basis, then
+    averaged.
     """
-    count = len(per_checkpoint)
-    A_mean = sum(A for A, _, _ in per_checkpoint) / count
-    S_mean = sum(S for _, S, _ in per_checkpoint) / count
+    weights = weights or [1 / len(per_checkpoint)] * len(per_checkpoint)
+    A_mean = sum(weight * A for weight, (A, _, _) in zip(weights, per_checkpoint, strict=True))
+    S_mean = sum(weight * S for weight, (_, S, _) in zip(weights, per_checkpoint, strict=True))
     Q_A, Q_S = eigenbasis(A_mean, S_mean)
-    Lambda = sum(corrected_eigenvalues(grads, Q_A, Q_S) for _, _, grads in per_checkpoint) / count
+    Lambda = sum(
+        weight * corrected_eigenvalues(grads, Q_A, Q_S)
+        for weight, (_, _, grads) in zip(weights, per_checkpoint, strict=True)
+    )
     return Q_A, Q_S, Lambda
 
 
@@ -240,7 +246,8 @@ def source_scores(query_grads: Tensor, segments: Sequence[dict[str, Any]], datas
     """SOURCE's parts [Q, K], one per segment, first to last; their sum is the score (SOURCE Eqs. 13-22).
 
     `query_grads` [Q, D] at the final parameters. Segments, first to last, are dicts with "curvature" [D, D],
-    "lr_steps", "weight_decay" and "group_gradients": a list over checkpoints of [K, D], sums over members.
+    "lr_steps", "weight_decay" and "group_gradients": a list over checkpoints of [K, D], sums over members, with
+    "weights" (by default equal ones).
     Sign: the predicted change of the measurement if the group were removed, + <r_l, mean sum grad> / N.
     """
     v = query_grads.double()
@@ -248,7 +255,9 @@ def source_scores(query_grads: Tensor, segments: Sequence[dict[str, Any]], datas
     for segment in reversed(segments):
         options = (segment["lr_steps"], segment["weight_decay"])
         r = v @ dense_function(segment["curvature"], response(*options))
-        group_gradients = sum(segment["group_gradients"]) / len(segment["group_gradients"])
+        gradients = segment["group_gradients"]
+        weights = segment.get("weights") or [1 / len(gradients)] * len(gradients)
+        group_gradients = sum(weight * gradient for weight, gradient in zip(weights, gradients, strict=True))
         parts.append(r @ group_gradients.double().T / dataset_size)
         v = v @ dense_function(segment["curvature"], decay(*options))
     return parts[::-1]

@@ -98,7 +98,7 @@ def test_a_dataset_of_another_length_is_refused(tmp_path: Path, call: str) -> No
 
 
 def test_scoring_before_fitting_says_what_to_run(tmp_path: Path) -> None:
-    with pytest.raises(sf.StoreError, match=r"no unit 'eigenbasis/steps-10-20'. Run Analyzer.fit\(\)"):
+    with pytest.raises(sf.StoreError, match=r"no unit 'eigenbasis/steps-10-20-w[0-9a-f]{8}'. Run Analyzer.fit\(\)"):
         _score(_setting(tmp_path))
 
 
@@ -167,8 +167,20 @@ def test_method_options_are_checked() -> None:
         sf.InfluenceFunction(damping="strong")
     with pytest.raises(sf.MethodError, match=r"damping=-1\.0"):
         sf.InfluenceFunction(damping=-1.0)
-    with pytest.raises(sf.MethodError, match="segments='auto'"):
-        sf.Source(segments="auto")  # type: ignore[arg-type]
+    with pytest.raises(sf.MethodError, match="segments='many'"):
+        sf.Source(segments="many")
+    for options in ({"preconditioner": "dense"}, {"checkpoint_weights": "late"}, {"penalty": -1.0}):
+        with pytest.raises(sf.MethodError, match=next(iter(options))):
+            sf.Source(**options)
+    with pytest.raises(sf.MethodError, match="curvature='hessian' is not known"):
+        sf.InfluenceFunction(curvature="hessian")
+    for wrong in (sf.TRAK, sf.ProjectedFisher):
+        with pytest.raises(sf.MethodError, match="dimension=0"):
+            wrong(dimension=0)
+    with pytest.raises(sf.MethodError, match="steps=0"):
+        sf.LiSSA(steps=0)
+    with pytest.raises(sf.MethodError, match=r"scale=0\.0"):
+        sf.LiSSA(scale=0.0)
 
 
 def test_methods_share_one_store_and_its_passes(tmp_path: Path) -> None:

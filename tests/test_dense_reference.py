@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -54,17 +55,19 @@ def _reference(
             grouped = [torch.stack([r[name][list(m), part].flatten(1).sum(0) for m in groups.members]) for r in real]
             queries = [a[name][:, part].flatten(1) for a in asked]
 
-            def curvature(pool, fits=fits, part=part) -> Tensor:
-                return oracles.dense_curvature(*oracles.pooled_ekfac([fits[i] for i in pool]))[part]
+            def curvature(pool, weights=None, fits=fits, part=part) -> Tensor:
+                return oracles.dense_curvature(*oracles.pooled_ekfac([fits[i] for i in pool], weights))[part]
 
             total = total + combine(queries, grouped, curvature)
     return total
 
 
-def _source(queries, grouped, curvature) -> Tensor:
+def _source(queries, grouped, curvature, weights=(0.75, 0.25)) -> Tensor:
+    """A segment of 20 steps has checkpoints after 10 and 20: 15 steps are nearest to the first, 5 to the second."""
     segments = [
         {
-            "curvature": curvature(pool),
+            "curvature": curvature(pool, weights),
+            "weights": weights,
             "lr_steps": 20 * LR / (1 - MOMENTUM),
             "weight_decay": WEIGHT_DECAY,
             "group_gradients": [grouped[i] for i in pool],
@@ -79,11 +82,16 @@ def _influence(queries, grouped, curvature) -> Tensor:
 
 
 def _tracin(queries, grouped, _curvature) -> Tensor:
-    return oracles.tracin_scores([(q, 10 * LR / (1 - MOMENTUM), g) for q, g in zip(queries, grouped, strict=True)], N)
+    steps = zip((15, 10, 10, 5), queries, grouped, strict=True)
+    return oracles.tracin_scores([(q, count * LR / (1 - MOMENTUM), g) for count, q, g in steps], N)
 
 
 METHODS = {
     "source": (sf.Source(segments=2), _source),
+    "source, equal weights": (
+        sf.Source(segments=2, checkpoint_weights="equal"),
+        partial(_source, weights=(0.5, 0.5)),
+    ),
     "influence": (sf.InfluenceFunction(damping=0.01), _influence),
     "tracin": (sf.TracIn(), _tracin),
 }

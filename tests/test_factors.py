@@ -12,8 +12,10 @@ from torch.utils.data import TensorDataset
 
 import segflow as sf
 from segflow.capture import observing
-from segflow.factors import StoredCurvature, covariances
+from segflow.curvature import StoredCurvature
 from segflow.kronecker import KroneckerBlock
+from segflow.passes import covariances
+from segflow.plans import curvatures
 from segflow.ranks import Ranks
 
 from . import oracles
@@ -58,10 +60,10 @@ CASES = {"linear": (mlp, vectors), "conv": (ConvNet, images), "sequence": (Atten
 def _fitted(analyzer: sf.Analyzer, train: Any) -> dict[str, KroneckerBlock]:
     """The pooled curvature of the method's first pool, as scoring reads it."""
     work = analyzer.work
-    pool = analyzer.plan[-1].operators[-1].checkpoints
+    [curvature, *_] = curvatures(analyzer.method.plan(work.run))
     with observing(work.model):
         lens = work.lens("train", train)
-        return dict(StoredCurvature(work, pool, work.made_from(train, lens), lens))
+        return dict(StoredCurvature(work, curvature, work.made_from(train, lens), lens))
 
 
 def _dense(block: KroneckerBlock) -> Tensor:
@@ -69,13 +71,14 @@ def _dense(block: KroneckerBlock) -> Tensor:
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("memory", [2 << 30, 1])
-def test_pooled_factors_equal_a_naive_per_example_loop(tmp_path: Path, case: str, memory: int) -> None:
+@pytest.mark.parametrize(("memory", "weighting"), [(2 << 30, "equal"), (1, "nearest")])
+def test_pooled_factors_equal_a_naive_per_example_loop(tmp_path: Path, case: str, memory: int, weighting: str) -> None:
     make_model, make_data = CASES[case]
     model, train = make_model(), make_data(N)
     states = perturbed_states(model, 3)
     trajectory = trajectory_of(tmp_path / "run", states, N)
-    analyzer = analyzer_of(model, trajectory, tmp_path / "store", method=sf.Source(segments=1), memory=memory)
+    method = sf.Source(segments=1, checkpoint_weights=weighting)
+    analyzer = analyzer_of(model, trajectory, tmp_path / "store", method=method, memory=memory)
     analyzer.fit(train, batch_size=5)
     found = _fitted(analyzer, train)
 
@@ -88,7 +91,10 @@ def test_pooled_factors_equal_a_naive_per_example_loop(tmp_path: Path, case: str
             (oracles.naive_covariances(model, layers, loss, N), oracles.example_gradients(model, layers, loss, N))
         )
     for name, block in found.items():
-        expected = oracles.pooled_ekfac([(*cov[name], grads[name]) for cov, grads in per_checkpoint])
+        expected = oracles.pooled_ekfac(
+            [(*cov[name], grads[name]) for cov, grads in per_checkpoint],
+            None if weighting == "equal" else (0.5, 1 / 3, 1 / 6),  # of 30 steps 15, 10 and 5 are nearest
+        )
         torch.testing.assert_close(_dense(block), oracles.dense_curvature(*expected), rtol=1e-9, atol=1e-12)
         assert block.eigenvalues_POI.std() > 0
 

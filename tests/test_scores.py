@@ -72,7 +72,7 @@ def test_keep_says_which_parts_are_kept(analyzer: sf.Analyzer, keep) -> None:
 
 @pytest.mark.parametrize(("keep", "wrong"), [(("terms",), "terms"), ("layer", "l")])
 def test_an_unknown_part_to_keep_says_which_exist(analyzer: sf.Analyzer, keep, wrong: str) -> None:
-    with pytest.raises(sf.ScoreError, match=rf"keep='{wrong}' is not known\. Choose one of: 'layer', 'term'"):
+    with pytest.raises(sf.ScoreError, match=rf"keep='{wrong}' is not known\. Choose one of: 'layer', 'run', 'term'"):
         analyzer.score(sf.Groups.random(20, 9), vectors(20), vectors(2), keep=keep)
 
 

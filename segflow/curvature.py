@@ -1,0 +1,273 @@
+"""What was fitted, as the query side reads it: curvature blocks, preconditioners and kernels; and the units' names.
+
+Units in the store, each below its stage's prefix if there are several stages or runs:
+
+    covariance/step-S             sums of a a^T and g g^T at the checkpoint of step S
+    eigenbasis/POOL               bases of A and S averaged over the pool's points
+    eigenvalues/POOL/step-S       corrected eigenvalues in that basis at a point
+    kfac/POOL                     K-FAC's eigenvalues in that basis
+    diagonal/step-S               mean squared gradients at a point
+    moments/step-S                mean and mean square of training gradients, where second moments were not saved
+    kernel/NAME/step-S            second moment of projected per-example gradients
+    statistics/step-S             what tells checkpoints apart, for automatic segments
+
+POOL is `steps-S-T` for the checkpoints of steps S and T, `at-...` elsewhere; `-w...` where they do not weigh the same,
+`-scaled-...` for the curvature of P^1/2 H P^1/2. The mean of several checkpoints is `mean-...` instead of `step-S`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .data import digest
+from .errors import TrajectoryError
+from .kronecker import Eigenbasis, KroneckerBlock, PreconditionerBlock, preconditioner_block, weighted_mean
+from .layers import TrackedLayer
+from .lens import Lens
+from .plans import Curvature, Point, Preconditioner, ProjectedInverse
+from .task import output_fingerprint
+from .units import Unit
+from .workspace import Workspace, short
+
+_KEPT_SHARE = 8  # of the memory budget, for a pool's blocks
+_STATISTICS = ("gradients", "curvature")
+
+
+def covariance_unit(work: Workspace, point: Point) -> str:
+    """A point's covariances."""
+    return f"{work.prefix}covariance/{work.name(point)}"
+
+
+def basis_unit(work: Workspace, curvature: Curvature) -> str:
+    """A pool's eigenbasis."""
+    return f"{work.prefix}eigenbasis/{_pool(work, curvature)}"
+
+
+def eigenvalues_unit(work: Workspace, curvature: Curvature, point: Point) -> str:
+    """Eigenvalues at a point, of the curvature's kind (K-FAC's: of all points)."""
+    if curvature.kind == "diagonal":
+        return f"{work.prefix}diagonal/{work.name(point)}"
+    if curvature.kind == "kfac":
+        return f"{work.prefix}kfac/{_pool(work, curvature)}"
+    return f"{work.prefix}eigenvalues/{_pool(work, curvature)}/{work.name(point)}"
+
+
+def moments_unit(work: Workspace, point: Point) -> str:
+    """Moments of training gradients at a point."""
+    return f"{work.prefix}moments/{work.name(point)}"
+
+
+def statistics_unit(work: Workspace, point: Point) -> str:
+    """What tells a checkpoint from others."""
+    return f"{work.prefix}statistics/{work.name(point)}"
+
+
+def kernel_unit(work: Workspace, inverse: ProjectedInverse) -> str:
+    """A projected second moment at a point; damping is applied when it is read."""
+    of = inverse.projection
+    name = f"{inverse.features}-{of.dimension or 'all'}-{of.seed}"
+    return f"{work.prefix}kernel/{name}/{work.name(inverse.point)}"
+
+
+def kernel_from(
+    work: Workspace, inverse: ProjectedInverse, train_from: Mapping[str, Any], lens: Lens
+) -> dict[str, Any]:
+    """What binds a kernel's unit."""
+    output = output_fingerprint(work.task) if inverse.features == "output" else None
+    return {
+        **train_from,
+        "dtype": str(lens.dtype),
+        "checkpoint": work.checkpoint_digest(inverse.point),
+        "output": output,
+    }
+
+
+def pool_from(work: Workspace, curvature: Curvature, train_from: Mapping[str, Any], lens: Lens) -> dict[str, Any]:
+    """What binds a pool's units."""
+    made: dict[str, Any] = {**train_from, "dtype": str(lens.dtype)}
+    made["checkpoints"] = [work.checkpoint_digest(point) for point in curvature.points]
+    if len(set(curvature.weights)) > 1:
+        made["weights"] = list(curvature.weights)
+    if curvature.scaled is not None and curvature.kind != "diagonal":
+        made["preconditioner"] = preconditioner_from(work, curvature.scaled)
+    return made
+
+
+def preconditioner_from(work: Workspace, of: Preconditioner) -> dict[str, Any]:
+    """What a preconditioner is made of; TrajectoryError if it was not saved and cannot be estimated either."""
+    trajectory, missing = work.run.stages[of.stage], unsaved(work, of)
+    if missing and trajectory.optimizer.batch_size is None:
+        raise TrajectoryError(
+            f"{trajectory.optimizer.name}'s second moments were not saved at the checkpoints of steps "
+            f"{[trajectory.steps[index] for index in missing]}. Train inside segflow.record(), or give "
+            "OptimizerConstants(batch_size=...) to have them estimated from gradients."
+        )
+    return {
+        "checkpoints": [work.checkpoint_digest(Point.at(of.stage, index)) for index, _ in of.weights],
+        "weights": [weight for _, weight in of.weights],
+        "eps": list(trajectory.eps),
+        "moments": f"estimated for batches of {trajectory.optimizer.batch_size}" if missing else "recorded",
+    }
+
+
+def unsaved(work: Workspace, of: Preconditioner) -> list[int]:
+    """The checkpoints whose second moments must be estimated."""
+    trajectory = work.run.stages[of.stage]
+    found = [index for index, _ in of.weights if trajectory.second_moments(index) is None] if work.ranks.main else None
+    return list(work.ranks.same(found))
+
+
+def _pool(work: Workspace, curvature: Curvature) -> str:
+    points = curvature.points
+    if all(len(point.weights) == 1 and point.stage == work.stage for point in points):
+        steps = [str(work.trajectory.steps[point.weights[0][0]]) for point in points]
+        name = "steps-" + short(steps)
+    else:
+        name = "at-" + "-".join(work.name(point) for point in points)
+    if len(set(curvature.weights)) > 1:
+        name += f"-w{digest(curvature.weights)[:8]}"
+    if curvature.scaled is not None:
+        name += f"-scaled-{digest(curvature.scaled.weights)[:8]}"
+    return name
+
+
+def preconditioner_blocks(
+    work: Workspace, of: Preconditioner, train_from: Mapping[str, Any], lens: Lens
+) -> dict[str, PreconditionerBlock]:
+    """P of each layer, averaged over checkpoints, from recorded second moments or those estimated by `fit`."""
+    gathered: dict[str, list[tuple[float, Tensor, Tensor]]] = {name: [] for name in lens.layers}
+    missing = unsaved(work, of)
+    for index, weight in of.weights:
+        find = _estimates(work, index, train_from) if index in missing else _records(work, index)
+        for name, layer in lens.layers.items():
+            eps = torch.tensor(work.trajectory.eps[work.parameter_groups[name]], dtype=torch.float64)
+            gathered[name].append((weight, find(layer).double(), eps))
+    return {name: _placed(preconditioner_block(found), lens) for name, found in gathered.items()}
+
+
+def _placed(block: PreconditionerBlock, lens: Lens) -> PreconditionerBlock:
+    part = type(block.part)(*(side.to(lens.device, lens.dtype) for side in vars(block.part).values()))
+    return PreconditionerBlock(block.exact_POI.to(lens.device, lens.dtype), part)
+
+
+def _records(work: Workspace, index: int) -> Callable[[TrackedLayer], Tensor]:
+    moments = work.trajectory.second_moments(index) or {}
+
+    def find(layer: TrackedLayer) -> Tensor:
+        prefix = f"{layer.name}." if layer.name else ""
+        try:
+            weight = moments[f"{prefix}weight"]
+            return layer.gradient_matrix(weight, moments[f"{prefix}bias"] if layer.has_bias else None)
+        except KeyError as missing:
+            raise TrajectoryError(
+                f"{work.where(Point.at(work.stage, index))}: no second moments of {missing}, which others have. "
+                "Was it frozen or unused? Leave its layer out of get_influence_tracked_modules()."
+            ) from None
+
+    return find
+
+
+def _estimates(work: Workspace, index: int, train_from: Mapping[str, Any]) -> Callable[[TrackedLayer], Tensor]:
+    """E of a batch's squared gradient: squared mean plus variance over the batch size (Adagrad: times steps)."""
+    trajectory, point = work.trajectory, Point.at(work.stage, index)
+    unit = work.units.open(moments_unit(work, point), {**train_from, "checkpoint": work.checkpoint_digest(point)})
+    times = trajectory.steps[index] if trajectory.optimizer.name == "Adagrad" else 1
+
+    def find(layer: TrackedLayer) -> Tensor:
+        mean, square = (unit.tensor(f"{layer.name}.{what}", layer.shape).double() for what in ("mean", "square"))
+        variance = (square - mean.square()).clamp_min(0)
+        return times * (mean.square() + variance / (trajectory.optimizer.batch_size or 1))
+
+    return find
+
+
+class StoredCurvature(Mapping[str, KroneckerBlock]):
+    """The fitted blocks of a curvature, averaged over its points, read layer by layer when asked for.
+
+    fits: whether all blocks together take no more than their share of the memory budget; if so they are kept. Every
+    rank must ask for the same layers in the same order. Raises StoreError where they were not fitted, or from something
+    else.
+
+    Args:
+        work: the workspace of the curvature's stage.
+        train_from: `Workspace.made_from` of the stage's training data.
+        blocks: the preconditioner that the curvature is scaled with, of each layer.
+    """
+
+    def __init__(
+        self,
+        work: Workspace,
+        curvature: Curvature,
+        train_from: Mapping[str, Any],
+        lens: Lens,
+        blocks: Mapping[str, PreconditionerBlock] | None = None,
+    ):
+        self.lens, self.curvature, self._scaled = lens, curvature, blocks
+        made_from = pool_from(work, curvature, train_from, lens)
+        points = curvature.points[:1] if curvature.kind == "kfac" else curvature.points
+        values = [eigenvalues_unit(work, curvature, point) for point in points]
+        bases = [] if curvature.kind == "diagonal" else [basis_unit(work, curvature)]
+        if curvature.kind == "diagonal":
+            of_points = [{**train_from, "checkpoint": work.checkpoint_digest(point)} for point in points]
+        else:
+            of_points = [made_from] * len(points)
+        self.units = [*bases, *values]
+        self._basis = work.units.open(bases[0], made_from) if bases else None
+        self._eigenvalues = [work.units.open(unit, of) for unit, of in zip(values, of_points, strict=True)]
+        self._weights = (1.0,) if curvature.kind == "kfac" else curvature.weights
+        numbers = sum(P * (O * O + I * I + O * I) for P, O, I in (layer.shape for layer in lens.layers.values()))
+        self.fits = numbers * lens.dtype.itemsize <= work.memory // _KEPT_SHARE
+        self._kept: dict[str, KroneckerBlock] = {}
+
+    def __getitem__(self, name: str) -> KroneckerBlock:
+        if name in self._kept:
+            return self._kept[name]
+        if name not in self.lens.layers:
+            raise KeyError(name)
+        shape, device = self.lens.layers[name].shape, self.lens.device
+        total = weighted_mean([unit.tensor(name, shape, device) for unit in self._eigenvalues], self._weights)
+        if self._scaled is not None and self._basis is None:
+            total = total * self._scaled[name].exact_POI
+        basis = None if self._basis is None else stored_basis(self._basis, name, self.lens)
+        block = KroneckerBlock(basis, total)
+        if self.fits:
+            self._kept[name] = block
+        return block
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.lens.layers
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.lens.layers)
+
+    def __len__(self) -> int:
+        return len(self.lens.layers)
+
+
+def stored_basis(unit: Unit, name: str, lens: Lens) -> Eigenbasis:
+    """One layer's eigenbasis, in the lens's precision."""
+    P, O, I = lens.layers[name].shape
+    inputs = unit.tensor(f"{name}.inputs", (P, I, I), lens.device)
+    return Eigenbasis(inputs.to(lens.dtype), unit.tensor(f"{name}.outputs", (P, O, O), lens.device).to(lens.dtype))
+
+
+def checkpoint_statistics(work: Workspace, train_from: Mapping[str, Any]) -> Tensor:
+    """[C, F]: what tells a stage's checkpoints apart, from the units that `fit` made.
+
+    Half of it are training gradients of the same examples, half the curvature's second moments, both sketched and
+    brought to a mean square norm of 1 over the checkpoints, so that squared distances are relative changes.
+    """
+    gradients, second_moments = [], []
+    for index in range(len(work.trajectory)):
+        point = Point.at(work.stage, index)
+        made_from = {**train_from, "checkpoint": work.checkpoint_digest(point)}
+        unit = work.units.open(statistics_unit(work, point), made_from)
+        rows = {kind: [unit.tensor(f"{n}.{kind}", None) for n in work.layers.tracked] for kind in _STATISTICS}
+        gradients.append(torch.cat([part.flatten() for part in rows["gradients"]]))
+        second_moments.append(torch.cat([(part.mT @ part).flatten() for part in rows["curvature"]]))
+    halves = (torch.stack(part) for part in (gradients, second_moments))
+    return torch.cat([half / half.square().sum(1).mean().sqrt().clamp_min(1e-300) for half in halves], 1) / 2**0.5

@@ -1,0 +1,104 @@
+"""From the parts that scoring yields for each run to labelled Scores."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from importlib import metadata
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .curvature import unsaved
+from .errors import ScoreError
+from .groups import Groups
+from .methods import Cuts, Method, describe
+from .plans import Plan, Point, preconditioners
+from .scores import Scores
+from .task import task_fingerprint
+from .workspace import Workspace
+
+
+class RunParts(NamedTuple):
+    """One run's workspaces (one for each stage), plan, automatic cuts, and scores [T, L, Q, K]."""
+
+    works: Sequence[Workspace]
+    plan: Plan
+    cuts: Cuts | None
+    parts_TLQK: Tensor
+
+
+def labelled(
+    runs: Sequence[RunParts],
+    method: Method,
+    groups: Groups,
+    stage: int,
+    labels: tuple[str, ...],
+    keep: Collection[str],
+) -> Scores:
+    """The mean over the runs, with the parts that are to be kept."""
+    first = runs[0]
+    work = first.works[stage]
+    counts = sorted({len(run.plan) for run in runs})
+    if "term" in keep and len(counts) > 1:
+        raise ScoreError(
+            f'keep=("term",): the runs of the ensemble have {counts} terms, which have no mean. Fix the segments.'
+        )
+    values_RQK = torch.stack([run.parts_TLQK.sum((0, 1)) for run in runs])
+    by_term = [torch.stack([run.parts_TLQK.sum(1)[place] for run in runs]).mean(0) for place in range(counts[0])]
+    layers = _parts_of(first, work)
+    by_layer = torch.stack([run.parts_TLQK.sum(0) for run in runs]).mean(0)
+    return Scores(
+        values_RQK.mean(0),
+        labels,
+        groups.labels,
+        tuple(groups.sizes.tolist()),
+        _provenance(runs, method, stage),
+        dict(zip((term.label for term in first.plan), by_term, strict=True)) if "term" in keep else {},
+        dict(zip(layers, by_layer, strict=True)) if "layer" in keep else {},
+        {f"run {number}": part for number, part in enumerate(values_RQK, start=1)} if "run" in keep else {},
+        values_RQK.std(0) if len(runs) > 1 else None,
+    )
+
+
+def _parts_of(run: RunParts, work: Workspace) -> list[str]:
+    """What the scores' layers are."""
+    tracked = list(work.layers.tracked)
+    term = run.plan[0]
+    return [term.layer or tracked[-1]] if term.side == "representation" else tracked
+
+
+def _provenance(runs: Sequence[RunParts], method: Method, stage: int) -> dict[str, Any]:
+    first = runs[0]
+    work, last = first.works[stage], first.works[-1]
+    found = {
+        **describe(method),
+        "terms": {term.label: [_named(work, point) for point in term.train] for term in first.plan},
+        "optimizer": work.trajectory.optimizer.name,
+        "attributed_layers": _parts_of(first, work),
+        "seed": work.seed,
+        "not_attributed": dict(work.layers.skipped),
+        "task": {key: task_fingerprint(work.task)[key] for key in ("class", "options")},
+        "measurement": str(getattr(last.task, "measurement", "compute_measurement")),
+        "segflow": metadata.version("segflow"),
+    }
+    if len(first.works) > 1:
+        found["stage"] = work.trajectory.stage
+    if len(runs) > 1:
+        found["runs"] = len(runs)
+    wanted = [(run, of) for run in runs for of in preconditioners(run.plan)]
+    if wanted:
+        estimated = any(unsaved(run.works[of.stage], of) for run, of in wanted)
+        found["second_moments"] = "estimated from gradients" if estimated else "recorded"
+    if first.cuts is not None:
+        found["segmentation"] = [
+            {first.works[place].trajectory.stage: cut.explained() for place, cut in (run.cuts or {}).items()}
+            for run in runs
+        ]
+    return found
+
+
+def _named(work: Workspace, point: Point) -> Any:
+    """The step of a checkpoint, or a word for another point."""
+    alone = len(point.weights) == 1 and point.stage == work.stage
+    return work.trajectory.steps[point.weights[0][0]] if alone else work.where(point)

@@ -1,0 +1,185 @@
+"""Passes over training data at one point: sums that each rank makes of its share, reduced once a pass.
+
+Axes: P parts, O outputs, I inputs of a layer, B examples, k features of a projection.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .data import Batch
+from .errors import FactorError, TaskError
+from .files import Tensors
+from .kronecker import Covariance, Eigenbasis, add_squared_projections_
+from .layers import Tokens, TrackedLayer
+from .lens import FiniteWatch, Lens
+from .plans import Projection
+from .projection import joined, probes
+from .ranks import Ranks
+from .task import attention_mask
+
+
+def covariances(lens: Lens, data: Iterable[Batch], ranks: Ranks, where: str) -> dict[str, Covariance]:
+    """Covariance sums of every layer over one pass with pseudo-labels, of what all `ranks` walk.
+
+    where: names the checkpoint in errors.
+    """
+    totals = {name: Covariance.zeros(layer.shape, lens.dtype, lens.device) for name, layer in lens.layers.items()}
+    watch = FiniteWatch(f"covariance pass, {where}")
+    masks = used = 0
+    for batch in data:
+        mask = attention_mask(lens.task, batch.content)
+        _check_mask(mask, lens)
+        masks += mask is not None and not batch.idle
+
+        def consume(layer: TrackedLayer, tokens: Tokens, mask: Any = mask) -> None:
+            nonlocal used
+            own = _mask_of(layer, tokens, mask)
+            used += own is not None
+            totals[layer.name].add_(tokens, own)
+
+        lens.capture(batch, consume, watch)
+    watch.finish(lens.layers, ranks)
+    of_ranks = ranks.gather([masks, used])
+    if any(masks for masks, _ in of_ranks) and not any(used for _, used in of_ranks):
+        raise TaskError(
+            f"{watch.where}: get_attention_mask() fits no tracked layer's [examples, positions], so it would be "
+            "ignored. Return the mask of the positions that the layers see (shifted as the inputs are), or None."
+        )
+    ranks.sum_([total for sums in totals.values() for total in vars(sums).values()])
+    return totals
+
+
+def corrected_eigenvalues(
+    lens: Lens,
+    data: Iterable[Batch],
+    bases: Mapping[str, Eigenbasis] | None,
+    ranks: Ranks,
+    where: str,
+    budget: int,
+) -> dict[str, Tensor]:
+    """Lambda [P, O, I] of every layer: the mean over examples of (Q_S^T G Q_A)^2, over one pass with pseudo-labels.
+
+    bases: None for the mean of G^2, the diagonal of the curvature. ranks: those that share the data; budget: bytes for
+    per-example gradients of sequence and convolution layers.
+    """
+    totals = _zeros(lens)
+    watch = FiniteWatch(f"{'corrected-eigenvalue' if bases else 'diagonal'} pass, {where}")
+
+    def consume(layer: TrackedLayer, tokens: Tokens) -> None:
+        add_squared_projections_(totals[layer.name], tokens, bases[layer.name] if bases else None, budget)
+
+    examples = _walked(lens, data, consume, watch)
+    watch.finish(lens.layers, ranks)
+    return _means(totals, examples, "corrected eigenvalues", watch, ranks)
+
+
+def gradient_moments(lens: Lens, data: Iterable[Batch], ranks: Ranks, where: str, budget: int) -> Tensors:
+    """Each layer's mean training gradient and mean squared gradient, `<layer>.mean` and `.square` [P, O, I]."""
+    means, squares = _zeros(lens), _zeros(lens)
+    watch = FiniteWatch(f"gradient moments, {where}")
+
+    def consume(layer: TrackedLayer, tokens: Tokens) -> None:
+        means[layer.name] += torch.einsum("pbso,pbsi->poi", tokens.g_PBSO, tokens.a_PBSI)
+        add_squared_projections_(squares[layer.name], tokens, None, budget)
+
+    examples = _walked(lens, data, consume, watch)
+    watch.finish(lens.layers, ranks)
+    both = {f"{n}.mean": t for n, t in means.items()} | {f"{n}.square": t for n, t in squares.items()}
+    return _means(both, examples, "moments", watch, ranks)
+
+
+def projected_kernel(lens: Lens, data: Iterable[Batch], projection: Projection, ranks: Ranks, where: str) -> Tensors:
+    """`kernel` [k, k]: the mean over examples of the outer product of their projected gradients."""
+    shapes = {name: layer.shape for name, layer in lens.layers.items()}
+    probes_of = probes(projection, shapes, lens.dtype, lens.device)
+    watch = FiniteWatch(f"projected gradients, {where}")
+    found: dict[str, Tensor] = {}
+    k = projection.dimension or sum(probe.features for probe in probes_of.values())
+    total = torch.zeros(k, k, dtype=lens.dtype, device=lens.device)
+    examples = torch.zeros((), dtype=torch.float64, device=lens.device)
+    for batch in data:
+        found.clear()
+
+        def consume(layer: TrackedLayer, tokens: Tokens) -> None:
+            found[layer.name] = probes_of[layer.name].of_tokens(tokens)
+
+        lens.capture(batch, consume, watch)
+        if not batch.idle:
+            filled = {n: found.get(n, total.new_zeros(batch.size, probe.features)) for n, probe in probes_of.items()}
+            features_Bk = joined(filled, projection)
+            total.addmm_(features_Bk.mT, features_Bk)
+            examples += batch.size
+    watch.finish(lens.layers, ranks)
+    return _means({"kernel": total}, examples, "projected gradients", watch, ranks)
+
+
+def sketches(lens: Lens, data: Iterable[Batch], projection: Projection, ranks: Ranks, where: str) -> Tensors:
+    """Each layer's projected gradients of every example of the data, in rank order, [B, k]."""
+    shapes = {name: layer.shape for name, layer in lens.layers.items()}
+    probes_of = probes(projection, shapes, lens.dtype, lens.device)
+    watch = FiniteWatch(f"sketches of gradients, {where}")
+    found: dict[str, list[Tensor]] = {name: [] for name in shapes}
+
+    def consume(layer: TrackedLayer, tokens: Tokens) -> None:
+        found[layer.name].append(probes_of[layer.name].of_tokens(tokens))
+
+    _walked(lens, data, consume, watch)
+    watch.finish(lens.layers, ranks)
+    own = {n: torch.cat(parts) if parts else torch.zeros(0, probes_of[n].features) for n, parts in found.items()}
+    every = ranks.gather({name: part.cpu().double().tolist() for name, part in own.items()})
+    return {
+        name: torch.cat(
+            [torch.tensor(of[name], dtype=torch.float64).reshape(-1, probes_of[name].features) for of in every]
+        )
+        for name in shapes
+    }
+
+
+def _zeros(lens: Lens) -> dict[str, Tensor]:
+    return {name: torch.zeros(layer.shape, dtype=lens.dtype, device=lens.device) for name, layer in lens.layers.items()}
+
+
+def _walked(lens: Lens, data: Iterable[Batch], consume: Any, watch: FiniteWatch) -> Tensor:
+    """Walk the data; how many examples this rank saw."""
+    examples = torch.zeros((), dtype=torch.float64, device=lens.device)
+    for batch in data:
+        lens.capture(batch, consume, watch)
+        examples += 0 if batch.idle else batch.size
+    return examples
+
+
+def _means(
+    totals: dict[str, Tensor], examples: Tensor, what: str, watch: FiniteWatch, ranks: Ranks
+) -> dict[str, Tensor]:
+    """Sums over all ranks divided by the number of examples; FactorError where one is not finite."""
+    ranks.sum_([*totals.values(), examples])
+    finite = torch.stack([torch.isfinite(total).all() for total in totals.values()]).tolist()
+    if not all(finite):
+        raise FactorError(
+            f"{watch.where}: the {what} of layer {list(totals)[finite.index(False)]!r} are not finite. "
+            "Their sum over the data overflows; use a model in float64."
+        )
+    return {name: total / examples.to(total.dtype) for name, total in totals.items()}
+
+
+def _check_mask(mask: Any, lens: Lens) -> None:
+    """Raise TaskError unless the mask is None, a tensor, or a mapping from tracked layers' names to tensors."""
+    masks = mask if isinstance(mask, Mapping) else {} if mask is None else {next(iter(lens.layers)): mask}
+    unknown = sorted(set(masks) - set(lens.layers))
+    if unknown or not all(isinstance(one, Tensor) for one in masks.values()):
+        raise TaskError(
+            f"get_attention_mask(): expected a tensor [examples, positions], or a mapping to such tensors from names "
+            f"of {list(lens.layers)[:8]}, found {f'names {unknown[:4]}' if unknown else type(mask).__name__}."
+        )
+
+
+def _mask_of(layer: TrackedLayer, tokens: Tokens, mask: Tensor | Mapping[str, Tensor] | None) -> Tensor | None:
+    """The mask if it speaks of this layer's positions."""
+    if isinstance(mask, Mapping):
+        mask = mask.get(layer.name)
+    return mask if mask is not None and mask.shape == tokens.a_PBSI.shape[1:3] else None
