@@ -93,18 +93,20 @@ class PreconditionerBlock:
 
 
 def preconditioner_block(checkpoints: Iterable[tuple[float, Tensor, Tensor]]) -> PreconditionerBlock:
-    """P averaged over checkpoints, from each one's (weight, second moments [P, O, I], eps [P, O, I] or []).
+    """P over checkpoints, from each one's (weight, second moments [P, O, I], eps [P, O, I] or []).
 
-    An entry whose second moments are all zero never had a gradient, so that any P is right: it takes the rank-one
-    part's rather than 1 / eps, which would only magnify rounding.
+    It is their harmonic mean: in the arithmetic one a checkpoint at which an entry had not had a gradient yet, P = 1 / eps,
+    outweighs all others. An entry whose second moments are all zero never had a gradient, so that any P is right: it takes
+    the rank-one part's rather than 1 / eps, which would only magnify rounding.
     """
-    total, live = torch.zeros(()), torch.zeros((), dtype=torch.bool)
+    denominator, live = torch.zeros(()), torch.zeros((), dtype=torch.bool)
     for weight, moments_POI, eps in checkpoints:
-        total = total + weight / (moments_POI.sqrt() + eps)
+        denominator = denominator + weight * (moments_POI.sqrt() + eps)
         live = live | (moments_POI > 0)
-    part = rank_one(total, live)
+    mean = 1 / denominator
+    part = rank_one(mean, live)
     fitted = part.outputs_PO[:, :, None] * part.inputs_PI[:, None, :]
-    return PreconditionerBlock(torch.where(live, total, fitted), part)
+    return PreconditionerBlock(torch.where(live, mean, fitted), part)
 
 
 @dataclass(frozen=True)
