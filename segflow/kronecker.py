@@ -95,9 +95,9 @@ class PreconditionerBlock:
 def preconditioner_block(checkpoints: Iterable[tuple[float, Tensor, Tensor]]) -> PreconditionerBlock:
     """P over checkpoints, from each one's (weight, second moments [P, O, I], eps [P, O, I] or []).
 
-    It is their harmonic mean: in the arithmetic one a checkpoint at which an entry had not had a gradient yet, P = 1 / eps,
-    outweighs all others. An entry whose second moments are all zero never had a gradient, so that any P is right: it takes
-    the rank-one part's rather than 1 / eps, which would only magnify rounding.
+    It is their harmonic mean: in the arithmetic one a checkpoint at which an entry had not had a gradient yet, P = 1 /
+    eps, outweighs all others. An entry whose second moments are all zero never had a gradient, so that any P is right:
+    it takes the rank-one part's rather than 1 / eps, which would only magnify rounding.
     """
     denominator, live = torch.zeros(()), torch.zeros((), dtype=torch.bool)
     for weight, moments_POI, eps in checkpoints:

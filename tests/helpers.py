@@ -83,6 +83,7 @@ def trajectory_of(
     *,
     steps: Sequence[int] | None = None,
     lr: Any = 0.1,
+    second_moments: Sequence[dict[str, Tensor]] | None = None,
     **constants: Any,
 ) -> sf.Trajectory:
     """A trajectory made of state dicts, ten steps apart unless told otherwise."""
@@ -91,8 +92,13 @@ def trajectory_of(
     for index, state in enumerate(states):
         files.append(folder / f"state-{index}.safetensors")
         save_file({name: value.contiguous() for name, value in state.items()}, files[-1])
+    moments = [folder / f"moments-{index}.safetensors" for index in range(len(second_moments or ()))]
+    for path, tensors in zip(moments, second_moments or (), strict=True):
+        save_file({name: value.contiguous() for name, value in tensors.items()}, path)
     steps = steps or [10 * (index + 1) for index in range(len(states))]
-    return sf.Trajectory(files, steps, lr, dataset_size, sf.OptimizerConstants(**constants))
+    return sf.Trajectory(
+        files, steps, lr, dataset_size, sf.OptimizerConstants(**constants), second_moments=moments or None
+    )
 
 
 def analyzer_of(

@@ -276,6 +276,62 @@ def tracin_scores(checkpoints: Iterable[tuple[Tensor, float, Tensor]], dataset_s
     return sum(lr_steps * q.double() @ g.double().T for q, lr_steps, g in checkpoints) / dataset_size
 
 
+# ---- preconditioned optimizers ----
+
+
+def rank_one(P: Tensor) -> tuple[Tensor, Tensor]:
+    """(p_O [P, O], p_I [P, I]) with p_O p_I^T the geometric row and column means of P [P, O, I]."""
+    logs = P.double().log()
+    grand = logs.mean((1, 2), keepdim=True)
+    return logs.mean(2).exp(), (logs.mean(1) - grand[:, 0]).exp()
+
+
+def scaled_fit(fit: tuple[Tensor, Tensor, Tensor], P: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(A, S, example_grads) of tokens scaled by the square roots of P's rank-one part."""
+    A, S, grads = fit
+    p_O, p_I = (side.sqrt() for side in rank_one(P))
+    scaled_A = p_I[:, :, None] * A * p_I[:, None, :]
+    scaled_S = p_O[:, :, None] * S * p_O[:, None, :]
+    return scaled_A, scaled_S, p_O[None, :, :, None] * grads * p_I[None, :, None, :]
+
+
+def preconditioned_source_scores(
+    query_grads: Tensor, segments: Sequence[dict[str, Any]], dataset_size: int
+) -> list[Tensor]:
+    """SOURCE's parts where steps are preconditioned, dense; segments as for `source_scores`, with "P" [D].
+
+    "basis" is (sigma, U), the eigenvalues and eigenvectors of the curvature of P^1/2 H P^1/2; "coupled" weight decay is
+    multiplied by P's diagonal in that basis.
+    """
+    v = query_grads.double()
+    parts: list[Tensor] = []
+    for segment in reversed(segments):
+        root = segment["P"].sqrt()
+        sigma, U = segment["basis"]
+        unit = (U.square().T @ segment["P"]) if segment["coupled"] else torch.ones_like(sigma)
+        s = sigma + segment["weight_decay"] * unit
+        forget, answer = torch.exp(-segment["lr_steps"] * s), response(segment["lr_steps"])(s)
+        gradients = sum(w * g for w, g in zip(segment["weights"], segment["group_gradients"], strict=True))
+        parts.append((v * root) @ U @ torch.diag(answer) @ U.T * root @ gradients.T / dataset_size)
+        v = (v * root) @ U @ torch.diag(forget) @ U.T / root
+    return parts[::-1]
+
+
+def hybrid_source_scores(query_grads: Tensor, segments: Sequence[dict[str, Any]], dataset_size: int) -> list[Tensor]:
+    """The paper's hybrid (SOURCE App. C): "diagonal" [D] of H in the exponential, damped "curvature" in the inverse."""
+    v = query_grads.double()
+    parts: list[Tensor] = []
+    for segment in reversed(segments):
+        unit = segment["P"] if segment["coupled"] else torch.ones_like(segment["P"])
+        kept = torch.exp(-segment["lr_steps"] * (segment["P"] * segment["diagonal"] + segment["weight_decay"] * unit))
+        damping = 0.1 * segment["curvature"].diagonal().mean() + segment["weight_decay"] * segment["coupled"]
+        inverse = torch.linalg.inv(segment["curvature"] + damping * torch.eye(len(kept), dtype=torch.float64))
+        gradients = sum(w * g for w, g in zip(segment["weights"], segment["group_gradients"], strict=True))
+        parts.append((v * (1 - kept)) @ inverse @ gradients.T / dataset_size)
+        v = v * kept
+    return parts[::-1]
+
+
 # ---- exact training and its derivative ----
 
 
@@ -302,14 +358,17 @@ def train_sgd(
     dampening: float = 0.0,
     weight_decay: float = 0.0,
     nesterov: bool = False,
+    preconditioner: Tensor | float = 1.0,
+    decoupled: float = 0.0,
 ) -> Tensor:
     """Final theta after one step per learning rate, as torch.optim.SGD does it, differentiable in `weights`.
 
-    The run that SOURCE Eqs. 13-16 unroll; `gradient_of(theta, weights)` is that of (1/N) sum_i w_i l_i.
+    The run that SOURCE Eqs. 13-16 unroll; `gradient_of(theta, weights)` is that of (1/N) sum_i w_i l_i. A fixed
+    diagonal `preconditioner` multiplies the gradient with its weight decay; `decoupled` weight decay acts beside it.
     """
     theta, buffer = theta0, None
     for lr in lrs:
-        step = gradient_of(theta, weights) + weight_decay * theta
+        step = preconditioner * (gradient_of(theta, weights) + weight_decay * theta) + decoupled * theta
         if momentum != 0.0:
             buffer = step if buffer is None else momentum * buffer + (1.0 - dampening) * step
             step = step + momentum * buffer if nesterov else buffer
