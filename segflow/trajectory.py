@@ -1,47 +1,37 @@
-"""What training left behind: checkpoints, the learning rate of every step, and the optimizer's constants."""
+"""What training left behind: checkpoints, the learning rate of every step, the optimizer's constants, and stages."""
 
 from __future__ import annotations
 
+import copy
+import hashlib
+import math
 import os
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from functools import reduce
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
+from . import optimizers
 from .errors import TrajectoryError
-from .files import file_digest, inside, read_json, read_tensors
+from .files import TensorFile, file_digest, inside, read_json, read_tensors
+from .optimizers import OptimizerConstants, PerStep
 from .ranks import laid_out
 
-FORMAT = 1
-PerStep = float | Sequence[float] | Sequence[Sequence[float]] | np.ndarray | Tensor
+__all__ = ["FORMAT", "OptimizerConstants", "PerStep", "Trajectory", "check_stage", "stage_names"]
 
-
-@dataclass(frozen=True)
-class OptimizerConstants:
-    """The optimizer that trained the model; each value is constant, [steps], or [steps, parameter groups].
-
-    Args:
-        name: the class name of the torch.optim optimizer, such as "SGD" or "AdamW".
-        momentum, dampening, weight_decay: as in torch.optim.SGD.
-        nesterov: Nesterov's form of momentum; it has heavy-ball's effective learning rate.
-        maximize: True if the optimizer climbed instead of descending.
-    """
-
-    name: str = "SGD"
-    momentum: PerStep = 0.0
-    dampening: PerStep = 0.0
-    weight_decay: PerStep = 0.0
-    nesterov: bool = False
-    maximize: bool = False
+FORMAT = 2  # format 1, which held the optimizer's own state in place of second moments, is read as well
+STAGES = "stages.json"  # of a folder with several stages: their names in order, each that of a recording's subfolder
+_OWN = ("trajectory.json", "recording.json", "steps.safetensors", "checkpoints", STAGES)  # no names for stages
+_PARTS = ("model.", "second_moment.", "optimizer.")  # of a checkpoint by record()
 
 
 class Trajectory:
-    """Checkpoints of one training run and how the optimizer moved between them.
+    """Checkpoints of one training run, or of one stage of it, and how the optimizer moved between them.
 
     Runs that `segflow.record` observed are read with `Trajectory.load`; for others, give what they left behind.
 
@@ -49,10 +39,13 @@ class Trajectory:
         checkpoints: state files in the order of `steps`: safetensors, or torch files (read with
             `weights_only=True`) holding the model's state_dict.
         steps: how many optimizer steps had been taken at each checkpoint, ascending; the last is the end of training.
-        learning_rates: a constant, [steps], [steps, parameter groups], or {step: rate} with steps counted from 1.
+        learning_rates: a constant, [steps], [steps, parameter groups], or {step: rate} with steps counted from 1;
+            with Adagrad's `lr_decay` in them.
         dataset_size: number of training examples N; the objective is the mean of their losses.
         optimizer: what else the optimizer was given.
         parameter_groups: {parameter name: index of its parameter group}; None puts every parameter in group 0.
+        stage: what this stage of training is called; see `after`.
+        second_moments: a file for each checkpoint, with {parameter name: bias-corrected second moments v_hat}.
 
     Raises:
         TrajectoryError: a file is missing, steps are out of order, or a step has no learning rate.
@@ -66,6 +59,8 @@ class Trajectory:
         dataset_size: int,
         optimizer: OptimizerConstants | None = None,
         parameter_groups: Mapping[str, int] | None = None,
+        stage: str = "train",
+        second_moments: Sequence[str | os.PathLike[str]] | None = None,
     ):
         self.checkpoints = tuple(Path(path) for path in checkpoints)
         _check_checkpoints(self.checkpoints, steps)
@@ -75,56 +70,74 @@ class Trajectory:
         self.dataset_size = int(dataset_size)
         self.optimizer = optimizer or OptimizerConstants()
         self.parameter_groups = None if parameter_groups is None else dict(parameter_groups)
-        self.learning_rates = _learning_rates(learning_rates, self.steps[-1])
+        self.learning_rates = optimizers.learning_rates(learning_rates, self.steps[-1])
         shape = self.learning_rates.shape
-        self.momentum = _per_step("momentum", self.optimizer.momentum, shape, below=1.0)
-        self.dampening = _per_step("dampening", self.optimizer.dampening, shape)
-        self.weight_decay = _per_step("weight_decay", self.optimizer.weight_decay, shape)
-        if self.parameter_groups is None and shape[1] > 1:
-            raise TrajectoryError(
-                f"learning_rates cover {shape[1]} parameter groups, and parameter_groups does not say which parameter "
-                "is in which. Pass parameter_groups={parameter name: group}."
-            )
-        _check_parameter_groups(self.parameter_groups or {}, shape[1])
-        self._digests: dict[int, tuple[tuple[int, ...], str]] = {}  # (what the file looked like, sha256)
+        self.momentum = optimizers.per_step("momentum", self.optimizer.momentum, shape, below=1.0)
+        self.dampening = optimizers.per_step("dampening", self.optimizer.dampening, shape)
+        self.weight_decay = optimizers.per_step("weight_decay", self.optimizer.weight_decay, shape)
+        self.eps = optimizers.per_group("eps", self.optimizer.eps, shape[1])
+        optimizers.check_parameter_groups(self.parameter_groups, shape[1])
+        optimizers.check_batch_size(self.optimizer.batch_size)
+        self.stage = check_stage(stage)
+        self.earlier: Trajectory | None = None  # the stage before; see `after`
+        self._moments = None if second_moments is None else tuple(Path(path) for path in second_moments)
+        if self._moments is not None:
+            _check_moment_files(self._moments, len(self.checkpoints), self.optimizer.name)
         self._expected: dict[int, str] = {}
+        self._options: Sequence[Mapping[str, Any]] = ()  # each parameter group's, of a recording of format 1
 
     @classmethod
     def load(cls, directory: str | os.PathLike[str], *, unfinished: bool = False) -> Trajectory:
-        """Read what `segflow.record` wrote into `directory`.
+        """Read what `segflow.record` wrote into `directory`: of several stages the last, which knows those before.
 
-        unfinished: accept a run that was stopped inside `segflow.record`, up to the last checkpoint that it left.
+        unfinished: accept a run whose last stage was stopped inside `segflow.record`, up to its last checkpoint.
 
         Raises TrajectoryError where the recording is missing, unfinished or damaged.
         """
         root = Path(directory)
-        if not (root / "trajectory.json").exists():
-            if unfinished and (root / "recording.json").exists():
-                return cls._parsed(root, "recording.json")
-            if (root / "recording.json").exists():
+        names = stage_names(root)
+        folders = [inside(root, name, error=TrajectoryError) for name in names] or [root]
+        found = [cls._loaded(folder, unfinished and folder == folders[-1]) for folder in folders]
+        for name, stage in zip(names, found, strict=False):
+            if stage.stage != name:
                 raise TrajectoryError(
-                    f"{root}: the recorded run did not finish, its process was stopped inside segflow.record(). "
-                    "Train again, with overwrite=True to reuse the folder; or pass unfinished=True to explain the "
-                    "model of its last checkpoint."
+                    f"{root / name}: holds stage {stage.stage!r}, but {STAGES} says {name!r}. "
+                    "Put the folders back in their places, or record again."
                 )
-            raise TrajectoryError(
-                f"{root}: no recorded run here (no trajectory.json). Record one with segflow.record()."
-            )
-        return cls._parsed(root, "trajectory.json")
+        return reduce(lambda earlier, later: later.after(earlier), found)
 
     @classmethod
-    def _parsed(cls, root: Path, name: str) -> Trajectory:
-        content = read_json(root / name, TrajectoryError)
+    def _loaded(cls, root: Path, unfinished: bool) -> Trajectory:
+        """The recording of one folder."""
+        stopped = (root / "recording.json").exists()
+        if (root / "trajectory.json").exists():
+            return cls._parsed(root / "trajectory.json")
+        if unfinished and stopped:
+            return cls._parsed(root / "recording.json")
+        if stopped:
+            raise TrajectoryError(
+                f"{root}: the recorded run did not finish, its process was stopped inside segflow.record(). "
+                "Train again, with overwrite=True to reuse the folder; or pass unfinished=True to explain the "
+                "model of its last checkpoint."
+            )
+        raise TrajectoryError(f"{root}: no recorded run here (no trajectory.json). Record one with segflow.record().")
+
+    @classmethod
+    def _parsed(cls, path: Path) -> Trajectory:
+        content = read_json(path, TrajectoryError)
         found = content.get("format") if isinstance(content, dict) else None
-        if found != FORMAT:
-            raise TrajectoryError(f"{root}: trajectory format {found!r}, this segflow reads format {FORMAT}.")
+        if found not in (1, FORMAT) or isinstance(found, bool):
+            raise TrajectoryError(f"{path.parent}: trajectory format {found!r}, this segflow reads 1 and {FORMAT}.")
         if content.get("finished") is False:
-            raise TrajectoryError(f"{root}: the recorded run was stopped before its first checkpoint. Train again.")
+            raise TrajectoryError(
+                f"{path.parent}: the recorded run was stopped before its first checkpoint. Train again (overwrite=True "
+                "reuses the folder). A stage before it can be loaded from its own folder."
+            )
         try:
-            return cls._recorded(root, content, whole=name == "trajectory.json")
+            return cls._recorded(path.parent, content, whole=path.name == "trajectory.json")
         except (KeyError, TypeError, AttributeError, ValueError) as problem:
             raise TrajectoryError(
-                f"{root / name}: damaged ({type(problem).__name__}: {problem}). Restore it, or record again."
+                f"{path}: damaged ({type(problem).__name__}: {problem}). Restore it, or record again."
             ) from problem
 
     @classmethod
@@ -134,33 +147,50 @@ class Trajectory:
         entries = [(inside(root, entry["file"], error=TrajectoryError), entry) for entry in content["checkpoints"]]
         entries = [(path, entry) for path, entry in entries if whole or path.exists()]
         last = None if whole else entries[-1][1]["step"] if entries else 0
-        constants = OptimizerConstants(
-            content["optimizer"],
-            log["momentum"][:last],
-            log["dampening"][:last],
-            log["weight_decay"][:last],
-            content["nesterov"],
-            content["maximize"],
-        )
+        log = {name: values[:last] for name, values in log.items()}
         trajectory = cls(
             [path for path, _ in entries],
             [entry["step"] for _, entry in entries],
-            log["learning_rate"][:last],
+            log["learning_rate"],
             content["dataset_size"],
-            constants,
+            OptimizerConstants.recorded(content, log),
             content["parameter_groups"],
+            content.get("stage", "train"),
         )
         trajectory._expected = {index: entry["sha256"] for index, (_, entry) in enumerate(entries)}
+        trajectory._options = content["constants"]
         return trajectory
+
+    def after(self, earlier: Trajectory) -> Trajectory:
+        """This stage of training as the one that went on where `earlier` ended (pretraining, then fine-tuning).
+
+        Everything but `earlier` and `stages` stays that of this stage. TrajectoryError if a name comes twice.
+        """
+        names = [stage.stage for stage in earlier.stages]
+        if self.earlier is not None or self.stage in names:
+            raise TrajectoryError(
+                f"stage {self.stage!r} cannot come after {names}: it "
+                + (f"comes after {self.earlier.stage!r} already. " if self.earlier else "has the name of one of them. ")
+                + "Put stages in order one by one, each with a name of its own: Trajectory(..., stage=...)."
+            )
+        later = copy.copy(self)
+        later.earlier = earlier
+        return later
+
+    @property
+    def stages(self) -> tuple[Trajectory, ...]:
+        """The stages of training, first to last; the last is this one. Steps count from each one's own start."""
+        return (*(self.earlier.stages if self.earlier else ()), self)
 
     def __len__(self) -> int:
         """The number of checkpoints."""
         return len(self.checkpoints)
 
     def __repr__(self) -> str:
+        names = ", ".join(stage.stage for stage in self.stages)
         return (
             f"Trajectory({self.optimizer.name}, {self.total_steps} steps, checkpoints at {list(self.steps)}, "
-            f"{self.dataset_size} examples)"
+            f"{self.dataset_size} examples{f'; last of the stages {names}' if self.earlier else ''})"
         )
 
     @property
@@ -168,46 +198,101 @@ class Trajectory:
         """Optimizer steps from the start to the last checkpoint."""
         return self.steps[-1]
 
+    @property
+    def preconditioned(self) -> bool:
+        """True if steps were divided by the root of second moments (Adam, AdamW, RMSprop, Adagrad)."""
+        return self.optimizer.name in optimizers.STATE
+
+    @property
+    def decoupled(self) -> bool:
+        """True if weight decay bypassed the preconditioner, as AdamW's does."""
+        return self.optimizer.name == "AdamW" if self.optimizer.decoupled is None else self.optimizer.decoupled
+
     def state(self, index: int) -> dict[str, Tensor]:
         """The model's state_dict at checkpoint `index`, on the CPU."""
-        path = self.checkpoints[index]
-        if path.suffix == ".safetensors":
-            found = read_tensors(path, self._expected.get(index), TrajectoryError)
-        else:
-            found = _foreign_state(path)
-        if all(name.startswith(("model.", "optimizer.")) for name in found) and "step-" in path.name:  # by record()
-            return {name[len("model.") :]: tensor for name, tensor in found.items() if name.startswith("model.")}
-        return found
+        found = _by_record(self.checkpoints[index], self._expected.get(index), "model.")
+        return _tensors(self.checkpoints[index], self._expected.get(index)) if found is None else found
+
+    def second_moments(self, index: int) -> dict[str, Tensor] | None:
+        """Bias-corrected second moments v_hat at checkpoint `index`, {parameter name: tensor}; None if not saved.
+
+        A parameter that has taken no step is not among them. TrajectoryError names one whose moments are not finite,
+        negative, or of another shape than the parameter.
+        """
+        if not self.preconditioned:
+            return None
+        path, sha256 = self.checkpoints[index], self._expected.get(index)
+        if self._moments is not None:
+            path, found = self._moments[index], _tensors(self._moments[index], None)
+            optimizers.check_moments(str(path), found, self.state(index))
+            return found
+        found = _by_record(path, sha256, "second_moment.") or {}
+        if not found and self._options:  # format 1
+            raw = _by_record(path, sha256, "optimizer.") or {}
+            found = optimizers.second_moments(self.optimizer.name, raw, lambda p: self._options[self._group(p)])
+        optimizers.check_moments(str(path), found)
+        return found or None
+
+    def preconditioner(self, index: int) -> dict[str, Tensor] | None:
+        """P = 1 / (sqrt(v_hat) + eps) at checkpoint `index`, {parameter name: tensor}; None without second moments."""
+        moments = self.second_moments(index)
+        step = self.steps[index]
+        return moments and {
+            name: optimizers.precondition(v, self.eps[self._group(name)], f"{name!r} at step {step}")
+            for name, v in moments.items()
+        }
 
     def digest(self, index: int) -> str:
-        """sha256 of the checkpoint's file."""
-        path = self.checkpoints[index]
-        try:
-            stat = path.stat()
-        except OSError as problem:
-            raise TrajectoryError(f"{path}: no such checkpoint file any more ({problem}). Restore it.") from problem
-        look = (stat.st_ino, stat.st_size, stat.st_mtime_ns)
-        if index not in self._digests or self._digests[index][0] != look:
-            self._digests[index] = (look, file_digest(path, TrajectoryError))
-        return self._digests[index][1]
+        """sha256 of the checkpoint's file (with a file of second moments given beside it: of both files' sha256)."""
+        files = [self.checkpoints[index], *([self._moments[index]] if self._moments else [])]
+        found = [file_digest(path, TrajectoryError) for path in files]
+        return found[0] if len(found) == 1 else hashlib.sha256("".join(found).encode()).hexdigest()
 
-    def load_into(self, model: nn.Module, index: int) -> None:
-        """Copy checkpoint `index` into `model`; TrajectoryError names what does not fit."""
-        state = self.state(index)
+    def load_into(self, model: nn.Module, index: int | Mapping[int, float]) -> None:
+        """Copy checkpoint `index` into `model`; TrajectoryError names what does not fit.
+
+        index: also {index: weight >= 0}, for the weighted mean of checkpoints, taken in double precision. What is not
+        floating-point (counters, masks) is that of the last of them.
+        """
+        if isinstance(index, Mapping):
+            state, where = self._mean(index), f"the mean of checkpoints at steps {[self.steps[i] for i in index]}"
+        else:
+            state = self.state(index)
+            where = f"checkpoint at step {self.steps[index]} ({self.checkpoints[index].name})"
         try:
             model.load_state_dict(laid_out(state, model), strict=True)
         except RuntimeError as problem:
             raise TrajectoryError(
-                f"checkpoint at step {self.steps[index]} ({self.checkpoints[index].name}) is of another model: "
-                f"{problem}. Give the model that was trained."
+                f"{where} is of another model: {problem}. Give the model that was trained."
             ) from problem
+
+    def _mean(self, weights: Mapping[int, float]) -> dict[str, Tensor]:
+        total = sum(weights.values())
+        known = all(index in range(len(self)) for index in weights)
+        if not known or not all(weight >= 0 for weight in weights.values()) or not 0 < total < math.inf:
+            raise TrajectoryError(
+                f"mean of checkpoints with weights {dict(weights)}: expected {{checkpoint from 0 to {len(self) - 1}: "
+                "finite weight >= 0}, not all of them 0."
+            )
+        last = self.state(max(weights))
+        mean = {name: torch.zeros_like(t, dtype=torch.float64) for name, t in last.items() if t.is_floating_point()}
+        for index, weight in weights.items():
+            state = last if index == max(weights) else self.state(index)
+            if {name: t.shape for name, t in state.items()} != {name: t.shape for name, t in last.items()}:
+                raise TrajectoryError(
+                    f"checkpoints at steps {self.steps[index]} and {self.steps[max(weights)]} are of different models: "
+                    "their tensors' names or shapes differ. Take the mean over checkpoints of one model."
+                )
+            for name in mean:
+                mean[name] += state[name].double() * (weight / total)
+        return last | {name: summed.to(last[name].dtype) for name, summed in mean.items()}
 
     def lr_steps(self, start: int, end: int) -> tuple[float, ...]:
         """Summed effective learning rates of the steps in (start, end], for each parameter group.
 
-        Heavy-ball momentum m with dampening d multiplies a rate by (1 - d)/(1 - m), the limit of its velocity.
+        See `optimizers.effective_rates`. TrajectoryError for an optimizer whose effective rates are not known.
         """
-        self._require_plain_sgd()
+        optimizers.require_known(self.optimizer.name)
         return tuple(self._effective()[start:end].sum(0).tolist())
 
     def mean_weight_decay(self, start: int, end: int) -> tuple[float, ...]:
@@ -221,19 +306,42 @@ class Trajectory:
         """The parameter group that trained `parameter`; None if the optimizer did not hold it."""
         return 0 if self.parameter_groups is None else self.parameter_groups.get(parameter)
 
-    def _effective(self) -> Tensor:
-        """Effective learning rates [steps, parameter groups]; torch.optim.SGD dampens only where it has momentum."""
-        effective = self.learning_rates * (1 - self.dampening) / (1 - self.momentum)
-        return torch.where(self.momentum == 0, self.learning_rates, effective)
-
-    def _require_plain_sgd(self) -> None:
-        constants = self.optimizer
-        if constants.name != "SGD" or constants.maximize:
+    def _group(self, parameter: str) -> int:
+        group = self.group_of(parameter)
+        if group is None:
             raise TrajectoryError(
-                f"the run was trained with {constants.name}{' (maximize=True)' if constants.maximize else ''}: "
-                "effective learning rates are known for SGD with momentum only. "
-                "Use InfluenceFunction, which needs none, or train with torch.optim.SGD."
+                f"second moments of {parameter!r}, which is in no parameter group. Put it into parameter_groups, or "
+                "leave its second moments out."
             )
+        return group
+
+    def _effective(self) -> Tensor:
+        return optimizers.effective_rates(self.optimizer.name, self.learning_rates, self.momentum, self.dampening)
+
+
+def check_stage(name: str) -> str:
+    """The name of a stage; TrajectoryError unless it is plain enough to name a folder."""
+    plain = isinstance(name, str) and re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,99}", name)
+    if not plain or name.lower() in _OWN:
+        raise TrajectoryError(
+            f"stage={name!r}: expected a plain word of letters, digits, '_', '-' and '.', not starting with '.', "
+            f"and none of {', '.join(_OWN)}."
+        )
+    return name
+
+
+def stage_names(root: Path) -> list[str]:
+    """The stages recorded in a folder, first to last; none if it holds no stages. TrajectoryError if damaged."""
+    path = root / STAGES
+    if not path.exists():
+        return []
+    content = read_json(path, TrajectoryError)
+    names = content.get("stages") if isinstance(content, dict) and content.get("format") == 1 else None
+    if not isinstance(names, list) or not names or len({str(name).lower() for name in names}) < len(names):
+        raise TrajectoryError(
+            f'{path}: expected {{"format": 1, "stages": [names that differ]}}. Restore it, or record again.'
+        )
+    return [check_stage(name) for name in names]
 
 
 def _check_checkpoints(paths: Sequence[Path], steps: Sequence[int]) -> None:
@@ -247,80 +355,29 @@ def _check_checkpoints(paths: Sequence[Path], steps: Sequence[int]) -> None:
         raise TrajectoryError(f"checkpoint steps {list(steps)}: expected ascending whole steps, counted from 1.")
 
 
-def _check_parameter_groups(group_of: Mapping[str, int], known: int) -> None:
-    for name, group in group_of.items():
-        if not isinstance(group, int) or not 0 <= group < known:
-            raise TrajectoryError(
-                f"parameter_groups puts {name!r} in group {group!r}, but learning rates cover {known} group(s), "
-                "counted from 0. Give learning_rates as [steps, parameter groups]."
-            )
-
-
-def _numbers(name: str, given: Any) -> Tensor:
-    try:
-        values = torch.as_tensor(given, dtype=torch.float64)
-    except (TypeError, ValueError, RuntimeError) as problem:
+def _check_moment_files(paths: Sequence[Path], checkpoints: int, optimizer: str) -> None:
+    if optimizer not in optimizers.STATE or len(paths) != checkpoints:
         raise TrajectoryError(
-            f"{name}: expected numbers, [steps] or [steps, parameter groups] ({problem})."
-        ) from problem
-    if values.ndim > 2 or (values.ndim and 0 in values.shape[1:]):
-        raise TrajectoryError(
-            f"{name} has shape {tuple(values.shape)}: expected a number, [steps] or [steps, parameter groups]."
+            f"{len(paths)} files of second moments for {checkpoints} checkpoints of {optimizer}: expected a file for "
+            f"each checkpoint, and one of {', '.join(optimizers.STATE)}."
         )
-    return values[:, None] if values.ndim == 1 else values
+    for path in paths:
+        if not path.is_file():
+            raise TrajectoryError(f"{path}: no such file of second moments. Restore it, or leave second_moments= out.")
 
 
-def _learning_rates(given: PerStep | Mapping[int, float], total: int) -> Tensor:
-    """Learning rates as [steps, parameter groups]; every step up to `total` must have one."""
-    if isinstance(given, Mapping):
-        values = _numbers("learning_rates", list(given.values()))
-        rates = torch.full((total, values.shape[1]), torch.nan, dtype=torch.float64)
-        for step, rate in zip(given, values, strict=True):
-            if step not in range(1, total + 1):
-                raise TrajectoryError(f"a learning rate for step {step!r}, but steps run from 1 to {total}.")
-            rates[int(step) - 1] = rate
-    else:
-        rates = _numbers("learning_rates", given)
-        rates = rates.expand(total, 1) if rates.ndim == 0 else rates
-    if len(rates) > total:
-        raise TrajectoryError(
-            f"learning rates for {len(rates)} steps, but the last checkpoint stands at step {total}. "
-            "Training's end must be a checkpoint."
-        )
-    missing = torch.cat([~torch.isfinite(rates).all(1), torch.ones(total - len(rates), dtype=torch.bool)])
-    if missing.any():
-        gaps, covered = (_ranges(torch.nonzero(mask).flatten() + 1) for mask in (missing, ~missing))
-        raise TrajectoryError(
-            f"steps {gaps}: no learning rate was recorded (the log covers {covered or 'nothing'}). "
-            "Pass learning_rates= for every step to Trajectory, or record with segflow.record()."
-        )
-    if (rates < 0).any():
-        raise TrajectoryError(f"learning rates must not be negative, found {rates.min().item()}.")
-    return rates
+def _by_record(path: Path, sha256: str | None, part: str) -> dict[str, Tensor] | None:
+    """One part of a checkpoint that record() wrote; None if it is somebody else's."""
+    if not re.fullmatch(r"step-\d{8,}\.safetensors", path.name):
+        return None
+    file = TensorFile(path, sha256, TrajectoryError)
+    if not all(name.startswith(_PARTS) for name in file.names()):
+        return None
+    return {name[len(part) :]: file.tensor(name) for name in file.names() if name.startswith(part)}
 
 
-def _ranges(steps: Tensor) -> str:
-    runs: list[list[int]] = []
-    for step in steps.tolist():
-        if runs and step == runs[-1][1] + 1:
-            runs[-1][1] = step
-        else:
-            runs.append([step, step])
-    return ", ".join(f"{first}..{last}" if last > first else str(first) for first, last in runs)
-
-
-def _per_step(name: str, given: PerStep, shape: torch.Size, below: float = torch.inf) -> Tensor:
-    values = _numbers(name, given)
-    if values.ndim and (values.shape[0] != shape[0] or values.shape[1] not in (1, shape[1])):
-        raise TrajectoryError(
-            f"{name} has shape {tuple(values.shape)}: expected a number, [{shape[0]}] or "
-            f"{list(shape)} as learning_rates."
-        )
-    wrong = values[~((values >= 0) & (values < below))]
-    if wrong.numel():
-        upper = "" if below == torch.inf else f" and < {below:g}"
-        raise TrajectoryError(f"{name}={wrong[0].item():g}: expected finite numbers >= 0{upper}.")
-    return values.expand(shape)
+def _tensors(path: Path, sha256: str | None) -> dict[str, Tensor]:
+    return read_tensors(path, sha256, TrajectoryError) if path.suffix == ".safetensors" else _foreign_state(path)
 
 
 def _foreign_state(path: Path) -> dict[str, Tensor]:
