@@ -1,13 +1,12 @@
-"""What optimizers do to a gradient: effective learning rates, second moments, and which of them precondition.
+"""What SOURCE needs to know of torch's optimizers: their constants, effective learning rates and second moments.
 
-One step is theta <- theta - rate * (P * gradient + decay * theta), with P = 1 for SGD and
-P = 1 / (sqrt(second moment) + eps) for Adam, AdamW, RMSprop and Adagrad (decay inside the gradient where it is
-coupled).
+One step goes from theta to theta - rate * P * (gradient + weight decay), with the effective rate and, for the
+preconditioned ones, P = 1 / (sqrt(v_hat) + eps). Pure: numbers and tensors in, numbers and tensors out.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,14 +14,39 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .errors import TrajectoryError
+
 PerStep = float | Sequence[float] | Sequence[Sequence[float]] | np.ndarray | Tensor
-PRECONDITIONED = ("Adam", "AdamW", "RMSprop", "Adagrad")
-KNOWN = ("SGD", *PRECONDITIONED)
+
+# What each preconditioned optimizer keeps of a parameter, as far as v_hat depends on it.
+STATE = {
+    "Adam": ("step", "exp_avg_sq", "max_exp_avg_sq"),
+    "AdamW": ("step", "exp_avg_sq", "max_exp_avg_sq"),
+    "RMSprop": ("step", "square_avg", "grad_avg"),
+    "Adagrad": ("step", "sum"),
+}
+KNOWN = ("SGD", *STATE)  # to SOURCE
 
 
 @dataclass(frozen=True)
 class OptimizerConstants:
-    """Draft."""
+    """The optimizer that trained the model; what is PerStep is constant, [steps], or [steps, parameter groups].
+
+    An optimizer that climbed (torch's `maximize=True`) needs nothing here: `Task.compute_train_loss` is always the loss
+    that training made *smaller*, hence minus what was climbed.
+
+    Args:
+        name: the class name of the torch.optim optimizer, such as "SGD" or "AdamW".
+        momentum: of SGD and RMSprop, as in torch.optim. dampening: of SGD.
+        weight_decay: as in torch.optim.
+        nesterov: Nesterov's form of momentum; it has heavy-ball's effective learning rate.
+        maximize: True if the optimizer climbed; kept for the record, no formula depends on it.
+        eps: what Adam, AdamW, RMSprop and Adagrad add to sqrt(v_hat); one number, or one for each parameter group.
+        decoupled: True if weight decay bypasses the preconditioner (also Adam's `decoupled_weight_decay=True`).
+            None: as the name says, True for AdamW.
+        batch_size: examples in one optimizer step; needed only where second moments were not saved, so that they must
+            be estimated.
+    """
 
     name: str = "SGD"
     momentum: PerStep = 0.0
@@ -34,39 +58,210 @@ class OptimizerConstants:
     decoupled: bool | None = None
     batch_size: int | None = None
 
-    @property
-    def preconditioned(self) -> bool:
-        """Whether steps are scaled elementwise by 1 / (sqrt(second moment) + eps)."""
-        return self.name in PRECONDITIONED
-
-    @property
-    def is_decoupled(self) -> bool:
-        """Whether weight decay is not preconditioned: in SGD, where there is nothing to tell, and in AdamW."""
-        return self.name in ("SGD", "AdamW") if self.decoupled is None else self.decoupled
+    @classmethod
+    def recorded(cls, content: Mapping[str, Any], log: Mapping[str, Tensor]) -> OptimizerConstants:
+        """What trajectory.json and the log of steps say; KeyError, TypeError and the like where they are damaged."""
+        groups = content["constants"]
+        return cls(
+            content["optimizer"],
+            log["momentum"],
+            log["dampening"],
+            log["weight_decay"],
+            content["nesterov"],
+            content["maximize"],
+            [float(group.get("eps", 1e-8)) for group in groups],
+            any(group.get("decoupled_weight_decay") for group in groups) or None,
+            content.get("batch_size"),
+        )
 
 
 def effective_rates(name: str, rates: Tensor, momentum: Tensor, dampening: Tensor) -> Tensor:
-    """Effective learning rates."""
-    if name not in ("SGD", "RMSprop"):
-        return rates
-    return torch.where(momentum == 0, rates, rates * (1 - dampening) / (1 - momentum))
+    """What one step moves by for each unit of P * gradient, all [steps, parameter groups].
+
+    Heavy-ball momentum m multiplies a rate by 1/(1 - m), the limit of its velocity, and SGD's dampening d by 1 - d.
+    Adam's first moments are averages that keep a gradient's scale; Adagrad's rates are logged as they decay.
+    """
+    if name == "SGD":  # torch.optim.SGD dampens only where it has momentum
+        return torch.where(momentum == 0, rates, rates * (1 - dampening) / (1 - momentum))
+    return rates / (1 - momentum) if name == "RMSprop" else rates
 
 
-def logged_rate(name: str, group: Mapping[str, Any], steps_before: int) -> float:
-    """The learning rate of the step to come; Adagrad's decays inside the optimizer."""
-    rate = float(group.get("lr", 0.0))
-    return rate / (1 + steps_before * float(group.get("lr_decay", 0.0))) if name == "Adagrad" else rate
+def second_moment(name: str, state: Mapping[str, Tensor], options: Mapping[str, Any]) -> Tensor | None:
+    """The bias-corrected second moments v_hat of one parameter; None if its optimizer keeps none or took no step.
+
+    name: of the optimizer. state: what it keeps of the parameter, under the names in STATE, `step` its own count t.
+    options: its parameter group's. Adam: v / (1 - beta2^t), with amsgrad of the largest v so far; RMSprop: v, where
+    centered less the mean's square; Adagrad: the sum of squares.
+    """
+    if name not in STATE or STATE[name][1] not in state or float(state.get("step", 0)) < 1:
+        return None
+    raw = state[STATE[name][1]].detach()
+    if name in ("Adam", "AdamW"):
+        raw = state["max_exp_avg_sq"].detach() if options.get("amsgrad") else raw
+        return raw / (1 - float(options["betas"][1]) ** float(state["step"]))
+    if name == "RMSprop" and options.get("centered"):
+        mean = state["grad_avg"].detach()
+        variance = raw.addcmul(mean, mean, value=-1)
+        rounding = 8 * torch.finfo(raw.dtype).eps * raw  # torch's fused forms round otherwise
+        return torch.where((variance < 0) & (variance >= -rounding), 0.0, variance)
+    return raw
 
 
-def second_moment(name: str, state: Mapping[str, Any], group: Mapping[str, Any]) -> Tensor | None:
-    """The bias-corrected second moment of one parameter, from its optimizer state; None if there is none."""
-    if name in ("Adam", "AdamW") and "exp_avg_sq" in state:
-        raw: Tensor = state["max_exp_avg_sq"] if group.get("amsgrad") else state["exp_avg_sq"]
-        return raw / (1 - float(group["betas"][1]) ** float(state["step"]))
-    if name == "RMSprop" and "square_avg" in state:
-        average: Tensor = state["square_avg"]
-        return (average - state["grad_avg"].square()).clamp_min(0) if group.get("centered") else average
-    if name == "Adagrad" and "sum" in state:
-        total: Tensor = state["sum"]
-        return total
-    return None
+def second_moments(
+    name: str, state: Mapping[str, Tensor], options_of: Callable[[str], Mapping[str, Any]]
+) -> dict[str, Tensor]:
+    """Bias-corrected second moments by parameter, from {"parameter.key of STATE": tensor}; options_of: a parameter."""
+    kept: dict[str, dict[str, Tensor]] = {}
+    for place, tensor in state.items():
+        parameter, _, key = place.rpartition(".")
+        kept.setdefault(parameter, {})[key] = tensor
+    found = {parameter: second_moment(name, own, options_of(parameter)) for parameter, own in kept.items()}
+    return {parameter: moments for parameter, moments in found.items() if moments is not None}
+
+
+def precondition(moments: Tensor, eps: float, where: str) -> Tensor:
+    """P = 1 / (sqrt(v_hat) + eps), in single precision at least; TrajectoryError naming `where` if it is infinite."""
+    found = 1 / (moments.to(torch.promote_types(moments.dtype, torch.float32)).sqrt() + eps)
+    if not torch.isfinite(found).all():
+        raise TrajectoryError(
+            f"{where}: some second moments are 0, and eps={eps:g} does not keep their steps finite. "
+            "Give OptimizerConstants the eps > 0 that the optimizer was trained with."
+        )
+    return found
+
+
+def check_moments(where: str, moments: Mapping[str, Tensor], like: Mapping[str, Tensor] | None = None) -> None:
+    """Raise TrajectoryError naming the first parameter whose second moments are not finite numbers >= 0.
+
+    like: the model's state, whose names and shapes they must have.
+    """
+    for name, values in moments.items():
+        if like is not None and (name not in like or like[name].shape != values.shape):
+            expected = "no such parameter" if name not in like else f"of shape {tuple(like[name].shape)}"
+            raise TrajectoryError(
+                f"{where}: second moments of {name!r} have shape {tuple(values.shape)}, but in the checkpoint it is "
+                f"{expected}. Save them under the names of model.named_parameters()."
+            )
+        if not values.is_floating_point():
+            raise TrajectoryError(f"{where}: the second moments of {name!r} are {values.dtype}, expected real numbers.")
+        wrong = values[~((values >= 0) & torch.isfinite(values))]
+        if wrong.numel():
+            raise TrajectoryError(
+                f"{where}: {wrong.numel()} of {values.numel()} second moments of {name!r} are not finite numbers >= 0 "
+                f"(the first is {wrong[0].item():g}). Leave this checkpoint out, or look at why training went wrong."
+            )
+
+
+def require_known(name: str) -> None:
+    """Raise TrajectoryError unless effective learning rates are known for this optimizer."""
+    if name not in KNOWN:
+        raise TrajectoryError(
+            f"the run was trained with {name}: effective learning rates are known for torch.optim's "
+            f"{', '.join(KNOWN[:-1])} and {KNOWN[-1]} only. "
+            "Use InfluenceFunction, which needs none, or train with one of these."
+        )
+
+
+def learning_rates(given: PerStep | Mapping[int, float], total: int) -> Tensor:
+    """Learning rates as [steps, parameter groups]; TrajectoryError unless every step up to `total` has one."""
+    if isinstance(given, Mapping):
+        values = _numbers("learning_rates", list(given.values()))
+        rates = torch.full((total, values.shape[1]), torch.nan, dtype=torch.float64)
+        for step, rate in zip(given, values, strict=True):
+            if step not in range(1, total + 1):
+                raise TrajectoryError(f"a learning rate for step {step!r}, but steps run from 1 to {total}.")
+            rates[int(step) - 1] = rate
+    else:
+        rates = _numbers("learning_rates", given)
+        rates = rates.expand(total, 1) if rates.ndim == 0 else rates
+    if len(rates) > total:
+        raise TrajectoryError(
+            f"learning rates for {len(rates)} steps, but the last checkpoint stands at step {total}. "
+            "Training's end must be a checkpoint."
+        )
+    missing = torch.cat([~torch.isfinite(rates).all(1), torch.ones(total - len(rates), dtype=torch.bool)])
+    if missing.any():
+        gaps, covered = (_ranges(torch.nonzero(mask).flatten() + 1) for mask in (missing, ~missing))
+        raise TrajectoryError(
+            f"steps {gaps}: no learning rate was recorded (the log covers {covered or 'nothing'}). "
+            "Pass learning_rates= for every step to Trajectory, or record with segflow.record()."
+        )
+    if (rates < 0).any():
+        raise TrajectoryError(f"learning rates must not be negative, found {rates.min().item()}.")
+    return rates
+
+
+def per_step(name: str, given: PerStep, shape: torch.Size, below: float = torch.inf) -> Tensor:
+    """A constant as [steps, parameter groups]; TrajectoryError unless all its numbers are >= 0 and < `below`."""
+    values = _numbers(name, given)
+    if values.ndim and (values.shape[0] != shape[0] or values.shape[1] not in (1, shape[1])):
+        raise TrajectoryError(
+            f"{name} has shape {tuple(values.shape)}: expected a number, [{shape[0]}] or "
+            f"{list(shape)} as learning_rates."
+        )
+    _check_range(name, values, below)
+    return values.expand(shape)
+
+
+def per_group(name: str, given: float | Sequence[float], groups: int) -> tuple[float, ...]:
+    """A constant as one number for each parameter group; TrajectoryError unless all are finite and >= 0."""
+    values = _numbers(name, given)
+    if values.ndim and values.shape != (groups, 1):
+        raise TrajectoryError(
+            f"{name} has {values.numel()} numbers, but learning rates cover {groups} parameter group(s). "
+            f"Give {name} as one number, or as one for each group."
+        )
+    _check_range(name, values)
+    return tuple(values.flatten().expand(groups).tolist())
+
+
+def check_parameter_groups(group_of: Mapping[str, int] | None, known: int) -> None:
+    """Raise TrajectoryError unless every parameter is in one of the `known` parameter groups; None: all in the one."""
+    if group_of is None and known > 1:
+        raise TrajectoryError(
+            f"learning_rates cover {known} parameter groups, and parameter_groups does not say which parameter "
+            "is in which. Pass parameter_groups={parameter name: group}."
+        )
+    for name, group in (group_of or {}).items():
+        if not isinstance(group, int) or not 0 <= group < known:
+            raise TrajectoryError(
+                f"parameter_groups puts {name!r} in group {group!r}, but learning rates cover {known} group(s), "
+                "counted from 0. Give learning_rates as [steps, parameter groups]."
+            )
+
+
+def check_batch_size(given: int | None) -> None:
+    """Raise TrajectoryError unless it is a number of examples, or None."""
+    if given is not None and (not hasattr(given, "__index__") or isinstance(given, bool) or given < 1):
+        raise TrajectoryError(f"batch_size={given!r}: expected the number of examples in one optimizer step.")
+
+
+def _check_range(name: str, values: Tensor, below: float = torch.inf) -> None:
+    wrong = values[~((values >= 0) & (values < below))]
+    if wrong.numel():
+        upper = "" if below == torch.inf else f" and < {below:g}"
+        raise TrajectoryError(f"{name}={wrong[0].item():g}: expected finite numbers >= 0{upper}.")
+
+
+def _numbers(name: str, given: Any) -> Tensor:
+    try:
+        values = torch.as_tensor(given, dtype=torch.float64)
+    except (TypeError, ValueError, RuntimeError) as problem:
+        raise TrajectoryError(
+            f"{name}: expected numbers, [steps] or [steps, parameter groups] ({problem})."
+        ) from problem
+    if values.ndim > 2 or (values.ndim and 0 in values.shape[1:]):
+        raise TrajectoryError(
+            f"{name} has shape {tuple(values.shape)}: expected a number, [steps] or [steps, parameter groups]."
+        )
+    return values[:, None] if values.ndim == 1 else values
+
+
+def _ranges(steps: Tensor) -> str:
+    runs: list[list[int]] = []
+    for step in steps.tolist():
+        if runs and step == runs[-1][1] + 1:
+            runs[-1][1] = step
+        else:
+            runs.append([step, step])
+    return ", ".join(f"{first}..{last}" if last > first else str(first) for first, last in runs)

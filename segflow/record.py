@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import os
-import shutil
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from .errors import TrajectoryError
-from .files import read_json, write_json, write_tensors
-from .optimizers import logged_rate, second_moment
+from .files import inside, write_json, write_tensors
+from .optimizers import check_batch_size, second_moment
 from .ranks import current, unwrap, whole
-from .steplog import check_stage_name
-from .trajectory import FORMAT
+from .trajectory import FORMAT, STAGES, check_stage, stage_names
 
-_LOGGED = ("learning_rate", "momentum", "dampening", "weight_decay")
+_LOGGED = {"learning_rate": "lr", "momentum": "momentum", "dampening": "dampening", "weight_decay": "weight_decay"}
 
 
 @contextmanager
@@ -39,10 +37,11 @@ def record(
     """Record the training that happens inside the `with` block; the loop and its numbers stay as they are.
 
     Every step's learning rate, momentum, dampening and weight decay of each parameter group is logged from the
-    optimizer's own step hooks, and evenly spaced checkpoints are saved, always with the last step; those of Adam,
-    AdamW, RMSprop and Adagrad with the bias-corrected second moments. A run that is killed
-    leaves what it had at its last checkpoint; see `Trajectory.load(..., unfinished=True)`. Of several processes the
-    first writes; parameters that are sharded over them are put together.
+    optimizer's own step hooks, and evenly spaced checkpoints are saved, always with the last step, with the second
+    moments of Adam, AdamW, RMSprop and Adagrad. A run that is killed leaves what it had at its last checkpoint; see
+    `Trajectory.load(..., unfinished=True)`. Of several processes the first writes; parameters that are sharded over
+    them are put together. An optimizer with `maximize=True` made minus its objective smaller, so that is what
+    `Task.compute_train_loss` must then return.
 
     Args:
         model: the model in training.
@@ -52,10 +51,10 @@ def record(
         total_steps: optimizer steps to come. None: checkpoints are saved often and thinned on the way, and end up
             evenly spaced to within a factor of two; give the number where you know it.
         checkpoints: how many, or the explicit steps (the last step is saved besides).
-        overwrite: replace an earlier recording in `directory` (of a stage: and those of the stages after it).
-        stage: this stage's name, where training has several with data, loss or optimizer of their own: each is recorded
-            with a name into the same `directory`, in order, and `Trajectory.load` reads them together.
-        batch_size: examples in one step, noted for the record.
+        overwrite: replace an earlier recording in `directory`; of a stage, also those recorded after it.
+        stage: the name of this stage, where training has several (pretraining, then fine-tuning, each in a block of its
+            own). It is recorded into a subfolder of `directory`, and `Trajectory.load(directory)` puts stages in order.
+        batch_size: examples in one optimizer step, for the record.
 
     Raises:
         TrajectoryError: `directory` holds a recording already, the optimizer holds none of the model's parameters, or
@@ -74,14 +73,12 @@ def record(
         >>> sf.Trajectory.load(folder).steps
         (4, 8)
     """
-    folder = Path(directory) if stage is None else Path(directory) / check_stage_name(stage)
-    recording = Recording(unwrap(model), getattr(optimizer, "optimizer", optimizer), folder, dataset_size)
-    recording.batch_size = batch_size
+    optimizer = getattr(optimizer, "optimizer", optimizer)
+    recording = Recording(unwrap(model), optimizer, Path(directory), dataset_size, stage, batch_size)
     recording.plan(total_steps, checkpoints)
     ranks = current()
     with ranks.together("record", guard=False):
         if ranks.main:
-            _begin_stage(Path(directory), stage, overwrite)
             recording.begin(overwrite)
         hooks = [
             recording.optimizer.register_step_pre_hook(lambda *_: recording.log_step()),
@@ -95,37 +92,22 @@ def record(
         recording.finish()
 
 
-def _begin_stage(directory: Path, stage: str | None, overwrite: bool) -> None:
-    """Note a named stage as the last one of `directory`; refuse to mix named stages with a recording of no name."""
-    listed = directory / "stages.json"
-    found = read_json(listed, TrajectoryError) if listed.exists() else None
-    names = found.get("stages", []) if isinstance(found, dict) else []
-    single = any((directory / name).exists() for name in ("trajectory.json", "recording.json"))
-    if stage is None and found is not None:
-        raise TrajectoryError(
-            f"{directory}: holds the stages {names}. Name this one with stage=, or record into another folder."
-        )
-    if stage is None:
-        return
-    if single:
-        raise TrajectoryError(
-            f"{directory}: holds a recording that is no stage. Record stages into a folder of their own."
-        )
-    if stage in names and not overwrite:
-        raise TrajectoryError(f"{directory}: stage {stage!r} is recorded already. Pass overwrite=True to replace it.")
-    kept = names[: names.index(stage)] if stage in names else names
-    write_json(listed, {"format": FORMAT, "stages": [*kept, stage]})
-    for dropped in set(names) - {*kept, stage}:
-        shutil.rmtree(directory / check_stage_name(dropped), ignore_errors=True)
-
-
 class Recording:
     """The state of one `record()` block; `step` counts the optimizer steps so far."""
 
-    def __init__(self, model: nn.Module, optimizer: Any, directory: Path, dataset_size: int):
-        self.model, self.optimizer, self.directory, self.dataset_size = model, optimizer, directory, dataset_size
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Any,
+        root: Path,
+        dataset_size: int,
+        stage: str | None = None,
+        batch_size: int | None = None,
+    ):
+        self.model, self.optimizer, self.dataset_size, self.batch_size = model, optimizer, dataset_size, batch_size
+        self.root, self.stage = root, stage
+        self.directory = root if stage is None else root / check_stage(stage)
         self.step = 0
-        self.batch_size: int | None = None
         self._main = current().main  # of several ranks the first writes
         self._total: int | None = None
         self._wanted: set[int] = set()
@@ -135,6 +117,8 @@ class Recording:
         self._row: list[list[float]] = []  # of the step under way
         self._saved: dict[int, dict[str, Any]] = {}
         self._group_of: dict[str, int] = {}
+        self._uneven = False  # parameters of one group had different learning rates
+        check_batch_size(batch_size)
         if not hasattr(dataset_size, "__index__") or dataset_size < 1:
             raise TrajectoryError(f"dataset_size={dataset_size}: expected the number of training examples.")
         if not isinstance(optimizer, torch.optim.Optimizer):
@@ -172,26 +156,60 @@ class Recording:
 
     def begin(self, overwrite: bool) -> None:
         """Mark the folder as a recording under way, refusing to overwrite one unasked."""
-        present = [name for name in ("trajectory.json", "recording.json") if (self.directory / name).exists()]
-        if present and not overwrite:
+        names = stage_names(self.root)
+        if self.stage is None and names:
+            raise TrajectoryError(
+                f"{self.root}: holds the stages {', '.join(names)}. Record a stage= of it, or into another folder."
+            )
+        if self.stage is not None:
+            names = self._place(names, overwrite)
+        if (present := _present(self.directory)) and not overwrite:
             raise TrajectoryError(
                 f"{self.directory}: holds a recorded run already ({present[0]}). "
                 "Record into another folder, or pass overwrite=True."
             )
+        if self.stage is not None:
+            write_json(self.root / STAGES, {"format": 1, "stages": names})
         write_json(self.directory / "recording.json", {"format": FORMAT, "finished": False})
         (self.directory / "trajectory.json").unlink(missing_ok=True)
         for stale in (self.directory / "checkpoints").glob("step-*.safetensors*"):
             stale.unlink()
 
+    def _place(self, names: list[str], overwrite: bool) -> list[str]:
+        """The folder's stages up to this one, those after it removed; refuses what would not be one training run."""
+        stage = str(self.stage)
+        if present := _present(self.root):
+            raise TrajectoryError(
+                f"{self.root}: holds a recorded run without stages ({present[0]}). "
+                f"Record stage {stage!r} into another folder, or the first stage anew with a stage= of its own."
+            )
+        alike = [name for name in names if name.lower() == stage.lower()]
+        if alike and (alike != [stage] or not overwrite):
+            raise TrajectoryError(
+                f"{self.root}: holds stage {alike[0]!r} already. Give this one another name, or pass overwrite=True "
+                f"with stage={alike[0]!r} to replace that one and those recorded after it."
+            )
+        kept = names[: names.index(stage)] if alike else names
+        if kept and not (self.root / kept[-1] / "trajectory.json").exists():
+            raise TrajectoryError(
+                f"{self.root}: stage {kept[-1]!r}, before {stage!r}, did not finish. Record it again (overwrite=True)."
+            )
+        folders = [inside(self.root, name, error=TrajectoryError) for name in (*kept, stage, *names[len(kept) + 1 :])]
+        if alike:
+            write_json(self.root / STAGES, {"format": 1, "stages": [*kept, stage]})
+        for folder in folders[len(kept) + 1 :]:
+            _erase(folder)
+        return [*kept, stage]
+
     def log_step(self) -> None:
         """Log what the optimizer is about to use; a step hook."""
-        groups, name = self.optimizer.param_groups, type(self.optimizer).__name__
-        rates = [logged_rate(name, group, self.step) for group in groups]
-        self._row = [rates, *([float(group.get(key, 0.0)) for group in groups] for key in _LOGGED[1:])]
+        groups = self.optimizer.param_groups
+        self._row = [[float(group.get(key, 0.0)) for group in groups] for key in _LOGGED.values()]
 
     def end_step(self) -> None:
         """Count the step and save a checkpoint where one is due; a step hook."""
         self.step += 1
+        self._apply_lr_decay()
         self._rows.append(self._row)  # only now: a step that raised was not taken
         if self.step in self._wanted or (self._count and self.step % self._interval == 0):
             self._save()
@@ -199,6 +217,15 @@ class Recording:
             self._interval *= 2
             for step in [step for step in self._saved if step % self._interval]:
                 self._drop(step)
+
+    def _apply_lr_decay(self) -> None:
+        """Adagrad divides its learning rate by 1 + (t - 1) lr_decay, t being the parameter's own count of steps."""
+        for index, group in enumerate(self.optimizer.param_groups):
+            if decay := float(group.get("lr_decay") or 0.0):
+                kept = [self.optimizer.state.get(p, {}) for p in group["params"] if p.grad is not None]
+                steps = {float(own["step"]) for own in kept if "step" in own}
+                self._uneven |= len(steps) > 1
+                self._row[0][index] /= 1 + (max(steps, default=1.0) - 1) * decay
 
     def finish(self) -> None:
         """Save the last step and write trajectory.json, which makes the recording whole."""
@@ -237,19 +264,35 @@ class Recording:
         """Save a checkpoint, and then what is known of the trajectory, so that a run that is killed can be read."""
         self._note_parameters()
         tensors = {f"model.{name}": value for name, value in self._model_state().items()}
-        optimizer, kind = self.optimizer, type(self.optimizer).__name__
-        for name, parameter in self.model.named_parameters():
-            state = optimizer.state.get(parameter)
-            if state and name in self._group_of:
-                moment = second_moment(kind, state, optimizer.param_groups[self._group_of[name]])
-                if moment is not None:
-                    tensors[f"second_moment.{name}"] = moment
-        complete = {name: whole(tensor) for name, tensor in tensors.items()}  # on every rank
+        complete = {name: whole(tensor) for name, tensor in (tensors | self._second_moments()).items()}  # on every rank
         entry: dict[str, Any] = {"file": f"checkpoints/step-{self.step:08d}.safetensors", "step": self.step}
         self._saved[self.step] = entry
         if self._main:
             entry |= write_tensors(self.directory / entry["file"], complete)
             write_json(self.directory / "recording.json", self._so_far())
+
+    def _second_moments(self) -> dict[str, Tensor]:
+        found = {}
+        for name, parameter in self.model.named_parameters():
+            if parameter in self.optimizer.state and name in self._group_of:
+                group = self.optimizer.param_groups[self._group_of[name]]
+                moments = second_moment(type(self.optimizer).__name__, self.optimizer.state[parameter], group)
+                if moments is not None:
+                    found[f"second_moment.{name}"] = moments
+        return found
+
+    def _name(self) -> str:
+        """The optimizer's class, with what would make SOURCE's formulas wrong for it."""
+        kind, groups = type(self.optimizer), self.optimizer.param_groups
+        name = kind.__name__ if kind.__module__.startswith("torch.optim.") else f"{kind.__module__}.{kind.__qualname__}"
+        if len({bool(group.get("maximize")) for group in groups}) > 1:
+            name += " (maximize=True in some parameter groups only)"
+        decaying = [group for group in groups if group.get("weight_decay")]
+        if len({bool(group.get("decoupled_weight_decay")) for group in decaying}) > 1:
+            name += " (decoupled_weight_decay in some parameter groups only)"
+        if self._uneven:
+            name += " (lr_decay over parameters of one group that took different numbers of steps)"
+        return name
 
     def _write_trajectory(self) -> None:
         if self._main:
@@ -269,20 +312,20 @@ class Recording:
 
     def _so_far(self) -> dict[str, Any]:
         """What trajectory.json says, the log of steps written to a file of its own."""
-        width = max(len(row[0]) for row in self._rows)
+        groups = self.optimizer.param_groups
+        width = max(len(groups), *(len(row[0]) for row in self._rows))
         padded = [[values + [0.0] * (width - len(values)) for values in row] for row in self._rows]
         log = torch.tensor(padded, dtype=torch.float64)  # [steps, logged values, parameter groups]
         tensors = {name: log[:, index] for index, name in enumerate(_LOGGED)}
-        groups = self.optimizer.param_groups
         return {
             "format": FORMAT,
+            "stage": "train" if self.stage is None else self.stage,
             "dataset_size": self.dataset_size,
-            "optimizer": type(self.optimizer).__name__,
-            "nesterov": any(bool(group.get("nesterov")) for group in groups),
-            "decoupled": True if any(group.get("decoupled_weight_decay") for group in groups) else None,
             "batch_size": self.batch_size,
+            "optimizer": self._name(),
+            "nesterov": any(bool(group.get("nesterov")) for group in groups),
             "maximize": any(bool(group.get("maximize")) for group in groups),
-            "constants": [{k: v for k, v in group.items() if _is_plain(v)} for group in groups],
+            "constants": [{k: _plain(v) for k, v in group.items() if _is_plain(_plain(v))} for group in groups],
             "parameter_groups": self._group_of,
             "checkpoints": [self._saved[step] for step in sorted(self._saved)],
             "log": write_tensors(self.directory / "steps.safetensors", tensors),
@@ -291,6 +334,27 @@ class Recording:
 
 def _evenly(total: int, count: int) -> list[int]:
     return [round(total * place / count) for place in range(1, count + 1)]
+
+
+def _present(folder: Path) -> list[str]:
+    return [name for name in ("trajectory.json", "recording.json") if (folder / name).exists()]
+
+
+def _erase(folder: Path) -> None:
+    """Remove what record() wrote into a folder, and the folder if nothing else is in it."""
+    files = [folder / name for name in ("trajectory.json", "recording.json", "steps.safetensors")]
+    for file in [*files, *(folder / "checkpoints").glob("step-*.safetensors*")]:
+        file.unlink(missing_ok=True)
+    for empty in (folder / "checkpoints", folder):
+        with suppress(OSError):
+            empty.rmdir()
+
+
+def _plain(value: Any) -> Any:
+    """Numbers that an optimizer may also hold as tensors, as numbers."""
+    if isinstance(value, Tensor) and value.numel() == 1:
+        return value.item()
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _is_plain(value: Any) -> bool:

@@ -25,7 +25,6 @@ HOUSE = [
     "task",
     "tasks",
     "optimizers",
-    "steplog",
     "trajectory",
     "record",
     "layers",
