@@ -86,6 +86,13 @@ def effective_rates(name: str, rates: Tensor, momentum: Tensor, dampening: Tenso
     return rates / (1 - momentum) if name == "RMSprop" else rates
 
 
+def mean_decay(rates: Tensor, decay: Tensor) -> tuple[float, ...]:
+    """Weight decay [steps, parameter groups] averaged over steps by effective rate; evenly where all rates are 0."""
+    total = rates.sum(0)
+    mean = torch.where(total > 0, (rates * decay).sum(0) / total.clamp_min(1e-300), decay.mean(0))
+    return tuple(mean.tolist())
+
+
 def second_moment(name: str, state: Mapping[str, Tensor], options: Mapping[str, Any]) -> Tensor | None:
     """The bias-corrected second moments v_hat of one parameter; None if its optimizer keeps none or took no step.
 
@@ -108,14 +115,17 @@ def second_moment(name: str, state: Mapping[str, Tensor], options: Mapping[str, 
 
 
 def second_moments(
-    name: str, state: Mapping[str, Tensor], options_of: Callable[[str], Mapping[str, Any]]
+    name: str,
+    state: Mapping[str, Tensor],
+    options: Sequence[Mapping[str, Any]],
+    group_of: Callable[[str], int | None],
 ) -> dict[str, Tensor]:
-    """Bias-corrected second moments by parameter, from {"parameter.key of STATE": tensor}; options_of: a parameter."""
+    """{parameter: second_moment} from {"parameter.key of STATE": tensor}; options: each parameter group's."""
     kept: dict[str, dict[str, Tensor]] = {}
     for place, tensor in state.items():
         parameter, _, key = place.rpartition(".")
         kept.setdefault(parameter, {})[key] = tensor
-    found = {parameter: second_moment(name, own, options_of(parameter)) for parameter, own in kept.items()}
+    found = {parameter: second_moment(name, own, options[group_of(parameter) or 0]) for parameter, own in kept.items()}
     return {parameter: moments for parameter, moments in found.items() if moments is not None}
 
 
@@ -130,12 +140,31 @@ def precondition(moments: Tensor, eps: float, where: str) -> Tensor:
     return found
 
 
-def check_moments(where: str, moments: Mapping[str, Tensor], like: Mapping[str, Tensor] | None = None) -> None:
+def check_moment_files(name: str, files: int, checkpoints: int) -> None:
+    """Raise TrajectoryError unless an optimizer has second moments and there is a file of them for each checkpoint."""
+    if name not in STATE or files != checkpoints:
+        raise TrajectoryError(
+            f"{files} files of second moments for {checkpoints} checkpoints of {name}: expected a file for each, and "
+            f"one of {', '.join(STATE)}. Leave second_moments= out otherwise."
+        )
+
+
+def check_moments(
+    where: str,
+    moments: Mapping[str, Tensor],
+    group_of: Callable[[str], int | None],
+    like: Mapping[str, Tensor] | None = None,
+) -> None:
     """Raise TrajectoryError naming the first parameter whose second moments are not finite numbers >= 0.
 
-    like: the model's state, whose names and shapes they must have.
+    group_of: a parameter's group, which it must have. like: the model's state, whose names and shapes they must have.
     """
     for name, values in moments.items():
+        if group_of(name) is None:
+            raise TrajectoryError(
+                f"{where}: second moments of {name!r}, which is in no parameter group. "
+                "Put it into parameter_groups, or leave its second moments out."
+            )
         if like is not None and (name not in like or like[name].shape != values.shape):
             expected = "no such parameter" if name not in like else f"of shape {tuple(like[name].shape)}"
             raise TrajectoryError(
@@ -150,6 +179,37 @@ def check_moments(where: str, moments: Mapping[str, Tensor], like: Mapping[str, 
                 f"{where}: {wrong.numel()} of {values.numel()} second moments of {name!r} are not finite numbers >= 0 "
                 f"(the first is {wrong[0].item():g}). Leave this checkpoint out, or look at why training went wrong."
             )
+
+
+def described(optimizer: torch.optim.Optimizer, remarks: Sequence[str] = ()) -> str:
+    """The optimizer's class name: torch.optim's own, if the formulas here are right for how it is used.
+
+    remarks: what else makes them wrong.
+    """
+    kind, groups = type(optimizer), optimizer.param_groups
+    decaying = [group for group in groups if group.get("weight_decay")]
+    found = [*remarks]
+    if len({bool(group.get("maximize")) for group in groups}) > 1:
+        found.append("maximize=True in some parameter groups only")
+    if len({bool(group.get("decoupled_weight_decay")) for group in decaying}) > 1:
+        found.append("decoupled_weight_decay=True in some parameter groups only")
+    name = kind.__name__ if kind.__module__.startswith("torch.optim.") else f"{kind.__module__}.{kind.__qualname__}"
+    return f"{name} ({', '.join(found)})" if found else name
+
+
+def lr_decays(optimizer: torch.optim.Optimizer) -> list[tuple[float, bool]]:
+    """By what each parameter group's learning rate was divided in the step just taken, and whether for all alike.
+
+    Adagrad: 1 + (t - 1) lr_decay, t being each parameter's own count of steps.
+    """
+    found = []
+    for group in optimizer.param_groups:
+        decay = float(group.get("lr_decay") or 0.0)
+        trained = [p for p in group["params"] if p.grad is not None] if decay else []
+        moved = [optimizer.state.get(p, {}) for p in trained]
+        steps = {float(own["step"]) for own in moved if "step" in own}
+        found.append((1 + (max(steps, default=1.0) - 1) * decay, len(steps) < 2))
+    return found
 
 
 def require_known(name: str) -> None:

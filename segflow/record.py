@@ -14,11 +14,13 @@ from torch import Tensor, nn
 
 from .errors import TrajectoryError
 from .files import inside, write_json, write_tensors
-from .optimizers import check_batch_size, second_moment
+from .optimizers import check_batch_size, described, lr_decays, second_moment
 from .ranks import current, unwrap, whole
 from .trajectory import FORMAT, STAGES, check_stage, stage_names
 
 _LOGGED = {"learning_rate": "lr", "momentum": "momentum", "dampening": "dampening", "weight_decay": "weight_decay"}
+
+_UNEVEN = "lr_decay over parameters of one group that took different numbers of steps"
 
 
 @contextmanager
@@ -159,47 +161,47 @@ class Recording:
         names = stage_names(self.root)
         if self.stage is None and names:
             raise TrajectoryError(
-                f"{self.root}: holds the stages {', '.join(names)}. Record a stage= of it, or into another folder."
+                f"{self.root}: holds the stages {', '.join(names)}. Give record() a stage=, or another folder."
             )
-        if self.stage is not None:
-            names = self._place(names, overwrite)
-        if (present := _present(self.directory)) and not overwrite:
+        before = [] if self.stage is None else self._stages_before(names, overwrite)
+        folder = self.directory
+        if (present := _present(folder)) and not overwrite:
             raise TrajectoryError(
-                f"{self.directory}: holds a recorded run already ({present[0]}). "
+                f"{folder}: holds a recorded run already ({present[0]}). "
                 "Record into another folder, or pass overwrite=True."
             )
         if self.stage is not None:
-            write_json(self.root / STAGES, {"format": 1, "stages": names})
-        write_json(self.directory / "recording.json", {"format": FORMAT, "finished": False})
-        (self.directory / "trajectory.json").unlink(missing_ok=True)
-        for stale in (self.directory / "checkpoints").glob("step-*.safetensors*"):
+            later = [inside(self.root, name, error=TrajectoryError) for name in names[len(before) + 1 :]]
+            write_json(self.root / STAGES, {"format": 1, "stages": [*before, self.stage]})
+            for stale in later:
+                _erase(stale)
+        write_json(folder / "recording.json", {"format": FORMAT, "finished": False})
+        (folder / "trajectory.json").unlink(missing_ok=True)
+        for stale in (folder / "checkpoints").glob("step-*.safetensors*"):
             stale.unlink()
 
-    def _place(self, names: list[str], overwrite: bool) -> list[str]:
-        """The folder's stages up to this one, those after it removed; refuses what would not be one training run."""
+    def _stages_before(self, names: list[str], overwrite: bool) -> list[str]:
+        """Those of the folder's stages that stay; refuses what would make no training run."""
         stage = str(self.stage)
+        inside(self.root, stage, error=TrajectoryError)
         if present := _present(self.root):
             raise TrajectoryError(
-                f"{self.root}: holds a recorded run without stages ({present[0]}). "
-                f"Record stage {stage!r} into another folder, or the first stage anew with a stage= of its own."
+                f"{self.root}: holds a recorded run without stages ({present[0]}). Record into another folder, "
+                "every stage with a stage= of its own."
             )
         alike = [name for name in names if name.lower() == stage.lower()]
         if alike and (alike != [stage] or not overwrite):
             raise TrajectoryError(
-                f"{self.root}: holds stage {alike[0]!r} already. Give this one another name, or pass overwrite=True "
-                f"with stage={alike[0]!r} to replace that one and those recorded after it."
+                f"{self.root}: holds stage {alike[0]!r} already. Choose another name, or replace that stage and those "
+                f"after it with stage={alike[0]!r} and overwrite=True."
             )
-        kept = names[: names.index(stage)] if alike else names
-        if kept and not (self.root / kept[-1] / "trajectory.json").exists():
+        before = names[: names.index(stage)] if alike else names
+        if before and not (self.root / before[-1] / "trajectory.json").exists():
             raise TrajectoryError(
-                f"{self.root}: stage {kept[-1]!r}, before {stage!r}, did not finish. Record it again (overwrite=True)."
+                f"{self.root}: stage {before[-1]!r}, before {stage!r}, did not finish. "
+                "Train it again, with overwrite=True, before recording another."
             )
-        folders = [inside(self.root, name, error=TrajectoryError) for name in (*kept, stage, *names[len(kept) + 1 :])]
-        if alike:
-            write_json(self.root / STAGES, {"format": 1, "stages": [*kept, stage]})
-        for folder in folders[len(kept) + 1 :]:
-            _erase(folder)
-        return [*kept, stage]
+        return before
 
     def log_step(self) -> None:
         """Log what the optimizer is about to use; a step hook."""
@@ -209,7 +211,10 @@ class Recording:
     def end_step(self) -> None:
         """Count the step and save a checkpoint where one is due; a step hook."""
         self.step += 1
-        self._apply_lr_decay()
+        for index, (divisor, alike) in enumerate(lr_decays(self.optimizer)):
+            if divisor != 1:
+                self._row[0][index] /= divisor
+            self._uneven |= not alike
         self._rows.append(self._row)  # only now: a step that raised was not taken
         if self.step in self._wanted or (self._count and self.step % self._interval == 0):
             self._save()
@@ -217,15 +222,6 @@ class Recording:
             self._interval *= 2
             for step in [step for step in self._saved if step % self._interval]:
                 self._drop(step)
-
-    def _apply_lr_decay(self) -> None:
-        """Adagrad divides its learning rate by 1 + (t - 1) lr_decay, t being the parameter's own count of steps."""
-        for index, group in enumerate(self.optimizer.param_groups):
-            if decay := float(group.get("lr_decay") or 0.0):
-                kept = [self.optimizer.state.get(p, {}) for p in group["params"] if p.grad is not None]
-                steps = {float(own["step"]) for own in kept if "step" in own}
-                self._uneven |= len(steps) > 1
-                self._row[0][index] /= 1 + (max(steps, default=1.0) - 1) * decay
 
     def finish(self) -> None:
         """Save the last step and write trajectory.json, which makes the recording whole."""
@@ -281,19 +277,6 @@ class Recording:
                     found[f"second_moment.{name}"] = moments
         return found
 
-    def _name(self) -> str:
-        """The optimizer's class, with what would make SOURCE's formulas wrong for it."""
-        kind, groups = type(self.optimizer), self.optimizer.param_groups
-        name = kind.__name__ if kind.__module__.startswith("torch.optim.") else f"{kind.__module__}.{kind.__qualname__}"
-        if len({bool(group.get("maximize")) for group in groups}) > 1:
-            name += " (maximize=True in some parameter groups only)"
-        decaying = [group for group in groups if group.get("weight_decay")]
-        if len({bool(group.get("decoupled_weight_decay")) for group in decaying}) > 1:
-            name += " (decoupled_weight_decay in some parameter groups only)"
-        if self._uneven:
-            name += " (lr_decay over parameters of one group that took different numbers of steps)"
-        return name
-
     def _write_trajectory(self) -> None:
         if self._main:
             write_json(self.directory / "trajectory.json", self._so_far())
@@ -322,7 +305,7 @@ class Recording:
             "stage": "train" if self.stage is None else self.stage,
             "dataset_size": self.dataset_size,
             "batch_size": self.batch_size,
-            "optimizer": self._name(),
+            "optimizer": described(self.optimizer, [_UNEVEN] if self._uneven else []),
             "nesterov": any(bool(group.get("nesterov")) for group in groups),
             "maximize": any(bool(group.get("maximize")) for group in groups),
             "constants": [{k: _plain(v) for k, v in group.items() if _is_plain(_plain(v))} for group in groups],

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import math
 import os
 import re
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 from . import optimizers
 from .errors import TrajectoryError
 from .files import TensorFile, file_digest, inside, read_json, read_tensors
-from .optimizers import OptimizerConstants, PerStep
+from .optimizers import STATE, OptimizerConstants, PerStep, effective_rates
 from .ranks import laid_out
 
 __all__ = ["FORMAT", "OptimizerConstants", "PerStep", "Trajectory", "check_stage", "stage_names"]
@@ -75,6 +74,7 @@ class Trajectory:
         self.momentum = optimizers.per_step("momentum", self.optimizer.momentum, shape, below=1.0)
         self.dampening = optimizers.per_step("dampening", self.optimizer.dampening, shape)
         self.weight_decay = optimizers.per_step("weight_decay", self.optimizer.weight_decay, shape)
+        self._effective = effective_rates(self.optimizer.name, self.learning_rates, self.momentum, self.dampening)
         self.eps = optimizers.per_group("eps", self.optimizer.eps, shape[1])
         optimizers.check_parameter_groups(self.parameter_groups, shape[1])
         optimizers.check_batch_size(self.optimizer.batch_size)
@@ -82,7 +82,8 @@ class Trajectory:
         self.earlier: Trajectory | None = None  # the stage before; see `after`
         self._moments = None if second_moments is None else tuple(Path(path) for path in second_moments)
         if self._moments is not None:
-            _check_moment_files(self._moments, len(self.checkpoints), self.optimizer.name)
+            optimizers.check_moment_files(self.optimizer.name, len(self._moments), len(self))
+            _check_files(self._moments, "file of second moments")
         self._expected: dict[int, str] = {}
         self._options: Sequence[Mapping[str, Any]] = ()  # each parameter group's, of a recording of format 1
 
@@ -108,36 +109,29 @@ class Trajectory:
 
     @classmethod
     def _loaded(cls, root: Path, unfinished: bool) -> Trajectory:
-        """The recording of one folder."""
-        stopped = (root / "recording.json").exists()
-        if (root / "trajectory.json").exists():
-            return cls._parsed(root / "trajectory.json")
-        if unfinished and stopped:
-            return cls._parsed(root / "recording.json")
-        if stopped:
+        names = [name for name in ("trajectory.json", "recording.json") if (root / name).exists()]
+        if not names:
+            raise TrajectoryError(f"{root}: no recorded run here (no trajectory.json). Make one with segflow.record().")
+        if names == ["recording.json"] and not unfinished:
             raise TrajectoryError(
                 f"{root}: the recorded run did not finish, its process was stopped inside segflow.record(). "
                 "Train again, with overwrite=True to reuse the folder; or pass unfinished=True to explain the "
                 "model of its last checkpoint."
             )
-        raise TrajectoryError(f"{root}: no recorded run here (no trajectory.json). Record one with segflow.record().")
-
-    @classmethod
-    def _parsed(cls, path: Path) -> Trajectory:
-        content = read_json(path, TrajectoryError)
+        content = read_json(root / names[0], TrajectoryError)
         found = content.get("format") if isinstance(content, dict) else None
         if found not in (1, FORMAT) or isinstance(found, bool):
-            raise TrajectoryError(f"{path.parent}: trajectory format {found!r}, this segflow reads 1 and {FORMAT}.")
+            raise TrajectoryError(f"{root}: trajectory format {found!r}, this segflow reads 1 and {FORMAT}.")
         if content.get("finished") is False:
             raise TrajectoryError(
-                f"{path.parent}: the recorded run was stopped before its first checkpoint. Train again (overwrite=True "
-                "reuses the folder). A stage before it can be loaded from its own folder."
+                f"{root}: the recorded run was stopped before its first checkpoint. Train again, with overwrite=True "
+                "to reuse the folder; a stage before it can be loaded from its own folder."
             )
         try:
-            return cls._recorded(path.parent, content, whole=path.name == "trajectory.json")
+            return cls._recorded(root, content, whole=names[0] == "trajectory.json")
         except (KeyError, TypeError, AttributeError, ValueError) as problem:
             raise TrajectoryError(
-                f"{path}: damaged ({type(problem).__name__}: {problem}). Restore it, or record again."
+                f"{root / names[0]}: damaged ({type(problem).__name__}: {problem}). Restore it, or record again."
             ) from problem
 
     @classmethod
@@ -164,14 +158,12 @@ class Trajectory:
     def after(self, earlier: Trajectory) -> Trajectory:
         """This stage of training as the one that went on where `earlier` ended (pretraining, then fine-tuning).
 
-        Everything but `earlier` and `stages` stays that of this stage. TrajectoryError if a name comes twice.
+        All but `earlier` and `stages` stays that of this stage. TrajectoryError if a name comes twice.
         """
-        names = [stage.stage for stage in earlier.stages]
-        if self.earlier is not None or self.stage in names:
+        names = [stage.stage for stage in (*earlier.stages, *self.stages)]
+        if self.earlier is not None or len(set(names)) < len(names):
             raise TrajectoryError(
-                f"stage {self.stage!r} cannot come after {names}: it "
-                + (f"comes after {self.earlier.stage!r} already. " if self.earlier else "has the name of one of them. ")
-                + "Put stages in order one by one, each with a name of its own: Trajectory(..., stage=...)."
+                f"stages {names}: expected names that differ, put in order one by one. Use Trajectory(..., stage=...)."
             )
         later = copy.copy(self)
         later.earlier = earlier
@@ -201,7 +193,7 @@ class Trajectory:
     @property
     def preconditioned(self) -> bool:
         """True if steps were divided by the root of second moments (Adam, AdamW, RMSprop, Adagrad)."""
-        return self.optimizer.name in optimizers.STATE
+        return self.optimizer.name in STATE
 
     @property
     def decoupled(self) -> bool:
@@ -217,36 +209,32 @@ class Trajectory:
         """Bias-corrected second moments v_hat at checkpoint `index`, {parameter name: tensor}; None if not saved.
 
         A parameter that has taken no step is not among them. TrajectoryError names one whose moments are not finite,
-        negative, or of another shape than the parameter.
+        negative, or not those of a parameter in the checkpoint.
         """
         if not self.preconditioned:
             return None
         path, sha256 = self.checkpoints[index], self._expected.get(index)
+        found = _by_record(path, sha256, "second_moment.") or {}
+        if not found and self._options:
+            raw = _by_record(path, sha256, "optimizer.") or {}
+            found = optimizers.second_moments(self.optimizer.name, raw, self._options, self.group_of)
         if self._moments is not None:
             path, found = self._moments[index], _tensors(self._moments[index], None)
-            optimizers.check_moments(str(path), found, self.state(index))
-            return found
-        found = _by_record(path, sha256, "second_moment.") or {}
-        if not found and self._options:  # format 1
-            raw = _by_record(path, sha256, "optimizer.") or {}
-            found = optimizers.second_moments(self.optimizer.name, raw, lambda p: self._options[self._group(p)])
-        optimizers.check_moments(str(path), found)
+        optimizers.check_moments(str(path), found, self.group_of, self.state(index) if self._moments else None)
         return found or None
 
     def preconditioner(self, index: int) -> dict[str, Tensor] | None:
         """P = 1 / (sqrt(v_hat) + eps) at checkpoint `index`, {parameter name: tensor}; None without second moments."""
-        moments = self.second_moments(index)
-        step = self.steps[index]
-        return moments and {
-            name: optimizers.precondition(v, self.eps[self._group(name)], f"{name!r} at step {step}")
-            for name, v in moments.items()
-        }
+        found = {}
+        for name, moments in (self.second_moments(index) or {}).items():
+            eps = self.eps[self.group_of(name) or 0]
+            found[name] = optimizers.precondition(moments, eps, f"step {self.steps[index]}, {name!r}")
+        return found or None
 
     def digest(self, index: int) -> str:
-        """sha256 of the checkpoint's file (with a file of second moments given beside it: of both files' sha256)."""
-        files = [self.checkpoints[index], *([self._moments[index]] if self._moments else [])]
-        found = [file_digest(path, TrajectoryError) for path in files]
-        return found[0] if len(found) == 1 else hashlib.sha256("".join(found).encode()).hexdigest()
+        """sha256 of the checkpoint's file; where `second_moments` were given, "-" and that of their file besides."""
+        paths = [self.checkpoints[index], *(self._moments[index : index + 1] if self._moments else ())]
+        return "-".join(file_digest(path, TrajectoryError) for path in paths)
 
     def load_into(self, model: nn.Module, index: int | Mapping[int, float]) -> None:
         """Copy checkpoint `index` into `model`; TrajectoryError names what does not fit.
@@ -255,15 +243,14 @@ class Trajectory:
         floating-point (counters, masks) is that of the last of them.
         """
         if isinstance(index, Mapping):
-            state, where = self._mean(index), f"the mean of checkpoints at steps {[self.steps[i] for i in index]}"
+            state, where = self._mean(index), f"mean of the checkpoints {sorted(index)}"
         else:
-            state = self.state(index)
-            where = f"checkpoint at step {self.steps[index]} ({self.checkpoints[index].name})"
+            state, where = self.state(index), f"checkpoint at step {self.steps[index]} ({self.checkpoints[index].name})"
         try:
             model.load_state_dict(laid_out(state, model), strict=True)
         except RuntimeError as problem:
             raise TrajectoryError(
-                f"{where} is of another model: {problem}. Give the model that was trained."
+                f"{where} is of another model: {problem}. Give the one that was trained."
             ) from problem
 
     def _mean(self, weights: Mapping[int, float]) -> dict[str, Tensor]:
@@ -271,18 +258,15 @@ class Trajectory:
         known = all(index in range(len(self)) for index in weights)
         if not known or not all(weight >= 0 for weight in weights.values()) or not 0 < total < math.inf:
             raise TrajectoryError(
-                f"mean of checkpoints with weights {dict(weights)}: expected {{checkpoint from 0 to {len(self) - 1}: "
-                "finite weight >= 0}, not all of them 0."
+                f"mean of checkpoints: got {{checkpoint: weight}} {dict(weights)}, expected checkpoints 0 to "
+                f"{len(self) - 1} with finite weights >= 0, not all of them 0."
             )
         last = self.state(max(weights))
         mean = {name: torch.zeros_like(t, dtype=torch.float64) for name, t in last.items() if t.is_floating_point()}
-        for index, weight in weights.items():
-            state = last if index == max(weights) else self.state(index)
+        for index, weight in [(index, weight) for index, weight in weights.items() if weight > 0]:
+            state = self.state(index)
             if {name: t.shape for name, t in state.items()} != {name: t.shape for name, t in last.items()}:
-                raise TrajectoryError(
-                    f"checkpoints at steps {self.steps[index]} and {self.steps[max(weights)]} are of different models: "
-                    "their tensors' names or shapes differ. Take the mean over checkpoints of one model."
-                )
+                raise TrajectoryError(f"{self.checkpoints[index]}: its tensors are not those of the last of the mean.")
             for name in mean:
                 mean[name] += state[name].double() * (weight / total)
         return last | {name: summed.to(last[name].dtype) for name, summed in mean.items()}
@@ -290,33 +274,18 @@ class Trajectory:
     def lr_steps(self, start: int, end: int) -> tuple[float, ...]:
         """Summed effective learning rates of the steps in (start, end], for each parameter group.
 
-        See `optimizers.effective_rates`. TrajectoryError for an optimizer whose effective rates are not known.
+        TrajectoryError for an optimizer whose effective learning rates are not known.
         """
         optimizers.require_known(self.optimizer.name)
-        return tuple(self._effective()[start:end].sum(0).tolist())
+        return tuple(self._effective[start:end].sum(0).tolist())
 
     def mean_weight_decay(self, start: int, end: int) -> tuple[float, ...]:
         """Weight decay over (start, end], weighted by the effective learning rate, for each parameter group."""
-        rates, decay = self._effective()[start:end], self.weight_decay[start:end]
-        total = rates.sum(0)
-        mean = torch.where(total > 0, (rates * decay).sum(0) / total.clamp_min(1e-300), decay.mean(0))
-        return tuple(mean.tolist())
+        return optimizers.mean_decay(self._effective[start:end], self.weight_decay[start:end])
 
     def group_of(self, parameter: str) -> int | None:
         """The parameter group that trained `parameter`; None if the optimizer did not hold it."""
         return 0 if self.parameter_groups is None else self.parameter_groups.get(parameter)
-
-    def _group(self, parameter: str) -> int:
-        group = self.group_of(parameter)
-        if group is None:
-            raise TrajectoryError(
-                f"second moments of {parameter!r}, which is in no parameter group. Put it into parameter_groups, or "
-                "leave its second moments out."
-            )
-        return group
-
-    def _effective(self) -> Tensor:
-        return optimizers.effective_rates(self.optimizer.name, self.learning_rates, self.momentum, self.dampening)
 
 
 def check_stage(name: str) -> str:
@@ -324,8 +293,7 @@ def check_stage(name: str) -> str:
     plain = isinstance(name, str) and re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,99}", name)
     if not plain or name.lower() in _OWN:
         raise TrajectoryError(
-            f"stage={name!r}: expected a plain word of letters, digits, '_', '-' and '.', not starting with '.', "
-            f"and none of {', '.join(_OWN)}."
+            f"stage={name!r}: expected up to 100 letters, digits, '_', '-' and '.', no '.' first, and not {_OWN}."
         )
     return name
 
@@ -338,32 +306,23 @@ def stage_names(root: Path) -> list[str]:
     content = read_json(path, TrajectoryError)
     names = content.get("stages") if isinstance(content, dict) and content.get("format") == 1 else None
     if not isinstance(names, list) or not names or len({str(name).lower() for name in names}) < len(names):
-        raise TrajectoryError(
-            f'{path}: expected {{"format": 1, "stages": [names that differ]}}. Restore it, or record again.'
-        )
+        raise TrajectoryError(f'{path}: expected {{"format": 1, "stages": [names]}}. Restore it, or record again.')
     return [check_stage(name) for name in names]
 
 
 def _check_checkpoints(paths: Sequence[Path], steps: Sequence[int]) -> None:
     if not paths or len(paths) != len(steps):
         raise TrajectoryError(f"{len(paths)} checkpoint files for {len(steps)} steps: expected one step for each file.")
-    for path in paths:
-        if not path.is_file():
-            raise TrajectoryError(f"{path}: no such checkpoint file. Restore it, or leave it out of the trajectory.")
+    _check_files(paths, "checkpoint file")
     whole = all(step == int(step) for step in steps)
     if not whole or steps[0] < 1 or any(later <= earlier for earlier, later in pairwise(steps)):
         raise TrajectoryError(f"checkpoint steps {list(steps)}: expected ascending whole steps, counted from 1.")
 
 
-def _check_moment_files(paths: Sequence[Path], checkpoints: int, optimizer: str) -> None:
-    if optimizer not in optimizers.STATE or len(paths) != checkpoints:
-        raise TrajectoryError(
-            f"{len(paths)} files of second moments for {checkpoints} checkpoints of {optimizer}: expected a file for "
-            f"each checkpoint, and one of {', '.join(optimizers.STATE)}."
-        )
+def _check_files(paths: Sequence[Path], kind: str) -> None:
     for path in paths:
         if not path.is_file():
-            raise TrajectoryError(f"{path}: no such file of second moments. Restore it, or leave second_moments= out.")
+            raise TrajectoryError(f"{path}: no such {kind}. Restore it, or leave it out of the trajectory.")
 
 
 def _by_record(path: Path, sha256: str | None, part: str) -> dict[str, Tensor] | None:
@@ -377,10 +336,8 @@ def _by_record(path: Path, sha256: str | None, part: str) -> dict[str, Tensor] |
 
 
 def _tensors(path: Path, sha256: str | None) -> dict[str, Tensor]:
-    return read_tensors(path, sha256, TrajectoryError) if path.suffix == ".safetensors" else _foreign_state(path)
-
-
-def _foreign_state(path: Path) -> dict[str, Tensor]:
+    if path.suffix == ".safetensors":
+        return read_tensors(path, sha256, TrajectoryError)
     try:
         content: Any = torch.load(path, map_location="cpu", weights_only=True)  # noqa: TID251
     except Exception as problem:  # torch raises many kinds here, none of its own
