@@ -202,7 +202,7 @@ def settle_parameter_groups(choice: LayerChoice, trajectory: Trajectory) -> tupl
             "weight decay": trajectory.weight_decay,
         }
         differing = [what for what, log in logged.items() if not log[:, weight].equal(log[:, bias])]
-        if trajectory.eps[weight] != trajectory.eps[bias]:
+        if bias is not None and trajectory.eps[weight] != trajectory.eps[bias]:
             differing.append("eps")
         if differing:
             tracked[name] = replace(layer, has_bias=False)

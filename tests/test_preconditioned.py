@@ -283,24 +283,25 @@ def test_stored_factors_of_other_second_moments_are_refused(tmp_path: Path) -> N
 
 
 def test_an_end_to_end_adamw_run_agrees_with_retraining_without_a_group(tmp_path: Path) -> None:
-    """A live AdamW run on small batches, whose noise (not the data's mean gradient) sets the second moments.
+    """A live AdamW run from the optimum on small batches, whose noise sets the second moments.
 
     Without the group the mean loss stays over all examples, and batches stay the same.
     """
-    n, steps, size = 600, 600, 20
-    order = torch.cat([torch.randperm(n, generator=torch.Generator().manual_seed(i)) for i in range(20)]).split(size)
+    n, steps, size = 600, 300, 20
+    order = torch.cat([torch.randperm(n, generator=torch.Generator().manual_seed(i)) for i in range(10)]).split(size)
     generator = torch.Generator().manual_seed(2)
     scales = torch.tensor([3.0, 1.0, 0.3, 0.1], dtype=torch.float64)
     x = torch.randn(n, FEATURES, generator=generator, dtype=torch.float64) * scales
     y = x @ torch.arange(1.0, FEATURES + 1).double() + 2 * torch.sin(5 * x[:, 0])
+    optimum = torch.linalg.lstsq(torch.cat([x, torch.ones(n, 1).double()], 1), y[:, None]).solution[:, 0]
     model, groups = nn.Linear(FEATURES, 1).double(), sf.Groups.random(n, size=6)
     query = TensorDataset(QUERY.tensors[0] * scales, QUERY.tensors[1])
 
     def trained(kept: Tensor, folder: Path | None) -> Tensor:
         with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.zero_()
-        optimizer = torch.optim.AdamW(model.parameters(), lr=0.02, weight_decay=0.1, betas=(0.9, 0.99))
+            model.weight.copy_(optimum[None, :-1])
+            model.bias.copy_(optimum[-1:])
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.001, weight_decay=0.1, betas=(0.9, 0.99))
 
         def train() -> None:
             for batch in order:
@@ -331,5 +332,5 @@ def test_an_end_to_end_adamw_run_agrees_with_retraining_without_a_group(tmp_path
         found = analyzer.score(groups, data, query).values
         exact = torch.stack(changes, 1)
         errors[method.preconditioner] = ((found[:, :12] - exact).norm() / exact.norm()).item()
-    assert errors["kronecker"] < 0.6
-    assert errors["none"] > 0.8
+    assert errors["kronecker"] < 0.08
+    assert errors["none"] > 0.15
