@@ -198,7 +198,7 @@ class LiSSA:
 
     Args:
         damping: added to the Hessian; it must outweigh negative eigenvalues.
-        steps: iterations; batch_size: examples of each Hessian product.
+        steps: iterations; sample_size: examples of each Hessian product.
         repetitions: independent estimates that are averaged.
         scale: at least half of the largest eigenvalue (of a batch's Hessian plus damping); None estimates it.
         seed: of the batches.
@@ -206,15 +206,15 @@ class LiSSA:
 
     damping: float = 0.01
     steps: int = 100
-    batch_size: int = 256
+    sample_size: int = 256
     repetitions: int = 1
     scale: float | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if min(self.steps, self.batch_size, self.repetitions) < 1:
+        if min(self.steps, self.sample_size, self.repetitions) < 1:
             raise MethodError(
-                f"steps={self.steps}, batch_size={self.batch_size}, repetitions={self.repetitions}: "
+                f"steps={self.steps}, sample_size={self.sample_size}, repetitions={self.repetitions}: "
                 "expected at least 1."
             )
         if isinstance(self.damping, str) or (self.scale is not None and not self.scale > 0):
@@ -225,7 +225,7 @@ class LiSSA:
         """One term at the last checkpoint."""
         final, place = final_point(trajectory), stage_place(trajectory, stage)
         operator = IterativeInverse(
-            place, final, self.damping, self.steps, self.batch_size, self.repetitions, self.seed, self.scale
+            place, final, self.damping, self.steps, self.sample_size, self.repetitions, self.seed, self.scale
         )
         return (Term("final", place, final, (operator,), (final,), (1.0,)),)
 

@@ -108,6 +108,6 @@ def _drawn(
     count: int,
 ) -> Iterator[Batch]:
     """Batches of distinct examples, drawn anew each time (all of the data where a batch holds all)."""
-    size = min(operator.batch_size, len(train))
+    size = min(operator.sample_size, len(train))
     lists = [np.sort(draws.choice(len(train), size, replace=False)) for _ in range(count)]
     return batches(train, lists, collate_fn, lens.device)

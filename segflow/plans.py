@@ -129,7 +129,7 @@ class IterativeInverse:
     point: Point
     damping: float
     steps: int
-    batch_size: int
+    sample_size: int
     repetitions: int
     seed: int
     scale: float | None
