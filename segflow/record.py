@@ -272,7 +272,7 @@ class Recording:
         for name, parameter in self.model.named_parameters():
             if parameter in self.optimizer.state and name in self._group_of:
                 group = self.optimizer.param_groups[self._group_of[name]]
-                moments = second_moment(type(self.optimizer).__name__, self.optimizer.state[parameter], group)
+                moments = second_moment(described(self.optimizer), self.optimizer.state[parameter], group)
                 if moments is not None:
                     found[f"second_moment.{name}"] = moments
         return found

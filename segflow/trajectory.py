@@ -239,8 +239,7 @@ class Trajectory:
     def load_into(self, model: nn.Module, index: int | Mapping[int, float]) -> None:
         """Copy checkpoint `index` into `model`; TrajectoryError names what does not fit.
 
-        index: also {index: weight >= 0}, for the weighted mean of checkpoints, taken in double precision. What is not
-        floating-point (counters, masks) is that of the last of them.
+        index: or {index: weight}, for a weighted mean in double precision; counters and the like are the last one's.
         """
         if isinstance(index, Mapping):
             state, where = self._mean(index), f"mean of the checkpoints {sorted(index)}"

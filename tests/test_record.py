@@ -16,15 +16,14 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import nn
-from torch.optim import SGD, Adagrad, Adam, AdamW, RMSprop
+from torch.optim import SGD, Adagrad, Adam, AdamW, NAdam, RMSprop
 from torch.optim.lr_scheduler import CosineAnnealingLR, ExponentialLR, OneCycleLR
 
 import segflow as sf
 from segflow.record import Recording
 
-from .helpers import analyzer_of, mlp, vectors
+from .helpers import mlp, vectors
 
 STEPS, N, BATCH = 12, 24, 6
 Step = Callable[[int], None]
@@ -91,6 +90,19 @@ RUNS: dict[str, tuple[Callable[[nn.Module], Any], Callable[[Any], Any] | None]] 
         lambda o: OneCycleLR(o, 0.5, total_steps=STEPS + 1, cycle_momentum=True),
     ),
     "AdamW": (lambda m: AdamW(m.parameters(), lr=0.01), None),
+    "Adam, amsgrad, foreach, maximize": (
+        lambda m: Adam(m.parameters(), lr=0.01, amsgrad=True, foreach=True, maximize=True, weight_decay=0.1),
+        None,
+    ),
+    "AdamW, fused, scheduler": (
+        lambda m: AdamW(m.parameters(), lr=0.01, fused=True),
+        lambda o: OneCycleLR(o, 0.5, total_steps=STEPS + 1, cycle_momentum=True),
+    ),
+    "Adam, learning rate a tensor": (lambda m: Adam(m.parameters(), lr=torch.tensor(0.01), foreach=False), None),
+    "RMSprop, centered": (lambda m: RMSprop(m.parameters(), lr=0.01, centered=True, momentum=0.5), None),
+    "Adagrad": (lambda m: Adagrad(m.parameters(), lr=0.01, lr_decay=0.1, initial_accumulator_value=0.2), None),
+    "NAdam": (lambda m: NAdam(m.parameters(), lr=0.01), None),
+    "SGD, fused": (lambda m: SGD(m.parameters(), lr=0.01, momentum=0.5, fused=True), None),
 }
 
 
@@ -285,57 +297,6 @@ def test_parameters_that_the_optimizer_does_not_hold_are_in_no_group(tmp_path: P
     found = recorded(tmp_path, model=model, optimizer=SGD(model[2].parameters(), lr=0.1))
     assert set(found.parameter_groups) == {"2.weight", "2.bias"}
     assert found.group_of("0.weight") is None and found.group_of("4.weight") is None
-
-
-@pytest.mark.parametrize(
-    ("make", "keys"),
-    [
-        (lambda p: Adam(p, lr=0.01, amsgrad=True), {"step", "exp_avg_sq", "max_exp_avg_sq"}),
-        (lambda p: AdamW(p, lr=0.01, weight_decay=0.1), {"step", "exp_avg_sq"}),
-        (lambda p: RMSprop(p, lr=0.01, centered=True), {"step", "square_avg", "grad_avg"}),
-        (lambda p: Adagrad(p, lr=0.01), {"step", "sum"}),
-        (lambda p: SGD(p, lr=0.01, momentum=0.9), set()),
-    ],
-)
-def test_second_moments_are_in_the_checkpoint_under_their_parameters_names(
-    tmp_path: Path, make: Callable, keys: set[str]
-) -> None:
-    model = mlp()
-    optimizer = make(model.parameters())
-    found = recorded(tmp_path, optimizer=optimizer, model=model, total_steps=STEPS, checkpoints=2)
-    saved = load_file(found.checkpoints[-1])
-    expected = {f"optimizer.{name}.{key}" for name, _ in model.named_parameters() for key in keys}
-    assert {name for name in saved if name.startswith("optimizer.")} == expected
-    for name, parameter in model.named_parameters():
-        for key in keys:
-            assert torch.equal(saved[f"optimizer.{name}.{key}"], torch.as_tensor(optimizer.state[parameter][key]))
-    constants = json.loads((tmp_path / "trajectory.json").read_text())["constants"][0]
-    for key in {"betas", "eps", "alpha", "weight_decay"} & set(optimizer.defaults):
-        value = optimizer.defaults[key]
-        assert constants[key] == (list(value) if isinstance(value, tuple) else value)
-    assert not {name for name in found.state(1) if name.startswith("optimizer")}
-    found.load_into(mlp(seed=5), 1)  # a checkpoint with optimizer state is still the model's
-
-
-@pytest.mark.parametrize("optimizer", [Adam, AdamW, RMSprop, Adagrad])
-def test_source_and_tracin_refuse_other_optimizers_and_the_influence_function_takes_them(
-    tmp_path: Path, optimizer: type
-) -> None:
-    model, data = mlp(), vectors(N)
-    found = recorded(tmp_path / "run", model=model, optimizer=optimizer(model.parameters(), lr=0.01))
-    for method in (sf.Source(segments=1), sf.TracIn()):
-        with pytest.raises(sf.TrajectoryError, match=rf"trained with {optimizer.__name__}: effective learning rates"):
-            analyzer_of(model, found, tmp_path / "store", method=method)
-    analyzer = analyzer_of(model, found, tmp_path / "store", method=sf.InfluenceFunction())
-    analyzer.fit(data)
-    assert analyzer.score(sf.Groups.singletons(N), data, vectors(2, seed=4)).values.abs().max() > 0
-
-
-def test_source_refuses_sgd_that_maximizes(tmp_path: Path) -> None:
-    model = mlp()
-    found = recorded(tmp_path, model=model, optimizer=SGD(model.parameters(), lr=0.1, maximize=True))
-    with pytest.raises(sf.TrajectoryError, match=r"trained with SGD \(maximize=True\)"):
-        sf.Source(segments=1).plan(found)
 
 
 def test_an_accelerate_wrapper_is_recorded_through_its_own_optimizer(tmp_path: Path) -> None:
@@ -584,3 +545,229 @@ def test_a_recording_cannot_name_files_outside_its_folder(tmp_path: Path, file: 
     path.write_text(json.dumps(content))
     with pytest.raises(sf.TrajectoryError):
         sf.Trajectory.load(tmp_path / "run")
+
+
+# Several stages
+
+
+def staged(folder: Path, name: str, model: Any = None, lr: float = 0.1, make: Any = SGD, **options: Any) -> Any:
+    """Six steps of a stage called `name`, with two checkpoints."""
+    model = model or mlp()
+    optimizer = make(model.parameters(), lr=lr)
+    with record(model, optimizer, folder, stage=name, total_steps=6, checkpoints=2, **options):
+        train(model, optimizer, 6)
+    return sf.Trajectory.load(folder)
+
+
+def listed(folder: Path) -> list[str]:
+    return json.loads((folder / "stages.json").read_text())["stages"]
+
+
+def test_pretraining_and_finetuning_are_loaded_back_as_two_stages_in_order(tmp_path: Path) -> None:
+    model = mlp()
+    first = staged(tmp_path, "pretrain", model, lr=0.2)
+    between = {name: value.clone() for name, value in model.state_dict().items()}
+    found = staged(tmp_path, "finetune", model, lr=0.01, make=AdamW, dataset_size=7, batch_size=BATCH)
+    assert first.stages == (first,) and first.earlier is None and first.stage == "pretrain"
+    assert [stage.stage for stage in found.stages] == listed(tmp_path) == ["pretrain", "finetune"]
+    pretrain, finetune = found.stages
+    assert finetune is found and found.earlier is pretrain
+    assert (pretrain.dataset_size, finetune.dataset_size) == (N, 7)
+    assert (pretrain.optimizer.name, finetune.optimizer.name) == ("SGD", "AdamW")
+    assert (pretrain.preconditioned, finetune.preconditioned) == (False, True)
+    assert pretrain.steps == finetune.steps == (3, 6) and finetune.total_steps == 6
+    assert pretrain.lr_steps(0, 6) == (pytest.approx(1.2),) and finetune.lr_steps(0, 6) == (pytest.approx(0.06),)
+    assert finetune.optimizer.batch_size == BATCH and finetune.second_moments(1) and not pretrain.second_moments(1)
+    for stage, expected in ((pretrain, between), (finetune, model.state_dict())):
+        assert all(torch.equal(value, expected[name]) for name, value in stage.state(1).items())
+    assert repr(found).endswith("7 examples; last of the stages pretrain, finetune)") and "stages" not in repr(pretrain)
+    alone = sf.Trajectory.load(tmp_path / "finetune")
+    assert alone.stage == "finetune" and alone.earlier is None
+
+
+def test_a_staged_run_is_bit_identical_to_an_unrecorded_one(tmp_path: Path) -> None:
+    outcomes = []
+    for recording in (False, True):
+        model = Noisy()
+        torch.manual_seed(3)
+        for name, make in (("first", SGD), ("second", Adagrad)):
+            optimizer = make(model.parameters(), lr=0.05)
+            block = record(model, optimizer, tmp_path, stage=name, total_steps=6) if recording else nullcontext()
+            with block:
+                train(model, optimizer, 6)
+        outcomes.append([*model.state_dict().values(), torch.get_rng_state()])
+    assert all(map(torch.equal, *outcomes))
+
+
+def test_overwriting_a_stage_drops_those_recorded_after_it_and_keeps_those_before(tmp_path: Path) -> None:
+    for name in ("one", "two", "three", "four"):
+        staged(tmp_path, name)
+    (tmp_path / "four" / "notes.txt").write_text("the user's own")
+    kept = sf.Trajectory.load(tmp_path / "one").digest(1)
+    found = staged(tmp_path, "two", lr=0.3, overwrite=True)
+    assert listed(tmp_path) == [stage.stage for stage in found.stages] == ["one", "two"]
+    assert found.earlier.digest(1) == kept and found.lr_steps(0, 6) == (pytest.approx(1.8),)
+    assert not (tmp_path / "three").exists()
+    assert [path.name for path in (tmp_path / "four").iterdir()] == ["notes.txt"]
+    assert listed(tmp_path) == ["one", "two"] and staged(tmp_path, "four", overwrite=True).earlier.stage == "two"
+
+
+def test_a_stage_is_replaced_only_when_asked(tmp_path: Path) -> None:
+    staged(tmp_path, "one")
+    before = [stage.digest(1) for stage in staged(tmp_path, "two").stages]
+    for name in ("one", "two"):
+        with pytest.raises(sf.TrajectoryError, match=rf"holds stage '{name}' already.*overwrite=True"):
+            staged(tmp_path, name, lr=0.3)
+    with pytest.raises(sf.TrajectoryError, match=r"holds stage 'two' already.*stage='two' and overwrite=True"):
+        staged(tmp_path, "TWO", overwrite=True)  # one folder, where file names do not tell case
+    assert [stage.digest(1) for stage in sf.Trajectory.load(tmp_path).stages] == before
+
+
+def test_stages_and_a_run_without_them_do_not_share_a_folder(tmp_path: Path) -> None:
+    recorded(tmp_path / "plain")
+    staged(tmp_path / "staged", "one")
+    for overwrite in (False, True):
+        with pytest.raises(sf.TrajectoryError, match=r"holds a recorded run without stages \(trajectory.json\)"):
+            staged(tmp_path / "plain", "one", overwrite=overwrite)
+        with pytest.raises(sf.TrajectoryError, match=r"holds the stages one\. Give record"):
+            recorded(tmp_path / "staged", overwrite=overwrite)
+    assert sf.Trajectory.load(tmp_path / "plain").stage == "train"
+    assert not (tmp_path / "plain" / "one").exists() and not (tmp_path / "staged" / "trajectory.json").exists()
+
+
+def test_another_recording_in_a_stages_folder_is_not_overwritten_unasked(tmp_path: Path) -> None:
+    recorded(tmp_path / "one")
+    with pytest.raises(sf.TrajectoryError, match=r"one: holds a recorded run already"):
+        staged(tmp_path, "one")
+    assert not (tmp_path / "stages.json").exists() and sf.Trajectory.load(tmp_path / "one").total_steps == STEPS
+    assert staged(tmp_path, "one", overwrite=True).total_steps == 6
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["", ".", "..", ".hidden", "a/b", "../a", "a b", "ä", "a\n", "x" * 101, "checkpoints", "Stages.json", 3, "a\0"],
+)
+def test_a_stage_name_that_is_no_plain_word_is_refused_before_anything_is_written(tmp_path: Path, name: Any) -> None:
+    with pytest.raises(sf.TrajectoryError, match=r"stage=.*: expected up to 100 letters, digits"):
+        staged(tmp_path / "run", name)
+    assert not (tmp_path / "run").exists()
+    files = recorded(tmp_path / "plain").checkpoints
+    with pytest.raises(sf.TrajectoryError, match=r"stage=.*: expected up to 100 letters, digits"):
+        sf.Trajectory(files[-1:], [STEPS], 0.1, N, stage=name)
+
+
+KILLED = """
+    import os, signal, sys, torch, segflow as sf
+    folder, die_at = sys.argv[1], int(sys.argv[2])
+    model = torch.nn.Linear(2, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with sf.record(model, optimizer, folder, dataset_size=4, total_steps=10, checkpoints=5, stage="finetune"):
+        for step in range(10):
+            if step == die_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+            optimizer.zero_grad()
+            model(torch.ones(4, 2)).square().mean().backward()
+            optimizer.step()
+"""
+
+
+@pytest.mark.parametrize(("die_at", "steps"), [(7, (2, 4, 6)), (0, None)])
+def test_a_kill_in_the_second_stage_leaves_the_first_and_what_the_second_had(
+    tmp_path: Path, die_at: int, steps: tuple[int, ...] | None
+) -> None:
+    staged(tmp_path, "pretrain", torch.nn.Sequential(torch.nn.Linear(5, 3)).double())
+    script, environment = textwrap.dedent(KILLED), {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path), str(die_at)], env=environment, check=False)
+    assert done.returncode == -signal.SIGKILL and listed(tmp_path) == ["pretrain", "finetune"]
+    with pytest.raises(sf.TrajectoryError, match=r"finetune: the recorded run did not finish.*overwrite=True"):
+        sf.Trajectory.load(tmp_path)
+    with pytest.raises(sf.TrajectoryError, match="stage 'finetune', before 'third', did not finish"):
+        staged(tmp_path, "third")
+    if steps is None:
+        with pytest.raises(sf.TrajectoryError, match=r"finetune: .* stopped before its first .*loaded from its own"):
+            sf.Trajectory.load(tmp_path, unfinished=True)
+    else:
+        found = sf.Trajectory.load(tmp_path, unfinished=True)
+        assert found.steps == steps and [stage.stage for stage in found.stages] == ["pretrain", "finetune"]
+    assert sf.Trajectory.load(tmp_path / "pretrain").total_steps == 6
+    assert [stage.stage for stage in staged(tmp_path, "finetune", overwrite=True).stages] == ["pretrain", "finetune"]
+
+
+def test_an_earlier_stage_that_did_not_finish_is_refused_even_if_unfinished_is_asked_for(tmp_path: Path) -> None:
+    staged(tmp_path, "one")
+    staged(tmp_path, "two")
+    (tmp_path / "one" / "trajectory.json").rename(tmp_path / "one" / "recording.json")
+    for unfinished in (False, True):
+        with pytest.raises(sf.TrajectoryError, match="one: the recorded run did not finish"):
+            sf.Trajectory.load(tmp_path, unfinished=unfinished)
+
+
+def test_a_stop_while_a_stage_begins_costs_no_earlier_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever file was about to be written: what can be loaded is the old stages, or an error that says what to do."""
+    module = sys.modules["segflow.record"]
+    write = module.write_json
+    for stop in (1, 2):
+        folder = tmp_path / str(stop)
+        before = [stage.digest(1) for stage in (staged(folder, "one"), staged(folder, "two"))]
+        calls = []
+
+        def dying(path: Path, content: Any, calls: list = calls, stop: int = stop) -> None:
+            calls.append(path)
+            if len(calls) == stop:
+                raise KeyboardInterrupt
+            write(path, content)
+
+        monkeypatch.setattr(module, "write_json", dying)
+        with pytest.raises(KeyboardInterrupt):
+            staged(folder, "three")
+        monkeypatch.setattr(module, "write_json", write)
+        if stop == 1:
+            assert [stage.digest(1) for stage in sf.Trajectory.load(folder).stages] == before
+        else:
+            with pytest.raises(sf.TrajectoryError, match=r"three: no recorded run here"):
+                sf.Trajectory.load(folder, unfinished=True)
+        assert [s.digest(1) for s in staged(folder, "three", overwrite=stop == 2).stages[:2]] == before
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        ("", "not readable as JSON"),
+        ("[" * 100_000, "not readable as JSON"),
+        ("[]", r'expected \{"format": 1, "stages": \[names\]\}'),
+        ('{"format": 2, "stages": ["one", "two"]}', r'expected \{"format": 1'),
+        ('{"format": 1}', r'expected \{"format": 1'),
+        ('{"format": 1, "stages": []}', r'expected \{"format": 1'),
+        ('{"format": 1, "stages": "one"}', r'expected \{"format": 1'),
+        ('{"format": 1, "stages": ["one", "One"]}', r'expected \{"format": 1'),
+        ('{"format": 1, "stages": ["one", 2]}', "stage=2: expected up to 100 letters"),
+        ('{"format": 1, "stages": ["one", ["two"]]}', r"stage=\['two'\]: expected up to 100 letters"),
+        ('{"format": 1, "stages": ["../one"]}', r"stage='../one': expected up to 100 letters"),
+        ('{"format": 1, "stages": ["one", "/etc"]}', "stage='/etc': expected up to 100 letters"),
+        ('{"format": 1, "stages": ["one", "gone"]}', "gone: no recorded run here"),
+        ('{"format": 1, "stages": ["one", "copy"]}', "copy: holds stage 'two', but stages.json says 'copy'"),
+        ('{"format": 1, "stages": ["one", "link"]}', "link: leads out of"),
+    ],
+)
+def test_a_hostile_list_of_stages_is_refused(tmp_path: Path, content: str, text: str) -> None:
+    for name in ("one", "two"):
+        staged(tmp_path / "run", name)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "run" / "link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "run" / "two").rename(tmp_path / "run" / "copy")
+    (tmp_path / "run" / "stages.json").write_text(content)
+    with pytest.raises(sf.TrajectoryError, match=text):
+        sf.Trajectory.load(tmp_path / "run")
+
+
+def test_stages_are_never_written_or_removed_through_a_link(tmp_path: Path) -> None:
+    precious = recorded(tmp_path / "elsewhere").checkpoints[0]
+    staged(tmp_path / "run", "one")
+    for name in ("two", "three"):
+        (tmp_path / "run" / name).symlink_to(tmp_path / "elsewhere")
+        with pytest.raises(sf.TrajectoryError, match="leads out of"):
+            staged(tmp_path / "run", name, overwrite=True)
+    (tmp_path / "run" / "stages.json").write_text('{"format": 1, "stages": ["one", "two"]}')
+    with pytest.raises(sf.TrajectoryError, match="leads out of"):
+        staged(tmp_path / "run", "one", overwrite=True)
+    assert precious.exists() and listed(tmp_path / "run") == ["one", "two"]

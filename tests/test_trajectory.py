@@ -186,14 +186,13 @@ def test_what_is_incomplete_or_inconsistent_is_refused_by_name(tmp_path: Path, n
 
 
 def test_a_trajectory_without_its_optimizer_refuses_source(tmp_path: Path) -> None:
-    found = trajectory(tmp_path, **constants(name="AdamW"))
-    with pytest.raises(sf.TrajectoryError, match=r"trained with AdamW: effective learning rates are known for SGD"):
+    found = trajectory(tmp_path, **constants(name="NAdam", weight_decay=0.25))
+    known = "SGD, Adam, AdamW, RMSprop and Adagrad only"
+    with pytest.raises(sf.TrajectoryError, match=rf"trained with NAdam: effective learning rates are known .* {known}"):
         found.lr_steps(0, 10)
+    assert found.mean_weight_decay(0, 10) == (0.25,)  # which needs no rule of the optimizer's
     with pytest.raises(sf.TrajectoryError, match="Use InfluenceFunction, which needs none"):
         sf.Source().plan(found)
-    with pytest.raises(sf.TrajectoryError, match="trained with AdamW"):
-        sf.TracIn().plan(found)
-    assert len(sf.InfluenceFunction().plan(found)) == 1
 
 
 # Files that hold the checkpoints
@@ -258,7 +257,7 @@ def test_a_checkpoint_that_vanished_is_named(tmp_path: Path) -> None:
     found.checkpoints[2].unlink()
     with pytest.raises(sf.TrajectoryError, match=r"state-2.safetensors: no such file"):
         found.state(2)
-    with pytest.raises(sf.TrajectoryError, match=r"state-2.safetensors: no such checkpoint file any more"):
+    with pytest.raises(sf.TrajectoryError, match=r"state-2.safetensors: no such file. Restore it"):
         found.digest(2)
 
 
@@ -283,6 +282,106 @@ def test_the_digest_follows_the_file_within_one_trajectory(tmp_path: Path) -> No
     assert found.digest(0) == first != found.digest(1)
     found.checkpoints[0].write_bytes(found.checkpoints[1].read_bytes())
     assert found.digest(0) == found.digest(1)
+
+
+# Means of checkpoints
+
+
+class Counting(nn.Module):
+    """Single and double precision, a counter and a mask."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.single, self.double_ = nn.Linear(3, 2), nn.Linear(2, 2).double()
+        self.register_buffer("mask", torch.tensor([True, False]))
+        self.norm = nn.BatchNorm1d(2)
+
+
+def counting_states() -> list[dict[str, torch.Tensor]]:
+    states = perturbed_states(Counting(), 4, scale=1.0)
+    for index, state in enumerate(states):
+        state["norm.num_batches_tracked"] = torch.tensor(10 * index + 1)
+        state["mask"] = torch.tensor([index % 2 == 0, index > 1])
+    return states
+
+
+@pytest.mark.parametrize(
+    "weights", [{0: 1, 1: 1, 2: 1, 3: 1}, {3: 0.1, 1: 0.25}, {0: 3.0, 2: 0.0, 1: 1e-3}, {2: 7}, {1: 1, 3: 0}]
+)
+def test_a_mean_of_checkpoints_is_the_weighted_mean_of_their_floating_point_tensors(
+    tmp_path: Path, weights: dict[int, float]
+) -> None:
+    states = counting_states()
+    found, model = trajectory_of(tmp_path, states, 24), Counting()
+    found.load_into(model, weights)
+    total = sum(weights.values())
+    for name, value in model.state_dict().items():
+        if value.is_floating_point():
+            parts = [weight / total * states[index][name].double().numpy() for index, weight in weights.items()]
+            expected = np.sum(parts, axis=0).astype(np.float32 if value.dtype == torch.float32 else np.float64)
+            np.testing.assert_allclose(value.numpy(), expected, rtol=1e-7 if value.dtype == torch.float32 else 1e-13)
+        else:
+            assert torch.equal(value, states[max(weights)][name]), name
+
+
+def test_the_mean_is_taken_in_double_precision(tmp_path: Path) -> None:
+    """Added up in single precision, each quarter would be lost beside 2^22."""
+    states = [{"weight": torch.tensor([[value]])} for value in (2.0**24, 1.0, 1.0, 1.0)]
+    model = nn.Linear(1, 1, bias=False)
+    trajectory_of(tmp_path, states, 24).load_into(model, dict.fromkeys(range(4), 1))
+    assert model.weight.item() == float(np.float32(2.0**22 + 0.75)) != 2.0**22
+
+
+def test_a_checkpoint_of_no_weight_does_not_count_even_if_it_is_not_finite(tmp_path: Path) -> None:
+    states = [{"weight": torch.tensor([[value]])} for value in (1.0, float("nan"), 3.0)]
+    model = nn.Linear(1, 1, bias=False)
+    trajectory_of(tmp_path, states, 24).load_into(model, {0: 1, 1: 0, 2: 1})
+    assert model.weight.item() == 2.0
+
+
+@pytest.mark.parametrize(
+    "weights",
+    [{}, {0: 0.0}, {0: 1, 1: -0.5}, {0: float("nan")}, {0: float("inf"), 1: 1}, {4: 1}, {-1: 1}, {"a": 1}, {0.5: 1}],
+)
+def test_weights_that_make_no_mean_are_refused(tmp_path: Path, weights: dict[Any, float]) -> None:
+    with pytest.raises(
+        sf.TrajectoryError, match=r"mean of checkpoints: got .* expected checkpoints 0 to 3 with finite"
+    ):
+        trajectory(tmp_path).load_into(mlp(), weights)
+
+
+def test_a_mean_over_different_models_is_refused(tmp_path: Path) -> None:
+    found = trajectory_of(tmp_path, [WIDER.state_dict(), mlp().state_dict(), mlp()[:3].state_dict()], 24)
+    for weights in ({0: 1, 1: 1}, {1: 1, 2: 1}):
+        with pytest.raises(sf.TrajectoryError, match=r"state-\d.safetensors: its tensors are not those of the last"):
+            found.load_into(mlp(), weights)
+    with pytest.raises(sf.TrajectoryError, match=r"mean of the checkpoints \[0\] is of another model"):
+        found.load_into(mlp(), {0: 1})
+
+
+# Stages
+
+
+def test_stages_put_in_order_are_known_to_the_last_and_leave_it_as_it_was(tmp_path: Path) -> None:
+    first, second, third = (trajectory(tmp_path, stage=name, dataset_size=n) for n, name in enumerate("abc", start=1))
+    chain = third.after(second.after(first))
+    assert [(stage.stage, stage.dataset_size) for stage in chain.stages] == [("a", 1), ("b", 2), ("c", 3)]
+    assert chain.earlier is not None and chain.earlier.earlier is first and first.earlier is None
+    assert third.earlier is None and third.stages == (third,) and second.stages == (second,)
+    assert (chain.steps, chain.total_steps, chain.lr_steps(0, 40)) == (third.steps, 40, third.lr_steps(0, 40))
+    assert repr(chain).endswith("3 examples; last of the stages a, b, c)")
+    assert trajectory(tmp_path).stage == "train"
+
+
+def test_stages_of_one_name_or_put_in_order_twice_are_refused(tmp_path: Path) -> None:
+    first, second = (trajectory(tmp_path, stage=name) for name in "ab")
+    with pytest.raises(sf.TrajectoryError, match=r"stages \['train', 'train'\]: expected names that differ"):
+        trajectory(tmp_path).after(trajectory(tmp_path))
+    chain = second.after(first)
+    with pytest.raises(sf.TrajectoryError, match=r"stages \['a', 'b', 'a'\]"):
+        first.after(chain)
+    with pytest.raises(sf.TrajectoryError, match=r"stages \['c', 'a', 'b'\]: .* put in order one by one"):
+        chain.after(trajectory(tmp_path, stage="c"))
 
 
 # Recorded runs
@@ -328,8 +427,8 @@ def test_a_folder_without_a_recording_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("edit", "text"),
     [
-        (lambda c: c | {"format": 2}, "trajectory format 2, this segflow reads format 1"),
-        (lambda c: [c], "trajectory format None, this segflow reads format 1"),
+        (lambda c: c | {"format": 3}, "trajectory format 3, this segflow reads 1 and 2"),
+        (lambda c: [c], "trajectory format None, this segflow reads 1 and 2"),
         (lambda c: {k: v for k, v in c.items() if k != "log"}, r"trajectory.json: damaged \(KeyError: 'log'\)"),
         (lambda c: c | {"checkpoints": ["step-3"]}, r"trajectory.json: damaged \(TypeError"),
         (lambda c: c | {"parameter_groups": {"weight": 1}}, "puts 'weight' in group 1"),

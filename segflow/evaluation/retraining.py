@@ -65,12 +65,12 @@ def retrain(
     ]
     ranks = current()
     with ranks.together("retrain"):
-        shares = ranks.gather(_all_done(train_and_measure, ranks.share(jobs), processes, progress))
+        shares = ranks.gather(run_jobs(train_and_measure, ranks.share(jobs), processes, progress))
     done = [shares[number % ranks.count][number // ranks.count] for number in range(len(jobs))]
     return np.asarray(done, dtype=np.float64).reshape(len(subsets), repetitions, -1)
 
 
-def _all_done(
+def run_jobs(
     train_and_measure: TrainAndMeasure, jobs: list[Job], processes: int | None, progress: bool | None
 ) -> list[list[float]]:
     """The measurements of each job, in parallel where more than one process is asked for."""

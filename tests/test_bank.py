@@ -1,0 +1,289 @@
+"""The bank of retrained models: batched training against an ordinary loop, and what is on disk."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from segflow.errors import ScoreError
+from segflow.evaluation import Bank, BatchedTraining, FunctionTraining, Stage, random_subsets, read_bank, retrain
+
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "plain sgd": partial(torch.optim.SGD, lr=0.1),
+    "sgd": partial(torch.optim.SGD, lr=0.1, momentum=0.9, dampening=0.1, weight_decay=0.02),
+    "nesterov": partial(torch.optim.SGD, lr=0.1, momentum=0.9, nesterov=True),
+    "adamw": partial(torch.optim.AdamW, lr=0.02, weight_decay=0.1),
+    "adam": partial(torch.optim.Adam, lr=0.02, weight_decay=0.1, amsgrad=True),
+    "rmsprop": partial(torch.optim.RMSprop, lr=0.02, momentum=0.5, centered=True),
+    "fused adamw": partial(torch.optim.AdamW, lr=0.02, fused=True),
+}
+SGD = OPTIMIZERS["sgd"]
+
+
+def _net() -> nn.Module:
+    return nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 4)).double()
+
+
+def _margin(logits: Tensor, labels: Tensor) -> Tensor:
+    return logits.gather(1, labels[:, None]).squeeze(1) - logits.logsumexp(1)
+
+
+def _summed(logits: Tensor, labels: Tensor) -> Tensor:
+    return functional.cross_entropy(logits, labels, reduction="sum")
+
+
+def _stage(N: int, seed: int, optimizer: Any = SGD, epochs: int = 3, batch_size: int = 4) -> Stage:
+    generator = torch.Generator().manual_seed(seed)
+    inputs = torch.randn(N, 3, generator=generator, dtype=torch.float64)
+    targets = torch.randint(0, 4, (N,), generator=generator)
+    return Stage(inputs, targets, functional.cross_entropy, optimizer, epochs, batch_size)
+
+
+def _training(*stages: Stage, together: int = 64, measure: Any = _margin) -> BatchedTraining:
+    query = _stage(6, seed=9)
+    return BatchedTraining(_net, stages or (_stage(14, 0),), query.inputs, query.targets, measure, together)
+
+
+def _ordinary(training: BatchedTraining, kept: np.ndarray, seed: int) -> np.ndarray:
+    """What a user's loop would do."""
+    torch.manual_seed(seed)
+    model, generator, before = training.build(), torch.Generator().manual_seed(seed), 0
+    for stage in training.stages:
+        own = torch.tensor([index - before for index in kept if 0 <= index - before < len(stage.inputs)])
+        optimizer = stage.optimizer(model.parameters())
+        for _ in range(stage.epochs):
+            for batch in own[torch.randperm(len(own), generator=generator)].split(stage.batch_size):
+                optimizer.zero_grad()
+                stage.loss(model(stage.inputs[batch]), stage.targets[batch]).backward()
+                optimizer.step()
+        before += len(stage.inputs)
+    with torch.no_grad():
+        return training.measure(model(training.query_inputs), training.query_targets).numpy()
+
+
+def _jobs(subsets: np.ndarray) -> list[tuple[np.ndarray, int]]:
+    return [(np.flatnonzero(kept), 10 + number) for number, kept in enumerate(subsets)]
+
+
+# ---- batched training ----
+
+
+@pytest.mark.parametrize("together", [1, 2, 64])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_models_trained_together_are_those_of_an_ordinary_loop(optimizer: str, together: int) -> None:
+    training = _training(_stage(14, 0, OPTIMIZERS[optimizer]), together=together)
+    jobs = _jobs(random_subsets(5, 14))
+    expected = [_ordinary(training, *job) for job in jobs]
+    np.testing.assert_allclose(training.run(jobs), expected, rtol=1e-10, atol=1e-12)
+    assert np.ptp(expected, axis=0).min() > 1e-3
+
+
+def test_stages_follow_each_other_each_with_its_own_data_and_optimizer() -> None:
+    first, second = _stage(8, 0), _stage(10, 1, OPTIMIZERS["adamw"], epochs=2, batch_size=3)
+    training = _training(first, second)
+    assert training.examples == 18
+    jobs = _jobs(np.concatenate([random_subsets(4, 8), np.ones((4, 10), dtype=bool)], axis=1))
+    expected = np.stack([_ordinary(training, *job) for job in jobs])
+    np.testing.assert_allclose(training.run(jobs), expected, rtol=1e-10)
+    assert not np.allclose(_training(second, first).run(jobs), expected)
+
+
+def test_subsets_of_several_sizes_are_trained_with_their_like() -> None:
+    subsets = np.concatenate([random_subsets(3, 14), random_subsets(3, 14, fraction=0.3)])[[0, 3, 1, 4, 2, 5]]
+    training = _training(together=2)
+    assert training.batches(_jobs(subsets)) == [[0, 2], [4], [1, 3], [5]]
+    expected = [_ordinary(training, *job) for job in _jobs(subsets)]
+    np.testing.assert_allclose(training.run(_jobs(subsets)), expected, rtol=1e-10)
+
+
+def test_several_measurements_come_from_one_training() -> None:
+    def both(logits: Tensor, labels: Tensor) -> Tensor:
+        return torch.stack([_margin(logits, labels), functional.cross_entropy(logits, labels, reduction="none")])
+
+    jobs = _jobs(random_subsets(3, 14))
+    found = _training(measure=both).run(jobs)
+    assert found.shape == (3, 2, 6)
+    np.testing.assert_allclose(found[:, 0], -found[:, 1])
+
+
+def test_training_leaves_the_global_random_state_alone() -> None:
+    torch.manual_seed(3)
+    expected = torch.rand(1)
+    torch.manual_seed(3)
+    _training().run(_jobs(random_subsets(2, 14)))
+    assert torch.equal(torch.rand(1), expected)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: replace(t, build=lambda: nn.Sequential(_net(), nn.BatchNorm1d(4).double())), "buffers"),
+        (lambda t: replace(t, build=lambda: nn.Sequential(_net(), nn.Dropout())), "beside others.*FunctionTraining"),
+        (lambda t: replace(t, together=0), "together=0"),
+        (lambda t: replace(t, stages=[replace(t.stages[0], optimizer=torch.optim.LBFGS)]), "LBFGS"),
+        (lambda t: replace(t, stages=[replace(t.stages[0], batch_size=0)]), "batch_size=0"),
+        (lambda t: replace(t, stages=[replace(t.stages[0], targets=torch.zeros(3))]), "14 inputs for 3 targets"),
+        (lambda t: replace(t, stages=[_stage(3, 0), _stage(11, 0)]), "no example of stage 0"),
+        (lambda t: replace(t, stages=[_stage(9, 0)]), "names example .*0..8"),
+    ],
+)
+def test_what_cannot_be_trained_together_is_refused(change: Any, message: str) -> None:
+    subsets = np.ones((2, 14), dtype=bool)
+    subsets[:, :3] = False
+    with pytest.raises(ScoreError, match=message):
+        change(_training()).run(_jobs(subsets))
+
+
+# ---- the bank on disk ----
+
+
+def _bank(folder: Path, **changes: Any) -> Bank:
+    plain: dict[str, Any] = {"training": _training(together=3), "subsets": random_subsets(4, 14), "repetitions": 2}
+    return Bank(folder, **(plain | changes))
+
+
+def test_a_bank_holds_what_its_training_gives_and_is_read_back(tmp_path: Path) -> None:
+    bank = _bank(tmp_path)
+    found = bank.run(progress=False)
+    assert found.shape == (4, 2, 6)
+    seeds = {(m, r): 1 + r * 4 + m for m in range(4) for r in range(2)}
+    for (m, r), seed in seeds.items():
+        expected = _ordinary(_training(), np.flatnonzero(bank.subsets[m]), seed)
+        np.testing.assert_allclose(found[m, r], expected, rtol=1e-10)
+    subsets, again = read_bank(tmp_path)
+    assert np.array_equal(subsets, bank.subsets)
+    assert np.array_equal(again, found)
+
+
+class _Counting:
+    """A training that counts, and stops after some batches."""
+
+    def __init__(self, inner: BatchedTraining, stop_after: int = 10**9):
+        self.inner, self.left, self.trained = inner, stop_after, 0
+        self.settings, self.batches = inner.settings, inner.batches
+
+    def run(self, jobs: Any) -> np.ndarray:
+        if not self.left:
+            raise KeyboardInterrupt
+        self.left, self.trained = self.left - 1, self.trained + len(jobs)
+        return self.inner.run(jobs)
+
+
+def test_a_stopped_bank_goes_on_where_it_was(tmp_path: Path) -> None:
+    whole = _bank(tmp_path / "whole").run(progress=False)
+    with pytest.raises(KeyboardInterrupt):
+        _bank(tmp_path / "stopped", training=_Counting(_training(together=3), stop_after=2)).run(progress=False)
+    rest = _Counting(_training(together=5))  # another number at a time
+    bank = _bank(tmp_path / "stopped", training=rest)
+    assert bank.missing == [(1, 2), (1, 3)]
+    assert read_bank(tmp_path / "stopped")[1].shape == (4, 1, 6)  # the one repetition that is whole
+    np.testing.assert_allclose(bank.run(progress=False), whole, rtol=1e-12)
+    assert rest.trained == 2
+
+
+def test_repetitions_can_be_added_later(tmp_path: Path) -> None:
+    few = _bank(tmp_path, repetitions=1).run(progress=False)
+    counting = _Counting(_training(together=3))
+    more = _bank(tmp_path, repetitions=3, training=counting).run(progress=False)
+    assert counting.trained == 8
+    assert np.array_equal(more[:, :1], few)
+    np.testing.assert_allclose(more[:, :2], _bank(tmp_path / "anew").run(progress=False), rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("changes", "key"),
+    [
+        ({"training": _training(_stage(14, 0, partial(torch.optim.SGD, lr=0.2)))}, "optimizer"),
+        ({"training": _training(_stage(14, 0, epochs=4))}, "epochs"),
+        ({"training": _training(_stage(14, 1))}, "data"),
+        ({"training": _training(replace(_stage(14, 0), loss=_summed))}, "loss"),
+        ({"training": _training(measure=lambda a, b: -_margin(a, b))}, "measure"),
+        ({"training": replace(_training(), build=lambda: nn.Linear(3, 4).double())}, "initial|model"),
+        ({"training": replace(_training(), query_inputs=torch.zeros(6, 3).double())}, "queries|measure"),
+        ({"subsets": random_subsets(4, 14, seed=5)}, "subsets"),
+        ({"seed": 1}, "seed"),
+    ],
+)  # fmt: skip
+def test_a_bank_of_something_else_is_refused(tmp_path: Path, changes: dict[str, Any], key: str) -> None:
+    bank = _bank(tmp_path)
+    bank.run(progress=False)
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(ScoreError, match=rf"made with \S*({key})\S* = .*, now it is .*Use another folder"):
+        _bank(tmp_path, **changes).run(progress=False)
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_another_loss_is_told_by_its_numbers_and_another_way_of_batching_is_not(tmp_path: Path) -> None:
+    _bank(tmp_path).run(progress=False)
+    same = _bank(tmp_path, training=_training(_stage(14, 0, partial(SGD, fused=True)), together=1))
+    assert same.missing == []
+
+
+def test_a_damaged_file_is_refused(tmp_path: Path) -> None:
+    _bank(tmp_path).run(progress=False)
+    file = sorted(tmp_path.glob("measured-*"))[1]
+    content = bytearray(file.read_bytes())
+    content[-20] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(ScoreError, match=rf"{re.escape(str(file))}.*(damaged|whole)"):
+        read_bank(tmp_path)
+    file.unlink()
+    assert len(_bank(tmp_path).missing) == 3
+
+
+def test_a_file_that_was_being_written_is_not_read(tmp_path: Path) -> None:
+    expected = _bank(tmp_path).run(progress=False)
+    (tmp_path / "measured-000-000000.safetensors.ab12.partial").write_bytes(b"half")
+    assert np.array_equal(read_bank(tmp_path)[1], expected)
+
+
+def test_an_incomplete_bank_and_no_bank_say_so(tmp_path: Path) -> None:
+    with pytest.raises(ScoreError, match=r"bank\.json: no such file"):
+        read_bank(tmp_path)
+    _bank(tmp_path).run(progress=False)
+    sorted(tmp_path.glob("measured-*"))[0].unlink()
+    with pytest.raises(ScoreError, match="3 of 4 trainings are missing"):
+        read_bank(tmp_path)
+
+
+def test_a_training_that_diverges_is_named_and_its_batch_not_kept(tmp_path: Path) -> None:
+    wild = FunctionTraining(lambda kept, seed: [1.0, np.inf if seed == 6 else 0.0], {}, processes=1, each=4)
+    with pytest.raises(ScoreError, match=r"subset 1, repetition 1.*not finite.*learning rate"):
+        _bank(tmp_path, training=wild).run(progress=False)
+    assert _bank(tmp_path, training=wild).missing == [(1, m) for m in range(4)]
+
+
+@pytest.mark.parametrize("subsets", [np.ones((2, 3)), np.ones(3, dtype=bool), np.ones((0, 3), dtype=bool)])
+def test_subsets_must_be_rows_of_booleans(tmp_path: Path, subsets: np.ndarray) -> None:
+    with pytest.raises(ScoreError, match="expected \\[M, K\\] booleans"):
+        _bank(tmp_path, subsets=subsets)
+
+
+# ---- any training function ----
+
+
+def _sums(kept: np.ndarray, seed: int) -> list[float]:
+    return [float(kept.sum()), float(seed), float(os.getpid())]
+
+
+def test_a_bank_of_any_function_runs_in_processes(tmp_path: Path) -> None:
+    training = FunctionTraining(_sums, {"recipe": 1}, processes=2, each=2)
+    bank = Bank(tmp_path, training, random_subsets(3, 6), repetitions=2, seed=7)
+    found = bank.run(progress=False)
+    assert len(list(tmp_path.glob("measured-*"))) == 2
+    assert (found[:, :, 2] != os.getpid()).all()
+    assert np.array_equal(found[:, :, 1], [[8, 11], [9, 12], [10, 13]])
+    assert np.array_equal(found[:, 0, 0], retrain(_sums, bank.subsets, processes=1, progress=False)[:, 0, 0])
+    with pytest.raises(ScoreError, match="recipe"):
+        Bank(tmp_path, replace(training, fingerprint={"recipe": 2}), bank.subsets, 2, 7).run()
