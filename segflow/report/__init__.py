@@ -1,5 +1,5 @@
 """What people look at."""
 
-from .figures import influence_figure
+from .figures import influence_figure, segmentation_figure
 
-__all__ = ["influence_figure"]
+__all__ = ["influence_figure", "segmentation_figure"]

@@ -74,3 +74,47 @@ def _spread(axis: Any, scores: Scores, query: int) -> None:
     axis.set_ylim(0, 1)
     axis.tick_params(labelsize=7)
     axis.set_title("spread over training", fontsize=9)
+
+
+def segmentation_figure(scores: Scores, run: int = 0, stage: str | None = None) -> Any:
+    """Where `Source(segments="auto")` cut a run, and why: distances between checkpoints, and scatter by segments.
+
+    Args:
+        scores: of a method with segments="auto".
+        run: which run of an ensemble; stage: which stage of training (None: the last).
+
+    Returns:
+        A matplotlib Figure; save it with `figure.savefig(path)`.
+    """
+    found = scores.provenance.get("segmentation")
+    if not found:
+        raise ScoreError("segmentation_figure: these scores were not made with segments='auto', so nothing was cut.")
+    if not 0 <= run < len(found) or (stage is not None and stage not in found[run]):
+        raise ScoreError(
+            f"segmentation_figure: no run {run} with stage {stage!r}; there are {[list(of) for of in found]}."
+        )
+    explained = found[run][list(found[run])[-1] if stage is None else stage]
+    from matplotlib.figure import Figure
+
+    figure: Any = Figure(figsize=(9, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    steps, cuts = explained["checkpoints"], explained["cuts"]
+    image = left.imshow(np.sqrt(np.maximum(explained["distances"], 0)), cmap="viridis")
+    figure.colorbar(image, ax=left, label="distance between checkpoints (relative)")
+    for cut in cuts:
+        place = steps.index(cut) + 0.5
+        left.axhline(place, color="white", linewidth=2)
+        left.axvline(place, color="white", linewidth=2)
+    left.set_xticks(range(len(steps)), steps, fontsize=8)
+    left.set_yticks(range(len(steps)), steps, fontsize=8)
+    left.set_xlabel("checkpoint at step")
+    left.set_title(f"cut after {cuts}" if cuts else "not cut", fontsize=10)
+    scatter = np.array(explained["scatter_of_1_2_3_segments"])
+    counts = np.arange(1, len(scatter) + 1)
+    right.plot(counts, scatter, "o-", label="scatter within segments")
+    right.plot(counts, scatter + explained["penalty"] * counts, "s-", label=f"+ {explained['penalty']:g} a segment")
+    right.axvline(len(cuts) + 1, color="grey", linestyle=":")
+    right.set_xticks(counts)
+    right.set_xlabel("segments")
+    right.legend(fontsize=8)
+    return figure
