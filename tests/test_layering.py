@@ -24,6 +24,7 @@ HOUSE = [
     "draws",
     "task",
     "tasks",
+    "optimizers",
     "trajectory",
     "record",
     "layers",
