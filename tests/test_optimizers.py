@@ -225,6 +225,16 @@ def test_lr_steps_follow_a_schedule_and_weight_decay_is_weighted_by_it(tmp_path:
     assert found.mean_weight_decay(2, 7) == (pytest.approx(weighted, rel=1e-12),)
 
 
+@pytest.mark.parametrize(
+    ("name", "expected"), [("SGD", 0.8), ("RMSprop", 2.0), ("Adam", 1.0), ("AdamW", 1.0), ("Adagrad", 1.0)]
+)
+def test_momentum_and_dampening_count_only_for_optimizers_that_have_them(
+    tmp_path: Path, name: str, expected: float
+) -> None:
+    found = trajectory_of(tmp_path, perturbed_states(mlp(), 1), N, name=name, momentum=0.5, dampening=0.6)
+    assert found.lr_steps(0, 10) == (pytest.approx(expected, rel=1e-12),)
+
+
 def test_adagrads_rates_go_on_decaying_where_a_resumed_optimizer_had_left_off(tmp_path: Path) -> None:
     model = mlp()
     optimizer = Adagrad(model.parameters(), lr=0.5, lr_decay=0.1)
