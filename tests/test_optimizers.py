@@ -145,6 +145,18 @@ def test_each_parameter_is_corrected_by_its_own_count_of_steps(tmp_path: Path) -
         torch.testing.assert_close(moments[name], torch.ones_like(moments[name]), rtol=1e-12, atol=0)
 
 
+def test_a_parameter_without_a_gradient_so_far_has_no_second_moments_though_adagrad_starts_with_some(
+    tmp_path: Path,
+) -> None:
+    def gradients(step: int, model: nn.Module) -> Iterator[Any]:
+        yield from [None, *list(random_gradients(step, model))[1:]]
+
+    model = mlp()
+    optimizer = Adagrad(model.parameters(), initial_accumulator_value=0.5)
+    moments = run(tmp_path, optimizer, model, gradients, 4).second_moments(1)
+    assert moments.keys() == {name for name, _ in model.named_parameters()} - {"0.weight"}
+
+
 def test_a_checkpoint_with_second_moments_is_still_the_models_and_names_no_optimizer_state(tmp_path: Path) -> None:
     model = mlp()
     found = run(tmp_path, Adam(model.parameters(), lr=0.01), model, random_gradients, 4)
