@@ -145,6 +145,18 @@ def test_each_parameter_is_corrected_by_its_own_count_of_steps(tmp_path: Path) -
         torch.testing.assert_close(moments[name], torch.ones_like(moments[name]), rtol=1e-12, atol=0)
 
 
+def test_a_parameter_without_a_gradient_so_far_has_no_second_moments_though_adagrad_starts_with_some(
+    tmp_path: Path,
+) -> None:
+    def gradients(step: int, model: nn.Module) -> Iterator[Any]:
+        yield from [None, *list(random_gradients(step, model))[1:]]
+
+    model = mlp()
+    optimizer = Adagrad(model.parameters(), initial_accumulator_value=0.5)
+    moments = run(tmp_path, optimizer, model, gradients, 4).second_moments(1)
+    assert moments.keys() == {name for name, _ in model.named_parameters()} - {"0.weight"}
+
+
 def test_a_checkpoint_with_second_moments_is_still_the_models_and_names_no_optimizer_state(tmp_path: Path) -> None:
     model = mlp()
     found = run(tmp_path, Adam(model.parameters(), lr=0.01), model, random_gradients, 4)
@@ -223,6 +235,16 @@ def test_lr_steps_follow_a_schedule_and_weight_decay_is_weighted_by_it(tmp_path:
     assert found.lr_steps(2, 7) == (pytest.approx(sum(rates[2:7]), rel=1e-12),)
     weighted = sum(rate * 0.1 * step for step, rate in enumerate(rates, 1) if 2 < step <= 7) / sum(rates[2:7])
     assert found.mean_weight_decay(2, 7) == (pytest.approx(weighted, rel=1e-12),)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"), [("SGD", 0.8), ("RMSprop", 2.0), ("Adam", 1.0), ("AdamW", 1.0), ("Adagrad", 1.0)]
+)
+def test_momentum_and_dampening_count_only_for_optimizers_that_have_them(
+    tmp_path: Path, name: str, expected: float
+) -> None:
+    found = trajectory_of(tmp_path, perturbed_states(mlp(), 1), N, name=name, momentum=0.5, dampening=0.6)
+    assert found.lr_steps(0, 10) == (pytest.approx(expected, rel=1e-12),)
 
 
 def test_adagrads_rates_go_on_decaying_where_a_resumed_optimizer_had_left_off(tmp_path: Path) -> None:
