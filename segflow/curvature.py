@@ -23,7 +23,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .data import digest
 from .errors import TrajectoryError
 from .kronecker import Eigenbasis, KroneckerBlock, PreconditionerBlock, preconditioner_block, weighted_mean
 from .layers import TrackedLayer
@@ -31,7 +30,7 @@ from .lens import Lens
 from .plans import Curvature, Point, Preconditioner, ProjectedInverse
 from .task import output_fingerprint
 from .units import Unit
-from .workspace import Workspace, short
+from .workspace import Workspace, rounded, short
 
 _KEPT_SHARE = 8  # of the memory budget, for a pool's blocks
 _STATISTICS = ("gradients", "curvature")
@@ -129,9 +128,9 @@ def _pool(work: Workspace, curvature: Curvature) -> str:
     else:
         name = "at-" + "-".join(work.name(point) for point in points)
     if len(set(curvature.weights)) > 1:
-        name += f"-w{digest(curvature.weights)[:8]}"
+        name += f"-w{rounded(curvature.weights)}"
     if curvature.scaled is not None:
-        name += f"-scaled-{digest(curvature.scaled.weights)[:8]}"
+        name += f"-scaled-{rounded(curvature.scaled.weights)}"
     return name
 
 

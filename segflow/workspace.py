@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -75,7 +76,7 @@ class Workspace:
         """The point in a unit's name: the steps of its checkpoints, and their stage where that is another one."""
         trajectory = self.run.stages[point.stage]
         steps = [str(trajectory.steps[index]) for index, _ in point.weights]
-        words = ["step", *steps] if len(steps) == 1 else ["mean", short(steps), digest(point.weights)[:8]]
+        words = ["step", *steps] if len(steps) == 1 else ["mean", short(steps), rounded(point.weights)]
         return "-".join(([] if point.stage == self.stage else [trajectory.stage]) + words)
 
     def where(self, point: Point) -> str:
@@ -175,6 +176,11 @@ class Workspace:
         off = abs(sum(alone) - together.item())
         mixes = off > max(1e-4, sample.tolerance) * sum(map(abs, alone))
         return {"sampled losses": alone, "batch_size": batch_size if mixes else "any"}
+
+
+def rounded(weights: Sequence[Any]) -> str:
+    """A word for weights in a unit's name, the same where they differ by rounding only."""
+    return digest([f"{number:.9g}" for weight in weights for number in np.atleast_1d(weight)])[:8]
 
 
 def short(steps: Sequence[str]) -> str:

@@ -151,8 +151,8 @@ def test_an_analyzer_logs_and_sums_up_its_work(tmp_path: Path) -> None:
     made = [event["unit"] for event in events if event["event"] == "unit" and event["stage"] == "fit"]
     assert made == [
         *(f"covariance/step-{step}" for step in (10, 20)),
-        "eigenbasis/steps-10-20",
-        *(f"eigenvalues/steps-10-20/step-{step}" for step in (10, 20)),
+        "eigenbasis/steps-10-20-w515fa117",
+        *(f"eigenvalues/steps-10-20-w515fa117/step-{step}" for step in (10, 20)),
     ]
     found = [event["unit"] for event in events if event["event"] == "found"]
     assert found == made[2:]  # by the second fit; the first does not find what it made itself

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,6 @@ from torch import nn
 from torch.utils.data import Dataset, TensorDataset
 
 import segflow as sf
-from segflow.methods import Operator, Plan, Term
 
 from .helpers import (
     FixedLabels,
@@ -40,10 +38,10 @@ UNITS = [
     "covariance/step-10",
     "covariance/step-20",
     "covariance/step-30",
-    "eigenbasis/steps-10-20",
+    "eigenbasis/steps-10-20-w515fa117",
     "eigenbasis/steps-30",
-    "eigenvalues/steps-10-20/step-10",
-    "eigenvalues/steps-10-20/step-20",
+    "eigenvalues/steps-10-20-w515fa117/step-10",
+    "eigenvalues/steps-10-20-w515fa117/step-20",
     "eigenvalues/steps-30/step-30",
 ]
 
@@ -430,15 +428,6 @@ def test_an_augmented_training_set_can_be_fitted_and_gone_on_with(tmp_path: Path
 # What changed is never reused silently: scores
 
 
-@dataclass(frozen=True)
-class Hydra:
-    """The final query gradient meets the training gradients of every checkpoint, without curvature."""
-
-    def plan(self, trajectory: sf.Trajectory) -> Plan:
-        operator = Operator("response", (), trajectory.lr_steps(0, trajectory.total_steps), (0.0,))
-        return (Term("all", len(trajectory) - 1, (operator,), tuple(range(len(trajectory)))),)
-
-
 QUERY_CHANGES: dict[str, dict[str, Any]] = {
     "query data": {"query": vectors(QUERIES, seed=6)},
     "queries in another order": {"query": TensorDataset(*(c.flip(0) for c in vectors(QUERIES, seed=5).tensors))},
@@ -506,15 +495,15 @@ def test_other_learning_rates_score_as_in_a_new_store(tmp_path: Path) -> None:
 @pytest.mark.parametrize("same_analyzer", [True, False])
 def test_another_training_checkpoint_scores_as_in_a_new_store(tmp_path: Path, same_analyzer: bool) -> None:
     """The method needs no factors and queries another checkpoint: only the scores' own binding prevents stale ones."""
-    found = fitted(tmp_path, method=Hydra())
+    found = fitted(tmp_path, method=sf.Hydra())
     first = scored(found).values
     path = found.work.trajectory.checkpoints[0]
     save_file({name: value * 1.5 for name, value in load_file(path).items()}, path)
     trajectory = found.work.trajectory
     if not same_analyzer:
         trajectory = sf.Trajectory(trajectory.checkpoints, (10, 20, 30), 0.3, N)
-        found = analyzer_of(mlp(), trajectory, tmp_path / "store", Drawn(), method=Hydra())
-    clean = analyzer_of(mlp(), trajectory, tmp_path / "clean", Drawn(), method=Hydra())
+        found = analyzer_of(mlp(), trajectory, tmp_path / "store", Drawn(), method=sf.Hydra())
+    clean = analyzer_of(mlp(), trajectory, tmp_path / "clean", Drawn(), method=sf.Hydra())
     changed = scored(found).values
     assert torch.equal(changed, scored(clean).values) and not torch.equal(changed, first)
 
