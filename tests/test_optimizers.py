@@ -376,6 +376,7 @@ def test_a_namesake_of_another_library_is_not_taken_for_torchs(tmp_path: Path) -
     found = run(tmp_path, namesake(model.parameters()), model, random_gradients, 4)
     with pytest.raises(sf.TrajectoryError, match=r"trained with elsewhere.optim.AdamW: effective"):
         found.lr_steps(0, 4)
+    assert all(name.startswith("model.") for name in load_file(found.checkpoints[-1]))  # its state may be another
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,75 @@
+"""The methods of the table. To add one, add an entry; what this segflow does not have yet is skipped."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import segflow as sf
+
+REFERENCE = "SOURCE, 3 segments"  # what other methods are compared with, pair by pair
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One method.
+
+    name: in the table; kind: its class in segflow; options: its arguments; best_of: a family of which the table shows
+    the best member only, chosen on the evaluation itself: an upper bound, and named so.
+    """
+
+    name: str
+    kind: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    best_of: str = ""
+
+    def make(self) -> Any | None:
+        """The method, or None where this segflow does not have it."""
+        found = getattr(sf, self.kind, None)
+        try:
+            return None if found is None else found(**self.options)
+        except (TypeError, sf.SegflowError):
+            return None  # an option of a later segflow
+
+    @property
+    def store(self) -> str:
+        """The store of the factors: one for each method, so that none is timed with another's; one for a family."""
+        return _slug(self.best_of or self.name)
+
+    @property
+    def slug(self) -> str:
+        """The name, for files."""
+        return _slug(self.name)
+
+
+def _slug(name: str) -> str:
+    return "-".join("".join(c if c.isalnum() or c == "." else " " for c in name).lower().split())
+
+
+_BEST = "influence function, best damping (upper bound)"
+_DAMPINGS = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0, 10.0)
+
+METHODS: tuple[Entry, ...] = (
+    Entry("SOURCE, 1 segment", "Source", {"segments": 1}),
+    Entry(REFERENCE, "Source", {"segments": 3}),
+    Entry("SOURCE, 6 segments", "Source", {"segments": 6}),
+    Entry("SOURCE, auto segments", "Source", {"segments": "auto"}),
+    Entry("SOURCE, preconditioner kronecker", "Source", {"segments": 3, "preconditioner": "kronecker"}),
+    Entry("SOURCE, preconditioner diagonal", "Source", {"segments": 3, "preconditioner": "diagonal"}),
+    Entry("SOURCE, preconditioner none", "Source", {"segments": 3, "preconditioner": "none"}),
+    Entry("Fast-SOURCE, 3 segments", "Source", {"segments": 3, "fast": True}),
+    Entry("influence function (EK-FAC)", "InfluenceFunction"),
+    *(Entry(f"influence function, damping {d:g}", "InfluenceFunction", {"damping": d}, _BEST) for d in _DAMPINGS),
+    Entry("influence function (K-FAC)", "InfluenceFunction", {"curvature": "kfac"}),
+    Entry("influence function (diagonal)", "InfluenceFunction", {"curvature": "diagonal"}),
+    Entry("influence function (identity)", "InfluenceFunction", {"curvature": "identity"}),
+    Entry("LiSSA", "LiSSA"),
+    Entry("TracIn", "TracIn"),
+    Entry("Hydra", "Hydra"),
+    Entry("TRAK", "TRAK", {"dimension": 512}),
+    Entry("projected Fisher", "ProjectedFisher", {"dimension": 512}),
+    Entry("gradient dot product", "GradientDot"),
+    Entry("gradient cosine", "GradientCosine"),
+    Entry("representation similarity", "RepresentationSimilarity"),
+)

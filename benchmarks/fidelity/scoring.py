@@ -1,0 +1,199 @@
+"""Scores of every method on every run of a row, and how far they agree with retraining: one JSON for each row."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import segflow as sf
+from segflow.evaluation import (
+    empirical_influence,
+    linear_datamodeling_difference,
+    linear_datamodeling_score,
+    noise_ceiling,
+)
+
+from .methods import METHODS, REFERENCE, Entry
+from .rows import RUNS, STAGE_NAMES, Row
+from .training import bank_names, folder_of, ground_truth, load_run, run_folder
+
+RESULTS = Path(__file__).parents[1] / ".results"
+
+
+@dataclass(frozen=True)
+class Part:
+    """One question of a row: the influence of one stage's examples.
+
+    stage: the stage's name ("" where there is one stage); measurement: what is explained; subsets [M, N], measured
+    [M, R, Q]: the retrainings.
+    """
+
+    row: Row
+    stage: str
+    measurement: str
+    subsets: np.ndarray
+    measured: np.ndarray
+
+
+def parts_of(row: Row, measurement: str) -> Iterator[Part]:
+    """The row's questions, each with its ground truth."""
+    sizes = [len(inputs) for inputs, _ in row.load().stages]
+    for bank in bank_names(row):
+        if bank == "extra":
+            continue
+        stage = bank.removeprefix("bank").removeprefix("-")
+        subsets, measured = ground_truth(row, bank, measurement)
+        number = STAGE_NAMES.index(stage) if stage else 0
+        start = sum(sizes[:number])
+        yield Part(row, stage, measurement, subsets[:, start : start + sizes[number]], measured)
+
+
+def evaluate(row: Row, only: str = "", measurement: str = "", reuse: bool = False) -> Path:
+    """Score what is not scored yet, compare, and write the row's JSON.
+
+    only: methods whose name holds this text (the others keep what an earlier evaluation found); measurement: by default
+    the row's first; reuse: take scores that another state of segflow's code made.
+    """
+    chosen = measurement or row.measurements[0]
+    path = RESULTS / f"{row.name}{'' if chosen == row.measurements[0] else f'-{chosen}'}.json"
+    earlier = json.loads(path.read_text())["parts"] if path.exists() and only else {}
+    parts = {part.stage: _compare(part, only, reuse, earlier.get(part.stage, {})) for part in parts_of(row, chosen)}
+    sizes = {"examples": sum(len(i) for i, _ in row.load().stages), "queries": len(row.load().query[0])}
+    content = {"row": row.name, "measurement": chosen, "runs": RUNS, **sizes, "parts": parts}
+    RESULTS.mkdir(exist_ok=True)
+    path.write_text(json.dumps(content, indent=1) + "\n")
+    return path
+
+
+def _compare(part: Part, only: str, reuse: bool, earlier: dict[str, Any]) -> dict[str, Any]:
+    ceiling = noise_ceiling(part.measured)
+    M, R, _ = part.measured.shape
+    methods: dict[str, Any] = dict(earlier.get("methods", {}))
+    reference: sf.Scores | None = None
+    for entry in METHODS:
+        if only not in entry.name and entry.name != REFERENCE:
+            continue
+        try:
+            runs = [scores_of(part, entry, seed, reuse) for seed in range(RUNS)]
+        except sf.SegflowError as problem:
+            methods[entry.name] = {"refused": str(problem)}
+            continue
+        whole = [scores for scores in runs if scores is not None]
+        if len(whole) < RUNS:
+            continue  # this segflow does not have it
+        reference = _mean(whole) if entry.name == REFERENCE else reference
+        methods[entry.name] = _figures(part, whole, reference) | {"best_of": entry.best_of}
+    if part.stage == "":
+        methods["empirical influence (retraining)"] = _empirical(part)
+    return {
+        "subsets": M,
+        "repetitions": R,
+        "reliability": ceiling.reliability,
+        "ceiling": ceiling.ceiling,
+        "methods": methods,
+    }
+
+
+def _figures(part: Part, runs: list[sf.Scores], reference: sf.Scores | None) -> dict[str, Any]:
+    """The linear datamodeling scores of single runs and of their mean, and the paired difference from the reference."""
+    measured = part.measured.mean(1)
+    ensemble = _mean(runs)
+    single = [linear_datamodeling_score(scores, part.subsets, measured) for scores in runs]
+    several = linear_datamodeling_score(ensemble, part.subsets, measured)
+    one = {name: float(np.mean([getattr(s, name) for s in single])) for name in ("mean", "low", "high")}
+    figures: dict[str, Any] = {
+        "one": one | {"runs": [score.mean for score in single]},
+        "five": {"mean": several.mean, "low": several.low, "high": several.high},
+        "seconds": float(np.mean([scores.provenance["seconds"] for scores in runs])),
+    }
+    if reference is not None and reference is not ensemble:
+        found = linear_datamodeling_difference(ensemble, reference, part.subsets, measured)
+        figures["over_reference"] = {"mean": found.mean, "low": found.low, "high": found.high}
+    return figures
+
+
+def _empirical(part: Part) -> dict[str, Any]:
+    """The estimator fitted to other retrainings: to the second bank, or to the first half of the subsets."""
+    if part.row.extra:
+        fitted = empirical_influence(*ground_truth(part.row, "extra", part.measurement))
+        own = slice(None)
+    else:
+        half = len(part.subsets) // 2
+        fitted, own = empirical_influence(part.subsets[:half], part.measured[:half]), slice(half, None)
+    found = linear_datamodeling_score(fitted, part.subsets[own], part.measured[own].mean(1))
+    note = {key: fitted.provenance[key] for key in ("subsets", "repetitions")}
+    return {"five": {"mean": found.mean, "low": found.low, "high": found.high}, "fitted_to": note, "best_of": ""}
+
+
+def scores_of(part: Part, entry: Entry, seed: int, reuse: bool = False) -> sf.Scores | None:
+    """One method's scores of single examples on one run; from the cache if they are of this run and this code."""
+    method = entry.make()
+    if method is None:
+        return None
+    name = "-".join(word for word in (entry.slug, part.measurement, part.stage, str(seed)) if word)
+    path = folder_of(part.row) / "scores" / f"{name}.safetensors"
+    made_from = {"run": _run_digest(part.row, seed), "code": code_digest()}
+    if path.exists():
+        scores = sf.Scores.load(path)
+        found: Any = scores.provenance["made_from"]
+        if found["run"] == made_from["run"] and (reuse or found == made_from):
+            return scores
+    store = folder_of(part.row) / "stores" / f"{entry.store}-{seed}"
+    _clear_stale(store, made_from)
+    scores, seconds = _score(part, method, seed, store)
+    scores = replace(scores, provenance=dict(scores.provenance) | {"made_from": made_from, "seconds": seconds})
+    scores.save(path)
+    return scores
+
+
+def _score(part: Part, method: Any, seed: int, store: Path) -> tuple[sf.Scores, float]:
+    model, trajectory = load_run(part.row, seed)
+    trains, query = part.row.datasets()
+    regression, measurement = part.row.is_regression, part.measurement
+    task = sf.tasks.Regression(measurement=measurement) if regression else sf.tasks.Classification(measurement)
+    began = time.perf_counter()
+    analyzer = sf.Analyzer(model, task, trajectory, store=store, method=method, progress=False)
+    data: Any = dict(zip(STAGE_NAMES, trains, strict=True)) if part.stage else trains[0]
+    analyzer.fit(data, batch_size=256)
+    train = trains[STAGE_NAMES.index(part.stage)] if part.stage else trains[0]
+    options: dict[str, Any] = {"stage": part.stage} if part.stage else {}
+    scores = analyzer.score(sf.Groups.singletons(len(train)), train, query, batch_size=256, **options)
+    return scores, time.perf_counter() - began
+
+
+def _mean(runs: list[sf.Scores]) -> sf.Scores:
+    return replace(runs[0], values=torch.stack([scores.values for scores in runs]).mean(0), by_term={}, by_layer={})
+
+
+def _clear_stale(store: Path, made_from: dict[str, str]) -> None:
+    """A store that another state of the code, or another run, made is made anew."""
+    note = store.with_suffix(".json")
+    if not note.exists() or json.loads(note.read_text()) != made_from:
+        shutil.rmtree(store, ignore_errors=True)
+        store.parent.mkdir(parents=True, exist_ok=True)
+        note.write_text(json.dumps(made_from))
+
+
+def _run_digest(row: Row, seed: int) -> str:
+    return hashlib.sha256((run_folder(row, seed) / "trajectory.json").read_bytes()).hexdigest()[:16]
+
+
+@cache
+def code_digest() -> str:
+    """A digest of segflow's engine as Python reads it: comments and layout do not count."""
+    root = Path(sf.__file__).parent
+    sha = hashlib.sha256()
+    for path in sorted(root.glob("*.py")):
+        sha.update(f"{path.name} {ast.dump(ast.parse(path.read_text()))}".encode())
+    return sha.hexdigest()[:16]

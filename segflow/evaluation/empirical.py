@@ -1,0 +1,72 @@
+"""Empirical influence: scores fitted to retrainings, which need no gradient and no method."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import ScoreError
+from ..groups import Groups
+from ..scores import Scores
+from .lds import checked_subsets, plain
+
+
+def empirical_influence(
+    subsets: np.ndarray | Tensor, measured: np.ndarray | Tensor, groups: Groups | None = None
+) -> Scores:
+    """The downsampling estimator of each group's influence (Feldman and Zhang 2020, arXiv 2008.03703).
+
+    A group's score is the mean measurement of the retrainings without it, less that of the retrainings with it: as in
+    all `Scores`, the change of the measurement if the group were removed (from what the subsets keep on average). It
+    is unbiased and noisy: the variance falls as one over the number of retrainings. Compare it on retrainings that it
+    was not fitted to.
+
+    Args:
+        subsets: [M, K] booleans, which groups each retraining kept.
+        measured: [M, Q] or [M, R, Q], each query's measurement after each retraining.
+        groups: the groups, for their labels and sizes; by default K single examples.
+
+    Raises:
+        ScoreError: shapes do not fit, a number is not finite, or a group was always kept or never.
+
+    Example:
+        >>> kept = np.array([[1, 1, 0], [1, 0, 1], [0, 1, 1]], dtype=bool)
+        >>> measured = 1.0 - kept @ np.array([[1.0], [2.0], [4.0]])
+        >>> empirical_influence(kept, measured).values
+        tensor([[-2.0000, -0.5000,  2.5000]], dtype=torch.float64)
+    """
+    kept, values = checked_subsets(subsets), plain(measured).astype(float)
+    if kept.ndim != 2 or values.ndim not in (2, 3) or len(values) != len(kept):
+        raise ScoreError(
+            f"subsets {kept.shape}, measured {values.shape}: expected [M, K], and [M, Q] or [M, R, Q] for the same M."
+        )
+    M, K = kept.shape
+    if groups is not None and len(groups) != K:
+        raise ScoreError(f"{len(groups)} groups for subsets of {K}. Give the groups that the subsets are about.")
+    if not np.isfinite(values).all():
+        raise ScoreError("measurements are not finite. Look for a retraining that diverged.")
+    count = kept.sum(0)
+    fixed = np.flatnonzero((count == 0) | (count == M))
+    if len(fixed):
+        how = "every" if count[fixed[0]] else "no"
+        raise ScoreError(
+            f"group {fixed[0]} is in {how} one of the {M} subsets, as {len(fixed)} groups are, so its influence "
+            "does not show. Give more subsets, or leave the group out."
+        )
+    repetitions = values.shape[1] if values.ndim == 3 else 1
+    values_MQ = values if values.ndim == 2 else values.mean(1)
+    without, within = (side.T.astype(float) / side.sum(0)[:, None] for side in (~kept, kept))
+    return Scores(
+        torch.from_numpy(((without - within) @ values_MQ).T.copy()),
+        tuple(map(str, range(values_MQ.shape[1]))),
+        tuple(map(str, range(K))) if groups is None else groups.labels,
+        (1,) * K if groups is None else tuple(groups.sizes.tolist()),
+        {
+            "method": "EmpiricalInfluence",
+            "estimator": "mean without - mean with (arXiv 2008.03703)",
+            "subsets": M,
+            "repetitions": repetitions,
+            "kept_share": float(kept.mean()),
+        },
+    )
