@@ -23,6 +23,7 @@ class Entry:
     kind: str
     options: Mapping[str, Any] = field(default_factory=dict)
     best_of: str = ""
+    optimizers: tuple[str, ...] = ("sgd", "adamw")
 
     def make(self) -> Any | None:
         """The method, or None where this segflow does not have it."""
@@ -55,9 +56,8 @@ METHODS: tuple[Entry, ...] = (
     Entry(REFERENCE, "Source", {"segments": 3}),
     Entry("SOURCE, 6 segments", "Source", {"segments": 6}),
     Entry("SOURCE, auto segments", "Source", {"segments": "auto"}),
-    Entry("SOURCE, preconditioner kronecker", "Source", {"segments": 3, "preconditioner": "kronecker"}),
-    Entry("SOURCE, preconditioner diagonal", "Source", {"segments": 3, "preconditioner": "diagonal"}),
-    Entry("SOURCE, preconditioner none", "Source", {"segments": 3, "preconditioner": "none"}),
+    Entry("SOURCE, diagonal preconditioner", "Source", {"segments": 3, "preconditioner": "diagonal"}, "", ("adamw",)),
+    Entry("SOURCE, no preconditioner", "Source", {"segments": 3, "preconditioner": "none"}, "", ("adamw",)),
     Entry("Fast-SOURCE, 3 segments", "Source", {"segments": 3, "fast": True}),
     Entry("influence function (EK-FAC)", "InfluenceFunction"),
     *(Entry(f"influence function, damping {d:g}", "InfluenceFunction", {"damping": d}, _BEST) for d in _DAMPINGS),

@@ -82,7 +82,8 @@ def _compare(part: Part, only: str, reuse: bool, earlier: dict[str, Any]) -> dic
     methods: dict[str, Any] = dict(earlier.get("methods", {}))
     reference: sf.Scores | None = None
     for entry in METHODS:
-        if only not in entry.name and entry.name != REFERENCE:
+        asked = only in entry.name or entry.name == REFERENCE
+        if not asked or part.row.recipes[-1].optimizer not in entry.optimizers:
             continue
         try:
             runs = [scores_of(part, entry, seed, reuse) for seed in range(RUNS)]
@@ -166,9 +167,10 @@ def _score(part: Part, method: Any, seed: int, store: Path) -> tuple[sf.Scores, 
     analyzer = sf.Analyzer(model, task, trajectory, store=store, method=method, progress=False)
     data: Any = dict(zip(STAGE_NAMES, trains, strict=True)) if part.stage else trains[0]
     analyzer.fit(data, batch_size=256)
-    train = trains[STAGE_NAMES.index(part.stage)] if part.stage else trains[0]
+    number = STAGE_NAMES.index(part.stage) if part.stage else 0
     options: dict[str, Any] = {"stage": part.stage} if part.stage else {}
-    scores = analyzer.score(sf.Groups.singletons(len(train)), train, query, batch_size=256, **options)
+    groups = sf.Groups.singletons(len(trains[number]))
+    scores = analyzer.score(groups, data, query, batch_size=256, **options)
     return scores, time.perf_counter() - began
 
 
@@ -186,7 +188,10 @@ def _clear_stale(store: Path, made_from: dict[str, str]) -> None:
 
 
 def _run_digest(row: Row, seed: int) -> str:
-    return hashlib.sha256((run_folder(row, seed) / "trajectory.json").read_bytes()).hexdigest()[:16]
+    sha = hashlib.sha256()
+    for path in sorted(run_folder(row, seed).rglob("trajectory.json")):
+        sha.update(path.read_bytes())
+    return sha.hexdigest()[:16]
 
 
 @cache
