@@ -202,7 +202,7 @@ class Analyzer:
                 plan = self._plan(works, place, cuts)
                 scoring = Scoring(works, place, plan, groups, trains, batch_size, "layer" in keep)
                 found.append(RunParts(works, plan, cuts, score_parts(scoring, query)))
-        return labelled(found, self.method, groups, place, labels, keep)
+            return labelled(found, self.method, groups, place, labels, keep)
 
     def summary(self) -> Summary:
         """What was done so far: units made and found, time and peak memory, for each stage and kind of work."""
