@@ -103,7 +103,7 @@ class TrainSide:
             for block in self.queries.blocks()
         ]
         product_LQK = torch.cat(blocks, 1)
-        if not self.normalized:
+        if not self.normalized or not self._sums:  # without sums there is no piece
             return product_LQK
         square_K = torch.stack([sums_KPOI.flatten(1).square().sum(1) for sums_KPOI in self._sums.values()]).sum(0)
         return product_LQK / square_K.sqrt().clamp_min(torch.finfo(square_K.dtype).tiny)
