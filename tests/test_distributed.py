@@ -143,6 +143,110 @@ def test_a_sharded_model_gives_the_numbers_of_a_whole_one(
     _agree(gang, tmp_path, [2], tolerance, **options)
 
 
+RECIPE: dict[str, Any] = {"weight_decay": 0.3, "eps": 1e-3, "batch_size": 5, "lr": 0.01}
+PLANS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "AdamW": (sf.Source(segments=2), {"name": "AdamW", "recorded": True}),
+    "Adam, its decay coupled": (sf.Source(segments=2), {"name": "Adam", "recorded": True}),
+    "AdamW in the diagonal form": (
+        sf.Source(segments=2, preconditioner="diagonal"),
+        {"name": "AdamW", "recorded": True},
+    ),
+    "AdamW, moments estimated": (sf.Source(segments=2), {"name": "AdamW"}),
+    "Adagrad, moments estimated": (sf.Source(segments=2, fast=True), {"name": "Adagrad"}),
+    "fast": (sf.Source(segments=2, fast=True), {}),
+    "automatic": (sf.Source(segments="auto", penalty=0.02), {}),
+    "kfac": (sf.InfluenceFunction(curvature="kfac"), {}),
+    "diagonal": (sf.InfluenceFunction(curvature="diagonal"), {}),
+    "trak": (sf.TRAK(5, 0.01), {}),
+    "fisher": (sf.ProjectedFisher(5), {}),
+    "lissa": (sf.LiSSA(2.0, steps=3, sample_size=5), {}),
+    "cosine": (sf.GradientCosine(), {}),
+    "representation": (sf.RepresentationSimilarity(), {}),
+    "the first of two stages": (sf.Source(segments=2), {"stages": True}),
+    "two runs": (sf.Source(segments=2), {"runs": 2}),
+}
+SOME = ["AdamW", "fast", "kfac", "trak", "cosine", "representation"]  # what other shares of the work could change
+
+
+def _trajectory(folder: Path, states: list[dict[str, Tensor]], recorded: bool = False, **constants: Any) -> Any:
+    generator = torch.Generator().manual_seed(11)
+    moments = [
+        {
+            name: 1e-3 + torch.rand(value.shape, generator=generator, dtype=torch.float64)
+            for name, value in state.items()
+        }
+        for state in states
+    ]
+    return trajectory_of(folder, states, N, second_moments=moments if recorded else None, **{**RECIPE, **constants})
+
+
+def _run_plans(root: Path, kind: str, options: dict[str, Any]) -> list[sf.Trajectory]:
+    """Checkpoints of their own for each run and stage, three of each."""
+    constants = {name: value for name, value in options.items() if name not in ("stages", "runs")}
+    places = range(max(options.get("runs", 1), 1 + options.get("stages", False)))
+    states = perturbed_states(MODELS[kind](), 3 * len(places))
+    made = [_trajectory(root / f"{place}", states[3 * place : 3 * place + 3], **constants) for place in places]
+    if "stages" in options:
+        named = [
+            sf.Trajectory(one.checkpoints, one.steps, 0.01, N, one.optimizer, stage=stage)
+            for one, stage in zip(made, ("pretrain", "finetune"), strict=True)
+        ]
+        return [named[1].after(named[0])]
+    return made
+
+
+def _plans(folder: str, names: list[str], sharded: bool = False, memory: int = 2 << 30, kind: str = "mlp") -> Any:
+    """For each plan the numbers of its scores and of all their parts."""
+    found: dict[str, list[Any]] = {}
+    for name in names:
+        method, options = PLANS[name]
+        root, model = Path(folder) / name, MODELS[kind]()
+        runs = _run_plans(root / f"run-{current().index}", kind, options)
+        if sharded:
+            model = _sharded(model)
+        task = sf.tasks.Classification("margin")
+        analyzer = analyzer_of(model, runs, root / "store", task, method=method, memory=memory)
+        stage = "pretrain" if "stages" in options else None
+        train: Any = {"pretrain": vectors(N), "finetune": vectors(N, seed=3)} if stage else vectors(N)
+        analyzer.fit(train, batch_size=4)
+        groups, query = sf.Groups.from_lists(UNEVEN, N), vectors(QUERIES, seed=5)
+        scores = analyzer.score(groups, train, query, batch_size=4, stage=stage, keep=("term", "layer", "run"))
+        parts = [*scores.by_term.values(), *scores.by_layer.values(), *scores.by_run.values()]
+        parts += [] if scores.spread is None else [scores.spread]
+        found[name] = [part.tolist() for part in (scores.values, *parts)]
+    return found
+
+
+@pytest.mark.parametrize(
+    ("count", "names", "options"),
+    [
+        (2, list(PLANS), {}),
+        (3, [*SOME, "AdamW, moments estimated", "the first of two stages"], {}),
+        (2, [*SOME, "fisher", "lissa"], {"memory": 12000}),  # queries stay apart on their ranks
+        (2, [*SOME, "automatic", "AdamW, moments estimated"], {"kind": "deep", "sharded": True}),
+    ],
+    ids=["two ranks", "three ranks", "queries apart", "sharded"],
+)
+def test_every_plan_has_the_numbers_of_one_process(
+    gang: Gang, tmp_path: Path, count: int, names: list[str], options: dict[str, Any]
+) -> None:
+    kind, sharded, memory = options.get("kind", "mlp"), options.get("sharded", False), options.get("memory", 2 << 30)
+    [alone] = gang.run(1, _plans, str(tmp_path / "alone"), names, False, 2 << 30, kind, timeout=200)
+    assert not isinstance(alone, Failed), alone.trace
+    for one in gang.run(count, _plans, str(tmp_path / "ranks"), names, sharded, memory, kind, timeout=200):
+        assert not isinstance(one, Failed), f"{one.text}\n{one.trace}"
+        for name in names:
+            for mine, expected in zip(one[name], alone[name], strict=True):
+                theirs = torch.tensor(expected)
+                torch.testing.assert_close(
+                    torch.tensor(mine),
+                    theirs,
+                    rtol=1e-10,
+                    atol=1e-12 * theirs.abs().max().item(),
+                    msg=lambda text, name=name: f"{name}: {text}",
+                )
+
+
 def test_a_group_is_cut_only_where_several_ranks_share_it() -> None:
     groups = sf.Groups.from_lists(UNEVEN, N)
     [alone] = shares(groups, 1)
@@ -234,6 +338,32 @@ def test_a_run_is_recorded_once_by_all_ranks_and_whole(gang: Gang, tmp_path: Pat
     assert sorted(
         sf.files.read_tensors(tmp_path / "alone" / "checkpoints" / names[0][0], None, sf.SegflowError)
     ) == sorted(sf.files.read_tensors(tmp_path / "together" / "checkpoints" / names[0][0], None, sf.SegflowError))
+
+
+def _recorded_in_stages(folder: str) -> list[Any]:
+    model = mlp()
+    x, y = vectors(N).tensors
+    for stage, kind in (("pretrain", torch.optim.SGD), ("finetune", torch.optim.AdamW)):
+        optimizer = kind(model.parameters(), lr=0.05)
+        with sf.record(model, optimizer, folder, dataset_size=N, total_steps=4, checkpoints=2, stage=stage):
+            for _ in range(4):
+                optimizer.zero_grad()
+                nn.functional.cross_entropy(model(x), y).backward()
+                optimizer.step()
+    loaded = sf.Trajectory.load(folder)
+    return [
+        [one.stage, one.steps, one.optimizer.name, one.digest(1), {n: v.tolist() for n, v in one.state(1).items()}]
+        for one in loaded.stages
+    ]
+
+
+def test_stages_are_recorded_once_by_all_ranks_and_whole(gang: Gang, tmp_path: Path) -> None:
+    [alone] = gang.run(1, _recorded_in_stages, str(tmp_path / "alone"))
+    assert [stage[0] for stage in alone] == ["pretrain", "finetune"]
+    for found in gang.run(2, _recorded_in_stages, str(tmp_path / "together")):
+        assert not isinstance(found, Failed), found.trace
+        assert found == alone
+    assert sf.Trajectory.load(tmp_path / "together").second_moments(1)
 
 
 def _retrained() -> list[Any]:
