@@ -40,8 +40,9 @@ class Source:
     """SOURCE: the final query gradient walked back through training (Bae et al. 2024, arXiv 2405.12186).
 
     Args:
-        segments: how many segments, the steps at which one ends and the next begins (of a single stage), or "auto": cut
-            where curvature and gradients really change, which the scores' provenance then explains.
+        segments: how many segments (the paper takes three; see docs/FIDELITY.md for why the default is one), the steps
+            at which one ends and the next begins (of a single stage), or "auto": cut where curvature and gradients
+            really change, which the scores' provenance then explains.
         fast: Fast-SOURCE: training gradients and curvature at each segment's mean parameters.
         preconditioner: how Adam, AdamW, RMSprop and Adagrad enter. "kronecker": H~ = P^1/2 H P^1/2 as EK-FAC with the
             rank-one part of P inside and the exact P where query and response enter and leave. "diagonal": the paper's
@@ -56,7 +57,7 @@ class Source:
         3
     """
 
-    segments: int | Sequence[int] | str = 3
+    segments: int | Sequence[int] | str = 1
     fast: bool = False
     preconditioner: str = "kronecker"
     checkpoint_weights: str = "nearest"
