@@ -24,7 +24,12 @@ from .helpers import ConvNet, analyzer_of, images, mlp, perturbed_states, trajec
 
 N, QUERIES = 23, 5
 UNEVEN = [[0, 3, 5], list(range(6, 21)), [1], [2, 4], [21, 22]]
-METHODS: dict[str, Any] = {"source": sf.Source(segments=2), "influence": sf.InfluenceFunction(), "tracin": sf.TracIn()}
+METHODS: dict[str, Any] = {
+    "source": sf.Source(segments=2),
+    "influence": sf.InfluenceFunction(),
+    "tracin": sf.TracIn(),
+    "cosine": sf.GradientCosine(),
+}
 
 
 class Deep(nn.Module):
@@ -120,8 +125,9 @@ def test_one_to_four_ranks_get_the_numbers_of_one_process(gang: Gang, tmp_path: 
         {"batch_size": 100},  # ranks without any batch
         {"memory": 8000},  # queries stay apart on their ranks
         {"memory": 3000, "groups": [[i] for i in range(N)]},  # single examples meet queries that go round
+        {"memory": 8000, "groups": [[4, 9]], "method": "cosine"},  # whole groups only, so ranks without any
     ],
-    ids=["cut group", "no group", "no batch", "queries apart", "singletons and queries apart"],
+    ids=["cut group", "no group", "no batch", "queries apart", "singletons and queries apart", "cosine"],
 )
 def test_any_share_of_the_work_gives_the_same_numbers(gang: Gang, tmp_path: Path, options: dict[str, Any]) -> None:
     _agree(gang, tmp_path, [2, 3], **options)
