@@ -27,6 +27,7 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adam": partial(torch.optim.Adam, lr=0.02, weight_decay=0.1, amsgrad=True),
     "rmsprop": partial(torch.optim.RMSprop, lr=0.02, momentum=0.5, centered=True),
     "fused adamw": partial(torch.optim.AdamW, lr=0.02, fused=True),
+    "fused sgd": partial(torch.optim.SGD, lr=0.1, momentum=0.9, weight_decay=0.02, fused=True),
 }
 SGD = OPTIMIZERS["sgd"]
 

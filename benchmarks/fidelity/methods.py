@@ -8,6 +8,8 @@ from typing import Any
 
 import segflow as sf
 
+from .rows import Row
+
 REFERENCE = "SOURCE, 3 segments"  # what other methods are compared with, pair by pair
 
 
@@ -24,6 +26,11 @@ class Entry:
     options: Mapping[str, Any] = field(default_factory=dict)
     best_of: str = ""
     optimizers: tuple[str, ...] = ("sgd", "adamw")
+    data: tuple[str, ...] = ()
+
+    def suits(self, row: Row) -> bool:
+        """Whether the row's table has this method."""
+        return row.recipes[-1].optimizer in self.optimizers and (not self.data or row.data in self.data)
 
     def make(self) -> Any | None:
         """The method, or None where this segflow does not have it."""
@@ -56,15 +63,20 @@ METHODS: tuple[Entry, ...] = (
     Entry(REFERENCE, "Source", {"segments": 3}),
     Entry("SOURCE, 6 segments", "Source", {"segments": 6}),
     Entry("SOURCE, auto segments", "Source", {"segments": "auto"}),
-    Entry("SOURCE, diagonal preconditioner", "Source", {"segments": 3, "preconditioner": "diagonal"}, "", ("adamw",)),
-    Entry("SOURCE, no preconditioner", "Source", {"segments": 3, "preconditioner": "none"}, "", ("adamw",)),
+    Entry(
+        "SOURCE, diagonal preconditioner",
+        "Source",
+        {"segments": 3, "preconditioner": "diagonal"},
+        optimizers=("adamw",),
+    ),
+    Entry("SOURCE, no preconditioner", "Source", {"segments": 3, "preconditioner": "none"}, optimizers=("adamw",)),
     Entry("Fast-SOURCE, 3 segments", "Source", {"segments": 3, "fast": True}),
     Entry("influence function (EK-FAC)", "InfluenceFunction"),
     *(Entry(f"influence function, damping {d:g}", "InfluenceFunction", {"damping": d}, _BEST) for d in _DAMPINGS),
     Entry("influence function (K-FAC)", "InfluenceFunction", {"curvature": "kfac"}),
     Entry("influence function (diagonal)", "InfluenceFunction", {"curvature": "diagonal"}),
     Entry("influence function (identity)", "InfluenceFunction", {"curvature": "identity"}),
-    Entry("LiSSA", "LiSSA"),
+    Entry("LiSSA", "LiSSA", data=("digits", "concrete")),  # hundreds of passes
     Entry("TracIn", "TracIn"),
     Entry("Hydra", "Hydra"),
     Entry("TRAK", "TRAK", {"dimension": 512}),

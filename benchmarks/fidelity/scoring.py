@@ -82,8 +82,7 @@ def _compare(part: Part, only: str, reuse: bool, earlier: dict[str, Any]) -> dic
     methods: dict[str, Any] = dict(earlier.get("methods", {}))
     reference: sf.Scores | None = None
     for entry in METHODS:
-        asked = only in entry.name or entry.name == REFERENCE
-        if not asked or part.row.recipes[-1].optimizer not in entry.optimizers:
+        if not entry.suits(part.row) or (only not in entry.name and entry.name != REFERENCE):
             continue
         try:
             runs = [scores_of(part, entry, seed, reuse) for seed in range(RUNS)]
@@ -94,7 +93,9 @@ def _compare(part: Part, only: str, reuse: bool, earlier: dict[str, Any]) -> dic
         if len(whole) < RUNS:
             continue  # this segflow does not have it
         reference = _mean(whole) if entry.name == REFERENCE else reference
-        methods[entry.name] = _figures(part, whole, reference) | {"best_of": entry.best_of}
+        figures = _figures(part, whole, reference)
+        methods[entry.name] = figures | {"best_of": entry.best_of}
+        print(f"  {entry.name}: one {figures['one']['mean']:.3f}, five {figures['five']['mean']:.3f}", flush=True)
     if part.stage == "":
         methods["empirical influence (retraining)"] = _empirical(part)
     return {
