@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +16,7 @@ from .capture import observing
 from .curvature import checkpoint_statistics
 from .data import Collate, dataset_length
 from .errors import ScoreError, SegflowError, TrajectoryError, check_choice
-from .factors import Needs, fit, fitting_needs
+from .factors import Fitting, Needs, check_needs, fitting_needs
 from .fitted import Fitted
 from .groups import Groups, check_groups
 from .interrupts import orderly
@@ -27,8 +27,8 @@ from .plans import Plan
 from .ranks import current, unwrap
 from .scores import Scores
 from .scoring import Scoring, score_parts
-from .setup import Settings, by_stage, check_arguments, workspaces
-from .store import Store
+from .setup import Settings, by_stage, check_alike, check_arguments, workspaces
+from .store import MadeFrom, Store
 from .trajectory import Trajectory
 from .units import Units
 from .workspace import Workspace
@@ -53,7 +53,7 @@ class Analyzer:
         memory: bytes that queries, groups and per-example gradients may take together in one process, besides the
             model's own activations; what needs more is taken in tiles (of at least one query and one group), each of
             which walks the training data once more. Several processes hold as many tiles of queries at a time.
-        collate_fn: joins examples into a batch, as for a DataLoader.
+        collate_fn: joins examples into a batch, as for a DataLoader; {stage: function} where stages differ.
         progress: show bars: True always, False never, None on a terminal only.
 
     Raises:
@@ -70,7 +70,7 @@ class Analyzer:
         method: Method | None = None,
         seed: int = 0,
         memory: int = 2 << 30,
-        collate_fn: Collate | None = None,
+        collate_fn: Collate | Mapping[str, Collate] | None = None,
         progress: bool | None = None,
     ):
         runs = [trajectory] if isinstance(trajectory, Trajectory) else list(trajectory)
@@ -83,10 +83,10 @@ class Analyzer:
             workspaces(settings, task, run, f"runs/{number}/" if len(runs) > 1 else "")
             for number, run in enumerate(runs, start=1)
         ]
+        check_alike(self.runs)
         if not self._automatic:
             for works in self.runs:  # refuses now what does not fit
-                for place in range(len(works)):
-                    self.method.plan(works[-1].run, place)
+                self._plan(works, len(works) - 1, None)
 
     @property
     def work(self) -> Workspace:
@@ -113,10 +113,13 @@ class Analyzer:
             TaskError, LayerError, TrajectoryError: naming the fault.
         """
         trains = self._by_stage(train)
+        given = [place for place, data in enumerate(trains) if data is not None]
         reports: dict[str, checks.CheckReport] = {}
         with self._stage("check", store=False):
             for works in self.runs:
-                checks.check_checkpoints(works)
+                checks.check_checkpoints(works[given[0] :])
+                if not self._automatic:
+                    self._check_needs(works, trains, None)
             for work, data in zip(self.runs[0], trains, strict=True):
                 if data is not None:
                     scale = checks.check_stage(work, data, query if work is self.work else None)
@@ -147,15 +150,29 @@ class Analyzer:
         if not self._automatic and not any(fitting_needs(self._plans(works, trains, None)) for works in self.runs):
             return
         with self._stage("fit", batch_size=batch_size):
+            if not self._automatic:  # before hours are spent
+                for works in self.runs:
+                    self._check_needs(works, trains, None)
             for works in self.runs:
-                given = [place for place, data in enumerate(trains) if data is not None]
-                if self._automatic:
-                    for place in given:
-                        fit(works[place], Needs(statistics=True), trains[place], batch_size)
-                needs = fitting_needs(self._plans(works, trains, self._cuts(works, trains)))
-                for place in given:
-                    if place in needs:
-                        fit(works[place], needs[place], trains[place], batch_size)
+                self._fit(works, trains, batch_size)
+
+    def _fit(self, works: Sequence[Workspace], trains: Sequence[Any], batch_size: int) -> None:
+        """Fit one run."""
+        fittings = {
+            place: Fitting(works[place], data, batch_size) for place, data in enumerate(trains) if data is not None
+        }
+        cuts = None
+        if self._automatic:
+            for fitting in fittings.values():
+                fitting.run(Needs(statistics=True))
+            cuts = self._cuts(works, {place: fitting.train_from for place, fitting in fittings.items()})
+            self._check_needs(works, trains, cuts)
+        for place, needs in fitting_needs(self._plans(works, trains, cuts)).items():
+            fittings[place].run(needs)
+
+    def _check_needs(self, works: Sequence[Workspace], trains: Sequence[Any], cuts: Cuts | None) -> None:
+        for place, needs in fitting_needs(self._plans(works, trains, cuts)).items():
+            check_needs(works[place], needs)
 
     def score(
         self,
@@ -198,9 +215,11 @@ class Analyzer:
         found: list[RunParts] = []
         with self._stage("score", batch_size=batch_size, groups=len(groups), queries=count):
             for works in self.runs:
-                cuts = self._cuts(works, trains)
+                fitted = Fitted(works, trains)
+                given = [p for p, data in enumerate(trains) if data is not None]
+                cuts = self._cuts(works, {p: fitted.train_from(p) for p in given}) if self._automatic else None
                 plan = self._plan(works, place, cuts)
-                scoring = Scoring(works, place, plan, groups, trains, batch_size, "layer" in keep)
+                scoring = Scoring(fitted, place, plan, groups, batch_size, "layer" in keep)
                 found.append(RunParts(works, plan, cuts, score_parts(scoring, query)))
             return labelled(found, self.method, groups, place, labels, keep)
 
@@ -233,13 +252,11 @@ class Analyzer:
         """The plans for every stage whose training data is given."""
         return [self._plan(works, place, cuts) for place, data in enumerate(trains) if data is not None]
 
-    def _cuts(self, works: Sequence[Workspace], trains: Sequence[Any]) -> Cuts | None:
+    def _cuts(self, works: Sequence[Workspace], trains_from: Mapping[int, MadeFrom]) -> Cuts | None:
         """For segments="auto": where the stages are cut, from the statistics that `fit` left in the store."""
-        if not isinstance(self.method, Source) or not self._automatic:
+        if not isinstance(self.method, Source):
             return None
-        fitted = Fitted(works, trains)
-        given = [place for place, data in enumerate(trains) if data is not None]
-        statistics = {place: checkpoint_statistics(works[place], fitted.train_from(place)) for place in given}
+        statistics = {place: checkpoint_statistics(works[place], of) for place, of in trains_from.items()}
         return self.method.cuts(works[-1].run, statistics)
 
     def _by_stage(self, train: Any) -> list[Any]:
@@ -255,6 +272,7 @@ class Analyzer:
         for run in self.runs:
             for work, data in zip(run, trains, strict=True):
                 if data is not None:
+                    work.require_task()
                     work.require_training_data(data)
         return trains
 

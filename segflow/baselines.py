@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from numbers import Integral
 
 from .errors import MethodError, check_choice
 from .methods import final_point, stage_place
@@ -102,7 +103,7 @@ class GradientDot:
 
 @dataclass(frozen=True)
 class GradientCosine:
-    """The cosine between the final query gradient and a group's summed gradient (Charpiat et al. 2019), over N.
+    """The cosine between the final query gradient and a group's summed gradient (Charpiat et al. 2019).
 
     A cosine does not add up: a group's score is not the sum of its members'.
     """
@@ -120,7 +121,8 @@ class RepresentationSimilarity:
 
     Args:
         layer: the module whose input (averaged over positions) is the representation; None: the last tracked one.
-        cosine: normalise each example's representation (a group's score stays the sum of its members').
+        cosine: normalise each example's representation (a group's score is then the sum of its members' cosines);
+            otherwise products, over the number of training examples.
     """
 
     layer: str | None = None
@@ -212,10 +214,11 @@ class LiSSA:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if min(self.steps, self.sample_size, self.repetitions) < 1:
+        counts = (self.steps, self.sample_size, self.repetitions)
+        if not all(isinstance(count, Integral) for count in counts) or min(counts) < 1:
             raise MethodError(
                 f"steps={self.steps}, sample_size={self.sample_size}, repetitions={self.repetitions}: "
-                "expected at least 1."
+                "expected whole numbers, at least 1."
             )
         if isinstance(self.damping, str) or (self.scale is not None and not self.scale > 0):
             raise MethodError(f"damping={self.damping!r}, scale={self.scale!r}: expected numbers, the scale above 0.")
@@ -242,5 +245,5 @@ def _check_damping(damping: float | str) -> None:
 
 
 def _check_dimension(dimension: int | None) -> None:
-    if dimension is not None and dimension < 1:
+    if dimension is not None and (not isinstance(dimension, Integral) or dimension < 1):
         raise MethodError(f"dimension={dimension}: expected at least 1, or None to project nothing.")

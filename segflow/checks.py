@@ -19,6 +19,7 @@ from .passes import covariances
 from .plans import Point
 from .progress import track
 from .ranks import Ranks, is_sharded
+from .task import defines_output
 from .workspace import Workspace
 
 _DIRECTIONS = 8  # random directions along which curvatures are compared
@@ -66,7 +67,7 @@ class CheckReport:
 
 
 def check_checkpoints(works: Sequence[Workspace]) -> None:
-    """Every checkpoint of a run fits the model; TrajectoryError for one that does not."""
+    """Every checkpoint of these stages fits the model; TrajectoryError for one that does not."""
     points = [(work, Point.at(work.stage, index)) for work in works for index in range(len(work.trajectory))]
     for work, point in track(points, "checkpoints fit the model", enabled=works[-1].progress):
         work.load(point)
@@ -80,6 +81,8 @@ def check_stage(work: Workspace, train: Any, query: Any | None) -> CurvatureScal
     if query is not None:
         dataset_length(query, "query")
         _check_loss(work, work.lens("measurement", query), query)
+    if defines_output(work.task):
+        _check_loss(work, work.lens("output", train), train)
     sample = replace(lens, kind="sample", seed=work.seed)
     covariances(sample, _few(work, train), Ranks(), f"check, {work.where(work.last)}")
     work.load(Point.at(work.stage, 0))  # the least converged checkpoint: pseudo-labels still vary there

@@ -18,22 +18,35 @@ POOL is `steps-S-T` for the checkpoints of steps S and T, `at-...` elsewhere; `-
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
 from .errors import TrajectoryError
-from .kronecker import Eigenbasis, KroneckerBlock, PreconditionerBlock, preconditioner_block, weighted_mean
+from .kronecker import (
+    Denominator,
+    Eigenbasis,
+    KroneckerBlock,
+    PreconditionerBlock,
+    preconditioner_block,
+    weighted_mean,
+)
 from .layers import TrackedLayer
 from .lens import Lens
 from .plans import Curvature, Point, Preconditioner, ProjectedInverse
+from .store import MadeFrom
 from .task import output_fingerprint
+from .trajectory import Trajectory
 from .units import Unit
 from .workspace import Workspace, rounded, short
 
 _KEPT_SHARE = 8  # of the memory budget, for a pool's blocks
 _STATISTICS = ("gradients", "curvature")
+# The parameters whose second moments each checkpoint holds, by the digest of its file; None where it holds none.
+_SAVED: WeakKeyDictionary[Trajectory, dict[str, frozenset[str] | None]] = WeakKeyDictionary()
 
 
 def covariance_unit(work: Workspace, point: Point) -> str:
@@ -72,20 +85,18 @@ def kernel_unit(work: Workspace, inverse: ProjectedInverse) -> str:
     return f"{work.prefix}kernel/{name}/{work.name(inverse.point)}"
 
 
-def kernel_from(
-    work: Workspace, inverse: ProjectedInverse, train_from: Mapping[str, Any], lens: Lens
-) -> dict[str, Any]:
-    """What binds a kernel's unit."""
-    output = output_fingerprint(work.task) if inverse.features == "output" else None
-    return {
-        **train_from,
-        "dtype": str(lens.dtype),
-        "checkpoint": work.checkpoint_digest(inverse.point),
-        "output": output,
-    }
+def kernel_from(work: Workspace, inverse: ProjectedInverse, train_from: MadeFrom, own: Lens, train: Any) -> MadeFrom:
+    """What binds a kernel's unit; own: the lens of the training loss. As a loss is, an output is told by its values."""
+    made = {**train_from, "dtype": str(own.dtype), "checkpoint": work.checkpoint_digest(inverse.point)}
+    if inverse.features == "output":
+        made |= {
+            "output": output_fingerprint(work.task),
+            "outputs": work.steady_losses(train, replace(own, kind="output")),
+        }
+    return made
 
 
-def pool_from(work: Workspace, curvature: Curvature, train_from: Mapping[str, Any], lens: Lens) -> dict[str, Any]:
+def pool_from(work: Workspace, curvature: Curvature, train_from: MadeFrom, lens: Lens) -> dict[str, Any]:
     """What binds a pool's units."""
     made: dict[str, Any] = {**train_from, "dtype": str(lens.dtype)}
     made["checkpoints"] = [work.checkpoint_digest(point) for point in curvature.points]
@@ -114,10 +125,47 @@ def preconditioner_from(work: Workspace, of: Preconditioner) -> dict[str, Any]:
 
 
 def unsaved(work: Workspace, of: Preconditioner) -> list[int]:
-    """The checkpoints whose second moments must be estimated."""
-    trajectory = work.run.stages[of.stage]
-    found = [index for index, _ in of.weights if trajectory.second_moments(index) is None] if work.ranks.main else None
+    """The checkpoints whose second moments must be estimated.
+
+    TrajectoryError where a checkpoint has those of some tracked parameters only.
+    """
+    found = [index for index, _ in of.weights if not _saved(work, index)] if work.ranks.main else None
     return list(work.ranks.same(found))
+
+
+def _saved(work: Workspace, index: int) -> bool:
+    """Whether second moments were saved at a checkpoint, looked up once for each content of its file."""
+    known = _SAVED.setdefault(work.trajectory, {})
+    digest = work.trajectory.digest(index)
+    if digest not in known:
+        known[digest] = None if (found := work.trajectory.second_moments(index)) is None else frozenset(found)
+    names = known[digest]
+    if names is None:
+        return False
+    wanted = [f"{n}." if n else "" for n in work.layers.tracked]
+    needed = {f"{prefix}weight" for prefix in wanted}
+    needed |= {f"{n}.bias" if n else "bias" for n, layer in work.layers.tracked.items() if layer.has_bias}
+    if needed - names:
+        raise TrajectoryError(
+            f"{work.where(Point.at(work.stage, index))}: no second moments of {sorted(needed - names)[:4]}, which "
+            "other parameters have. Were they frozen or unused until then? Leave their layers out of "
+            "get_influence_tracked_modules()."
+        )
+    return True
+
+
+def preconditioner_blocks(
+    work: Workspace, of: Preconditioner, train_from: MadeFrom, lens: Lens
+) -> dict[str, PreconditionerBlock]:
+    """P of each layer over checkpoints, one read after the other: recorded, or estimated from `fit`'s units."""
+    sums = {name: Denominator() for name in lens.layers}
+    missing = unsaved(work, of)
+    for index, weight in of.weights:
+        find = _estimates(work, index, train_from) if index in missing else _records(work, index)
+        for name, layer in lens.layers.items():
+            eps = work.trajectory.eps[work.parameter_groups[name]]
+            sums[name] = sums[name].plus(weight, find(layer).double(), eps)
+    return {name: _placed(preconditioner_block(total), lens) for name, total in sums.items()}
 
 
 def _pool(work: Workspace, curvature: Curvature) -> str:
@@ -134,20 +182,6 @@ def _pool(work: Workspace, curvature: Curvature) -> str:
     return name
 
 
-def preconditioner_blocks(
-    work: Workspace, of: Preconditioner, train_from: Mapping[str, Any], lens: Lens
-) -> dict[str, PreconditionerBlock]:
-    """P of each layer, averaged over checkpoints, from recorded second moments or those estimated by `fit`."""
-    gathered: dict[str, list[tuple[float, Tensor, Tensor]]] = {name: [] for name in lens.layers}
-    missing = unsaved(work, of)
-    for index, weight in of.weights:
-        find = _estimates(work, index, train_from) if index in missing else _records(work, index)
-        for name, layer in lens.layers.items():
-            eps = torch.tensor(work.trajectory.eps[work.parameter_groups[name]], dtype=torch.float64)
-            gathered[name].append((weight, find(layer).double(), eps))
-    return {name: _placed(preconditioner_block(found), lens) for name, found in gathered.items()}
-
-
 def _placed(block: PreconditionerBlock, lens: Lens) -> PreconditionerBlock:
     part = type(block.part)(*(side.to(lens.device, lens.dtype) for side in vars(block.part).values()))
     return PreconditionerBlock(block.exact_POI.to(lens.device, lens.dtype), part)
@@ -158,19 +192,12 @@ def _records(work: Workspace, index: int) -> Callable[[TrackedLayer], Tensor]:
 
     def find(layer: TrackedLayer) -> Tensor:
         prefix = f"{layer.name}." if layer.name else ""
-        try:
-            weight = moments[f"{prefix}weight"]
-            return layer.gradient_matrix(weight, moments[f"{prefix}bias"] if layer.has_bias else None)
-        except KeyError as missing:
-            raise TrajectoryError(
-                f"{work.where(Point.at(work.stage, index))}: no second moments of {missing}, which others have. "
-                "Was it frozen or unused? Leave its layer out of get_influence_tracked_modules()."
-            ) from None
+        return layer.gradient_matrix(moments[f"{prefix}weight"], moments[f"{prefix}bias"] if layer.has_bias else None)
 
     return find
 
 
-def _estimates(work: Workspace, index: int, train_from: Mapping[str, Any]) -> Callable[[TrackedLayer], Tensor]:
+def _estimates(work: Workspace, index: int, train_from: MadeFrom) -> Callable[[TrackedLayer], Tensor]:
     """E of a batch's squared gradient: squared mean plus variance over the batch size (Adagrad: times steps)."""
     trajectory, point = work.trajectory, Point.at(work.stage, index)
     unit = work.units.open(moments_unit(work, point), {**train_from, "checkpoint": work.checkpoint_digest(point)})
@@ -201,7 +228,7 @@ class StoredCurvature(Mapping[str, KroneckerBlock]):
         self,
         work: Workspace,
         curvature: Curvature,
-        train_from: Mapping[str, Any],
+        train_from: MadeFrom,
         lens: Lens,
         blocks: Mapping[str, PreconditionerBlock] | None = None,
     ):
@@ -254,7 +281,7 @@ def stored_basis(unit: Unit, name: str, lens: Lens) -> Eigenbasis:
     return Eigenbasis(inputs.to(lens.dtype), unit.tensor(f"{name}.outputs", (P, O, O), lens.device).to(lens.dtype))
 
 
-def checkpoint_statistics(work: Workspace, train_from: Mapping[str, Any]) -> Tensor:
+def checkpoint_statistics(work: Workspace, train_from: MadeFrom) -> Tensor:
     """[C, F]: what tells a stage's checkpoints apart, from the units that `fit` made.
 
     Half of it are training gradients of the same examples, half the curvature's second moments, both sketched and

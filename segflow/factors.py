@@ -78,24 +78,6 @@ def _of_stage(needed: Iterable[Any], stage: int) -> list[Any]:
     return [of for of in needed if of.stage == stage]
 
 
-def fit(work: Workspace, needs: Needs, train: Any, batch_size: int) -> None:
-    """Make every unit that is needed and that the store does not hold; only inside `observing(model)`.
-
-    A unit whose only use is in units that are there is not made.
-    """
-    fitting = _Fitting(work, train, batch_size)
-    units, planned, targets = work.units, *fitting.planned(needs)
-    while True:  # a covariance made anew may make another pool's eigenbasis stale
-        held = units.held(planned.values())
-        needed = _needed(planned, targets, held)
-        expected: Counter[str] = Counter()
-        for unit in needed:
-            expected[unit.kind] += unit.examples
-        units.journal.expect(expected)
-        if not units.settle(needed, held):
-            return
-
-
 def _needed(planned: Mapping[str, Planned], targets: Iterable[str], held: set[str]) -> list[Planned]:
     """The targets and whatever is missing below those that are not held, in the order of planning."""
     chosen: set[str] = set()
@@ -111,8 +93,21 @@ def _needed(planned: Mapping[str, Planned], targets: Iterable[str], held: set[st
     return [unit for name, unit in planned.items() if name in chosen]
 
 
-class _Fitting:
-    """One fitting run of one stage: plans units and makes them."""
+def check_needs(work: Workspace, needs: Needs) -> None:
+    """Raise TrajectoryError if a preconditioner can be neither read nor estimated; warn if one must be estimated."""
+    missing = {index for of in needs.preconditioners for index in unsaved(work, of)}
+    for of in needs.preconditioners:
+        preconditioner_from(work, of)
+    if missing:
+        warnings.warn(
+            f"{work.trajectory.optimizer.name}'s second moments were not saved at {len(missing)} checkpoints, "
+            "so they are estimated from gradients there (see the scores' provenance).",
+            stacklevel=3,
+        )
+
+
+class Fitting:
+    """One fitting run of one stage: plans units and makes them; only inside `observing(model)`."""
 
     def __init__(self, work: Workspace, train: Any, batch_size: int):
         self.work, self.train, self.batch_size = work, train, batch_size
@@ -122,7 +117,7 @@ class _Fitting:
         self.lists = work.ranks.share(in_order(len(train), batch_size))
         self.train_from = work.made_from(train, self.own)
         self.sampled_from = {
-            **work.made_from(train, self.sample),
+            **self.train_from,
             **work.sampling_needs(train, self.sample, batch_size),
             "dtype": str(self.own.dtype),
         }
@@ -130,19 +125,26 @@ class _Fitting:
         self.bases = lru_cache(1)(self._read_bases)
         self._planned: dict[str, Planned] = {}
 
+    def run(self, needs: Needs) -> None:
+        """Make every unit that is needed and that the store does not hold.
+
+        A unit whose only use is in units that are there is not made.
+        """
+        units, planned, targets = self.work.units, *self.planned(needs)
+        while True:  # a covariance made anew may make another pool's eigenbasis stale
+            held = units.held(planned.values())
+            needed = _needed(planned, targets, held)
+            expected: Counter[str] = Counter()
+            for unit in needed:
+                expected[unit.kind] += unit.examples
+            units.journal.expect(expected)
+            if not units.settle(needed, held):
+                return
+
     def planned(self, needs: Needs) -> tuple[dict[str, Planned], list[str]]:
         """Units by name in the order of making, and the names of those that must be there in the end."""
-        targets: list[str] = []
-        missing = list(dict.fromkeys(point for of in needs.preconditioners for point in self._unsaved(of)))
-        if missing:
-            warnings.warn(
-                f"{self.work.trajectory.optimizer.name}'s second moments were not saved at {len(missing)} checkpoints, "
-                "so they are estimated from gradients there (see the scores' provenance).",
-                stacklevel=4,
-            )
-        for of in needs.preconditioners:
-            preconditioner_from(self.work, of)  # refuses what cannot be estimated
-        targets += [self._moments(point) for point in missing]
+        missing = dict.fromkeys(point for of in needs.preconditioners for point in self._unsaved(of))
+        targets = [self._moments(point) for point in missing]
         for curvature in needs.curvatures:
             targets += self._curvature(curvature)
         targets += [self._kernel(inverse) for inverse in needs.kernels]
@@ -206,7 +208,7 @@ class _Fitting:
         return self._plan("moments", moments_unit(self.work, point), made_from, partial(self._make_moments, point))
 
     def _kernel(self, inverse: ProjectedInverse) -> str:
-        made_from = kernel_from(self.work, inverse, self.train_from, self.own)
+        made_from = kernel_from(self.work, inverse, self.train_from, self.own, self.train)
         return self._plan("kernel", kernel_unit(self.work, inverse), made_from, partial(self._make_kernel, inverse))
 
     def _statistics(self, point: Point) -> str:

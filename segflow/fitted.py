@@ -49,7 +49,7 @@ class Fitted:
         self.lens = lru_cache(None)(self._lens)
         self.train_from = lru_cache(None)(self._train_from)
         self.curvature = lru_cache(2)(self._curvature)
-        self.preconditioner = lru_cache(2)(self._preconditioner)
+        self.preconditioner = lru_cache(4)(self._preconditioner)
 
     def _lens(self, stage: int) -> Lens:
         """A stage's model seen through its training loss."""
@@ -137,13 +137,15 @@ class AskedQueries:
     def _projected(self, of: ProjectedInverse, values: Gradients) -> Gradients:
         """R (R^T F R + damping)^-1 R^T of each query."""
         work, lens = self.fitted.works[of.stage], self.fitted.lens(of.stage)
-        made_from = kernel_from(work, of, self.fitted.train_from(of.stage), lens)
+        made_from = kernel_from(work, of, self.fitted.train_from(of.stage), lens, self.fitted.trains[of.stage])
         kernel = work.units.open(kernel_unit(work, of), made_from).tensor("kernel", None, lens.device)
         probes_of = probes(of.projection, {n: layer.shape for n, layer in lens.layers.items()}, lens.dtype, lens.device)
         features_Qk = joined({n: probes_of[n].of_gradients(v) for n, v in values.items()}, of.projection)
         sigma, vectors = torch.linalg.eigh(kernel.double())
         damping = HEURISTIC_SHARE * sigma.mean() if of.damping is None else of.damping
-        solved = (features_Qk.double() @ vectors * damped_inverse(sigma.clamp_min(0), damping)) @ vectors.mT
+        rounding = len(sigma) * torch.finfo(kernel.dtype).eps  # of a sum of outer products in the kernel's precision
+        inverse = damped_inverse(sigma.clamp_min(0), damping, rounding)
+        solved = (features_Qk.double() @ vectors * inverse) @ vectors.mT
         own = parted(solved.to(lens.dtype), probes_of, of.projection)
         return {name: probe.gradients(own[name]) for name, probe in probes_of.items()}
 

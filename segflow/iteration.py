@@ -15,43 +15,37 @@ from torch import Tensor
 from .capture import requiring_grad
 from .data import Batch, Collate, batches
 from .errors import MethodError
-from .layers import TrackedLayer
 from .lens import Lens
 from .plans import IterativeInverse
 from .ranks import is_sharded
 
 Gradients = dict[str, Tensor]
+_AT_ONCE = 8  # queries that are differentiated together: each keeps the batch's activations
 _POWER_ITERATIONS = 10
 _MARGIN = 1.2  # the largest eigenvalue found may still be below the true one
 
 
 def hessian_products(lens: Lens, batch: Batch, values: Mapping[str, Tensor]) -> Gradients:
     """H v for each query, layer by layer [Q, P, O, I]; H: of the batch's mean loss. Inside `observing(model)`."""
-    parameters = [parameter for layer in lens.layers.values() for parameter in layer.parameters]
+    layers = lens.layers.values()
+    parameters = [parameter for layer in layers for parameter in layer.parameters]
     vectors = [part for name, layer in lens.layers.items() for part in layer.by_parameter(values[name])]
     math_only = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
+    pieces: list[tuple[Tensor, ...]] = []
     with torch.enable_grad(), requiring_grad(parameters), math_only:
         loss = lens.loss(batch) / batch.size
         slopes = torch.autograd.grad(loss, parameters, create_graph=True, materialize_grads=True)
-        bent = [(slope, vector.to(slope.dtype)) for slope, vector in zip(slopes, vectors, strict=True)]
-        products = torch.autograd.grad(
-            [slope for slope, _ in bent],
-            parameters,
-            [vector for _, vector in bent],
-            is_grads_batched=True,
-            materialize_grads=True,
-        )
-    return _by_layer(lens.layers, [product.detach() for product in products], lens.dtype)
-
-
-def _by_layer(layers: Mapping[str, TrackedLayer], flat: list[Tensor], dtype: torch.dtype) -> Gradients:
-    """Parameter-shaped tensors [Q, ...] as one matrix [Q, P, O, I] for each layer."""
-    found, parts = {}, iter(flat)
-    for name, layer in layers.items():
-        weights, biases = next(parts).to(dtype), next(parts).to(dtype) if layer.has_bias else None
-        rows = [layer.gradient_matrix(w, None if biases is None else biases[q]) for q, w in enumerate(weights)]
-        found[name] = torch.stack(rows) if rows else weights.new_zeros(0, *layer.shape)
-    return found
+        for some in zip(*(vector.split(_AT_ONCE) for vector in vectors), strict=True):
+            along = [vector.to(slope.dtype) for slope, vector in zip(slopes, some, strict=True)]
+            pieces.append(
+                torch.autograd.grad(
+                    slopes, parameters, along, retain_graph=True, is_grads_batched=True, materialize_grads=True
+                )
+            )
+    joined = iter(torch.cat(of_parameter).to(lens.dtype) for of_parameter in zip(*pieces, strict=True))
+    return {
+        layer.name: layer.gradient_matrices(next(joined), next(joined) if layer.has_bias else None) for layer in layers
+    }
 
 
 def lissa(
@@ -75,13 +69,20 @@ def lissa(
             found = {n: values[n] + v - (bent[n] + operator.damping * v) / scale for n, v in found.items()}
         for name, value in found.items():
             total[name] += value / (scale * operator.repetitions)
-    before, after = (max(value.abs().max().item() for value in of.values()) for of in (values, total))
-    if not np.isfinite(after) or after > before * 10 / (operator.damping or 1e-12):
+    [batch] = _drawn(lens, train, collate_fn, draws, operator, 1)
+    bent = hessian_products(lens, batch, total)
+    residual = _norm({n: bent[n] + operator.damping * v - values[n] for n, v in total.items()}) / _norm(values)
+    if not residual < 1:
         raise MethodError(
-            f"LiSSA diverged (scale={scale:.3g}, damping={operator.damping:g}): the Hessian has eigenvalues above "
-            "twice the scale or below minus the damping. Give a larger scale or more damping."
+            f"LiSSA diverged (scale={scale:.3g}, damping={operator.damping:g}): its answer leaves {residual:.2g} "
+            "of the query gradients unexplained, no better than none. The Hessian has eigenvalues above twice the "
+            "scale or below minus the damping. Give a larger scale or more damping."
         )
     return total
+
+
+def _norm(values: Gradients) -> float:
+    return torch.stack([torch.linalg.vector_norm(value.double()) for value in values.values()]).norm().item()
 
 
 def _largest(lens: Lens, train: Any, collate_fn: Collate | None, operator: IterativeInverse) -> float:
@@ -93,9 +94,9 @@ def _largest(lens: Lens, train: Any, collate_fn: Collate | None, operator: Itera
     }
     draws, largest = np.random.default_rng(operator.seed), 0.0
     for batch in _drawn(lens, train, collate_fn, draws, operator, _POWER_ITERATIONS):
-        norm = torch.stack([part.square().sum() for part in vector.values()]).sum().sqrt()
+        norm = _norm(vector)
         vector = hessian_products(lens, batch, {name: part / norm for name, part in vector.items()})
-        largest = max(largest, torch.stack([part.square().sum() for part in vector.values()]).sum().sqrt().item())
+        largest = max(largest, _norm(vector))
     return largest + operator.damping
 
 

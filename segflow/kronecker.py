@@ -7,7 +7,7 @@ Axes: P parts, B examples, S positions, N = B * S tokens, I inputs, O outputs, Q
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -92,18 +92,26 @@ class PreconditionerBlock:
     part: RankOne
 
 
-def preconditioner_block(checkpoints: Iterable[tuple[float, Tensor, Tensor]]) -> PreconditionerBlock:
-    """P over checkpoints, from each one's (weight, second moments [P, O, I], eps [P, O, I] or []).
+@dataclass(frozen=True)
+class Denominator:
+    """The mean of sqrt(second moment) + eps over checkpoints so far, and which entries ever had a gradient."""
 
-    It is their harmonic mean: in the arithmetic one a checkpoint at which an entry had not had a gradient yet, P = 1 /
-    eps, outweighs all others. An entry whose second moments are all zero never had a gradient, so that any P is right:
-    it takes the rank-one part's rather than 1 / eps, which would only magnify rounding.
+    mean_POI: Tensor = field(default_factory=lambda: torch.zeros(()))
+    live_POI: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.bool))
+
+    def plus(self, weight: float, moments_POI: Tensor, eps: float) -> Denominator:
+        """With one more checkpoint; the weights add up to 1."""
+        return Denominator(self.mean_POI + weight * (moments_POI.sqrt() + eps), self.live_POI | (moments_POI > 0))
+
+
+def preconditioner_block(denominator: Denominator) -> PreconditionerBlock:
+    """P over checkpoints, their harmonic mean, and its rank-one part.
+
+    In the arithmetic mean a checkpoint at which an entry had not had a gradient yet, P = 1 / eps, would outweigh all
+    others. An entry whose second moments are all zero never had a gradient, so that any P is right: it takes the
+    rank-one part's rather than 1 / eps, which would only magnify rounding.
     """
-    denominator, live = torch.zeros(()), torch.zeros((), dtype=torch.bool)
-    for weight, moments_POI, eps in checkpoints:
-        denominator = denominator + weight * (moments_POI.sqrt() + eps)
-        live = live | (moments_POI > 0)
-    mean = 1 / denominator
+    mean, live = 1 / denominator.mean_POI, denominator.live_POI
     part = rank_one(mean, live)
     fitted = part.outputs_PO[:, :, None] * part.inputs_PI[:, None, :]
     return PreconditionerBlock(torch.where(live, mean, fitted), part)

@@ -39,13 +39,15 @@ def labelled(
     """The mean over the runs, with the parts that are to be kept."""
     first = runs[0]
     work = first.works[stage]
-    counts = sorted({len(run.plan) for run in runs})
-    if "term" in keep and len(counts) > 1:
+    terms = [term.label for term in first.plan]
+    differing = next(([t.label for t in run.plan] for run in runs if [t.label for t in run.plan] != terms), None)
+    if "term" in keep and differing:
         raise ScoreError(
-            f'keep=("term",): the runs of the ensemble have {counts} terms, which have no mean. Fix the segments.'
+            f'keep=("term",): the runs of the ensemble have different terms, {terms} and {differing}, which have '
+            "no mean. Cut all runs alike, or score them one by one."
         )
     values_RQK = torch.stack([run.parts_TLQK.sum((0, 1)) for run in runs])
-    by_term = [torch.stack([run.parts_TLQK.sum(1)[place] for run in runs]).mean(0) for place in range(counts[0])]
+    by_term = torch.stack([run.parts_TLQK.sum(1) for run in runs]).mean(0) if "term" in keep else ()
     layers = _parts_of(first, work)
     by_layer = torch.stack([run.parts_TLQK.sum(0) for run in runs]).mean(0)
     return Scores(
@@ -54,7 +56,7 @@ def labelled(
         groups.labels,
         tuple(groups.sizes.tolist()),
         _provenance(runs, method, stage),
-        dict(zip((term.label for term in first.plan), by_term, strict=True)) if "term" in keep else {},
+        dict(zip(terms, by_term, strict=True)) if "term" in keep else {},
         dict(zip(layers, by_layer, strict=True)) if "layer" in keep else {},
         {f"run {number}": part for number, part in enumerate(values_RQK, start=1)} if "run" in keep else {},
         values_RQK.std(0) if len(runs) > 1 else None,

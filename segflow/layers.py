@@ -82,13 +82,17 @@ class TrackedLayer:
 
     def gradient_matrix(self, weight: Tensor, bias: Tensor | None) -> Tensor:
         """[P, O, I] from a weight-shaped and a bias-shaped tensor: the layout of everything segflow computes."""
-        matrix = rearrange(weight, "(p o) ... -> p o (...)", p=self.parts)
-        if not self.has_bias or bias is None:
+        return self.gradient_matrices(weight[None], None if bias is None else bias[None])[0]
+
+    def gradient_matrices(self, weight_Q: Tensor, bias_Q: Tensor | None) -> Tensor:
+        """[Q, P, O, I] from Q weight-shaped and bias-shaped tensors."""
+        matrix = rearrange(weight_Q, "q (p o) ... -> q p o (...)", p=self.parts)
+        if not self.has_bias or bias_Q is None:
             return matrix
-        return torch.cat([matrix, rearrange(bias, "(p o) -> p o 1", p=self.parts)], -1)
+        return torch.cat([matrix, rearrange(bias_Q, "q (p o) -> q p o 1", p=self.parts)], -1)
 
     def by_parameter(self, gradient_QPOI: Tensor) -> list[Tensor]:
-        """[Q, ...] shaped as the weight, and as the bias if it is attributed: the inverse of `gradient_matrix`."""
+        """[Q, ...] shaped as the weight, and as the bias if it is attributed: the inverse of `gradient_matrices`."""
         weight, Q = self.module.get_parameter("weight"), len(gradient_QPOI)
         inputs = self.shape[2] - int(self.has_bias)
         parts = [gradient_QPOI[..., :inputs].reshape(Q, *weight.shape)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from operator import index
@@ -70,20 +70,21 @@ class Source:
             raise MethodError(f"penalty={self.penalty}: expected a finite number >= 0.")
         if self.automatic:
             return
+        given: Any = self.segments
         try:
-            if isinstance(self.segments, bool | str):
+            if isinstance(given, bool | str):
                 raise TypeError
-            plain = index(self.segments) if hasattr(self.segments, "__index__") else tuple(map(index, self.segments))
+            plain = tuple(map(index, given)) if isinstance(given, Iterable) else index(given)
         except TypeError:
             raise MethodError(
-                f"segments={self.segments!r}: expected a count, the steps at which to cut, as whole numbers, or 'auto'."
+                f"segments={given!r}: expected a count, the steps at which to cut, as whole numbers, or 'auto'."
             ) from None
         object.__setattr__(self, "segments", plain)
 
     @property
     def automatic(self) -> bool:
         """Whether a plan needs to be told where to cut."""
-        return self.segments == "auto"
+        return isinstance(self.segments, str) and self.segments == "auto"
 
     def cuts(self, trajectory: Trajectory, statistics: Mapping[int, Tensor]) -> dict[int, Segmentation]:
         """For segments="auto": where each stage is cut, given its checkpoints' statistics [C, F]."""

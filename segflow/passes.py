@@ -119,23 +119,26 @@ def projected_kernel(lens: Lens, data: Iterable[Batch], projection: Projection, 
 
 
 def sketches(lens: Lens, data: Iterable[Batch], projection: Projection, ranks: Ranks, where: str) -> Tensors:
-    """Each layer's projected gradients of every example of the data, in rank order, [B, k]."""
+    """Each layer's projected gradients of every example that all `ranks` walk, in the dataset's order, [B, k]."""
     shapes = {name: layer.shape for name, layer in lens.layers.items()}
     probes_of = probes(projection, shapes, lens.dtype, lens.device)
     watch = FiniteWatch(f"sketches of gradients, {where}")
-    found: dict[str, list[Tensor]] = {name: [] for name in shapes}
+    own: dict[int, dict[str, list[float]]] = {}
+    for batch in data:
+        found: dict[str, Tensor] = {}
 
-    def consume(layer: TrackedLayer, tokens: Tokens) -> None:
-        found[layer.name].append(probes_of[layer.name].of_tokens(tokens))
+        def consume(layer: TrackedLayer, tokens: Tokens, found: dict[str, Tensor] = found) -> None:
+            found[layer.name] = probes_of[layer.name].of_tokens(tokens)
 
-    _walked(lens, data, consume, watch)
+        lens.capture(batch, consume, watch)
+        rows = {name: part.cpu().double().tolist() for name, part in found.items()}
+        if not batch.idle:
+            own |= {example: {n: rows[n][place] for n in rows} for place, example in enumerate(batch.examples)}
     watch.finish(lens.layers, ranks)
-    own = {n: torch.cat(parts) if parts else torch.zeros(0, probes_of[n].features) for n, parts in found.items()}
-    every = ranks.gather({name: part.cpu().double().tolist() for name, part in own.items()})
+    every = {example: rows for of_rank in ranks.gather(own) for example, rows in of_rank.items()}
+    none = {name: [0.0] * probe.features for name, probe in probes_of.items()}
     return {
-        name: torch.cat(
-            [torch.tensor(of[name], dtype=torch.float64).reshape(-1, probes_of[name].features) for of in every]
-        )
+        name: torch.tensor([every[e].get(name, none[name]) for e in sorted(every)], dtype=torch.float64)
         for name in shapes
     }
 

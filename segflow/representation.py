@@ -84,5 +84,10 @@ def representation_lens(lens: Lens, name: str | None, normalized: bool) -> Repre
     chosen = list(lens.layers)[-1] if name is None else name
     if chosen not in lens.layers:
         raise LayerError(f"layer={name!r} is not tracked. Choose one of {list(lens.layers)[:8]}.")
+    if chosen not in lens.axes:
+        raise LayerError(
+            f"layer {chosen!r}: the {lens.kind} loss does not reach it, so it has no representation there. Name "
+            f"another one with RepresentationSimilarity(layer=...): {list(lens.axes)[:8]}."
+        )
     kept = {what: {chosen: of[chosen]} for what, of in (("layers", lens.layers), ("axes", lens.axes))}
     return RepresentationLens(replace(lens, **kept), normalized)  # type: ignore[arg-type]

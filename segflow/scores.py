@@ -90,7 +90,7 @@ class Scores:
             self,
             values=self.values.sum(0, keepdim=True),
             query_labels=("all queries",),
-            spread=torch.stack(list(summed(self.by_run).values())).std(0) if self.by_run else None,
+            spread=torch.stack(list(summed(self.by_run).values())).std(0) if len(self.by_run) > 1 else None,
             by_term=summed(self.by_term),
             by_layer=summed(self.by_layer),
             by_run=summed(self.by_run),

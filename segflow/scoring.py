@@ -39,33 +39,32 @@ from .workspace import Workspace
 _QUERY_SHARE, _GROUP_SHARE, _PASSING_SHARE = 2, 4, 8
 _QUERY_COPIES = 4  # the gradients, those of two operators, and a temporary (or a block that passes by)
 _NO_TILE = Tile(np.arange(0), ())
-_ROUNDED = ("training losses",)  # differs slightly on another machine: compared, but not in a unit's name
+_ROUNDED = ("training losses", "outputs")  # differs slightly on another machine: compared, but not in a unit's name
 
 
 @dataclass(frozen=True)
 class Scoring:
     """What is scored: groups of a stage's training data, queries, and the plan.
 
-    works: the workspace of each stage; stage: whose data; trains: every stage's training data that `fit` has seen.
+    fitted: what `fit` left for every stage; stage: whose data.
     """
 
-    works: Sequence[Workspace]
+    fitted: Fitted
     stage: int
     plan: Plan
     groups: Groups
-    trains: Sequence[Any]
     batch_size: int
     per_layer: bool
 
     @property
     def work(self) -> Workspace:
         """The workspace of the stage whose data is scored."""
-        return self.works[self.stage]
+        return self.fitted.works[self.stage]
 
     @property
     def train(self) -> Any:
         """The training data that is scored."""
-        return self.trains[self.stage]
+        return self.fitted.trains[self.stage]
 
 
 def score_parts(asked: Scoring, query: Any) -> Tensor:
@@ -92,14 +91,14 @@ class _Stage:
         work = self.work
         chosen = digest([self.groups.members])
         work.ranks.agree("the groups (made with the same seed on every rank?)", chosen)
-        self.resources = Fitted(asked.works, asked.trains)
+        self.resources = asked.fitted
         self.lens = self.resources.lens(asked.stage)
         self.scored_from = {
             **self.resources.train_from(asked.stage),
             "dtype": str(self.lens.dtype),
             "groups": chosen,
             "per_layer": asked.per_layer,
-            "measurement": measurement_fingerprint(asked.works[-1].task),
+            "measurement": measurement_fingerprint(asked.fitted.works[-1].task),
         }
         self.gradient_bytes = work.parameters * self.lens.dtype.itemsize
         size = max(1, min(len(self.groups), work.memory // _GROUP_SHARE // self.gradient_bytes))

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
 
 from .data import Collate
 from .errors import MethodError, SegflowError, TrajectoryError
-from .layers import choose_layers
+from .layers import LayerChoice, choose_layers
 from .ranks import is_sharded
 from .task import check_task, tracked_module_names
 from .trajectory import Trajectory
@@ -26,7 +26,7 @@ class Settings:
     units: Units
     seed: int
     memory: int
-    collate_fn: Collate | None
+    collate_fn: Collate | Mapping[str, Collate] | None
     progress: bool | None
 
 
@@ -36,22 +36,14 @@ def workspaces(settings: Settings, task: Any, run: Trajectory, prefix: str) -> l
     Raises TaskError, LayerError or TrajectoryError where task, model and trajectory do not fit together.
     """
     names = [stage.stage for stage in run.stages]
+    tasks, collates = by_stage(task, names, "task"), by_stage(settings.collate_fn, names, "collate_fn")
+    settled = [_layers(settings.model, *of) for of in zip(tasks, run.stages, strict=True)]
     found = []
-    for place, (own_task, stage) in enumerate(zip(by_stage(task, names, "task"), run.stages, strict=True)):
-        if own_task is None:
-            raise TrajectoryError(
-                f"task: none is given for stage {stage.stage!r}. Give one task, or one for each stage."
-            )
-        check_task(own_task)
-        check_parameter_names(settings.model, stage)
-        recorded = stage.parameter_groups
-        trained = None if recorded is None else recorded.__contains__
-        choice = choose_layers(settings.model, tracked_module_names(own_task), trained)
-        layers, groups = settle_parameter_groups(choice, stage)
+    for place, (stage, (layers, groups)) in enumerate(zip(run.stages, _agreed(settled), strict=True)):
         found.append(
             Workspace(
                 settings.model,
-                own_task,
+                tasks[place],
                 run,
                 place,
                 settings.units,
@@ -59,7 +51,7 @@ def workspaces(settings: Settings, task: Any, run: Trajectory, prefix: str) -> l
                 groups,
                 settings.seed,
                 settings.memory,
-                settings.collate_fn,
+                collates[place],
                 settings.progress,
                 is_sharded(settings.model),
                 prefix + (f"stages/{stage.stage}/" if len(names) > 1 else ""),
@@ -68,12 +60,36 @@ def workspaces(settings: Settings, task: Any, run: Trajectory, prefix: str) -> l
     return found
 
 
+def _layers(model: nn.Module, task: Any, stage: Trajectory) -> tuple[LayerChoice, dict[str, int]]:
+    """The layers that a stage trained, with their parameter groups; task: None where none is given for the stage."""
+    if task is not None:
+        check_task(task)
+    check_parameter_names(model, stage)
+    trained = None if stage.parameter_groups is None else stage.parameter_groups.__contains__
+    return settle_parameter_groups(choose_layers(model, tracked_module_names(task), trained), stage)
+
+
+def _agreed(stages: Sequence[tuple[LayerChoice, dict[str, int]]]) -> list[tuple[LayerChoice, dict[str, int]]]:
+    """The same, a layer's bias being attributed in all stages that trained the layer, or in none."""
+    bare = {name for choice, _ in stages for name, layer in choice.tracked.items() if not layer.has_bias}
+    found = []
+    for choice, groups in stages:
+        tracked, skipped = dict(choice.tracked), dict(choice.skipped)
+        for name, layer in choice.tracked.items():
+            if name in bare and layer.has_bias:
+                tracked[name] = replace(layer, has_bias=False)
+                skipped[f"{name}.bias" if name else "bias"] = "another stage did not train it as it trained the weight"
+        found.append((LayerChoice(tracked, skipped), groups))
+    return found
+
+
 def by_stage(given: Any, names: Sequence[str], what: str) -> list[Any]:
     """What is given for each stage: a mapping's entries (None where it has none), or one thing for all.
 
     Datasets that are mappings themselves are told apart by their keys. TrajectoryError for an unknown stage.
     """
-    stages = isinstance(given, Mapping) and all(isinstance(key, str) for key in given) and bool(set(given) & set(names))
+    told = list(names) != ["train"]  # the name of a stage that was given none: a mapping is then a dataset by itself
+    stages = told and isinstance(given, Mapping) and bool({key for key in given if isinstance(key, str)} & set(names))
     if not stages:
         if what == "train" and len(names) > 1:
             raise TrajectoryError(
@@ -81,7 +97,7 @@ def by_stage(given: Any, names: Sequence[str], what: str) -> list[Any]:
                 "attribute and all later ones."
             )
         return [given] * len(names)
-    unknown = sorted(set(given) - set(names))
+    unknown = sorted(map(str, set(given) - set(names)))
     if unknown:
         raise TrajectoryError(f"{what}: there is no stage {unknown[0]!r}. The run has {list(names)}.")
     return [given.get(name) for name in names]
@@ -104,3 +120,14 @@ def check_arguments(runs: Sequence[Any], method: Any, memory: Any) -> None:
         raise MethodError(f"method={method!r}: expected one of Source(...), InfluenceFunction(...), TracIn(), ...")
     if isinstance(memory, bool) or not isinstance(memory, int) or memory < 1:
         raise SegflowError(f"memory={memory!r}: expected a whole number of bytes, such as 2 << 30.")
+
+
+def check_alike(runs: Sequence[Sequence[Workspace]]) -> None:
+    """Raise TrajectoryError unless the runs of an ensemble attribute the same layers."""
+    for run in runs[1:]:
+        for first, other in zip(runs[0], run, strict=True):
+            if first.shapes != other.shapes:
+                raise TrajectoryError(
+                    f"the runs of an ensemble attribute different layers, {first.shapes} and {other.shapes}. "
+                    "Were their parameter groups the same? Name the layers with get_influence_tracked_modules()."
+                )

@@ -41,13 +41,15 @@ def saturation(sigma: Tensor, lr_steps: float) -> Tensor:
     return -torch.expm1(-lr_steps * sigma)
 
 
-def damped_inverse(sigma: Tensor, damping: float | Tensor) -> Tensor:
+def damped_inverse(sigma: Tensor, damping: float | Tensor, rounding: float | None = None) -> Tensor:
     """The influence function's operator: 1 / (sigma + damping), and 0 where that is 0 to rounding (pseudo-inverse).
+
+    rounding: what counts as that, relative to the largest; by default of the tensor's own precision.
 
     Example:
         >>> damped_inverse(torch.tensor([0.0, 3.0]), 1.0)
         tensor([1.0000, 0.2500])
     """
     damped = sigma + damping
-    singular = damped <= torch.finfo(damped.dtype).eps * damped.max()
+    singular = damped <= (torch.finfo(damped.dtype).eps if rounding is None else rounding) * damped.max()
     return torch.where(singular, 0.0, 1 / torch.where(singular, 1.0, damped))

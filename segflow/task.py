@@ -85,6 +85,11 @@ def check_task(task: Any) -> None:
         )
 
 
+def defines_output(task: Any) -> bool:
+    """Whether the task has an output function for TRAK."""
+    return getattr(type(task), "compute_output", Task.compute_output) is not Task.compute_output
+
+
 def tracked_module_names(task: Any) -> list[str] | None:
     """The task's own choice of modules, or None."""
     chosen = getattr(task, "get_influence_tracked_modules", None)

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from .data import Batch, Collate, Indices, batches, dataset_fingerprint, dataset_length, digest, evenly_spaced
-from .errors import TrajectoryError
+from .errors import TaskError, TrajectoryError
 from .layers import LayerChoice, TrackedLayer
 from .lens import Lens, make_lens
 from .plans import Point
@@ -125,6 +125,13 @@ class Workspace:
             "memory": self.memory,
         }
 
+    def require_task(self) -> None:
+        """Raise TaskError unless the stage has a task."""
+        if self.task is None:
+            raise TaskError(
+                f"stage {self.trajectory.stage!r} has training data and no task. Give one in {{stage: task}}."
+            )
+
     def require_training_data(self, train: Any) -> None:
         """Raise TrajectoryError unless `train` is as long as the dataset that the run was recorded with."""
         length = dataset_length(train, "training")
@@ -144,15 +151,19 @@ class Workspace:
         with whatever the loss depends on: the task's tensors and helpers, the collate function.
         """
         dataset = dataset_fingerprint(train, "training", self.ranks, self.progress)
-        losses = [self.probe_losses(train, replace(lens, kind="train")) for _ in range(2)]
-        steady = dataset["examples"] != "random" and losses[0] == losses[1]
+        random = dataset["examples"] == "random"
         return {
             "model": self.shapes,
             "dataset": dataset,
             "task": task_fingerprint(self.task),
-            "training losses": losses[0] if steady else "random",
+            "training losses": "random" if random else self.steady_losses(train, replace(lens, kind="train")),
             "seed": self.seed,
         }
+
+    def steady_losses(self, train: Any, lens: Lens) -> list[float] | str:
+        """The lens's losses of some examples at the last checkpoint; "random" where they do not repeat themselves."""
+        first, second = (self.probe_losses(train, lens) for _ in range(2))
+        return first if first == second else "random"
 
     def probe_losses(self, train: Any, lens: Lens) -> list[float]:
         """The lens's loss of evenly spaced examples, each a batch of its own, at the last checkpoint."""

@@ -321,3 +321,101 @@ class ConstantQueries:
         finally:
             handle.remove()
         return seen[0][:, 0].sum()
+
+
+@pytest.mark.parametrize("method", [sf.TRAK(60), sf.ProjectedFisher(60, 0.0)], ids=["trak", "fisher"])
+def test_a_kernel_of_low_rank_is_inverted_where_it_is_not_rounding_in_float32_too(tmp_path: Path, method: Any) -> None:
+    """More features than examples: the other directions hold rounding only."""
+    values = []
+    for dtype in (torch.float32, torch.float64):
+        model, train, query = mlp(dtype), vectors(N, dtype), vectors(QUERIES, dtype, seed=5)
+        trajectory = trajectory_of(tmp_path / f"{dtype}", perturbed_states(model, 1), N)
+        analyzer = analyzer_of(model, trajectory, tmp_path / f"{dtype}-store", task=Margins(), method=method)
+        analyzer.fit(train)
+        values.append(analyzer.score(GROUPS, train, query).values.double())
+    pair = torch.stack([value.flatten() for value in values])
+    assert torch.corrcoef(pair)[0, 1] > 0.99
+    assert 0.9 < values[0].norm() / values[1].norm() < 1.1
+
+
+class Weighted(Margins):
+    """An output function that depends on a tensor, which no fingerprint of attributes or code sees."""
+
+    def __init__(self, weight: float, mean: bool = False) -> None:
+        super().__init__()
+        self.weights, self.mean = torch.full((3,), weight, dtype=torch.float64), mean
+
+    def compute_output(self, batch: Any, model: nn.Module) -> Tensor:
+        logits = model(batch[0])
+        total = (self.weights * logits.square()).sum()
+        return total / len(logits) if self.mean else total
+
+
+def test_kernels_of_another_output_function_are_refused(tmp_path: Path) -> None:
+    trajectory = trajectory_of(tmp_path / "run", perturbed_states(mlp(), 1), N)
+    for weight in (1.0, 2.0):
+        analyzer = analyzer_of(mlp(), trajectory, tmp_path / "store", task=Weighted(weight), method=sf.TRAK(5, 0.01))
+        if weight == 1.0:
+            analyzer.fit(vectors(N))
+        else:
+            with pytest.raises(sf.StoreError, match="outputs"):
+                analyzer.fit(vectors(N))
+            with pytest.raises(sf.StoreError, match="outputs"):
+                analyzer.score(GROUPS, vectors(N), vectors(QUERIES))
+
+
+def test_check_looks_at_the_output_function(tmp_path: Path) -> None:
+    trajectory = trajectory_of(tmp_path / "run", perturbed_states(mlp(), 1), N)
+    analyzer = analyzer_of(
+        mlp(), trajectory, tmp_path / "store", task=Weighted(1.0, mean=True), method=sf.TRAK(5, 0.01)
+    )
+    with pytest.raises(sf.TaskError, match="the output loss is a mean over the batch"):
+        analyzer.check(vectors(N), curvature_tolerance=float("inf"))
+
+
+def test_lissa_without_damping_refuses_an_answer_that_is_none(tmp_path: Path) -> None:
+    hessian, _, _ = _hessian()
+    assert torch.linalg.eigvalsh(hessian).min() < -0.01
+    with pytest.raises(sf.MethodError, match="LiSSA diverged"):
+        _found(tmp_path, sf.LiSSA(0.0, steps=400, sample_size=N))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: sf.TRAK(dimension=2.5),
+        lambda: sf.ProjectedFisher(dimension="512"),
+        lambda: sf.LiSSA(steps=1.5),
+        lambda: sf.LiSSA(sample_size=0),
+    ],
+)
+def test_counts_must_be_whole_numbers(make: Any) -> None:
+    with pytest.raises(sf.MethodError, match="expected"):
+        make()
+
+
+def test_arrays_of_cut_points_are_taken(tmp_path: Path) -> None:
+    import numpy as np
+
+    assert sf.Source(segments=np.array([8, 16])).segments == (8, 16)
+
+
+def test_a_layer_that_the_measurement_does_not_reach_has_no_representation_and_says_so(tmp_path: Path) -> None:
+    class Early(Margins):
+        def compute_measurement(self, batch: Any, model: nn.Module) -> Tensor:
+            return model[0](batch[0]).sum()
+
+    trajectory = trajectory_of(tmp_path / "run", perturbed_states(mlp(), 1), N)
+    method = sf.RepresentationSimilarity()
+    analyzer = analyzer_of(mlp(), trajectory, tmp_path / "store", task=Early(), method=method)
+    with pytest.raises(sf.LayerError, match=r"layer '4': the measurement loss does not reach it"):
+        analyzer.score(GROUPS, vectors(N), vectors(QUERIES))
+
+
+def test_a_run_of_an_unknown_optimizer_is_scored_by_methods_that_need_no_learning_rates(tmp_path: Path) -> None:
+    trajectory = trajectory_of(tmp_path / "run", perturbed_states(mlp(), 2), N, name="NAdam")
+    with pytest.raises(sf.TrajectoryError, match="NAdam"):
+        analyzer_of(mlp(), trajectory, tmp_path / "store", method=sf.Source())
+    analyzer = analyzer_of(mlp(), trajectory, tmp_path / "store", method=sf.InfluenceFunction())
+    analyzer.fit(vectors(N))
+    assert analyzer.score(GROUPS, vectors(N), vectors(QUERIES)).values.abs().max() > 0

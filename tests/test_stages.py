@@ -164,6 +164,92 @@ def test_training_data_of_stages_must_be_named_and_complete_from_the_attributed_
         analyzer_of(mlp(), second.after(first), tmp_path / "s", method=sf.Source(segments=[10]))
 
 
+def test_a_bias_that_one_stage_trained_otherwise_is_left_out_of_all_stages_by_name(tmp_path: Path) -> None:
+    """As in fine-tuning with AdamW without decay on biases, after pretraining with one parameter group."""
+    first, second = _two_stages(tmp_path)
+    groups = {name: int(name.endswith("bias")) for name, _ in mlp().named_parameters()}
+    decays = torch.tensor([[0.1, 0.0]], dtype=torch.float64).expand(30, 2)
+    rates = torch.full((30, 2), 1e-12, dtype=torch.float64)
+    split = sf.Trajectory(
+        second.checkpoints,
+        second.steps,
+        rates,
+        15,
+        sf.OptimizerConstants(weight_decay=decays),
+        groups,
+        stage="finetune",
+    )
+    train, later, query = vectors(N), vectors(15, seed=3), vectors(QUERIES, seed=5)
+    data = {"pretrain": train, "finetune": later}
+    analyzer = analyzer_of(mlp(), split.after(first), tmp_path / "both", method=sf.Source())
+    analyzer.fit(data)
+    scores = analyzer.score(SOME, data, query, stage="pretrain", keep=("layer",))
+    assert {"0.bias", "2.bias", "4.bias"} <= set(scores.provenance["not_attributed"])
+    bare = {name: 0 for name in groups if name.endswith("weight")}
+    final = sf.Trajectory(  # the second stage changed nothing but the parameters at which queries are asked
+        [*first.checkpoints[:2], second.checkpoints[-1]], first.steps, 0.2, N, first.optimizer, bare
+    )
+    alone = analyzer_of(mlp(), final, tmp_path / "alone", method=sf.Source(segments=[20]))
+    alone.fit(train)
+    early = alone.score(SOME, train, query, keep=("term",)).by_term["segment 1: steps 1-20"]
+    assert scores.values.shape == early.shape
+
+
+def test_stages_that_are_not_attributed_do_not_stand_in_the_way(tmp_path: Path) -> None:
+    """The first stage has too few checkpoints, an optimizer that SOURCE does not know, and no task."""
+    _, second = _two_stages(tmp_path)
+    strange = trajectory_of(tmp_path / "c", perturbed_states(mlp(), 1), N, name="NAdam")
+    first = sf.Trajectory(strange.checkpoints, strange.steps, 0.1, N, strange.optimizer, stage="pretrain")
+    later, query = vectors(15, seed=3), vectors(QUERIES, seed=5)
+    tasks = {"finetune": sf.tasks.Classification()}
+    analyzer = analyzer_of(mlp(), second.after(first), tmp_path / "s", task=tasks, method=sf.Source(segments=2))
+    analyzer.check({"finetune": later}, query)
+    analyzer.fit({"finetune": later})
+    groups = sf.Groups.random(15, size=4)
+    assert analyzer.score(groups, {"finetune": later}, query).values.abs().max() > 0
+    with pytest.raises(sf.TaskError, match="stage 'pretrain' has training data and no task"):
+        analyzer.fit({"pretrain": vectors(N), "finetune": later})
+
+
+def test_stages_have_collate_functions_of_their_own(tmp_path: Path) -> None:
+    first, second = _two_stages(tmp_path)
+    data = {"pretrain": vectors(N), "finetune": vectors(15, seed=3)}
+    calls: dict[str, int] = {"pretrain": 0, "finetune": 0}
+
+    def collate(stage: str) -> Any:
+        def join(examples: list[Any]) -> Any:
+            calls[stage] += 1
+            return torch.utils.data.default_collate(examples)
+
+        return join
+
+    functions = {stage: collate(stage) for stage in calls}
+    analyzer = analyzer_of(mlp(), second.after(first), tmp_path / "s", method=sf.Source(), collate_fn=functions)
+    analyzer.fit(data)
+    assert min(calls.values()) > 0
+
+
+def test_second_moments_that_are_missing_are_refused_before_the_first_pass(tmp_path: Path) -> None:
+    first, second = _two_stages(tmp_path)
+    moments = tmp_path / "moments.safetensors"
+    from safetensors.torch import save_file
+
+    save_file({"0.weight": torch.ones(6, 5).double(), "0.bias": torch.ones(6).double()}, moments)
+    adam = sf.OptimizerConstants("Adam")
+    partly = sf.Trajectory(
+        second.checkpoints, second.steps, 0.05, 15, adam, stage="finetune", second_moments=[moments] * 3
+    )
+    bare = sf.Trajectory(second.checkpoints, second.steps, 0.05, 15, adam, stage="finetune")
+    data = {"pretrain": vectors(N), "finetune": vectors(15, seed=3)}
+    for last, message in ((partly, r"no second moments of \['2.bias'"), (bare, r"OptimizerConstants\(batch_size=")):
+        store = tmp_path / f"store-{last is bare}"
+        analyzer = analyzer_of(mlp(), last.after(first), store, method=sf.Source())
+        for call in (analyzer.check, analyzer.fit):
+            with pytest.raises(sf.TrajectoryError, match=message):
+                call(data)
+        assert not list(store.glob("units/**/*.safetensors"))
+
+
 # ---- ensembles ----
 
 
@@ -311,3 +397,35 @@ def test_automatic_segments_need_fit_first(tmp_path: Path) -> None:
     analyzer = analyzer_of(mlp(), trajectory, tmp_path / "store", method=sf.Source(segments="auto"))
     with pytest.raises(sf.StoreError, match=r"no unit 'statistics/step-10'. Run Analyzer.fit\(\)"):
         analyzer.score(SOME, train, vectors(QUERIES))
+
+
+def test_terms_that_differ_between_runs_have_no_mean(tmp_path: Path) -> None:
+    states = perturbed_states(mlp(), 4)
+    runs = [trajectory_of(tmp_path / f"{s}", states[:2], N, steps=[s, 2 * s]) for s in (6, 15)]
+    analyzer = analyzer_of(mlp(), runs, tmp_path / "store", method=sf.TracIn())
+    analyzer.fit(vectors(N))
+    assert analyzer.score(SOME, vectors(N), vectors(QUERIES)).spread is not None
+    with pytest.raises(sf.ScoreError, match="have different terms"):
+        analyzer.score(SOME, vectors(N), vectors(QUERIES), keep=("term",))
+
+
+def test_one_run_that_is_kept_has_no_spread(tmp_path: Path) -> None:
+    trajectory = trajectory_of(tmp_path / "run", perturbed_states(mlp(), 2), N)
+    analyzer = analyzer_of(mlp(), trajectory, tmp_path / "store", method=sf.GradientDot())
+    scores = analyzer.score(SOME, vectors(N), vectors(QUERIES), keep=("run",))
+    assert scores.total().spread is None and list(scores.by_run) == ["run 1"]
+
+
+def test_statistics_stand_in_the_order_of_the_data_whatever_the_batches(tmp_path: Path) -> None:
+    """So that units made with other batch sizes or numbers of ranks can be compared."""
+    from segflow.files import read_tensors
+
+    trajectory, train = _jumping(tmp_path)
+    found = []
+    for batch_size in (3, 20):
+        store = tmp_path / f"{batch_size}"
+        analyzer = analyzer_of(mlp(), trajectory, store, method=sf.Source(segments="auto"))
+        analyzer.fit(train, batch_size=batch_size)
+        found.append(read_tensors(store / "units" / "statistics" / "step-10.safetensors", None, sf.StoreError))
+    for name, rows in found[0].items():
+        torch.testing.assert_close(rows, found[1][name], rtol=1e-9, atol=1e-12)
