@@ -14,7 +14,7 @@ import time
 
 import torch
 
-from .rows import ROWS
+from .rows import ROWS, RUNS
 from .scoring import RESULTS, evaluate
 from .table import write_table
 from .training import bank_names, bank_of, fill
@@ -27,7 +27,13 @@ def main() -> None:
     )
     parser.add_argument("command", choices=("list", "fill", "row", "all", "table"))
     parser.add_argument("names", nargs="*", metavar="ROW", help=f"of {', '.join(ROWS)}")
-    parser.add_argument("--methods", default="", metavar="TEXT", help="score only methods whose name holds this text")
+    parser.add_argument(
+        "--methods",
+        default="",
+        metavar="TEXT",
+        help="score only methods whose name holds this (or, with commas, one of these)",
+    )
+    parser.add_argument("--runs", type=int, default=RUNS, help="how many of the recorded runs")
     parser.add_argument("--measurement", default="", help="of the row's others: 'loss' (classification)")
     parser.add_argument("--reuse", action="store_true", help="take scores that another state of the code made")
     arguments = parser.parse_args()
@@ -56,7 +62,7 @@ def _run(name: str, arguments: argparse.Namespace) -> None:
     fill(ROWS[name])
     print(f"{name}: ground truth and runs in {time.perf_counter() - began:.0f} s", flush=True)
     if arguments.command != "fill":
-        path = evaluate(ROWS[name], arguments.methods, arguments.measurement, arguments.reuse)
+        path = evaluate(ROWS[name], arguments.methods, arguments.measurement, arguments.reuse, arguments.runs)
         print(f"{name}: {path} after {time.perf_counter() - began:.0f} s", flush=True)
 
 

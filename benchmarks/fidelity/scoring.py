@@ -6,7 +6,6 @@ import ast
 import hashlib
 import json
 import shutil
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache
@@ -59,38 +58,42 @@ def parts_of(row: Row, measurement: str) -> Iterator[Part]:
         yield Part(row, stage, measurement, subsets[:, start : start + sizes[number]], measured)
 
 
-def evaluate(row: Row, only: str = "", measurement: str = "", reuse: bool = False) -> Path:
+def evaluate(row: Row, only: str = "", measurement: str = "", reuse: bool = False, runs: int = RUNS) -> Path:
     """Score what is not scored yet, compare, and write the row's JSON.
 
-    only: methods whose name holds this text (the others keep what an earlier evaluation found); measurement: by default
+    only: methods whose name holds one of these texts, comma between (the others keep what an earlier evaluation found);
+    runs: how many of the recorded runs; measurement: by default
     the row's first; reuse: take scores that another state of segflow's code made.
     """
     chosen = measurement or row.measurements[0]
     path = RESULTS / f"{row.name}{'' if chosen == row.measurements[0] else f'-{chosen}'}.json"
     earlier = json.loads(path.read_text())["parts"] if path.exists() and only else {}
-    parts = {part.stage: _compare(part, only, reuse, earlier.get(part.stage, {})) for part in parts_of(row, chosen)}
+    parts = {
+        part.stage: _compare(part, only.split(","), reuse, earlier.get(part.stage, {}), runs)
+        for part in parts_of(row, chosen)
+    }
     sizes = {"examples": sum(len(i) for i, _ in row.load().stages), "queries": len(row.load().query[0])}
-    content = {"row": row.name, "measurement": chosen, "runs": RUNS, **sizes, "parts": parts}
+    content = {"row": row.name, "measurement": chosen, "runs": runs, **sizes, "parts": parts}
     RESULTS.mkdir(exist_ok=True)
     path.write_text(json.dumps(content, indent=1) + "\n")
     return path
 
 
-def _compare(part: Part, only: str, reuse: bool, earlier: dict[str, Any]) -> dict[str, Any]:
+def _compare(part: Part, only: list[str], reuse: bool, earlier: dict[str, Any], count: int) -> dict[str, Any]:
     ceiling = noise_ceiling(part.measured)
     M, R, _ = part.measured.shape
     methods: dict[str, Any] = dict(earlier.get("methods", {}))
     reference: sf.Scores | None = None
     for entry in METHODS:
-        if not entry.suits(part.row) or (only not in entry.name and entry.name != REFERENCE):
+        if not entry.suits(part.row) or (not any(text in entry.name for text in only) and entry.name != REFERENCE):
             continue
         try:
-            runs = [scores_of(part, entry, seed, reuse) for seed in range(RUNS)]
+            runs = [scores_of(part, entry, seed, reuse) for seed in range(count)]
         except sf.SegflowError as problem:
             methods[entry.name] = {"refused": str(problem)}
             continue
         whole = [scores for scores in runs if scores is not None]
-        if len(whole) < RUNS:
+        if len(whole) < count:
             continue  # this segflow does not have it
         reference = _mean(whole) if entry.name == REFERENCE else reference
         figures = _figures(part, whole, reference)
@@ -117,7 +120,6 @@ def _figures(part: Part, runs: list[sf.Scores], reference: sf.Scores | None) -> 
     figures: dict[str, Any] = {
         "one": one | {"runs": [score.mean for score in single]},
         "five": {"mean": several.mean, "low": several.low, "high": several.high},
-        "seconds": float(np.mean([scores.provenance["seconds"] for scores in runs])),
     }
     if reference is not None and reference is not ensemble:
         found = linear_datamodeling_difference(ensemble, reference, part.subsets, measured)
@@ -151,28 +153,26 @@ def scores_of(part: Part, entry: Entry, seed: int, reuse: bool = False) -> sf.Sc
         found: Any = scores.provenance["made_from"]
         if found["run"] == made_from["run"] and (reuse or found == made_from):
             return scores
-    store = folder_of(part.row) / "stores" / f"{entry.store}-{seed}"
+    store = folder_of(part.row) / "stores" / str(seed)
     _clear_stale(store, made_from)
-    scores, seconds = _score(part, method, seed, store)
-    scores = replace(scores, provenance=dict(scores.provenance) | {"made_from": made_from, "seconds": seconds})
+    scores = _score(part, method, seed, store)
+    scores = replace(scores, provenance=dict(scores.provenance) | {"made_from": made_from})
     scores.save(path)
     return scores
 
 
-def _score(part: Part, method: Any, seed: int, store: Path) -> tuple[sf.Scores, float]:
+def _score(part: Part, method: Any, seed: int, store: Path) -> sf.Scores:
     model, trajectory = load_run(part.row, seed)
     trains, query = part.row.datasets()
     regression, measurement = part.row.is_regression, part.measurement
     task = sf.tasks.Regression(measurement=measurement) if regression else sf.tasks.Classification(measurement)
-    began = time.perf_counter()
     analyzer = sf.Analyzer(model, task, trajectory, store=store, method=method, progress=False)
     data: Any = dict(zip(STAGE_NAMES, trains, strict=True)) if part.stage else trains[0]
     analyzer.fit(data, batch_size=256)
     number = STAGE_NAMES.index(part.stage) if part.stage else 0
     options: dict[str, Any] = {"stage": part.stage} if part.stage else {}
     groups = sf.Groups.singletons(len(trains[number]))
-    scores = analyzer.score(groups, data, query, batch_size=256, **options)
-    return scores, time.perf_counter() - began
+    return analyzer.score(groups, data, query, batch_size=256, **options)
 
 
 def _mean(runs: list[sf.Scores]) -> sf.Scores:

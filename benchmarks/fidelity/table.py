@@ -25,7 +25,7 @@ over the queries. In brackets: 95% bootstrap intervals, from resampling halves a
   the scores and of their intervals. **five runs**: the scores averaged over the runs first.
 - **over SOURCE**: five runs, minus "{REFERENCE}", with the interval of the paired difference.
 - **ceiling**: what a perfect predictor of the expected measurement would score, given the retrainings' own noise
-  (split-half reliability, Spearman-Brown corrected). **seconds**: one run's fit and score on one thread, from nothing.
+  (split-half reliability, Spearman-Brown corrected).
 - *best damping (upper bound)*: the best of {sum(bool(entry.best_of) for entry in METHODS)} dampings, chosen on this
   evaluation itself, for one run and for five separately: what tuning could reach at most.
 - *empirical influence*: fitted to retrainings, not to a run: the mean measurement without an example minus the mean
@@ -42,7 +42,7 @@ def write_table() -> Path:
     lines = [_HEAD, "## All rows, one run", "", *_overview(blocks, "one"), "", "## All rows, five runs averaged", ""]
     lines += [*_overview(blocks, "five"), ""]
     for title, row, part in blocks:
-        lines += [f"## {title}", "", _describe(row, part), "", *_block(part), ""]
+        lines += [f"## {title}", "", _describe(row, part), "", *_block(part, row["runs"]), ""]
     DOCUMENT.write_text("\n".join(lines).rstrip() + "\n")
     return DOCUMENT
 
@@ -72,7 +72,7 @@ def _shown(part: dict[str, Any]) -> dict[str, dict[str, Any]]:
         if not family:
             shown[name] = figures
             continue
-        best = shown.setdefault(family, {"seconds": figures["seconds"]})
+        best = shown.setdefault(family, {})
         for kind in ("one", "five"):
             if kind not in best or figures[kind]["mean"] > best[kind]["mean"]:
                 best[kind] = figures[kind] | {"chosen": name.rsplit(" ", 1)[-1]}
@@ -81,9 +81,9 @@ def _shown(part: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return shown
 
 
-def _block(part: dict[str, Any]) -> Iterator[str]:
-    yield "| method | one run | five runs | over SOURCE | seconds |"
-    yield "|---|---|---|---|---|"
+def _block(part: dict[str, Any], runs: int) -> Iterator[str]:
+    yield f"| method | one run | {_several(runs)} | over SOURCE |"
+    yield "|---|---|---|---|"
     shown = _shown(part)
     whole = {name: figures for name, figures in shown.items() if "refused" not in figures}
     for name in sorted(whole, key=lambda name: -(whole[name].get("one") or whole[name]["five"])["mean"]):
@@ -94,12 +94,15 @@ def _block(part: dict[str, Any]) -> Iterator[str]:
         elif "chosen" in figures.get("one", {}):
             note = f": {figures['one']['chosen']}, {figures['five']['chosen']}"
         cells = [_cell(figures.get(kind), kind == "over_reference") for kind in ("one", "five", "over_reference")]
-        seconds = f"{figures['seconds']:.1f}" if "seconds" in figures else ""
-        yield f"| {name}{note} | {' | '.join(cells)} | {seconds} |"
+        yield f"| {name}{note} | {' | '.join(cells)} |"
     refused = [name for name, figures in shown.items() if "refused" in figures]
     if refused:
         yield ""
         yield f"Not for this optimizer or data: {', '.join(refused)}."
+
+
+def _several(runs: int) -> str:
+    return "five runs" if runs == RUNS else f"{runs} runs"
 
 
 def _cell(figures: dict[str, Any] | None, signed: bool) -> str:
