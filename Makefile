@@ -7,7 +7,7 @@ CPU_TORCH := torch==2.13.0
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 EXTRA_INDEX := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
-.PHONY: demo test test-slow test-faults format benchmark benchmark-kronfluence clean
+.PHONY: demo test test-slow test-faults format benchmark benchmark-kronfluence fidelity clean
 
 demo: .venv/demo
 	$(BIN)/segflow demo --out demo-output
@@ -35,6 +35,10 @@ benchmark: .venv/dev
 
 benchmark-kronfluence: .venv/dev benchmarks/.venv-kronfluence/ready
 	$(BIN)/python benchmarks/mlp.py --threads 1,2 --kronfluence
+
+# docs/FIDELITY.md from nothing: downloads data, retrains, scores. Hours; goes on where it was stopped.
+fidelity: .venv/dev
+	$(BIN)/python -m benchmarks.fidelity all
 
 clean:
 	rm -rf .venv benchmarks/.venv-kronfluence demo-output build dist *.egg-info
