@@ -72,15 +72,16 @@ class Variant:
 
 
 def _by_checkpoint(term: Term) -> Iterator[Term]:
-    """A term for each checkpoint, whose share of the weight enters with its own preconditioner."""
+    """A term for each checkpoint, whose gradients meet its own preconditioner: P^1/2 f P^-1/2 P_checkpoint."""
     *before, last = term.operators
     for point, weight in zip(term.train, term.weights, strict=True):
-        own: Operator = last
+        leave: tuple[Operator, ...] = (last,)
         if isinstance(last, Scale):
-            own = replace(last, preconditioner=replace(last.preconditioner, weights=point.weights))
+            own = replace(last.preconditioner, weights=point.weights)
+            leave = (Scale(last.preconditioner, -0.5), Scale(own, 1.0))
         share = Spectral(term.stage, "constant", None, (weight,), (0.0,))
         label = f"{term.label}, checkpoint {point.weights[0][0]}"
-        yield Term(label, term.stage, term.query, (*before, own, share), (point,), (1.0,))
+        yield Term(label, term.stage, term.query, (*before, *leave, share), (point,), (1.0,))
 
 
 VARIANTS = {

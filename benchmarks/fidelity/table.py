@@ -43,6 +43,7 @@ def write_table() -> Path:
     lines += [*_overview(blocks, "five"), ""]
     for title, row, part in blocks:
         lines += [f"## {title}", "", _describe(row, part), "", *_block(part, row["runs"]), ""]
+    lines.append((Path(__file__).parent / "notes.md").read_text())
     DOCUMENT.write_text("\n".join(lines).rstrip() + "\n")
     return DOCUMENT
 
