@@ -31,7 +31,7 @@ def main() -> None:
         "--methods",
         default="",
         metavar="TEXT",
-        help="score only methods whose name holds this (or, with commas, one of these)",
+        help="score only methods whose name holds this (or one of several, with | between)",
     )
     parser.add_argument("--runs", type=int, default=RUNS, help="how many of the recorded runs")
     parser.add_argument("--measurement", default="", help="of the row's others: 'loss' (classification)")

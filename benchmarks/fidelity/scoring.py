@@ -61,7 +61,7 @@ def parts_of(row: Row, measurement: str) -> Iterator[Part]:
 def evaluate(row: Row, only: str = "", measurement: str = "", reuse: bool = False, runs: int = RUNS) -> Path:
     """Score what is not scored yet, compare, and write the row's JSON.
 
-    only: methods whose name holds one of these texts, comma between (the others keep what an earlier evaluation found);
+    only: methods whose name holds one of these texts, "|" between (the others keep what an earlier evaluation found);
     runs: how many of the recorded runs; measurement: by default
     the row's first; reuse: take scores that another state of segflow's code made.
     """
@@ -69,7 +69,7 @@ def evaluate(row: Row, only: str = "", measurement: str = "", reuse: bool = Fals
     path = RESULTS / f"{row.name}{'' if chosen == row.measurements[0] else f'-{chosen}'}.json"
     earlier = json.loads(path.read_text())["parts"] if path.exists() and only else {}
     parts = {
-        part.stage: _compare(part, only.split(","), reuse, earlier.get(part.stage, {}), runs)
+        part.stage: _compare(part, only.split("|"), reuse, earlier.get(part.stage, {}), runs)
         for part in parts_of(row, chosen)
     }
     sizes = {"examples": sum(len(i) for i, _ in row.load().stages), "queries": len(row.load().query[0])}
