@@ -75,9 +75,9 @@ def lissa(
     residual = _norm({n: bent[n] + operator.damping * v - values[n] for n, v in total.items()}) / _norm(values)
     if not residual < _HOPELESS:
         raise MethodError(
-            f"LiSSA diverged (scale={scale:.3g}, damping={operator.damping:g}): (H + damping) times its answer misses the "
-            f"query gradients by {residual:.2g} times their size. The Hessian has eigenvalues above twice the scale or "
-            "below minus the damping. Give a larger scale or more damping."
+            f"LiSSA diverged (scale={scale:.3g}, damping={operator.damping:g}): (H + damping) times its answer misses "
+            f"the query gradients by {residual:.2g} times their size. The Hessian has eigenvalues above twice the "
+            "scale or below minus the damping. Give a larger scale or more damping."
         )
     return total
 
