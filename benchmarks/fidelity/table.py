@@ -23,6 +23,9 @@ over the queries. In brackets: 95% bootstrap intervals, from resampling halves a
 
 - **one run**: scores from one recorded training run of all examples; the mean over {RUNS} runs of different seeds, of
   the scores and of their intervals. **five runs**: the scores averaged over the runs first.
+- The two-stage row averages two runs, the Fashion-MNIST rows have one, with a part of the methods, and Fashion-MNIST
+  with clean labels two retrainings of each half (its ceiling is lower for it). Without `--runs` and `--methods` the
+  commands make them whole.
 - **over SOURCE**: five runs, minus "{REFERENCE}", with the interval of the paired difference.
 - **ceiling**: what a perfect predictor of the expected measurement would score, given the retrainings' own noise
   (split-half reliability, Spearman-Brown corrected).
@@ -60,7 +63,8 @@ def _describe(row: dict[str, Any], part: dict[str, Any]) -> str:
     )
     widths = "-".join(map(str, ROWS[row["row"]].widths))
     return (
-        f"{row['examples']:,} examples, {row['queries']} queries, ReLU network {widths}; {recipes}. "
+        f"{row['examples']:,} examples, {row['queries']} queries, {part['repetitions']} retrainings of each half, "
+        f"{row['runs']} recorded {'run' if row['runs'] == 1 else 'runs'}, ReLU network {widths}; {recipes}. "
         f"Ceiling {part['ceiling']:.3f} (reliability {part['reliability']:.3f})."
     )
 
@@ -103,7 +107,7 @@ def _block(part: dict[str, Any], runs: int) -> Iterator[str]:
 
 
 def _several(runs: int) -> str:
-    return "five runs" if runs == RUNS else f"{runs} runs"
+    return "five runs" if runs == RUNS else "1 run" if runs == 1 else f"{runs} runs"
 
 
 def _cell(figures: dict[str, Any] | None, signed: bool) -> str:
