@@ -14,7 +14,7 @@ import time
 
 import torch
 
-from .rows import ROWS, RUNS
+from .rows import ROWS
 from .scoring import RESULTS, evaluate
 from .table import write_table
 from .training import bank_names, bank_of, fill
@@ -33,7 +33,7 @@ def main() -> None:
         metavar="TEXT",
         help="score only methods whose name holds this (or one of several, with | between)",
     )
-    parser.add_argument("--runs", type=int, default=RUNS, help="how many of the recorded runs")
+    parser.add_argument("--runs", type=int, default=0, help="how many of the recorded runs; 0: all")
     parser.add_argument("--measurement", default="", help="of the row's others: 'loss' (classification)")
     parser.add_argument("--reuse", action="store_true", help="take scores that another state of the code made")
     arguments = parser.parse_args()

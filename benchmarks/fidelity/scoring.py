@@ -58,14 +58,14 @@ def parts_of(row: Row, measurement: str) -> Iterator[Part]:
         yield Part(row, stage, measurement, subsets[:, start : start + sizes[number]], measured)
 
 
-def evaluate(row: Row, only: str = "", measurement: str = "", reuse: bool = False, runs: int = RUNS) -> Path:
+def evaluate(row: Row, only: str = "", measurement: str = "", reuse: bool = False, runs: int = 0) -> Path:
     """Score what is not scored yet, compare, and write the row's JSON.
 
     only: methods whose name holds one of these texts, "|" between (the others keep what an earlier evaluation found);
-    runs: how many of the recorded runs; measurement: by default
+    runs: how many of the recorded runs (0: all); measurement: by default
     the row's first; reuse: take scores that another state of segflow's code made.
     """
-    chosen = measurement or row.measurements[0]
+    chosen, runs = measurement or row.measurements[0], runs or RUNS
     path = RESULTS / f"{row.name}{'' if chosen == row.measurements[0] else f'-{chosen}'}.json"
     earlier = json.loads(path.read_text())["parts"] if path.exists() and only else {}
     parts = {
