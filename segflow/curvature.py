@@ -142,9 +142,7 @@ def _saved(work: Workspace, index: int) -> bool:
     names = known[digest]
     if names is None:
         return False
-    wanted = [f"{n}." if n else "" for n in work.layers.tracked]
-    needed = {f"{prefix}weight" for prefix in wanted}
-    needed |= {f"{n}.bias" if n else "bias" for n, layer in work.layers.tracked.items() if layer.has_bias}
+    needed = {name for layer in work.layers.tracked.values() for name in layer.parameter_names}
     if needed - names:
         raise TrajectoryError(
             f"{work.where(Point.at(work.stage, index))}: no second moments of {sorted(needed - names)[:4]}, which "
@@ -191,8 +189,8 @@ def _records(work: Workspace, index: int) -> Callable[[TrackedLayer], Tensor]:
     moments = work.trajectory.second_moments(index) or {}
 
     def find(layer: TrackedLayer) -> Tensor:
-        prefix = f"{layer.name}." if layer.name else ""
-        return layer.gradient_matrix(moments[f"{prefix}weight"], moments[f"{prefix}bias"] if layer.has_bias else None)
+        weight, *bias = (moments[name] for name in layer.parameter_names)
+        return layer.gradient_matrix(weight, bias[0] if bias else None)
 
     return find
 

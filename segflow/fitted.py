@@ -11,6 +11,7 @@ from functools import lru_cache
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from .curvature import StoredCurvature, kernel_from, kernel_unit, preconditioner_blocks, preconditioner_from
 from .data import in_order
@@ -50,6 +51,7 @@ class Fitted:
         self.train_from = lru_cache(None)(self._train_from)
         self.curvature = lru_cache(2)(self._curvature)
         self.preconditioner = lru_cache(4)(self._preconditioner)
+        self.kernel = lru_cache(1)(self._kernel)
 
     def _lens(self, stage: int) -> Lens:
         """A stage's model seen through its training loss."""
@@ -67,6 +69,16 @@ class Fitted:
     def _preconditioner(self, of: Preconditioner) -> Mapping[str, PreconditionerBlock]:
         return preconditioner_blocks(self.works[of.stage], of, self.train_from(of.stage), self.lens(of.stage))
 
+    def _kernel(self, of: ProjectedInverse) -> tuple[Tensor, Tensor]:
+        """The eigenvectors of a projected second moment [k, k], and the damped inverse of its eigenvalues [k]."""
+        work, lens = self.works[of.stage], self.lens(of.stage)
+        made_from = kernel_from(work, of, self.train_from(of.stage), lens, self.trains[of.stage])
+        kernel = work.units.open(kernel_unit(work, of), made_from).tensor("kernel", None, lens.device)
+        sigma, vectors = torch.linalg.eigh(kernel.double())
+        damping = HEURISTIC_SHARE * sigma.mean() if of.damping is None else of.damping
+        rounding = len(sigma) * torch.finfo(kernel.dtype).eps  # of a sum of outer products in the kernel's precision
+        return vectors, damped_inverse(sigma.clamp_min(0), damping, rounding)
+
     def described(self, operator: Operator) -> dict[str, Any]:
         """What an operator does, without reference to where its checkpoints stand in a trajectory."""
         described = {"operator": type(operator).__name__, **asdict(operator)}  # type: ignore[call-overload]
@@ -82,15 +94,12 @@ class Fitted:
                 described[name] = work.checkpoint_digest(value)
         return described
 
-    def asking(
-        self, query: Any, own: range, batch_size: int, term: Term, layers: Mapping[str, TrackedLayer]
-    ) -> AskedQueries:
-        """These resources with this rank's queries, of `layers`; term: any of the plan's."""
-        return AskedQueries(self, query, own, batch_size, term, layers)
-
 
 class AskedQueries:
-    """The resources of one query side: what was fitted, and some queries (see `queries.Resources`)."""
+    """The resources of one query side: what was fitted, and this rank's queries (see `queries.Resources`).
+
+    term: any of the plan's; layers: those that are scored.
+    """
 
     def __init__(
         self,
@@ -136,15 +145,10 @@ class AskedQueries:
 
     def _projected(self, of: ProjectedInverse, values: Gradients) -> Gradients:
         """R (R^T F R + damping)^-1 R^T of each query."""
-        work, lens = self.fitted.works[of.stage], self.fitted.lens(of.stage)
-        made_from = kernel_from(work, of, self.fitted.train_from(of.stage), lens, self.fitted.trains[of.stage])
-        kernel = work.units.open(kernel_unit(work, of), made_from).tensor("kernel", None, lens.device)
+        lens = self.fitted.lens(of.stage)
         probes_of = probes(of.projection, {n: layer.shape for n, layer in lens.layers.items()}, lens.dtype, lens.device)
         features_Qk = joined({n: probes_of[n].of_gradients(v) for n, v in values.items()}, of.projection)
-        sigma, vectors = torch.linalg.eigh(kernel.double())
-        damping = HEURISTIC_SHARE * sigma.mean() if of.damping is None else of.damping
-        rounding = len(sigma) * torch.finfo(kernel.dtype).eps  # of a sum of outer products in the kernel's precision
-        inverse = damped_inverse(sigma.clamp_min(0), damping, rounding)
+        vectors, inverse = self.fitted.kernel(of)
         solved = (features_Qk.double() @ vectors * inverse) @ vectors.mT
         own = parted(solved.to(lens.dtype), probes_of, of.projection)
         return {name: probe.gradients(own[name]) for name, probe in probes_of.items()}

@@ -17,9 +17,9 @@ from .data import Batch, Collate, batches
 from .errors import MethodError
 from .lens import Lens
 from .plans import IterativeInverse
+from .queries import Gradients
 from .ranks import is_sharded
 
-Gradients = dict[str, Tensor]
 _AT_ONCE = 8  # queries that are differentiated together: each keeps the batch's activations
 _POWER_ITERATIONS = 10
 _HOPELESS = 5.0  # a residual above this is divergence; noise of small batches and few steps leave up to about 1

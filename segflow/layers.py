@@ -60,6 +60,12 @@ class TrackedLayer:
         return parts * outputs * inputs
 
     @property
+    def parameter_names(self) -> list[str]:
+        """The model's names of the weight, and of the bias if it is attributed."""
+        prefix = f"{self.name}." if self.name else ""
+        return [f"{prefix}weight", f"{prefix}bias"] if self.has_bias else [f"{prefix}weight"]
+
+    @property
     def parameters(self) -> list[Tensor]:
         """The weight, and the bias if it is attributed."""
         names = ("weight", "bias") if self.has_bias else ("weight",)

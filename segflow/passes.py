@@ -5,7 +5,7 @@ Axes: P parts, O outputs, I inputs of a layer, B examples, k features of a proje
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from .kronecker import Covariance, Eigenbasis, add_squared_projections_
 from .layers import Tokens, TrackedLayer
 from .lens import FiniteWatch, Lens
 from .plans import Projection
-from .projection import joined, probes
+from .projection import Probes, joined, probes
 from .ranks import Ranks
 from .task import attention_mask
 
@@ -98,22 +98,13 @@ def projected_kernel(lens: Lens, data: Iterable[Batch], projection: Projection, 
     shapes = {name: layer.shape for name, layer in lens.layers.items()}
     probes_of = probes(projection, shapes, lens.dtype, lens.device)
     watch = FiniteWatch(f"projected gradients, {where}")
-    found: dict[str, Tensor] = {}
     k = projection.dimension or sum(probe.features for probe in probes_of.values())
     total = torch.zeros(k, k, dtype=lens.dtype, device=lens.device)
     examples = torch.zeros((), dtype=torch.float64, device=lens.device)
-    for batch in data:
-        found.clear()
-
-        def consume(layer: TrackedLayer, tokens: Tokens) -> None:
-            found[layer.name] = probes_of[layer.name].of_tokens(tokens)
-
-        lens.capture(batch, consume, watch)
-        if not batch.idle:
-            filled = {n: found.get(n, total.new_zeros(batch.size, probe.features)) for n, probe in probes_of.items()}
-            features_Bk = joined(filled, projection)
-            total.addmm_(features_Bk.mT, features_Bk)
-            examples += batch.size
+    for batch, found in _projected(lens, data, probes_of, watch):
+        features_Bk = joined(found, projection)
+        total.addmm_(features_Bk.mT, features_Bk)
+        examples += batch.size
     watch.finish(lens.layers, ranks)
     return _means({"kernel": total}, examples, "projected gradients", watch, ranks)
 
@@ -124,6 +115,20 @@ def sketches(lens: Lens, data: Iterable[Batch], projection: Projection, ranks: R
     probes_of = probes(projection, shapes, lens.dtype, lens.device)
     watch = FiniteWatch(f"sketches of gradients, {where}")
     own: dict[int, dict[str, list[float]]] = {}
+    for batch, found in _projected(lens, data, probes_of, watch):
+        rows = {name: part.cpu().double().tolist() for name, part in found.items()}
+        own |= {example: {n: rows[n][place] for n in rows} for place, example in enumerate(batch.examples)}
+    watch.finish(lens.layers, ranks)
+    every = {example: rows for of_rank in ranks.gather(own) for example, rows in of_rank.items()}
+    return {
+        name: torch.tensor([every[example][name] for example in sorted(every)], dtype=torch.float64) for name in shapes
+    }
+
+
+def _projected(
+    lens: Lens, data: Iterable[Batch], probes_of: Mapping[str, Probes], watch: FiniteWatch
+) -> Iterator[tuple[Batch, dict[str, Tensor]]]:
+    """Each batch that counts, with the features [B, k] of every layer; zeros where its loss does not reach a layer."""
     for batch in data:
         found: dict[str, Tensor] = {}
 
@@ -131,16 +136,9 @@ def sketches(lens: Lens, data: Iterable[Batch], projection: Projection, ranks: R
             found[layer.name] = probes_of[layer.name].of_tokens(tokens)
 
         lens.capture(batch, consume, watch)
-        rows = {name: part.cpu().double().tolist() for name, part in found.items()}
         if not batch.idle:
-            own |= {example: {n: rows[n][place] for n in rows} for place, example in enumerate(batch.examples)}
-    watch.finish(lens.layers, ranks)
-    every = {example: rows for of_rank in ranks.gather(own) for example, rows in of_rank.items()}
-    none = {name: [0.0] * probe.features for name, probe in probes_of.items()}
-    return {
-        name: torch.tensor([every[e].get(name, none[name]) for e in sorted(every)], dtype=torch.float64)
-        for name in shapes
-    }
+            none = torch.zeros((), dtype=lens.dtype, device=lens.device)
+            yield batch, {n: found.get(n, none.expand(batch.size, of.features)) for n, of in probes_of.items()}
 
 
 def _zeros(lens: Lens) -> dict[str, Tensor]:

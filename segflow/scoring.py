@@ -23,7 +23,7 @@ from torch.utils.data import Subset
 from .data import dataset_fingerprint, digest, in_order
 from .errors import ScoreError
 from .files import Tensors
-from .fitted import Fitted
+from .fitted import AskedQueries, Fitted
 from .groups import Groups, Tile, shares, tiles
 from .kronecker import weighted_mean
 from .plans import Plan, Point, Term
@@ -119,7 +119,7 @@ class _Stage:
             tuple(map(len, blocks)),
             [dataset_fingerprint(Subset(query, block), "query", ranks, work.progress) for block in blocks],
         )
-        queries = self.resources.asking(query, own, self.asked.batch_size, self.plan[0], self.lens.layers)
+        queries = AskedQueries(self.resources, query, own, self.asked.batch_size, self.plan[0], self.lens.layers)
         parts: dict[int, Tensor] = {}
         for place, found in QuerySide(self.plan, queries).walk():
             term = self.plan[place]

@@ -78,7 +78,7 @@ def _agreed(stages: Sequence[tuple[LayerChoice, dict[str, int]]]) -> list[tuple[
         for name, layer in choice.tracked.items():
             if name in bare and layer.has_bias:
                 tracked[name] = replace(layer, has_bias=False)
-                skipped[f"{name}.bias" if name else "bias"] = "another stage did not train it as it trained the weight"
+                skipped[layer.parameter_names[1]] = "another stage did not train it as it trained the weight"
         found.append((LayerChoice(tracked, skipped), groups))
     return found
 

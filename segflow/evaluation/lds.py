@@ -12,17 +12,22 @@ from ..scores import Scores
 
 
 @dataclass(frozen=True)
-class LinearDatamodelingScore:
-    """Spearman correlations over subsets, one for each query, with the mean and its bootstrap interval.
-
-    per_query: [Q]; mean: over queries; low, high: the interval of `confidence`, from resampling subsets and queries.
-    """
+class _Estimate:
+    """per_query: [Q]; mean: over queries; low, high: the interval of `confidence`, from resampling."""
 
     per_query: np.ndarray
     mean: float
     low: float
     high: float
     confidence: float
+
+
+@dataclass(frozen=True)
+class LinearDatamodelingScore(_Estimate):
+    """Spearman correlations over subsets, one for each query, with the mean and its bootstrap interval.
+
+    per_query: [Q]; mean: over queries; low, high: the interval of `confidence`, from resampling subsets and queries.
+    """
 
     def __str__(self) -> str:
         return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}]"
@@ -63,18 +68,12 @@ def linear_datamodeling_score(
 
 
 @dataclass(frozen=True)
-class LinearDatamodelingDifference:
+class LinearDatamodelingDifference(_Estimate):
     """By how much the first linear datamodeling score exceeds the second, with its paired bootstrap interval.
 
     per_query: [Q]; mean: over queries; low, high: the interval of `confidence`. One that excludes 0 says that the two
     differ by more than the choice of subsets and queries explains.
     """
-
-    per_query: np.ndarray
-    mean: float
-    low: float
-    high: float
-    confidence: float
 
     def __str__(self) -> str:
         return f"{self.mean:+.3f} [{self.low:+.3f}, {self.high:+.3f}]"
