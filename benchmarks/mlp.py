@@ -26,7 +26,7 @@ from torch import Tensor
 
 from segflow.capture import observing
 from segflow.data import batches, in_order
-from segflow.groups import Groups, shares, tiles
+from segflow.groups import Groups
 from segflow.kronecker import Eigenbasis, eigenvectors, mean_over
 from segflow.layers import choose_layers
 from segflow.lens import make_lens
@@ -34,6 +34,7 @@ from segflow.passes import corrected_eigenvalues, covariances
 from segflow.queries import Gradients, query_gradients
 from segflow.ranks import Ranks
 from segflow.tasks import Classification
+from segflow.tiling import shares, tiles
 from segflow.trainside import MetQueries, TrainSide, tile_scores
 
 HERE = Path(__file__).parent

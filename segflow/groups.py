@@ -1,18 +1,19 @@
-"""Groups: partitions of the training set, and batches that keep a group together."""
+"""Groups: partitions of the training set."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any
 
 import numpy as np
+import torch
 
+from .clustering import KMeans, cluster
 from .errors import GroupError
-from .ranks import balanced
-
-_PADDING = 1.5  # a batch's largest piece times its pieces may exceed its examples by this factor
+from .ranks import current
+from .whitening import feature_rows
 
 
 @dataclass(frozen=True)
@@ -121,19 +122,71 @@ class Groups:
         return cls.from_lists([np.sort(shuffled[start : start + size]) for start in range(0, length, size)], length)
 
     @classmethod
-    def by(cls, labels: Iterable[object]) -> Groups:
-        """One group for each distinct label (class, source, annotator, ...), given one label for each example."""
-        try:
-            plain = [label.item() if hasattr(label, "item") else label for label in labels]
-            distinct = sorted(set(plain), key=lambda label: (str(type(label)), label))  # type: ignore[arg-type, return-value]
-        except (TypeError, ValueError, RuntimeError) as problem:  # unhashable, unordered, or an array
-            raise GroupError(f"a label cannot name a group ({problem}). Expected numbers or strings.") from problem
-        if any(isinstance(label, float) and math.isnan(label) for label in distinct):
-            raise GroupError("a label is NaN, which equals nothing. Give such examples a label of their own.")
-        place = {label: index for index, label in enumerate(distinct)}
-        of = np.array([place[label] for label in plain], dtype=np.int64)
-        order, ends = np.argsort(of, kind="stable"), np.cumsum(np.bincount(of, minlength=len(distinct)))
-        return cls.from_lists(np.split(order, ends[:-1]) if distinct else [], len(plain), distinct)
+    def by(cls, *columns: Iterable[object]) -> Groups:
+        """One group for each distinct label (class, source, annotator, ...), given one label for each example.
+
+        Of several columns, one group for each combination that is there, called "a / b".
+
+        Example:
+            >>> Groups.by(["web", "book", "web"], [0, 1, 1]).labels
+            ('book / 1', 'web / 0', 'web / 1')
+        """
+        distinct, of_CN = _coded(columns)
+        combined, of_N = np.unique(of_CN, axis=1, return_inverse=True)
+        names = [
+            " / ".join(str(distinct[column][code]) for column, code in enumerate(codes))
+            for codes in combined.T.tolist()
+        ]
+        return cls.from_lists(_members(of_N.reshape(-1), len(names)), of_CN.shape[1], names)
+
+    @classmethod
+    def kmeans(
+        cls,
+        features: Any,
+        *,
+        size: int | None = None,
+        count: int | None = None,
+        whiten: str = "full",
+        max_size: int | None = None,
+        seed: int = 0,
+        tolerance: float = 1e-3,
+        iterations: int = 60,
+        memory: int = 1 << 30,
+    ) -> Groups:
+        """Clusters of like examples, by k-means on features (Ley et al. 2024, arXiv 2410.09940).
+
+        Under several processes the first one clusters and the others receive its groups.
+
+        Args:
+            features: [N, ...], a tensor, array or np.memmap with a row for each example, as from
+                `Analyzer.features`; rows are flattened.
+            size: examples in a group on average; or count: how many groups. Give one of them. Fewer groups come out
+                where fewer rows are distinct; at one example a group all are singletons.
+            whiten: "full" gives all directions in which the features vary the same weight (with nearly as many
+                features as examples this leaves nothing to tell them apart), "scale" all features, "none" leaves
+                them as they are.
+            max_size: no group exceeds it; there are more groups where this needs them.
+            seed: of the first centres.
+            tolerance, iterations: ends when centres move by less than this share of the variance, or after so many
+                steps.
+            memory: bytes for the whitened features; beyond it mini-batches are read.
+
+        Raises:
+            GroupError: features are not finite numbers [N, ...], or options make no sense.
+
+        Example:
+            >>> Groups.kmeans(np.arange(6.0)[:, None] // 2, size=2)
+            Groups(3 groups of 2 to 2 examples, 6 of 6 examples)
+        """
+        rows_ND = feature_rows(features)
+        how = KMeans(max_size, seed, tolerance, iterations, memory)
+        number = _count(len(rows_ND), size, count)
+        ranks = current()
+        with ranks.together("k-means"):
+            own = torch.from_numpy(cluster(rows_ND, number, whiten, how)) if ranks.main else None
+            of_N = ranks.broadcast(own).numpy()
+        members = _members(of_N, int(of_N.max()) + 1)
+        return cls.from_lists(members, len(of_N), [f"cluster {place}" for place in range(len(members))])
 
 
 def check_groups(groups: object, length: int) -> None:
@@ -157,85 +210,40 @@ def _indices(given: Sequence[int] | np.ndarray) -> np.ndarray:
     return array.astype(np.int64)
 
 
-class GroupBatch(NamedTuple):
-    """Examples of consecutive pieces of a tile, piece after piece.
-
-    examples: their indices; sizes: how many belong to each piece; first: the first piece's place in the tile.
-    """
-
-    examples: np.ndarray
-    sizes: tuple[int, ...]
-    first: int
-
-
-class Tile(NamedTuple):
-    """Pieces whose summed gradients are held at once: each one's group, and the batches that walk their examples."""
-
-    groups: np.ndarray
-    batches: tuple[GroupBatch, ...]
-
-
-class Piece(NamedTuple):
-    """Examples of one group that stay together: the whole group, or a part of one that is large."""
-
-    group: int
-    members: np.ndarray
+def _coded(columns: Sequence[Iterable[object]]) -> tuple[list[list[object]], np.ndarray]:
+    """Each column's distinct labels in order, and the place of each example's label among them, [columns, N]."""
+    if not columns:
+        raise GroupError("no column of labels was given. Expected one label for each example.")
+    distinct, codes = [], []
+    for column in columns:
+        try:
+            plain = [label.item() if hasattr(label, "item") else label for label in column]
+            found = sorted(set(plain), key=lambda label: (str(type(label)), label))  # type: ignore[arg-type, return-value]
+        except (TypeError, ValueError, RuntimeError) as problem:  # unhashable, unordered, or an array
+            raise GroupError(f"a label cannot name a group ({problem}). Expected numbers or strings.") from problem
+        if any(isinstance(label, float) and math.isnan(label) for label in found):
+            raise GroupError("a label is NaN, which equals nothing. Give such examples a label of their own.")
+        place = {label: index for index, label in enumerate(found)}
+        distinct.append(found)
+        codes.append(np.array([place[label] for label in plain], dtype=np.int64))
+    lengths = [len(code) for code in codes]
+    if len(set(lengths)) > 1:
+        raise GroupError(f"the columns have {lengths} labels. Expected one label for each example in each of them.")
+    return distinct, np.stack(codes)
 
 
-def shares(groups: Groups, count: int, whole: bool = False) -> list[list[Piece]]:
-    """Deal groups out to `count` ranks, balanced by their sizes.
-
-    A group larger than a quarter of a rank's fair share is cut into even pieces, whose scores add up; one rank gets
-    whole groups, as do all if `whole`.
-    """
-    cuts = count > 1 and not whole
-    limit = max(1, int(groups.sizes.sum()) // (4 * count)) if cuts else groups.length
-    pieces = [
-        Piece(group, part)
-        for group, members in enumerate(groups.members)
-        for part in ([members] if len(members) <= limit else np.array_split(members, -(-len(members) // limit)))
-    ]
-    owners = balanced([len(piece.members) for piece in pieces], count)
-    dealt: list[list[Piece]] = [[] for _ in range(count)]
-    for piece, owner in zip(pieces, owners, strict=True):
-        dealt[owner].append(piece)
-    return dealt
+def _members(of_N: np.ndarray, count: int) -> list[np.ndarray]:
+    """The examples of each group, in order, from each example's group."""
+    order, ends = np.argsort(of_N, kind="stable"), np.cumsum(np.bincount(of_N, minlength=count))
+    return np.split(order, ends[:-1]) if count else []
 
 
-def tiles(pieces: Sequence[Piece], batch_size: int, tile_size: int) -> list[Tile]:
-    """Plan the walk over all pieces: largest first, so that those of one batch are of nearly one size.
-
-    A piece of up to `batch_size` examples stays in one batch; a larger one is split evenly, each part a batch of its
-    own.
-    """
-    if batch_size < 1 or tile_size < 1:
-        raise GroupError(f"batch_size={batch_size}, tile_size={tile_size}: expected at least 1.")
-    order = sorted(pieces, key=lambda piece: -len(piece.members))
-    return [_tile(order[start : start + tile_size], batch_size) for start in range(0, len(order), tile_size)]
-
-
-def _tile(chosen: Sequence[Piece], batch_size: int) -> Tile:
-    walked: list[GroupBatch] = []
-    waiting: list[np.ndarray] = []  # whole groups that will share a batch
-    first = 0
-
-    def flush() -> None:
-        nonlocal first
-        if waiting:
-            walked.append(GroupBatch(np.concatenate(waiting), tuple(map(len, waiting)), first))
-        first += len(waiting)
-        waiting.clear()
-
-    for place, (_, member) in enumerate(chosen):
-        held = sum(map(len, waiting))
-        blow_up = waiting and len(waiting[0]) * (len(waiting) + 1) > _PADDING * (held + len(member))
-        if held + len(member) > batch_size or blow_up:
-            flush()
-        if len(member) > batch_size:
-            pieces = np.array_split(member, -(-len(member) // batch_size))
-            walked += [GroupBatch(piece, (len(piece),), place) for piece in pieces]
-            first = place + 1
-        else:
-            waiting.append(member)
-    flush()
-    return Tile(np.array([piece.group for piece in chosen]), tuple(walked))
+def _count(length: int, size: int | None, count: int | None) -> int:
+    """How many groups are asked for."""
+    if (size is None) == (count is None):
+        raise GroupError(f"size={size}, count={count}: give one of them, the examples in a group or how many groups.")
+    name, given = ("size", size) if count is None else ("count", count)
+    most = length if name == "count" else None
+    if isinstance(given, bool) or int(given or 0) != given or given < 1 or (most is not None and given > most):
+        raise GroupError(f"{name}={given!r}: expected a whole number of at least 1, for {length} examples.")
+    return int(given) if name == "count" else -(-length // int(given))

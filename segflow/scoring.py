@@ -24,13 +24,14 @@ from .data import dataset_fingerprint, digest, in_order
 from .errors import ScoreError
 from .files import Tensors
 from .fitted import AskedQueries, Fitted
-from .groups import Groups, Tile, shares, tiles
+from .groups import Groups
 from .kronecker import weighted_mean
 from .plans import Plan, Point, Term
 from .queries import Gradients, Queries, QuerySide, meeting
 from .ranks import Ranks
 from .representation import representation_lens
 from .task import measurement_fingerprint
+from .tiling import Tile, shares, tiles
 from .trainside import AnyLens, MetQueries, TrainSide, tile_scores
 from .units import Planned
 from .workspace import Workspace

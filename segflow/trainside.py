@@ -14,13 +14,13 @@ from einops import rearrange
 from torch import Tensor
 
 from .data import Batch
-from .groups import GroupBatch, Tile
 from .kronecker import Eigenbasis
 from .layers import Tokens, TrackedLayer
 from .lens import FiniteWatch, Lens
 from .queries import Gradients
 from .ranks import Ranks
 from .representation import FeatureLayer, RepresentationLens
+from .tiling import GroupBatch, Tile
 
 AnyLens = Lens | RepresentationLens
 

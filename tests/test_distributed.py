@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import segflow as sf
-from segflow.groups import shares
 from segflow.ranks import current
+from segflow.tiling import shares
 
 from .gang import Failed, Gang
 from .helpers import ConvNet, analyzer_of, images, mlp, perturbed_states, trajectory_of, vectors

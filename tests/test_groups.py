@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import Subset, TensorDataset
 
 import segflow as sf
-from segflow.groups import GroupBatch, shares, tiles
+from segflow.tiling import GroupBatch, shares, tiles
 from segflow.layers import Tokens, TrackedLayer
 from segflow.ranks import Ranks
 from segflow.trainside import MetQueries, TrainSide
