@@ -1,10 +1,13 @@
-"""Scores: the labelled result."""
+"""Scores: the labelled result.
+
+Axis letters: Q queries, K groups, N examples.
+"""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,9 +19,11 @@ from torch import Tensor
 from .data import digest
 from .errors import ScoreError
 from .files import read_tensors, write_tensors
+from .groups import Groups
 
 FORMAT = 1
 _KINDS = ("by_term", "by_layer", "by_run")
+_NOT_SUMS = ("GradientCosine",)  # methods whose group scores are not sums of their members'
 
 
 class Ranked(NamedTuple):
@@ -82,19 +87,94 @@ class Scores:
 
         An ensemble's spread is that of the sums, known only where `by_run` was kept.
         """
+        summed = self._mapped(lambda part: part.sum(0, keepdim=True))
+        return replace(self, query_labels=("all queries",), **summed, spread=_spread(summed["by_run"]))
 
-        def summed(parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
-            return {name: part.sum(0, keepdim=True) for name, part in parts.items()}
+    def by_example(self, groups: Groups) -> Scores:
+        """The scores of single examples [Q, N]: each gets its group's score divided by the group's size.
 
+        How methods that score groups are compared on tasks about examples, such as finding wrong labels. Parts and
+        spread are divided alike.
+
+        Args:
+            groups: the groups that were scored; they must cover all N examples.
+
+        Raises:
+            ScoreError: the groups are others than those of the scores, or leave examples out.
+
+        Example:
+            >>> groups = Groups.from_lists([[0, 2], [1]], length=3)
+            >>> Scores(torch.tensor([[6.0, 5.0]]), ("q",), groups.labels, (2, 1)).by_example(groups).values
+            tensor([[3., 5., 3.]])
+        """
+        self._check_scored(groups, "by_example: groups")
+        of_N = torch.from_numpy(groups.membership()).to(self.values.device)
+        missed = torch.nonzero(of_N < 0).flatten().tolist()
+        if missed:
+            raise ScoreError(
+                f"by_example: the groups leave out {len(missed)} of {groups.length} examples, the first is "
+                f"{missed[0]}, which have no score. Score groups that cover all examples."
+            )
+        sizes_N = torch.tensor(self.group_sizes, device=of_N.device)[of_N]
         return replace(
             self,
-            values=self.values.sum(0, keepdim=True),
-            query_labels=("all queries",),
-            spread=torch.stack(list(summed(self.by_run).values())).std(0) if len(self.by_run) > 1 else None,
-            by_term=summed(self.by_term),
-            by_layer=summed(self.by_layer),
-            by_run=summed(self.by_run),
+            **self._mapped(lambda part: part[:, of_N] / sizes_N),
+            group_labels=tuple(map(str, range(groups.length))),
+            group_sizes=(1,) * groups.length,
+            provenance={**self.provenance, "shared_out_from": f"{len(groups)} groups"},
+            spread=None if self.spread is None else self.spread[:, of_N] / sizes_N,
         )
+
+    def rolled_up(self, fine: Groups, coarse: Groups) -> Scores:
+        """The scores of coarser groups: those of the finer groups within each, added up in float64.
+
+        An ensemble's spread is that of the sums, known only where `by_run` was kept.
+
+        Args:
+            fine: the groups that were scored. coarse: groups of the same examples; each finer one lies within one.
+
+        Raises:
+            ScoreError: `fine` are not the scores' groups, a finer group does not lie within one coarser group, the two
+                are not about the same examples, or the method's scores do not add up.
+
+        Example:
+            >>> fine, coarse = Groups.singletons(3), Groups.from_lists([[0, 2], [1]], length=3)
+            >>> Scores(torch.tensor([[1.0, 5.0, 2.0]]), ("q",), fine.labels, (1, 1, 1)).rolled_up(fine, coarse).values
+            tensor([[3., 5.]])
+        """
+        self._check_scored(fine, "rolled_up: fine")
+        method = self.provenance.get("method")
+        if method in _NOT_SUMS:
+            raise ScoreError(f"rolled_up: scores of {method} do not add up. Score the coarser groups themselves.")
+        parent_K = torch.from_numpy(_parents(fine, coarse)).to(self.values.device)
+
+        def added(part: Tensor) -> Tensor:
+            sums = part.new_zeros(len(part), len(coarse), dtype=torch.float64)
+            return sums.index_add_(1, parent_K, part.double()).to(part.dtype)
+
+        mapped = self._mapped(added)
+        return replace(
+            self,
+            **mapped,
+            group_labels=coarse.labels,
+            group_sizes=tuple(coarse.sizes.tolist()),
+            provenance={**self.provenance, "rolled_up_from": f"{len(fine)} groups"},
+            spread=_spread(mapped["by_run"]),
+        )
+
+    def _check_scored(self, groups: Groups, where: str) -> None:
+        """ScoreError unless these are the groups that were scored."""
+        own = (self.group_labels, self.group_sizes)
+        if own != (groups.labels, tuple(groups.sizes.tolist())):
+            raise ScoreError(
+                f"{where}: {groups!r}, labels {list(groups.labels[:4])}..., are not the {len(own[0])} groups of these "
+                f"scores, labels {list(own[0][:4])}..., of {sum(own[1])} examples. Give the groups that were scored."
+            )
+
+    def _mapped(self, change: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+        """Values and parts after a linear change of each; not the spread."""
+        parts = {kind: {name: change(part) for name, part in getattr(self, kind).items()} for kind in _KINDS}
+        return {"values": change(self.values), **parts}
 
     def top(self, query: int | str = 0, k: int = 10, largest: bool = True) -> list[Ranked]:
         """The k groups whose removal raises the query's measurement most (lowers it most: largest=False)."""
@@ -189,3 +269,35 @@ class Scores:
 
 def _bytes(text: str) -> Tensor:
     return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
+
+
+def _spread(by_run: Mapping[str, Tensor]) -> Tensor | None:
+    """The standard deviation over the runs, where there are some."""
+    return torch.stack(list(by_run.values())).std(0) if len(by_run) > 1 else None
+
+
+def _parents(fine: Groups, coarse: Groups) -> np.ndarray:
+    """[K]: the coarser group that each finer one lies within; ScoreError where it does not, or if examples differ."""
+    if fine.length != coarse.length:
+        raise ScoreError(
+            f"rolled_up: the finer groups are about {fine.length} examples, the coarser ones about {coarse.length}. "
+            "Give groups of one dataset."
+        )
+    of_N = coarse.membership()
+    held = of_N[np.concatenate(fine.members)]
+    starts = np.cumsum(fine.sizes) - fine.sizes
+    parents: np.ndarray = held[starts]
+    outside = np.flatnonzero(np.logical_or.reduceat(held != np.repeat(parents, fine.sizes), starts) | (parents < 0))
+    if len(outside):
+        found = sorted({coarse.labels[of] if of >= 0 else "none" for of in of_N[fine.members[outside[0]]]})
+        raise ScoreError(
+            f"rolled_up: the finer group {fine.labels[outside[0]]!r} does not lie within one coarser group: its "
+            f"examples are in {found}. Give groups that are nested."
+        )
+    lost = np.flatnonzero((of_N >= 0) & (fine.membership() < 0))
+    if len(lost):
+        raise ScoreError(
+            f"rolled_up: {len(lost)} examples of the coarser groups are in no finer group, the first is {lost[0]} (in "
+            f"{coarse.labels[of_N[lost[0]]]!r}), so a sum would lack them. Score groups that cover them."
+        )
+    return parents
