@@ -19,7 +19,7 @@ COARSE = sf.Groups.from_lists([[0, 1, 5], [2, 3, 4, 6]], 7, labels=["first", "se
 
 def _scores(groups: sf.Groups = FINE, dtype: torch.dtype = torch.float64, method: str = "Source") -> sf.Scores:
     """Two queries, with every kind of part; values are the mean of the two runs."""
-    parts = torch.randn(2, 2, len(groups), generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(dtype)
+    parts = torch.randn(2, 2, len(groups), generator=torch.Generator().manual_seed(2), dtype=torch.float64).to(dtype)
     return sf.Scores(
         parts.mean(0),
         ("p", "q"),
