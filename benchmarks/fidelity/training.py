@@ -13,7 +13,7 @@ from torch import nn
 import segflow as sf
 from segflow.evaluation import Bank, BatchedTraining, Stage, random_subsets, read_bank
 
-from .data import CACHE
+from ..downloads import CACHE
 from .rows import CHECKPOINTS, REPETITIONS, RUNS, STAGE_NAMES, SUBSETS, Row
 
 _BANK_SEED = 1000  # retrainings share no initialisation with the full runs, whose seeds are 0, 1, ...

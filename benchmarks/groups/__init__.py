@@ -1,0 +1,1 @@
+"""What groups cost and what they are good for: `python -m benchmarks.groups`."""
