@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import nn
 
 from . import checks
@@ -17,6 +18,7 @@ from .curvature import checkpoint_statistics
 from .data import Collate, dataset_length
 from .errors import ScoreError, SegflowError, TrajectoryError, check_choice
 from .factors import Fitting, Needs, check_needs, fitting_needs
+from .features import Asked, example_features
 from .fitted import Fitted
 from .groups import Groups, check_groups
 from .interrupts import orderly
@@ -24,6 +26,7 @@ from .journal import Journal, Summary
 from .labelling import RunParts, labelled
 from .methods import Cuts, Method, Source, describe
 from .plans import Plan
+from .properties import as_properties
 from .ranks import current, unwrap
 from .scores import Scores
 from .scoring import Scoring, score_parts
@@ -189,10 +192,12 @@ class Analyzer:
 
         Args:
             groups: of the stage's examples.
-            train: the training data, as given to `fit`; query: a dataset whose every example is a query.
+            train: the training data, as given to `fit`.
+            query: a dataset whose every example is a query, or properties (`segflow.properties`): numbers of the model
+                with data of their own, such as a mean loss, a soft F-measure or a fairness gap; one or a list.
             batch_size: examples in one forward and backward.
             stage: whose training data is scored, of training in several stages; by default the last one's.
-            query_labels: names for the queries; by default their indices.
+            query_labels: names for the queries; by default their indices, or the properties' names.
             keep: "term", "layer" and "run": keep the scores' parts in `by_term` (for SOURCE: by segment), `by_layer`
                 and, of an ensemble, `by_run`.
 
@@ -208,8 +213,11 @@ class Analyzer:
         batch_size, trains = _batch_size(batch_size), self._by_stage(train)
         place = self._place(stage, trains)
         check_groups(groups, self.work.run.stages[place].dataset_size)
+        properties = as_properties(query)
+        query = query if properties is None else properties
         count = dataset_length(query, "query")
-        labels = tuple(map(str, range(count) if query_labels is None else query_labels))
+        names = range(count) if properties is None else [one.name for one in properties]
+        labels = tuple(map(str, names if query_labels is None else query_labels))
         if len(labels) != count:
             raise ScoreError(f"{len(labels)} query labels for {count} queries: expected one for each.")
         found: list[RunParts] = []
@@ -221,7 +229,39 @@ class Analyzer:
                 plan = self._plan(works, place, cuts)
                 scoring = Scoring(fitted, place, plan, groups, batch_size, "layer" in keep)
                 found.append(RunParts(works, plan, cuts, score_parts(scoring, query)))
-            return labelled(found, self.method, groups, place, labels, keep)
+            return labelled(found, self.method, groups, place, labels, keep, properties is not None)
+
+    def features(
+        self,
+        train: Any,
+        of: str = "gradient",
+        *,
+        layer: str | None = None,
+        batch_size: int = 256,
+        out: str | os.PathLike[str] | None = None,
+    ) -> np.ndarray:
+        """Features of every training example at the end of training, for `Groups.kmeans`; one pass over the data.
+
+        Args:
+            train: the training data, as given to `fit`; features are of the last stage's (of an ensemble: of its
+                first run).
+            of: "gradient" of the training loss with respect to the input of a linear layer, summed over positions
+                (Ley et al. 2024, arXiv 2410.09940); "representation", that input, averaged over positions; "input",
+                what the model is given.
+            layer: a tracked layer; by default the last, whose input are the penultimate activations.
+            batch_size: examples in one forward and backward.
+            out: a .npy file to write instead, for features beyond memory; it is then opened read-only.
+
+        Returns:
+            [N, D] in single precision, in the dataset's order, the same on every rank.
+
+        Raises:
+            LayerError, TaskError: the layer or the model's input has no such features, or they are not finite.
+        """
+        batch_size, asked = _batch_size(batch_size), Asked(of, layer)
+        data = self._by_stage(train)[-1]
+        with self._stage("features", store=False, batch_size=batch_size, asked=[of, layer]):
+            return example_features(self.work, data, asked, batch_size, out)
 
     def summary(self) -> Summary:
         """What was done so far: units made and found, time and peak memory, for each stage and kind of work."""

@@ -17,6 +17,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import safetensors
 import safetensors.torch
 from safetensors import SafetensorError
@@ -55,6 +56,43 @@ def write_tensors(
     expected = sum(tensor.numel() * tensor.element_size() for tensor in own.values())
     _commit(path, lambda partial: safetensors.torch.save_file(own, partial, metadata), expected, error)
     return {"bytes": path.stat().st_size, "sha256": file_digest(path, error)}
+
+
+@contextmanager
+def writing_array(
+    path: Path, dtype: np.dtype[Any], shape: tuple[int, ...], error: type[SegflowError] = StoreError
+) -> Iterator[Callable[[np.ndarray], None]]:
+    """Write a NumPy file of rows that come a few at a time, atomically: `path` appears once all are there."""
+    partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}{PARTIAL}")
+    size = dtype.itemsize * int(np.prod(shape))
+
+    @contextmanager
+    def told() -> Iterator[None]:
+        try:
+            yield
+        except OSError as problem:
+            raise error(_reason(path, size, problem)) from problem
+
+    def write(rows: np.ndarray) -> None:
+        with told():
+            file.write(np.ascontiguousarray(rows, dtype).tobytes())
+
+    try:
+        with told():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = open(partial, "wb")  # noqa: SIM115
+        with file:
+            header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+            np.lib.format.write_array_header_2_0(file, header)
+            yield write
+        with told():
+            _flush(partial)
+            os.replace(partial, path)
+            _flush(path.parent)
+    except BaseException:
+        with suppress(OSError):
+            partial.unlink()
+        raise
 
 
 def append_line(path: Path, content: Mapping[str, Any]) -> None:

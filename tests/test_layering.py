@@ -47,6 +47,7 @@ HOUSE = [
     "curvature",
     "factors",
     "representation",
+    "features",
     "queries",
     "iteration",
     "fitted",
