@@ -4,7 +4,7 @@ SOURCE (influence followed back through training, Bae et al. 2024) on EK-FAC cur
 (GGDA, Ley et al. 2024), with the optimizer that trained the model.
 """
 
-from . import evaluation, tasks
+from . import evaluation, properties, tasks
 from .analyzer import Analyzer
 from .baselines import (
     TRAK,
@@ -65,6 +65,7 @@ __all__ = [
     "Trajectory",
     "TrajectoryError",
     "evaluation",
+    "properties",
     "record",
     "tasks",
 ]

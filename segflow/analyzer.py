@@ -26,7 +26,7 @@ from .journal import Journal, Summary
 from .labelling import RunParts, labelled
 from .methods import Cuts, Method, Source, describe
 from .plans import Plan
-from .properties import as_properties
+from .property import as_properties
 from .ranks import current, unwrap
 from .scores import Scores
 from .scoring import Scoring, score_parts

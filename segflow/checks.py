@@ -18,10 +18,13 @@ from .lens import FiniteWatch, Lens
 from .passes import covariances
 from .plans import Point
 from .progress import track
+from .property import as_properties
+from .propertyside import property_gradient
 from .ranks import Ranks, is_sharded
 from .task import defines_output
 from .workspace import Workspace
 
+_FEW = 16  # examples of a batch
 _DIRECTIONS = 8  # random directions along which curvatures are compared
 _DRAWS = 64  # sampled losses for each batch
 _SURE = 3.0  # standard errors
@@ -78,7 +81,10 @@ def check_stage(work: Workspace, train: Any, query: Any | None) -> CurvatureScal
     work.load(work.last)
     lens = work.lens("train", train)
     _check_loss(work, lens, train)
-    if query is not None:
+    properties = as_properties(query)
+    for one in properties or ():
+        property_gradient(work, lens.layers, one, work.where(work.last), _FEW)
+    if query is not None and properties is None:
         dataset_length(query, "query")
         _check_loss(work, work.lens("measurement", query), query)
     if defines_output(work.task):
@@ -89,7 +95,7 @@ def check_stage(work: Workspace, train: Any, query: Any | None) -> CurvatureScal
     return curvature_scale(lens, sample, next(_few(work, train)))
 
 
-def _few(work: Workspace, dataset: Any, size: int = 16) -> Iterator[Batch]:
+def _few(work: Workspace, dataset: Any, size: int = _FEW) -> Iterator[Batch]:
     device = next(work.model.parameters()).device
     lists = in_order(min(len(dataset), 4 * size), size)
     return batches(dataset, lists, work.collate_fn, device)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any, NamedTuple
 
@@ -48,14 +48,21 @@ def batches(
 ) -> Iterator[Batch]:
     """Yield one collated batch on `device` for each list of example indices, in that order; then `idle` idle ones."""
     lists = [np.asarray(indices).tolist() for indices in index_lists] + [[0]] * idle
-    loader = DataLoader(
+    contents = _contents(dataset, lists, collate_fn)
+    for number, (indices, content) in enumerate(zip(lists, contents, strict=True)):
+        yield Batch(indices, to_device(content, device), number >= len(index_lists))
+
+
+def _contents(dataset: Any, lists: list[list[int]], collate_fn: Collate | None) -> Iterable[Any]:
+    """What the collate function makes of each list of examples; of a plain TensorDataset without a call for each."""
+    if type(dataset) is TensorDataset and collate_fn is None:
+        return ([tensor[indices] for tensor in dataset.tensors] for indices in lists)
+    return DataLoader(
         dataset,
         batch_sampler=lists,  # type: ignore[arg-type]
         collate_fn=collate_fn,
         generator=torch.Generator(),
     )
-    for number, (indices, content) in enumerate(zip(lists, loader, strict=True)):
-        yield Batch(indices, to_device(content, device), number >= len(index_lists))
 
 
 def in_order(length: int, batch_size: int) -> list[range]:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .curvature import StoredCurvature, kernel_from, kernel_unit, preconditioner_blocks, preconditioner_from
 from .data import in_order
+from .errors import MethodError
 from .iteration import lissa
 from .kronecker import PreconditionerBlock
 from .layers import TrackedLayer
@@ -32,6 +33,8 @@ from .plans import (
     projected,
 )
 from .projection import joined, parted, probes
+from .property import Property, as_properties
+from .propertyside import property_gradient
 from .queries import Gradients, Queries, query_gradients
 from .representation import representation_lens
 from .spectra import damped_inverse
@@ -98,20 +101,22 @@ class Fitted:
 class AskedQueries:
     """The resources of one query side: what was fitted, and this rank's queries (see `queries.Resources`).
 
-    term: any of the plan's; layers: those that are scored.
+    query: a dataset, or properties; whole: which of them are asked for on all ranks, own: on this one; term: any of the
+    plan's; layers: those that are scored.
     """
 
     def __init__(
         self,
         fitted: Fitted,
         query: Any,
+        whole: range,
         own: range,
         batch_size: int,
         term: Term,
         layers: Mapping[str, TrackedLayer],
     ):
         self.fitted, self.query, self.term, self.layers = fitted, query, term, layers
-        self.lists = [own[part.start : part.stop] for part in in_order(len(own), batch_size)]
+        self.whole, self.own, self.batch_size = whole, own, batch_size
         self.curvature, self.preconditioner = fitted.curvature, fitted.preconditioner
         self.gradients = lru_cache(1)(self._gradients)
 
@@ -120,8 +125,12 @@ class AskedQueries:
         work = self.fitted.works[-1]
         where = work.where(point)
         work.load(point)
+        properties = as_properties(self.query)
+        if properties is not None:
+            return self._of_properties([properties[place] for place in self.whole], where)
         lens = work.lens("measurement", self.query, self.layers)
-        data = work.walk(lens, self.query, self.lists, f"queries, {where}")
+        lists = [self.own[part.start : part.stop] for part in in_order(len(self.own), self.batch_size)]
+        data = work.walk(lens, self.query, lists, f"queries, {where}")
         if self.term.side == "representation":
             seen = representation_lens(lens, self.term.layer or list(self.layers)[-1], self.term.normalized)
             return Queries(query_gradients(seen, data, {}, work.ranks, where), None)
@@ -129,6 +138,20 @@ class AskedQueries:
         fits = blocks is not None and blocks.fits
         bases = {name: block.basis for name, block in blocks.items() if block.basis} if blocks and fits else {}
         return Queries(query_gradients(lens, data, bases, work.ranks, where), basis if fits else None)
+
+    def _of_properties(self, asked: Sequence[Property], where: str) -> Queries:
+        """All ranks work on each property; each keeps its own ones' gradients, in no basis."""
+        if self.term.side == "representation":
+            raise MethodError(
+                "a property has a gradient, but no representation. Use GradientDot or another method of gradients."
+            )
+        kept: dict[str, list[Tensor]] = {name: [] for name in self.layers}
+        work = self.fitted.works[-1]
+        for place, one in zip(self.whole, asked, strict=True):
+            found = property_gradient(work, self.layers, one, where, self.batch_size)
+            for name, gradient in found.items() if place in self.own else ():
+                kept[name].append(gradient)
+        return Queries({n: torch.stack(parts) if parts else found[n][None][:0] for n, parts in kept.items()}, None)
 
     def parameter_group(self, stage: int, layer: str) -> int | None:
         """The layer's parameter group in a stage; None if the stage did not train it."""

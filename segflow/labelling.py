@@ -35,8 +35,9 @@ def labelled(
     stage: int,
     labels: tuple[str, ...],
     keep: Collection[str],
+    of_properties: bool = False,
 ) -> Scores:
-    """The mean over the runs, with the parts that are to be kept."""
+    """The mean over the runs, with the parts that are to be kept; of_properties: the queries are such."""
     first = runs[0]
     work = first.works[stage]
     terms = [term.label for term in first.plan]
@@ -55,7 +56,7 @@ def labelled(
         labels,
         groups.labels,
         tuple(groups.sizes.tolist()),
-        _provenance(runs, method, stage),
+        _provenance(runs, method, stage, of_properties),
         dict(zip(terms, by_term, strict=True)) if "term" in keep else {},
         dict(zip(layers, by_layer, strict=True)) if "layer" in keep else {},
         {f"run {number}": part for number, part in enumerate(values_RQK, start=1)} if "run" in keep else {},
@@ -70,7 +71,7 @@ def _parts_of(run: RunParts, work: Workspace) -> list[str]:
     return [term.layer or tracked[-1]] if term.side == "representation" else tracked
 
 
-def _provenance(runs: Sequence[RunParts], method: Method, stage: int) -> dict[str, Any]:
+def _provenance(runs: Sequence[RunParts], method: Method, stage: int, of_properties: bool) -> dict[str, Any]:
     first = runs[0]
     work, last = first.works[stage], first.works[-1]
     found = {
@@ -81,7 +82,7 @@ def _provenance(runs: Sequence[RunParts], method: Method, stage: int) -> dict[st
         "seed": work.seed,
         "not_attributed": dict(work.layers.skipped),
         "task": {key: task_fingerprint(work.task)[key] for key in ("class", "options")},
-        "measurement": str(getattr(last.task, "measurement", "compute_measurement")),
+        "measurement": "properties" if of_properties else str(getattr(last.task, "measurement", "compute_measurement")),
         "segflow": metadata.version("segflow"),
     }
     if len(first.works) > 1:

@@ -59,7 +59,9 @@ def query_gradients(
             if len(pieces[name]) == before[name] and not batch.idle:  # the measurement does not depend on the layer
                 pieces[name].append(none(layer, batch.size))
     watch.finish(lens.axes, ranks)
-    return {name: torch.cat(parts) if parts else none(lens.layers[name], 0) for name, parts in pieces.items()}
+    for name, parts in pieces.items():
+        pieces[name] = parts or [none(lens.layers[name], 0)]
+    return {name: parts[0] if len(parts) == 1 else torch.cat(parts) for name, parts in pieces.items()}
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,8 @@ from .fitted import AskedQueries, Fitted
 from .groups import Groups
 from .kronecker import weighted_mean
 from .plans import Plan, Point, Term
+from .property import as_properties
+from .propertyside import property_fingerprint
 from .queries import Gradients, Queries, QuerySide, meeting
 from .ranks import Ranks
 from .representation import representation_lens
@@ -113,20 +115,28 @@ class _Stage:
 
     def run(self, query: Any, blocks: Sequence[range]) -> Tensor:
         """Scores [T, L, Q, K] of these queries: one block for each rank, or one block that all ranks share."""
-        work, ranks = self.work, self.work.ranks
+        ranks = self.work.ranks
         rows = blocks if len(blocks) > 1 else _split(blocks[0], ranks.count)
         own = rows[ranks.index] if ranks.index < len(rows) else range(0)
         asked = _Asked(
             tuple(map(len, blocks)),
-            [dataset_fingerprint(Subset(query, block), "query", ranks, work.progress) for block in blocks],
+            [self._identified(query, block) for block in blocks],
         )
-        queries = AskedQueries(self.resources, query, own, self.asked.batch_size, self.plan[0], self.lens.layers)
+        whole = range(blocks[0].start, blocks[-1].stop)
+        queries = AskedQueries(self.resources, query, whole, own, self.asked.batch_size, self.plan[0], self.lens.layers)
         parts: dict[int, Tensor] = {}
         for place, found in QuerySide(self.plan, queries).walk():
             term = self.plan[place]
             met = self._met(found, asked, len(term.train))
             parts[place] = self._term(term, met, asked, queries.units(term))
         return torch.stack([parts[place] for place in range(len(self.plan))])
+
+    def _identified(self, query: Any, block: range) -> dict[str, Any]:
+        """What identifies a block of queries."""
+        properties, last = as_properties(query), self.asked.fitted.works[-1]
+        if properties is None:
+            return dataset_fingerprint(Subset(query, block), "query", self.work.ranks, self.work.progress)
+        return {"properties": [property_fingerprint(properties[place], last) for place in block]}
 
     def _met(self, queries: Queries, asked: _Asked, points: int) -> MetQueries:
         """The query side where training gradients will meet it; one block becomes known to every rank."""

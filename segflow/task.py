@@ -105,32 +105,34 @@ def attention_mask(task: Any, batch: Any) -> Tensor | Mapping[str, Tensor] | Non
 def task_fingerprint(task: Any) -> dict[str, Any]:
     """The task's class, plain-valued attributes and training loss's compiled code: what tells apart fitted factors."""
     ignored = getattr(task, "measurement_options", ())
-    options = {name: value for name, value in _options(task).items() if name not in ignored}
+    options = {name: value for name, value in plain_options(task).items() if name not in ignored}
     return {
         "class": type(task).__qualname__,
         "options": options,
-        "code": _code_digest(task, "compute_train_loss", "get_attention_mask"),
+        "code": code_digest(task, "compute_train_loss", "get_attention_mask"),
     }
 
 
 def output_fingerprint(task: Any) -> dict[str, Any]:
     """What tells apart kernels of the task's output function."""
-    return {"options": _options(task), "code": _code_digest(task, "compute_output")}
+    return {"options": plain_options(task), "code": code_digest(task, "compute_output")}
 
 
 def measurement_fingerprint(task: Any) -> dict[str, Any]:
     """The task's plain-valued attributes and measurement's compiled code: what tells apart scores."""
-    return {"options": _options(task), "code": _code_digest(task, "compute_measurement")}
+    return {"options": plain_options(task), "code": code_digest(task, "compute_measurement")}
 
 
-def _options(task: Any) -> dict[str, str]:
+def plain_options(task: Any) -> dict[str, str]:
+    """An object's plain-valued attributes."""
     plain = (bool, int, float, str, type(None), list, tuple)
     return {
         key: repr(value) for key, value in sorted(getattr(task, "__dict__", {}).items()) if isinstance(value, plain)
     }
 
 
-def _code_digest(task: Any, *methods: str) -> str:
+def code_digest(task: Any, *methods: str) -> str:
+    """A digest of some methods' compiled code."""
     sha = hashlib.sha256()
     for name in methods:
         code = getattr(getattr(type(task), name, None), "__code__", None)

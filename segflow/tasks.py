@@ -13,7 +13,8 @@ from .errors import TaskError, check_choice
 from .task import Task
 
 
-def _inputs_and_targets(batch: Any, inputs: str, targets: str) -> tuple[Any, Tensor]:
+def inputs_and_targets(batch: Any, inputs: str, targets: str) -> tuple[Any, Tensor]:
+    """A batch's two sides: of a pair, or of a mapping by its keys; TaskError for anything else."""
     if isinstance(batch, Mapping):
         missing = [name for name in (inputs, targets) if name not in batch]
         if missing:
@@ -24,6 +25,12 @@ def _inputs_and_targets(batch: Any, inputs: str, targets: str) -> tuple[Any, Ten
             f"expected a batch (inputs, targets) or a mapping, found {type(batch).__name__}. Derive a Task of your own."
         )
     return batch[0], batch[1]
+
+
+def margins(logits: Tensor, labels: Tensor) -> Tensor:
+    """[B]: log p - log(1 - p) of the true class, from logits [B, C] and labels [B]."""
+    others = logits.scatter(-1, labels[:, None], -torch.inf).logsumexp(-1)
+    return logits.gather(-1, labels[:, None]).squeeze(-1) - others
 
 
 def _tensor(output: Any, task: str) -> Tensor:
@@ -53,7 +60,7 @@ class Classification(Task):
         self.measurement, self.inputs, self.targets = measurement, inputs, targets
 
     def _logits(self, batch: Any, model: nn.Module) -> tuple[Tensor, Tensor]:
-        inputs, labels = _inputs_and_targets(batch, self.inputs, self.targets)
+        inputs, labels = inputs_and_targets(batch, self.inputs, self.targets)
         logits = _tensor(model(inputs), "Classification")
         if logits.ndim != 2 or labels.shape != logits.shape[:1]:
             raise TaskError(
@@ -81,9 +88,7 @@ class Classification(Task):
 
     def compute_output(self, batch: Any, model: nn.Module) -> Tensor:
         """The margin log p - log(1 - p) of the true class summed over the batch: TRAK's output function."""
-        logits, labels = self._logits(batch, model)
-        others = logits.scatter(-1, labels[:, None], -torch.inf).logsumexp(-1)
-        return (logits.gather(-1, labels[:, None]).squeeze(-1) - others).sum()
+        return margins(*self._logits(batch, model)).sum()
 
 
 class Regression(Task):
@@ -117,7 +122,7 @@ class Regression(Task):
         self.inputs, self.targets = inputs, targets
 
     def _predictions(self, batch: Any, model: nn.Module) -> tuple[Tensor, Tensor, float]:
-        inputs, targets = _inputs_and_targets(batch, self.inputs, self.targets)
+        inputs, targets = inputs_and_targets(batch, self.inputs, self.targets)
         predictions = _tensor(model(inputs), "Regression")
         if predictions.shape == (*targets.shape, 1):
             targets = targets[..., None]

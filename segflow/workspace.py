@@ -105,13 +105,15 @@ class Workspace:
             found = digest([[trajectory.digest(i), w] for i, w in point.weights]) if self.ranks.main else None
         return str(self.ranks.same(found))
 
-    def walk(self, lens: Lens, dataset: Any, lists: Sequence[Indices], label: str) -> Iterator[Batch]:
-        """One batch for each of this rank's lists of example indices, behind a progress bar.
+    def walk(
+        self, lens: Lens, dataset: Any, lists: Sequence[Indices], label: str, collate_fn: Collate | None = None
+    ) -> Iterator[Batch]:
+        """One batch for each of this rank's lists of example indices, behind a progress bar; collate_fn: another one.
 
         Where the model is sharded, ranks with fewer batches than another run idle ones at the end.
         """
         idle = max(self.ranks.gather(len(lists))) - len(lists) if self.sharded else 0
-        data = batches(dataset, lists, self.collate_fn, lens.device, idle)
+        data = batches(dataset, lists, collate_fn or self.collate_fn, lens.device, idle)
         examples = sum(map(len, lists))
         return self.units.journal.walk(data, label, examples, lambda b: 0 if b.idle else b.size)
 
