@@ -81,6 +81,8 @@ class Bank:
         subsets: [M, K] booleans, which of the training's examples (or groups) each retraining keeps.
         repetitions: retrainings R of each subset; number r of subset m has the seed `seed + 1 + r * M + m`.
         seed: moves all seeds.
+        seeds: [M], for each subset a first seed of its own: number r of subset m then has the seed `seeds[m] + r`,
+            whatever the other subsets are.
 
     Raises:
         ScoreError: the folder holds a bank of something else, or a damaged file, or a training diverged.
@@ -101,6 +103,7 @@ class Bank:
     subsets: np.ndarray
     repetitions: int = 5
     seed: int = 0
+    seeds: Sequence[int] | None = None
     _path: Path = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -110,6 +113,8 @@ class Bank:
                 f"bank: subsets {kept.shape} of {kept.dtype}, repetitions={self.repetitions}: expected [M, K] "
                 "booleans with at least one row, and at least one repetition."
             )
+        if self.seeds is not None and len(self.seeds) != len(kept):
+            raise ScoreError(f"bank: {len(self.seeds)} seeds for {len(kept)} subsets. Give one for each, or none.")
         object.__setattr__(self, "_path", Path(self.folder))
 
     @cached_property
@@ -117,6 +122,8 @@ class Bank:
         """What the bank's numbers depend on."""
         kept = np.asarray(self.subsets)
         own = {"format": FORMAT, "subsets": f"{kept.shape} {digest(kept)}", "seed": self.seed}
+        if self.seeds is not None:
+            own["seeds"] = digest(list(map(int, self.seeds)))
         plain: dict[str, Any] = json.loads(json.dumps(own | {"training": self.training.settings()}))
         return plain
 
@@ -127,18 +134,28 @@ class Bank:
         pairs = [(r, m) for r in range(self.repetitions) for m in range(len(self.subsets))]
         return [pair for pair in pairs if pair not in done]
 
-    def run(self, progress: bool | None = None) -> np.ndarray:
-        """Train what is missing; the measurements of all, [M, repetitions, Q] (or [M, repetitions, P, Q])."""
+    def run(self, progress: bool | None = None, rows: Sequence[int] | None = None) -> np.ndarray:
+        """Train what is missing; the measurements of all, [M, repetitions, Q] (or [M, repetitions, P, Q]).
+
+        progress: show a bar. rows: the subsets that are wanted, in the order of the result; by default all.
+        """
         if current().count > 1:
             raise ScoreError("a bank is filled by one process. Start it without a launcher, or use `retrain`.")
         if not self._bound():
             write_tensors(self._path / "subsets.safetensors", {"subsets": torch.from_numpy(np.asarray(self.subsets))})
             write_json(self._path / "bank.json", self.fingerprint, ScoreError)
-        pairs = self.missing
-        jobs = [(np.flatnonzero(self.subsets[m]), self.seed + 1 + r * len(self.subsets) + m) for r, m in pairs]
+        wanted = list(range(len(self.subsets)) if rows is None else rows)
+        chosen = set(wanted)
+        pairs = [(r, m) for r, m in self.missing if m in chosen]
+        jobs = [(np.flatnonzero(self.subsets[m]), self._seed(r, m)) for r, m in pairs]
         for places in track(self.training.batches(jobs), "retraining", enabled=progress):
             self._commit([pairs[place] for place in places], self.training.run([jobs[place] for place in places]))
-        return _collected(_committed(self._path), len(self.subsets), self.repetitions, self._path)
+        return _collected(_committed(self._path), wanted, self.repetitions, self._path)
+
+    def _seed(self, repetition: int, subset: int) -> int:
+        if self.seeds is not None:
+            return int(self.seeds[subset]) + repetition
+        return self.seed + 1 + repetition * len(self.subsets) + subset
 
     def _commit(self, pairs: list[tuple[int, int]], measured: np.ndarray) -> None:
         if len(measured) != len(pairs):
@@ -154,6 +171,10 @@ class Bank:
         tensors["sha256"] = _checksum(tensors)
         repetition, subset = pairs[0]
         write_tensors(self._path / f"measured-{repetition:03d}-{subset:06d}.safetensors", tensors, None, ScoreError)
+
+    def check(self) -> None:
+        """Raise ScoreError if the folder holds a bank of something else."""
+        self._bound()
 
     def _bound(self) -> bool:
         """Whether the folder holds this bank already; ScoreError if it holds another one."""
@@ -183,7 +204,7 @@ def read_bank(folder: str | os.PathLike[str]) -> tuple[np.ndarray, np.ndarray]:
     whole = 0
     while all((whole, m) in done for m in range(len(subsets))):
         whole += 1
-    return subsets, _collected(done, len(subsets), max(whole, 1), path)
+    return subsets, _collected(done, range(len(subsets)), max(whole, 1), path)
 
 
 def _committed(path: Path) -> dict[tuple[int, int], np.ndarray]:
@@ -198,14 +219,16 @@ def _committed(path: Path) -> dict[tuple[int, int], np.ndarray]:
     return done
 
 
-def _collected(done: Mapping[tuple[int, int], np.ndarray], M: int, R: int, path: Path) -> np.ndarray:
-    lost = [(r, m) for r in range(R) for m in range(M) if (r, m) not in done]
+def _collected(
+    done: Mapping[tuple[int, int], np.ndarray], subsets: Sequence[int], repetitions: int, path: Path
+) -> np.ndarray:
+    lost = [(r, m) for r in range(repetitions) for m in subsets if (r, m) not in done]
     if lost:
         raise ScoreError(
-            f"{path}: {len(lost)} of {R * M} trainings are missing, the first is repetition {lost[0][0]} of subset "
-            f"{lost[0][1]}. Run the bank to its end."
+            f"{path}: {len(lost)} of {repetitions * len(subsets)} trainings are missing, the first is repetition "
+            f"{lost[0][0]} of subset {lost[0][1]}. Run the bank to its end."
         )
-    return np.stack([np.stack([done[r, m] for r in range(R)]) for m in range(M)])
+    return np.stack([np.stack([done[r, m] for r in range(repetitions)]) for m in subsets])
 
 
 def _checksum(tensors: Mapping[str, Tensor]) -> Tensor:

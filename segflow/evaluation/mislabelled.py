@@ -18,7 +18,7 @@ def found_among_lowest(ranking: np.ndarray | Tensor, wrong: np.ndarray | Tensor,
         >>> found_among_lowest(np.array([0.3, -2.0, 0.1, 5.0]), np.array([False, True, True, False]))
         2
     """
-    ranked, is_wrong = _pair(ranking, wrong)
+    ranked, is_wrong = checked_pair(ranking, wrong)
     size = int(is_wrong.sum()) if count is None else count
     if size < 0:
         raise ScoreError(f"count={count}: expected how many examples to look at.")
@@ -32,7 +32,7 @@ def detection_auc(ranking: np.ndarray | Tensor, wrong: np.ndarray | Tensor) -> f
         >>> detection_auc(np.array([0.3, -2.0, 0.1, 5.0]), np.array([False, True, True, False]))
         1.0
     """
-    ranked, is_wrong = _pair(ranking, wrong)
+    ranked, is_wrong = checked_pair(ranking, wrong)
     right = np.sort(ranked[~is_wrong])
     if len(right) in (0, len(ranked)):
         raise ScoreError("detection_auc needs both wrong and right examples.")
@@ -40,7 +40,8 @@ def detection_auc(ranking: np.ndarray | Tensor, wrong: np.ndarray | Tensor) -> f
     return float((above[0] + above[1]).mean() / 2 / len(right))
 
 
-def _pair(ranking: np.ndarray | Tensor, wrong: np.ndarray | Tensor) -> tuple[np.ndarray, np.ndarray]:
+def checked_pair(ranking: np.ndarray | Tensor, wrong: np.ndarray | Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Both as arrays [N], of numbers and of booleans; ScoreError if they do not fit."""
     ranked, is_wrong = np.asarray(ranking, dtype=float), np.asarray(wrong, dtype=bool)
     if ranked.ndim != 1 or ranked.shape != is_wrong.shape:
         raise ScoreError(f"ranking {ranked.shape} and wrong {is_wrong.shape}: expected [N] and [N].")

@@ -1,0 +1,196 @@
+"""Finding wrong labels: what share of them is met when examples are inspected from the most harmful on.
+
+Axis letters: N examples, T blocks of tied examples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from torch import Tensor
+
+from ..errors import ScoreError
+from .intervals import Estimate, exactly, quantiles
+from .lds import checked_subsets
+from .mislabelled import checked_pair
+from .series import RANDOM, Series, over_examples, values_of
+from .table import Row, Table
+
+PERFECT = "perfect ranking"
+_GRID = tuple(round(0.05 * step, 2) for step in range(1, 21))
+_INTERVAL = (
+    "Intervals: 95%, the quantiles of a bootstrap that draws examples, the same ones for each series, and runs where a "
+    "series has several. The random and the perfect ranking are exact for these labels."
+)
+
+
+@dataclass(frozen=True)
+class Detection:
+    """The detection of wrong labels.
+
+    curve: the share of the wrong labels found against the share of examples inspected; auc: the area under that curve
+    (random: 0.5); roc_auc: the probability that a wrong example ranks before a right one. The values of a row are those
+    of the runs.
+    """
+
+    curve: Table
+    auc: Table
+    roc_auc: Table
+
+    def __str__(self) -> str:
+        return "\n\n".join(map(str, (self.auc, self.roc_auc, self.curve)))
+
+
+def noisy_label_detection(
+    scores: Series,
+    wrong: np.ndarray | Tensor,
+    *,
+    shares: Sequence[float] = _GRID,
+    largest: bool = False,
+    resamples: int = 200,
+    seed: int = 0,
+) -> Detection:
+    """Inspect examples from the most harmful on: what share of the wrong labels has been met? (Ley et al. 2024)
+
+    Tied examples, such as the members of one group, are inspected in random order: the expected share is computed
+    exactly, so it does not depend on a draw.
+
+    Args:
+        scores: over single examples [Q, N], of which the sums over the queries rank; or {name: scores}; or {name:
+            [scores of each of several runs]}, whose curves are averaged.
+        wrong: [N] booleans, whose label is wrong.
+        shares: of the examples that are inspected, where the curve is read.
+        largest: False: the lowest sums are inspected first, as removal of a harmful example lowers a loss. True: the
+            largest, for measurements where high is good.
+        resamples, seed: of the bootstrap.
+
+    Raises:
+        ScoreError: scores and labels do not fit, all or no labels are wrong, or an option makes no sense.
+
+    Example:
+        >>> import torch
+        >>> from segflow import Scores
+        >>> scores = Scores(torch.tensor([[-2.0, 0.0, -1.0, 3.0]]), ("q",), tuple("0123"), (1,) * 4)
+        >>> found = noisy_label_detection({"Source": scores}, [True, False, False, False], shares=(0.25, 0.5))
+        >>> found.curve.value("Source", 0.25).mean, found.curve.value("random", 0.25).mean
+        (1.0, 0.25)
+        >>> found.auc.value("Source").mean, found.auc.references["perfect ranking"][0]
+        (0.875, 0.875)
+    """
+    series, N = over_examples(scores)
+    if not shares or not all(0 < share <= 1 for share in shares) or resamples < 1:
+        raise ScoreError(f"shares={tuple(shares)}, resamples={resamples}: expected 0 < share <= 1, and 1 or more.")
+    marked = checked_subsets(np.asarray(wrong) if not isinstance(wrong, Tensor) else wrong)
+    sign = -1.0 if largest else 1.0
+    rankings = {
+        name: [_Ranking.of(*checked_pair(sign * values_of(run).sum(0), marked)) for run in runs]
+        for name, runs in series.items()
+    }
+    part = float(np.mean(marked))
+    if part in (0.0, 1.0):
+        raise ScoreError(f"wrong: {int(marked.sum())} of {N} labels are wrong. Detection needs wrong and right ones.")
+    points = np.array(shares, dtype=float)
+    drawn = _resampled(rankings, points, resamples, seed)
+    settings = {
+        "interval": _INTERVAL,
+        "examples": N,
+        "wrong": int(marked.sum()),
+        "runs": {name: len(runs) for name, runs in series.items()},
+        "resamples": resamples,
+        "seed": seed,
+        "largest": largest,
+    }
+    found = {}
+    for name, runs in rankings.items():
+        values = np.stack([run.found(points) for run in runs])
+        found[name] = [
+            _Number(quantiles(values[:, place].mean(), drawn[name][:, place]), tuple(values[:, place]))
+            for place in range(values.shape[1])
+        ]
+    return _tables(found, part, points, settings)
+
+
+@dataclass(frozen=True)
+class _Ranking:
+    """block: [N], the place of each example's score among the T distinct ones; wrong: [N] booleans."""
+
+    block: np.ndarray
+    wrong: np.ndarray
+
+    @classmethod
+    def of(cls, ranking: np.ndarray, wrong: np.ndarray) -> _Ranking:
+        return cls(np.unique(ranking, return_inverse=True)[1].reshape(-1), wrong)
+
+    def found(self, shares: np.ndarray, times: np.ndarray | None = None) -> np.ndarray:
+        """[shares + 2]: the share found at each share inspected, and the areas under the detection and ROC curves.
+
+        Within a block of ties the expected curve is a straight line. times: [N], how often each example is taken.
+        """
+        taken = np.ones(len(self.wrong)) if times is None else times.astype(float)
+        ends = [np.cumsum(np.bincount(self.block, weights)) for weights in (taken, taken * self.wrong)]
+        if ends[1][-1] in (0.0, ends[0][-1]):
+            return np.full(len(shares) + 2, np.nan)
+        inspected, met = (np.concatenate([[0.0], end / end[-1]]) for end in ends)
+        area = float((np.diff(inspected) * (met[1:] + met[:-1])).sum() / 2)
+        part = ends[1][-1] / ends[0][-1]
+        return np.array([*np.interp(shares, inspected, met), area, (area - part / 2) / (1 - part)])
+
+
+def _resampled(
+    rankings: Mapping[str, Sequence[_Ranking]], shares: np.ndarray, resamples: int, seed: int
+) -> dict[str, np.ndarray]:
+    """{series: [resamples, shares + 2]}, all series on the same examples."""
+    generators = [np.random.default_rng([seed, number]) for number in range(1 + len(rankings))]
+    N = len(next(iter(rankings.values()))[0].wrong)
+    found: dict[str, list[np.ndarray]] = {name: [] for name in rankings}
+    for _ in range(resamples):
+        times = np.bincount(generators[0].integers(0, N, N), minlength=N)
+        for (name, runs), generator in zip(rankings.items(), generators[1:], strict=True):
+            chosen = generator.integers(0, len(runs), len(runs))
+            each = {run: runs[run].found(shares, times) for run in set(chosen.tolist())}
+            found[name].append(np.mean([each[run] for run in chosen.tolist()], axis=0))
+    return {name: np.stack(draws) for name, draws in found.items()}
+
+
+class _Number(NamedTuple):
+    """A number with its interval, and the runs' own."""
+
+    estimate: Estimate
+    values: tuple[float, ...]
+
+
+def _tables(
+    found: Mapping[str, Sequence[_Number]], part: float, shares: np.ndarray, settings: Mapping[str, Any]
+) -> Detection:
+    """part: the share of labels that are wrong."""
+    chance = [*shares, 0.5, 0.5]
+    perfect = [exactly(value) for value in (*np.minimum(1.0, shares / part), 1 - part / 2, 1.0)]
+    series = {**found, RANDOM: [_Number(exactly(value), (value,)) for value in chance]}
+    curves = {**series, PERFECT: [_Number(estimate, (estimate.mean,)) for estimate in perfect]}
+    curve = Table(
+        "Wrong labels found",
+        "share of the examples inspected",
+        "share of the wrong labels found",
+        tuple(
+            Row(name, share, *numbers[place].estimate, numbers[place].values)
+            for name, numbers in curves.items()
+            for place, share in enumerate(shares)
+        ),
+        settings=settings,
+    )
+
+    def area(title: str, y: str, place: int) -> Table:
+        rows = tuple(
+            Row(name, number, *numbers[place].estimate, numbers[place].values)
+            for number, (name, numbers) in enumerate(series.items())
+        )
+        return Table(title, "series", y, rows, {PERFECT: perfect[place]}, settings, "bars")
+
+    return Detection(
+        curve,
+        area("Area under the detection curve", "mean share of the wrong labels found", -2),
+        area("Area under the ROC curve", "probability that a wrong label ranks before a right one", -1),
+    )

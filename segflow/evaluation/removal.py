@@ -1,0 +1,202 @@
+"""Removing examples in the order of their scores, and retraining without them.
+
+Axis letters: Q queries, N examples, C counts that are removed, R repetitions.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..errors import ScoreError, check_choice
+from ..scores import Scores
+from .bank import Training
+from .intervals import student
+from .pool import RetrainingOptions, Retrainings
+from .series import RANDOM, Series, check_training, ordered, over_examples, random_order, values_of, without
+from .table import Row, Table
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+NOTHING = "nothing removed"
+_INTERVAL = (
+    "Intervals: 95%, Student's t, of the mean over the retrainings; where a series has several runs, of the mean over "
+    "the runs, each averaged over its retrainings; for random, over as many random orders, each retrained once."
+)
+
+
+def removal_order(scores: Scores, largest: bool = True, seed: int = 0, absolute: bool = False) -> np.ndarray:
+    """[N]: the examples in the order in which they are removed, by their scores summed over the queries.
+
+    Ties are broken at random. Examples that have the same scores for every query, as the members of one group have
+    after `Scores.by_example`, stay together.
+
+    Args:
+        scores: of single examples.
+        largest: begin with those whose removal raises the measurement most; False: lowers it most.
+        seed: of the ties.
+        absolute: go by the size of the summed scores, whatever their sign.
+
+    Example:
+        >>> import torch
+        >>> scores = Scores(torch.tensor([[1.0, -3.0, 2.0]]), ("q",), ("0", "1", "2"), (1, 1, 1))
+        >>> removal_order(scores), removal_order(scores, largest=False), removal_order(scores, absolute=True)
+        (array([2, 0, 1]), array([1, 0, 2]), array([1, 2, 0]))
+    """
+    values_QN = values_of(scores)
+    summed = np.abs(values_QN.sum(0)) if absolute else values_QN.sum(0)
+    return ordered(summed if largest else -summed, values_QN, [seed])
+
+
+def retraining_score(
+    scores: Series,
+    training: Training,
+    folder: str | os.PathLike[str],
+    *,
+    shares: Sequence[float] = (0.01, 0.05, 0.1, 0.2),
+    largest: bool = True,
+    summary: str = "mean",
+    **options: Unpack[RetrainingOptions],
+) -> Table:
+    """How far the measurement moves when the examples that a method calls most important are removed.
+
+    The better the method, the further its curve lies from that of random removal and from the line without removal
+    (the retraining score of Ley et al. 2024, arXiv 2410.09940).
+
+    Args:
+        scores: over single examples [Q, N]; or {name: scores}; or {name: [scores of each of several runs]}. Scores of
+            groups become such by `Scores.by_example`.
+        training: what trains and measures, such as `BatchedTraining`; its examples are those of the scores.
+        folder: where the retrainings are kept; what is there already is not trained again. Other tasks may share it.
+        shares: shares of the examples that are removed, each more than none and less than all.
+        largest: True where low measurements are good (a loss): removal of the most important raises it. False where
+            high ones are good (a margin): removal of the most important lowers it.
+        summary: "mean" over the queries, or "positive": the share of queries whose measurement is above 0, which is
+            the accuracy where it is a margin.
+        options: `repetitions` (3) of each retraining; `seed` (0) of ties, random orders and trainings; `measurement`
+            (0), which one where the training measures several; `progress` (None) shows a bar.
+
+    Returns:
+        A Table with a row for each series (also "random") and share; the reference is "nothing removed". A row's
+        values are those that its interval is of.
+
+    Raises:
+        ScoreError: scores or training do not fit, a share removes none or all, or the folder holds something else.
+    """
+    curve = _Curve("Retraining score: the most important examples removed", tuple(shares), largest, largest, summary)
+    return _table(curve, scores, Retrainings(training, folder, **options))
+
+
+def dataset_pruning(
+    scores: Series,
+    training: Training,
+    folder: str | os.PathLike[str],
+    *,
+    shares: Sequence[float] = (0.25, 0.5, 0.75),
+    largest: bool = True,
+    summary: str = "mean",
+    **options: Unpack[RetrainingOptions],
+) -> Table:
+    """How well a model trains on what is left when the least important examples are removed, most harmful first.
+
+    The better the method, the more can be removed before the measurement suffers (Ley et al. 2024, arXiv 2410.09940).
+
+    Args:
+        scores, training, folder, shares, summary, options: as for `retraining_score`.
+        largest: True where low measurements are good (a loss), so that the least important examples have the lowest
+            scores; False where high ones are good (a margin).
+
+    Returns:
+        A Table as that of `retraining_score`.
+
+    Raises:
+        ScoreError: as for `retraining_score`.
+    """
+    curve = _Curve("Pruning: the least important examples removed", tuple(shares), not largest, largest, summary)
+    return _table(curve, scores, Retrainings(training, folder, **options))
+
+
+@dataclass(frozen=True)
+class _Curve:
+    """first: whether the largest scores are removed first; largest: as the caller gave it."""
+
+    title: str
+    shares: tuple[float, ...]
+    first: bool
+    largest: bool
+    summary: str
+
+    def counts(self, examples: int) -> list[int]:
+        """How many examples each share is; ScoreError for none or all."""
+        found = [round(share * examples) for share in self.shares]
+        for share, count in zip(self.shares, found, strict=True):
+            if not 0 < count < examples:
+                raise ScoreError(f"shares: {share} of {examples} examples removes {count}. Remove some, but not all.")
+        if not found or len(set(found)) < len(found):
+            raise ScoreError(f"shares {self.shares}: expected some, each of another number of examples: {found}.")
+        return found
+
+    def summarised(self, measured: np.ndarray) -> np.ndarray:
+        """One number of the queries' measurements [..., Q]."""
+        found: np.ndarray = (measured > 0).mean(-1) if self.summary == "positive" else measured.mean(-1)
+        return found
+
+    @property
+    def y(self) -> str:
+        """The name of the y axis."""
+        return "share of queries above 0" if self.summary == "positive" else "mean measurement"
+
+
+def _table(curve: _Curve, scores: Series, how: Retrainings) -> Table:
+    check_choice("summary", curve.summary, ("mean", "positive"), ScoreError)
+    series, N = over_examples(scores)
+    check_training(how.training, N)
+    counts = curve.counts(N)
+    orders = {
+        name: [removal_order(run, curve.first, how.seed + number) for number, run in enumerate(runs)]
+        for name, runs in series.items()
+    }
+    draws = max(map(len, orders.values())) * how.repetitions
+    random_orders = [random_order(N, [how.seed, number]) for number in range(draws)]
+    measured = how.measured(_subsets([order for runs in orders.values() for order in runs], counts, whole=True))
+    found, nothing = curve.summarised(measured[:-1]).reshape(-1, len(counts), how.repetitions), measured[-1]
+    drawn = how.measured(_subsets(random_orders, counts), repetitions=1)
+    values = dict(zip(orders, _by_series(found, list(map(len, orders.values()))), strict=True))
+    values[RANDOM] = curve.summarised(drawn[:, 0]).reshape(draws, len(counts))
+    rows = [
+        Row(name, share, *student(columns[:, place]), tuple(columns[:, place]))
+        for name, columns in values.items()
+        for place, share in enumerate(curve.shares)
+    ]
+    settings: dict[str, Any] = {
+        "interval": _INTERVAL,
+        "examples": N,
+        "queries": measured.shape[-1],
+        "removed": counts,
+        "repetitions": how.repetitions,
+        "runs": {name: len(runs) for name, runs in series.items()},
+        "random_orders": draws,
+        "seed": how.seed,
+        "measurement": how.measurement,
+        "largest": curve.largest,
+        "summary": curve.summary,
+    }
+    references = {NOTHING: student(curve.summarised(nothing))}
+    return Table(curve.title, "share of the training examples removed", curve.y, tuple(rows), references, settings)
+
+
+def _subsets(orders: Sequence[np.ndarray], counts: Sequence[int], whole: bool = False) -> np.ndarray:
+    """[orders x C, N] booleans: what is kept; `whole` adds a last row that keeps everything."""
+    rows = [without(order, count) for order in orders for count in counts]
+    return np.stack(rows + [without(orders[0], 0)] * whole)
+
+
+def _by_series(found: np.ndarray, runs: Sequence[int]) -> list[np.ndarray]:
+    """[values, C] of each series from [orders, C, R]: its retrainings, or its runs' means where there are several."""
+    parts = np.split(found, np.cumsum(runs)[:-1])
+    return [part[0].T if len(part) == 1 else part.mean(2) for part in parts]

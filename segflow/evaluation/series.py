@@ -1,0 +1,95 @@
+"""What the tasks compare: named series of scores, each of one run or several, over the same examples.
+
+Axis letters: Q queries, N examples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from ..errors import ScoreError
+from ..scores import Scores
+
+RANDOM = "random"
+Series = Scores | Mapping[str, Scores | Sequence[Scores]]
+
+
+def named_runs(scores: Series) -> dict[str, list[Scores]]:
+    """The runs of each series, by its name; a bare Scores is called by its method's name.
+
+    Raises:
+        ScoreError: there are none, they are about other columns, a number is not finite, or one is called "random".
+    """
+    if isinstance(scores, Scores):
+        scores = {str(scores.provenance.get("method", "scores")): scores}
+    if not isinstance(scores, Mapping) or not scores:
+        raise ScoreError(
+            f"scores: expected segflow.Scores or a mapping of names to them, found {type(scores).__name__} "
+            "with nothing to compare. Give {name: scores} or {name: [scores of each run]}."
+        )
+    series = {name: [runs] if isinstance(runs, Scores) else list(runs) for name, runs in scores.items()}
+    if RANDOM in series:
+        raise ScoreError(f"scores: a series is called {RANDOM!r}, as the baseline is. Give it another name.")
+    first = next(iter(series.values()))
+    for name, runs in series.items():
+        if not runs or not all(isinstance(run, Scores) for run in runs):
+            raise ScoreError(f"scores of {name!r}: expected segflow.Scores, or a sequence of at least one.")
+        for run in runs:
+            if run.group_sizes != first[0].group_sizes:
+                raise ScoreError(
+                    f"scores of {name!r}: {len(run.group_sizes)} columns, those of {next(iter(series))!r} have "
+                    f"{len(first[0].group_sizes)}, or other sizes. Compare scores of the same examples."
+                )
+            if not run.values.isfinite().all():
+                raise ScoreError(f"scores of {name!r}: a number is not finite. Score again, or leave the method out.")
+    return series
+
+
+def over_examples(scores: Series) -> tuple[dict[str, list[Scores]], int]:
+    """The runs of each series, checked to be over single examples, and how many examples there are."""
+    series = named_runs(scores)
+    sizes = next(iter(series.values()))[0].group_sizes
+    if set(sizes) != {1}:
+        raise ScoreError(
+            f"scores: {len(sizes)} groups of {min(sizes)} to {max(sizes)} examples, expected single examples. Use "
+            "scores.by_example(groups), or score Groups.singletons."
+        )
+    return series, len(sizes)
+
+
+def check_training(training: object, examples: int) -> None:
+    """ScoreError if the training says that it has another number of examples."""
+    own = getattr(training, "examples", examples)
+    if own != examples:
+        raise ScoreError(f"the training has {own} examples, the scores are about {examples}. Give those that fit.")
+
+
+def values_of(scores: Scores) -> np.ndarray:
+    """The values [Q, N] in float64."""
+    values: np.ndarray = np.ascontiguousarray(scores.values.detach().cpu().double().numpy())
+    return values
+
+
+def ordered(values_N: np.ndarray, columns_QN: np.ndarray, seed: Sequence[int]) -> np.ndarray:
+    """Places by falling value; ties at random, except that examples with the same column stay together."""
+    generator = np.random.default_rng(seed)
+    weights = generator.normal(size=len(columns_QN))
+    mark = np.zeros(len(values_N))
+    for weight, row in zip(weights, columns_QN, strict=True):  # not a matrix product: equal columns give equal marks
+        mark += weight * row
+    order: np.ndarray = np.lexsort((generator.random(len(values_N)), mark, -values_N))
+    return order
+
+
+def random_order(examples: int, seed: Sequence[int]) -> np.ndarray:
+    """The examples in random order."""
+    return np.random.default_rng(seed).permutation(examples)
+
+
+def without(order: np.ndarray, count: int) -> np.ndarray:
+    """[N] booleans: what is kept when the first `count` of the order are removed."""
+    kept = np.ones(len(order), dtype=bool)
+    kept[order[:count]] = False
+    return kept
