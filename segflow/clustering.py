@@ -21,6 +21,7 @@ from .whitening import Rows, Whitening, feature_rows
 
 _NEAREST = 16  # centres that an example may ask at a time
 _SEEDED_ON = 10_000  # examples that the first centres are drawn from, or ten for each of them
+_MANY = 1000  # centres beyond which each is drawn once
 _BATCH = 4096  # examples of one step beyond memory, or three for each centre
 _DISTANCES = 64 << 20  # bytes of distances at a time
 
@@ -38,7 +39,8 @@ class KMeans:
     def __post_init__(self) -> None:
         for name, least in (("max_size", 1), ("iterations", 1), ("memory", 1), ("seed", 0)):
             given = getattr(self, name)
-            if given is not None and (isinstance(given, bool) or int(given) != given or given < least):
+            whole = isinstance(given, int | np.integer) and not isinstance(given, bool)
+            if given is not None and not (whole and given >= least):
                 raise GroupError(f"{name}={given!r}: expected a whole number of at least {least}.")
         if not self.tolerance >= 0:
             raise GroupError(f"tolerance={self.tolerance!r}: expected 0 or more.")
@@ -70,7 +72,8 @@ class KMeans:
         size = min(len(rows), max(_SEEDED_ON, 10 * count))
         sampled = np.random.default_rng(self.seed).choice(len(rows), size, replace=False)
         sample_nR = rows.of(np.sort(sampled)).all()
-        centres, _ = kmeans_plusplus(sample_nR.cpu().numpy(), count, random_state=self.seed)
+        trials = 1 if count > _MANY else None  # None: several for each centre, of which the best is taken
+        centres, _ = kmeans_plusplus(sample_nR.cpu().numpy(), count, random_state=self.seed, n_local_trials=trials)
         return torch.from_numpy(centres).to(sample_nR)
 
     def _in_memory(self, x_NR: Tensor, centres_KR: Tensor) -> Tensor:

@@ -243,7 +243,7 @@ def _count(length: int, size: int | None, count: int | None) -> int:
     if (size is None) == (count is None):
         raise GroupError(f"size={size}, count={count}: give one of them, the examples in a group or how many groups.")
     name, given = ("size", size) if count is None else ("count", count)
-    most = length if name == "count" else None
-    if isinstance(given, bool) or int(given or 0) != given or given < 1 or (most is not None and given > most):
+    whole = isinstance(given, int | np.integer) and not isinstance(given, bool)
+    if given is None or not whole or given < 1 or (name == "count" and given > length):
         raise GroupError(f"{name}={given!r}: expected a whole number of at least 1, for {length} examples.")
     return int(given) if name == "count" else -(-length // int(given))
