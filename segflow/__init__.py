@@ -36,6 +36,7 @@ from .record import record
 from .scores import Scores
 from .task import Task
 from .trajectory import Trajectory
+from .trees import GroupTree
 
 __all__ = [
     "TRAK",
@@ -44,6 +45,7 @@ __all__ = [
     "GradientCosine",
     "GradientDot",
     "GroupError",
+    "GroupTree",
     "Groups",
     "Hydra",
     "InfluenceFunction",

@@ -13,7 +13,7 @@ import torch
 from .clustering import KMeans, cluster
 from .errors import GroupError
 from .ranks import current
-from .whitening import feature_rows
+from .whitening import Rows, Whitening, feature_rows
 
 
 @dataclass(frozen=True)
@@ -187,6 +187,75 @@ class Groups:
             of_N = ranks.broadcast(own).numpy()
         members = _members(of_N, int(of_N.max()) + 1)
         return cls.from_lists(members, len(of_N), [f"cluster {place}" for place in range(len(members))])
+
+    def split(
+        self,
+        features: Any = None,
+        *,
+        size: int,
+        only: Iterable[int | str] | None = None,
+        whiten: str = "full",
+        seed: int = 0,
+    ) -> Groups:
+        """Each group in parts of about `size` examples, "cluster 3/0", "cluster 3/1", ...; smaller ones stay whole.
+
+        Args:
+            features: [length, ...], parts are then k-means clusters within the group (see `kmeans`; features are
+                whitened over the whole dataset); None: random parts of even size.
+            size: examples in a part on average.
+            only: places or labels of the groups to split; by default all.
+            whiten: as for `kmeans`; seed: of the random parts, or of the first centres.
+
+        Raises:
+            GroupError: `only` names no group, or features or size make no sense.
+
+        Example:
+            >>> Groups.by(["web", "book", "web"]).split(size=1).labels
+            ('book', 'web/0', 'web/1')
+        """
+        _count(self.length, size, None)
+        chosen, rows = self._chosen(only), None
+        how = KMeans(seed=seed)
+        if features is not None:
+            rows_ND = feature_rows(features)
+            if len(rows_ND) != self.length:
+                raise GroupError(f"{len(rows_ND)} rows of features for {self.length} examples: expected one for each.")
+            rows = Rows(rows_ND, Whitening.fit(rows_ND, whiten, how.memory))
+        part_N, ranks = np.zeros(self.length, dtype=np.int64), current()
+        with ranks.together("split"):
+            for group in chosen if ranks.main else ():
+                member = self.members[group]
+                count = -(-len(member) // size)
+                if rows is not None:
+                    part_N[member] = how.labels(rows.of(member), count)
+                else:
+                    shuffled = np.random.default_rng([seed, group]).permutation(member)
+                    for part, own in enumerate(np.array_split(shuffled, count)):
+                        part_N[own] = part
+            part_N = ranks.broadcast(torch.from_numpy(part_N) if ranks.main else None).numpy()
+        return self._in_parts(part_N)
+
+    def _chosen(self, only: Iterable[int | str] | None) -> list[int]:
+        """The places of the groups that `split` is about."""
+        if only is None:
+            return list(range(len(self)))
+        place, found = {label: group for group, label in enumerate(self.labels)}, set()
+        for one in only:
+            group = place.get(one, -1) if isinstance(one, str) else int(one)
+            if not 0 <= group < len(self):
+                raise GroupError(f"only: there is no group {one!r}. The {len(self)} groups are {self.labels[:8]}...")
+            found.add(group)
+        return sorted(found)
+
+    def _in_parts(self, part_N: np.ndarray) -> Groups:
+        """The groups, each in the parts that its examples are in."""
+        members, labels = [], []
+        for label, member in zip(self.labels, self.members, strict=True):
+            numbers = part_N[member]
+            parts = _members(numbers, int(numbers.max()) + 1)
+            members += [member[part] for part in parts]
+            labels += [f"{label}/{part}" for part in range(len(parts))] if len(parts) > 1 else [label]
+        return Groups(tuple(members), tuple(labels), self.length, self.partial)
 
 
 def check_groups(groups: object, length: int) -> None:

@@ -57,6 +57,7 @@ HOUSE = [
     "trainside",
     "scoring",
     "scores",
+    "trees",
     "checks",
     "labelling",
     "analyzer",
