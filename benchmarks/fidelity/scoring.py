@@ -147,14 +147,14 @@ def scores_of(part: Part, entry: Entry, seed: int, reuse: bool = False) -> sf.Sc
         return None
     name = "-".join(word for word in (entry.slug, part.measurement, part.stage, str(seed)) if word)
     path = folder_of(part.row) / "scores" / f"{name}.safetensors"
-    made_from = {"run": _run_digest(part.row, seed), "code": code_digest()}
+    made_from = {"run": trajectory_digest(run_folder(part.row, seed)), "code": code_digest()}
     if path.exists():
         scores = sf.Scores.load(path)
         found: Any = scores.provenance["made_from"]
         if found["run"] == made_from["run"] and (reuse or found == made_from):
             return scores
     store = folder_of(part.row) / "stores" / str(seed)
-    _clear_stale(store, made_from)
+    clear_stale(store, made_from)
     scores = _score(part, method, seed, store)
     scores = replace(scores, provenance=dict(scores.provenance) | {"made_from": made_from})
     scores.save(path)
@@ -179,7 +179,7 @@ def _mean(runs: list[sf.Scores]) -> sf.Scores:
     return replace(runs[0], values=torch.stack([scores.values for scores in runs]).mean(0), by_term={}, by_layer={})
 
 
-def _clear_stale(store: Path, made_from: dict[str, str]) -> None:
+def clear_stale(store: Path, made_from: dict[str, str]) -> None:
     """A store that another state of the code, or another run, made is made anew."""
     note = store.with_suffix(".json")
     if not note.exists() or json.loads(note.read_text()) != made_from:
@@ -188,9 +188,10 @@ def _clear_stale(store: Path, made_from: dict[str, str]) -> None:
         note.write_text(json.dumps(made_from))
 
 
-def _run_digest(row: Row, seed: int) -> str:
+def trajectory_digest(folder: Path) -> str:
+    """What tells a recorded run from others."""
     sha = hashlib.sha256()
-    for path in sorted(run_folder(row, seed).rglob("trajectory.json")):
+    for path in sorted(folder.rglob("trajectory.json")):
         sha.update(path.read_bytes())
     return sha.hexdigest()[:16]
 

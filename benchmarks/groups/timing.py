@@ -1,0 +1,107 @@
+"""What every stage takes, in seconds and in plain forward+backward epochs of the same model and batch size."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+from torch.nn import functional
+from torch.utils.data import Subset
+
+import segflow as sf
+
+from ..setting import interleaved
+from .data import Data
+from .detect import RESULTS, write
+from .runs import BATCH, analyzer_of, cluster, features_of, groups_of, load_run, say
+from .settings import GROUPINGS, Setting
+
+QUERIES = 100
+Works = dict[str, Callable[[], object]]
+
+
+def measure(setting: Setting) -> Path:
+    """Time the stages on the first noisy run; what {setting}-time.json holds already is not timed again."""
+    path = RESULTS / f"{setting.name}-time.json"
+    found: dict[str, Any] = json.loads(path.read_text())["times"] if path.exists() else {}
+    epoch = plain_epoch(setting)
+    with tempfile.TemporaryDirectory() as scratch:
+        for works in _stages(setting, Path(scratch)):
+            missing = {key: work for key, work in works.items() if key not in found}
+            if not missing:
+                continue
+            for key, figure in interleaved(epoch, missing, setting.rounds).items():
+                found[key] = {"seconds": figure.seconds("wall"), "epochs": figure.ratio("wall")}
+                found[key] |= {"epoch seconds": figure.epoch("wall"), "ratios": figure.ratios("wall")}
+                say(f"{setting.name}, {key}: {found[key]['seconds']:.2f} s, {found[key]['epochs']:.2f} epochs")
+            content = {"setting": setting.name, "batch": BATCH, "queries": QUERIES, "rounds": setting.rounds}
+            write(setting, "time", content | {"times": found})
+    return path
+
+
+def plain_epoch(setting: Setting) -> Callable[[], None]:
+    """One forward and backward through all parameters for each batch, without optimizer steps."""
+    model, _ = load_run(setting, "noisy", 0)
+    data = setting.load("noisy")
+
+    def run() -> None:
+        for inputs, labels in zip(data.inputs.split(BATCH), data.labels.split(BATCH), strict=True):
+            functional.cross_entropy(model(inputs), labels, reduction="sum").backward()
+            model.zero_grad()
+
+    return run
+
+
+def _stages(setting: Setting, scratch: Path) -> Iterator[Works]:
+    """Works that are timed together: features, clustering for each kind, factors, scoring for each method."""
+    data, kinds = setting.load("noisy"), GROUPINGS[1:]
+    yield {f"features, {kind}": _features(setting, data, kind) for kind in kinds}
+    for kind in kinds:
+        features = features_of(setting, "noisy", 0, kind)
+        yield {
+            f"clustering, {kind}, {size}": lambda features=features, kind=kind, size=size: cluster(  # type: ignore[misc]
+                features, kind, size, 0
+            )
+            for size in setting.sizes[1:]
+        }
+    numbers = count()
+    yield {"factors, SOURCE": lambda: _fit(setting, data, scratch / str(next(numbers)))}
+    _fit(setting, data, scratch / "fitted")
+    for name in ("TracIn", "SOURCE"):
+        yield {
+            f"scoring, {name}, {grouping}, {size}": _scoring(setting, data, scratch / "fitted", name, (grouping, size))
+            for grouping in ("random", "gradient")
+            for size in setting.sizes
+            if grouping == "random" or size > 1
+        }
+
+
+def _features(setting: Setting, data: Data, kind: str) -> Callable[[], object]:
+    analyzer = analyzer_of(setting, "noisy", 0, sf.GradientDot())
+    of = "input" if kind == "raw" else kind
+    return lambda: analyzer.features(data.train, of=of, batch_size=BATCH)
+
+
+def _fit(setting: Setting, data: Data, store: Path) -> None:
+    analyzer_of(setting, "noisy", 0, sf.Source(), store).fit(data.train, batch_size=BATCH)
+
+
+def _scoring(setting: Setting, data: Data, store: Path, name: str, place: tuple[str, int]) -> Callable[[], object]:
+    """Scoring of every example against the first queries, each a query of its own; query gradients included."""
+    groups = groups_of(setting, "noisy", 0, *place)
+    queries = Subset(data.query, range(min(QUERIES, len(data.query))))
+
+    def run() -> None:
+        with tempfile.TemporaryDirectory(dir=store.parent) as scratch:
+            own = Path(scratch) / "store"  # one that holds the factors, and no scores of an earlier round
+            shutil.copytree(store, own, copy_function=os.link)
+            analyzer = analyzer_of(setting, "noisy", 0, setting.methods()[name], own)
+            analyzer.score(groups, data.train, queries, batch_size=BATCH)
+
+    return run
