@@ -75,11 +75,12 @@ def values_of(scores: Scores) -> np.ndarray:
 def ordered(values_N: np.ndarray, columns_QN: np.ndarray, seed: Sequence[int]) -> np.ndarray:
     """Places by falling value; ties at random, except that examples with the same column stay together."""
     generator = np.random.default_rng(seed)
-    weights = generator.normal(size=len(columns_QN))
     mark = np.zeros(len(values_N))
-    for weight, row in zip(weights, columns_QN, strict=True):  # not a matrix product: equal columns give equal marks
-        mark += weight * row
-    order: np.ndarray = np.lexsort((generator.random(len(values_N)), mark, -values_N))
+    for weight, row in zip(generator.normal(size=len(columns_QN)), columns_QN, strict=True):
+        mark += weight * row  # not a matrix product: equal columns give equal marks, to the last bit
+    marks, group = np.unique(mark, return_inverse=True)
+    turn = generator.permutation(len(marks))[group]
+    order: np.ndarray = np.lexsort((generator.random(len(values_N)), turn, -values_N))
     return order
 
 
