@@ -16,10 +16,9 @@ from ..errors import ScoreError
 from .intervals import Estimate, exactly, quantiles
 from .lds import checked_subsets
 from .mislabelled import checked_pair
-from .series import RANDOM, Series, over_examples, values_of
+from .series import PERFECT, RANDOM, Series, over_examples, values_of
 from .table import Row, Table
 
-PERFECT = "perfect ranking"
 _GRID = tuple(round(0.05 * step, 2) for step in range(1, 21))
 _INTERVAL = (
     "Intervals: 95%, the quantiles of a bootstrap that draws examples, the same ones for each series, and runs where a "
@@ -81,7 +80,8 @@ def noisy_label_detection(
         (0.875, 0.875)
     """
     series, N = over_examples(scores)
-    if not shares or not all(0 < share <= 1 for share in shares) or resamples < 1:
+    points = np.asarray(shares, dtype=float)
+    if not len(points) or not ((points > 0) & (points <= 1)).all() or resamples < 1:
         raise ScoreError(f"shares={tuple(shares)}, resamples={resamples}: expected 0 < share <= 1, and 1 or more.")
     marked = checked_subsets(np.asarray(wrong) if not isinstance(wrong, Tensor) else wrong)
     sign = -1.0 if largest else 1.0
@@ -92,7 +92,6 @@ def noisy_label_detection(
     part = float(np.mean(marked))
     if part in (0.0, 1.0):
         raise ScoreError(f"wrong: {int(marked.sum())} of {N} labels are wrong. Detection needs wrong and right ones.")
-    points = np.array(shares, dtype=float)
     drawn = _resampled(rankings, points, resamples, seed)
     settings = {
         "interval": _INTERVAL,

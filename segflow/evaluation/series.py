@@ -12,7 +12,7 @@ import numpy as np
 from ..errors import ScoreError
 from ..scores import Scores
 
-RANDOM = "random"
+RANDOM, PERFECT, CEILING = "random", "perfect ranking", "noise ceiling"  # baselines and bounds, beside the series
 Series = Scores | Mapping[str, Scores | Sequence[Scores]]
 
 
@@ -20,7 +20,7 @@ def named_runs(scores: Series) -> dict[str, list[Scores]]:
     """The runs of each series, by its name; a bare Scores is called by its method's name.
 
     Raises:
-        ScoreError: there are none, they are about other columns, a number is not finite, or one is called "random".
+        ScoreError: there are none, they are about other columns, a number is not finite, or one has a baseline's name.
     """
     if isinstance(scores, Scores):
         scores = {str(scores.provenance.get("method", "scores")): scores}
@@ -30,8 +30,9 @@ def named_runs(scores: Series) -> dict[str, list[Scores]]:
             "with nothing to compare. Give {name: scores} or {name: [scores of each run]}."
         )
     series = {name: [runs] if isinstance(runs, Scores) else list(runs) for name, runs in scores.items()}
-    if RANDOM in series:
-        raise ScoreError(f"scores: a series is called {RANDOM!r}, as the baseline is. Give it another name.")
+    for name in (RANDOM, PERFECT, CEILING):
+        if name in series:
+            raise ScoreError(f"scores: a series is called {name!r}, which the tables use. Give it another name.")
     first = next(iter(series.values()))
     for name, runs in series.items():
         if not runs or not all(isinstance(run, Scores) for run in runs):

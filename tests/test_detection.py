@@ -1,0 +1,202 @@
+"""Detection of wrong labels against hand-computed curves, brute force over orders, and scikit-learn."""
+
+from __future__ import annotations
+
+from itertools import permutations
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import segflow as sf
+from segflow.evaluation import Detection, detection_auc, noisy_label_detection
+
+N = 40
+GENERATOR = np.random.default_rng(0)
+WRONG = GENERATOR.random(N) < 0.3
+VALUES = GENERATOR.normal(size=(3, N)) - 0.5 * WRONG
+
+
+def scores_of(values: Any, **provenance: Any) -> sf.Scores:
+    values = torch.as_tensor(np.atleast_2d(values))
+    queries, examples = values.shape
+    labels = tuple(map(str, range(examples)))
+    return sf.Scores(values, tuple(map(str, range(queries))), labels, (1,) * examples, provenance)
+
+
+SCORES = scores_of(VALUES, method="Source")
+
+
+def _found(order: Any, wrong: np.ndarray, count: int) -> float:
+    return float(np.asarray(wrong)[list(order[:count])].sum() / np.sum(wrong))
+
+
+# ---- the curve ----
+
+
+def test_the_curve_is_the_share_of_the_wrong_among_the_lowest_sums() -> None:
+    found = noisy_label_detection(SCORES, WRONG).curve
+    order = np.argsort(VALUES.sum(0))
+    assert [row.x for row in found.of("Source")] == pytest.approx(np.arange(1, 21) / 20)
+    for row in found.of("Source"):
+        assert row.mean == pytest.approx(_found(order, WRONG, round(row.x * N)))
+    assert found.value("Source", 1.0).mean == 1.0
+
+
+def test_largest_inspects_from_the_other_end() -> None:
+    up, down = (noisy_label_detection(s, WRONG, largest=large) for s, large in ((SCORES, True), (SCORES, False)))
+    order = np.argsort(-VALUES.sum(0))
+    assert up.curve.value("Source", 0.25).mean == pytest.approx(_found(order, WRONG, 10))
+    assert up.roc_auc.value("Source").mean == pytest.approx(1 - down.roc_auc.value("Source").mean)
+    assert up.curve.settings["largest"]
+
+
+def test_ties_are_expected_over_every_order_of_their_members() -> None:
+    values, wrong = np.array([0, 0, 0, -1, 2, 2]), np.array([1, 0, 0, 0, 1, 0], dtype=bool)
+    orders = [o for o in permutations(range(6)) if (np.diff(values[list(o)]) >= 0).all()]
+    assert len(orders) == 6 * 2
+    found = noisy_label_detection(scores_of(1.0 * values, method="S"), wrong, shares=np.arange(1, 7) / 6)
+    curve = [np.mean([_found(order, wrong, count) for order in orders]) for count in range(7)]
+    np.testing.assert_allclose([row.mean for row in found.curve.of("S")], curve[1:])
+    assert found.auc.value("S").mean == pytest.approx((np.array(curve[1:]) + curve[:-1]).mean() / 2)
+
+
+def test_members_of_a_group_are_tied() -> None:
+    groups = sf.Groups.random(N, 7, seed=0)
+    scores = scores_of(np.arange(6.0), method="S")
+    shared = sf.Scores(scores.values, ("q",), groups.labels, tuple(groups.sizes), {"method": "S"}).by_example(groups)
+    found = noisy_label_detection(shared, WRONG, shares=(3.5 / N, 7 / N))
+    each = shared.values[0, [members[0] for members in groups.members]].numpy()
+    first = groups.members[int(np.argmin(each))]
+    assert found.curve.value("S", 7 / N).mean == pytest.approx(WRONG[first].sum() / WRONG.sum())
+    assert found.curve.value("S", 3.5 / N).mean == pytest.approx(WRONG[first].sum() / WRONG.sum() / 2)
+
+
+# ---- the areas ----
+
+
+@pytest.mark.parametrize("ties", [False, True])
+def test_the_areas_are_those_of_the_curve_and_of_scikit_learn(ties: bool) -> None:
+    from sklearn.metrics import roc_auc_score
+
+    values = np.round(VALUES) if ties else VALUES
+    found = noisy_label_detection(scores_of(values, method="S"), WRONG, shares=np.arange(1, N + 1) / N)
+    summed = values.sum(0)
+    assert found.roc_auc.value("S").mean == pytest.approx(roc_auc_score(WRONG, -summed))
+    assert found.roc_auc.value("S").mean == pytest.approx(detection_auc(summed, WRONG))
+    curve = np.array([0.0] + [row.mean for row in found.curve.of("S")])
+    assert found.auc.value("S").mean == pytest.approx((curve[1:] + curve[:-1]).mean() / 2)
+
+
+def test_random_finds_what_it_inspects_and_the_perfect_ranking_is_the_ceiling() -> None:
+    found = noisy_label_detection({"perfect": scores_of(-1.0 * WRONG), "worst": scores_of(1.0 * WRONG)}, WRONG)
+    part = WRONG.mean()
+    for row in found.curve.of("random"):
+        assert row.mean == row.low == row.high == row.x
+    for row in found.curve.of("perfect"):
+        assert row.mean == pytest.approx(min(1, row.x / part))
+        assert found.curve.value("perfect ranking", row.x).mean == pytest.approx(row.mean)
+    assert (found.auc.value("random").mean, found.roc_auc.value("random").mean) == (0.5, 0.5)
+    assert found.auc.value("perfect").mean == pytest.approx(1 - part / 2)
+    assert found.auc.references["perfect ranking"][0] == pytest.approx(1 - part / 2)
+    assert found.auc.value("worst").mean == pytest.approx(part / 2)
+    assert (found.roc_auc.value("perfect").mean, found.roc_auc.value("worst").mean) == (1, 0)
+    assert found.roc_auc.references["perfect ranking"][0] == 1
+
+
+# ---- runs and intervals ----
+
+
+def test_runs_are_averaged_and_kept() -> None:
+    runs = [scores_of(VALUES + 2 * np.random.default_rng(seed).normal(size=VALUES.shape)) for seed in range(3)]
+    alone = [noisy_label_detection({"S": run}, WRONG) for run in runs]
+    found = noisy_label_detection({"S": runs, "T": SCORES}, WRONG)
+    for name in ("auc", "roc_auc"):
+        row = getattr(found, name).value("S")
+        assert row.values == tuple(getattr(one, name).value("S").mean for one in alone)
+        assert row.mean == pytest.approx(np.mean(row.values))
+    values = found.curve.value("S", 0.25).values
+    assert values == tuple(one.curve.value("S", 0.25).mean for one in alone)
+    assert found.curve.settings["runs"] == {"S": 3, "T": 1}
+
+
+def test_the_interval_is_of_a_bootstrap_over_the_examples() -> None:
+    found = noisy_label_detection(SCORES, WRONG, resamples=2000).roc_auc.value("Source")
+    generator = np.random.default_rng(99)
+    drawn = [
+        detection_auc(VALUES.sum(0)[rows], WRONG[rows]) for rows in (generator.integers(0, N, N) for _ in range(2000))
+    ]
+    np.testing.assert_allclose([found.low, found.high], np.quantile(drawn, [0.025, 0.975]), atol=0.02)
+    assert found.low < found.mean < found.high
+
+
+def test_one_resample_is_that_of_its_draw() -> None:
+    found = noisy_label_detection(SCORES, WRONG, resamples=1, seed=3, shares=(0.5,))
+    rows = np.random.default_rng([3, 0]).integers(0, N, N)
+    again = noisy_label_detection(scores_of(VALUES[:, rows], method="Source"), WRONG[rows], shares=(0.5,))
+    for name in ("curve", "auc", "roc_auc"):
+        row = getattr(found, name).value("Source")
+        assert row.low == row.high == pytest.approx(getattr(again, name).value("Source").mean)
+
+
+def test_runs_that_differ_widen_the_interval() -> None:
+    noise = np.random.default_rng(5).normal(size=VALUES.shape)
+    runs = [scores_of(VALUES + 3 * sign * noise) for sign in (1, -1)]
+    widths = []
+    for scores in ([scores_of(VALUES)] * 2, runs):
+        row = noisy_label_detection({"S": scores}, WRONG).roc_auc.value("S")
+        widths.append(row.high - row.low)
+    assert widths[1] > widths[0]
+
+
+def test_more_examples_narrow_the_interval_and_options_of_the_bootstrap_leave_the_mean() -> None:
+    plain = noisy_label_detection(SCORES, WRONG).auc.value("Source")
+    many = noisy_label_detection(scores_of(np.tile(VALUES, 9), method="Source"), np.tile(WRONG, 9)).auc.value("Source")
+    assert many.mean == pytest.approx(plain.mean)
+    assert many.high - many.low < 0.5 * (plain.high - plain.low)
+    for options in ({"resamples": 20}, {"seed": 1}):
+        other = noisy_label_detection(SCORES, WRONG, **options).auc.value("Source")
+        assert other.mean == plain.mean
+        assert (other.low, other.high) != (plain.low, plain.high)
+
+
+def test_a_resample_without_wrong_labels_does_not_spoil_the_interval() -> None:
+    wrong = np.arange(6) == 2
+    found = noisy_label_detection(scores_of(np.array([3.0, 2, 1, 0, 4, 5]), method="S"), wrong)
+    assert 0 <= found.auc.value("S").low <= found.auc.value("S").high <= 1
+
+
+# ---- results and refusals ----
+
+
+def test_the_tables_are_drawn_and_printed() -> None:
+    found = noisy_label_detection(SCORES, torch.from_numpy(WRONG), shares=(0.5, 1))
+    assert isinstance(found, Detection)
+    text = str(found)
+    assert all(str(table) in text for table in (found.curve, found.auc, found.roc_auc))
+    assert "bootstrap" in found.auc.settings["interval"]
+    assert (found.auc.settings["examples"], found.auc.settings["wrong"]) == (N, int(WRONG.sum()))
+    legend = [entry.get_text() for entry in found.curve.plot().axes[0].get_legend().get_texts()]
+    assert legend == ["Source", "random", "perfect ranking"]
+    assert len(found.auc.plot().axes[0].patches) == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"wrong": WRONG[:-1]}, r"wrong \(39,\): expected \[N\] and \[N\]"),
+        ({"wrong": np.zeros(N, dtype=bool)}, "0 of 40 labels are wrong"),
+        ({"wrong": np.ones(N, dtype=bool)}, "40 of 40 labels are wrong"),
+        ({"wrong": np.arange(N)}, "booleans"),
+        ({"shares": (0.0, 0.5)}, "expected 0 < share <= 1"),
+        ({"shares": (1.5,)}, "expected 0 < share <= 1"),
+        ({"shares": ()}, "expected 0 < share <= 1"),
+        ({"resamples": 0}, "resamples=0"),
+        ({"scores": {"perfect ranking": SCORES}}, "'perfect ranking'"),
+        ({"scores": {"random": SCORES}}, "'random'"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(sf.ScoreError, match=message):
+        noisy_label_detection(**({"scores": SCORES, "wrong": WRONG} | change))
