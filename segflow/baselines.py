@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from numbers import Integral
 
 from .errors import MethodError, check_choice
-from .methods import final_point, stage_place
+from .methods import check_batch, final_point, stage_place
 from .plans import Curvature, IterativeInverse, Plan, Point, ProjectedInverse, Projection, Spectral, Term, UnitNorm
 from .segments import covered
 from .trajectory import Trajectory
@@ -22,12 +22,20 @@ class InfluenceFunction:
         damping: added to the eigenvalues (the objective's weight decay, for the exact inverse Hessian of a
             regularised objective), or "heuristic": 0.1 times each layer's mean eigenvalue.
         curvature: "ekfac", "kfac", "diagonal" or "identity" (of a stage's own objective, at the final parameters).
+        fisher_batch: of "ekfac" and "diagonal", as for `Source`.
     """
 
     damping: float | str = "heuristic"
     curvature: str = "ekfac"
+    fisher_batch: int = 1
 
     def __post_init__(self) -> None:
+        check_batch(self.fisher_batch)
+        if self.fisher_batch > 1 and self.curvature in ("kfac", "identity"):
+            raise MethodError(
+                f"fisher_batch={self.fisher_batch}: curvature={self.curvature!r} squares no gradients, so there is "
+                "nothing to batch. Leave it at 1, or take 'ekfac' or 'diagonal'."
+            )
         check_choice("curvature", self.curvature, _KINDS, MethodError)
         _check_damping(self.damping)
 
@@ -40,7 +48,7 @@ class InfluenceFunction:
             inverse = 1 / (1 + (0.1 if damping is None else damping))
             operator = Spectral(stage, "constant", None, (inverse,) * groups, nothing)
         else:
-            curvature = Curvature(stage, (final,), (1.0,), self.curvature)
+            curvature = Curvature(stage, (final,), (1.0,), self.curvature, batch=self.fisher_batch)
             operator = Spectral(stage, "damped_inverse", curvature, (damping,) * groups, nothing)
         return (Term("final", stage, final, (operator,), (final,), (1.0,)),)
 
@@ -146,19 +154,22 @@ class TRAK:
         dimension: of the projection, random rank-one probes for each layer; None projects nothing (small models).
         damping: added to the kernel's eigenvalues; "heuristic" 0.1 times their mean. The paper's is 0.
         seed: of the projection.
+        fisher_batch: as for `ProjectedFisher`.
     """
 
     dimension: int | None = 512
     damping: float | str = 0.0
     seed: int = 0
+    fisher_batch: int = 1
 
     def __post_init__(self) -> None:
+        check_batch(self.fisher_batch)
         _check_damping(self.damping)
         _check_dimension(self.dimension)
 
     def plan(self, trajectory: Trajectory, stage: int = -1) -> Plan:
         """One term at the last checkpoint."""
-        return _projected_plan(trajectory, stage, self.dimension, self.seed, "output", self.damping)
+        return _projected_plan(trajectory, stage, self, "output")
 
 
 @dataclass(frozen=True)
@@ -169,26 +180,30 @@ class ProjectedFisher:
         dimension: of the projection; None projects nothing (small models).
         damping: added to the Fisher's eigenvalues; "heuristic" 0.1 times their mean.
         seed: of the projection.
+        fisher_batch: the *batched* empirical Fisher: outer products of so many examples' summed gradients, over their
+            number, so that their count falls by it. Random batches of b examples with mean gradient m add (b - 1) m m^T,
+            little near convergence; the scores' provenance tells the relative error on some examples.
     """
 
     dimension: int | None = 512
     damping: float | str = "heuristic"
     seed: int = 0
+    fisher_batch: int = 1
 
     def __post_init__(self) -> None:
+        check_batch(self.fisher_batch)
         _check_damping(self.damping)
         _check_dimension(self.dimension)
 
     def plan(self, trajectory: Trajectory, stage: int = -1) -> Plan:
         """One term at the last checkpoint."""
-        return _projected_plan(trajectory, stage, self.dimension, self.seed, "train", self.damping)
+        return _projected_plan(trajectory, stage, self, "train")
 
 
-def _projected_plan(
-    trajectory: Trajectory, stage: int, dimension: int | None, seed: int, features: str, damping: float | str
-) -> Plan:
+def _projected_plan(trajectory: Trajectory, stage: int, of: TRAK | ProjectedFisher, features: str) -> Plan:
     final, place = final_point(trajectory), stage_place(trajectory, stage)
-    operator = ProjectedInverse(place, final, Projection(dimension, seed), features, _amount(damping))
+    projection = Projection(of.dimension, of.seed)
+    operator = ProjectedInverse(place, final, projection, features, _amount(of.damping), of.fisher_batch)
     return (Term("final", place, final, (operator,), (final,), (1.0,)),)
 
 

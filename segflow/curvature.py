@@ -62,10 +62,10 @@ def basis_unit(work: Workspace, curvature: Curvature) -> str:
 def eigenvalues_unit(work: Workspace, curvature: Curvature, point: Point) -> str:
     """Eigenvalues at a point, of the curvature's kind (K-FAC's: of all points)."""
     if curvature.kind == "diagonal":
-        return f"{work.prefix}diagonal/{work.name(point)}"
+        return f"{work.prefix}diagonal{_batched(curvature)}/{work.name(point)}"
     if curvature.kind == "kfac":
         return f"{work.prefix}kfac/{_pool(work, curvature)}"
-    return f"{work.prefix}eigenvalues/{_pool(work, curvature)}/{work.name(point)}"
+    return f"{work.prefix}eigenvalues/{_pool(work, curvature)}{_batched(curvature)}/{work.name(point)}"
 
 
 def moments_unit(work: Workspace, point: Point) -> str:
@@ -81,7 +81,7 @@ def statistics_unit(work: Workspace, point: Point) -> str:
 def kernel_unit(work: Workspace, inverse: ProjectedInverse) -> str:
     """A projected second moment at a point; damping is applied when it is read."""
     of = inverse.projection
-    name = f"{inverse.features}-{of.dimension or 'all'}-{of.seed}"
+    name = f"{inverse.features}-{of.dimension or 'all'}-{of.seed}{_batched(inverse)}"
     return f"{work.prefix}kernel/{name}/{work.name(inverse.point)}"
 
 
@@ -166,6 +166,11 @@ def preconditioner_blocks(
     return {name: _placed(preconditioner_block(total), lens) for name, total in sums.items()}
 
 
+def _batched(of: Curvature | ProjectedInverse) -> str:
+    """In a unit's name, the examples that second moments are batched by."""
+    return f"-batches-of-{of.batch}" if of.batch > 1 else ""
+
+
 def _pool(work: Workspace, curvature: Curvature) -> str:
     points = curvature.points
     if all(len(point.weights) == 1 and point.stage == work.stage for point in points):
@@ -212,7 +217,7 @@ def _estimates(work: Workspace, index: int, train_from: MadeFrom) -> Callable[[T
 class StoredCurvature(Mapping[str, KroneckerBlock]):
     """The fitted blocks of a curvature, averaged over its points, read layer by layer when asked for.
 
-    fits: whether all blocks together take no more than their share of the memory budget; if so they are kept. Every
+    eigenvalue_units: of each point; fits: whether all blocks together take no more than their share of the memory budget; if so they are kept. Every
     rank must ask for the same layers in the same order. Raises StoreError where they were not fitted, or from something
     else.
 
@@ -241,7 +246,7 @@ class StoredCurvature(Mapping[str, KroneckerBlock]):
             of_points = [made_from] * len(points)
         self.units = [*bases, *values]
         self._basis = work.units.open(bases[0], made_from) if bases else None
-        self._eigenvalues = [work.units.open(unit, of) for unit, of in zip(values, of_points, strict=True)]
+        self.eigenvalue_units = [work.units.open(unit, of) for unit, of in zip(values, of_points, strict=True)]
         self._weights = (1.0,) if curvature.kind == "kfac" else curvature.weights
         numbers = sum(P * (O * O + I * I + O * I) for P, O, I in (layer.shape for layer in lens.layers.values()))
         self.fits = numbers * lens.dtype.itemsize <= work.memory // _KEPT_SHARE
@@ -253,7 +258,7 @@ class StoredCurvature(Mapping[str, KroneckerBlock]):
         if name not in self.lens.layers:
             raise KeyError(name)
         shape, device = self.lens.layers[name].shape, self.lens.device
-        total = weighted_mean([unit.tensor(name, shape, device) for unit in self._eigenvalues], self._weights)
+        total = weighted_mean([unit.tensor(name, shape, device) for unit in self.eigenvalue_units], self._weights)
         if self._scaled is not None and self._basis is None:
             total = total * self._scaled[name].exact_POI
         basis = None if self._basis is None else stored_basis(self._basis, name, self.lens)

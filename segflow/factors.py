@@ -13,6 +13,7 @@ from functools import lru_cache, partial
 from itertools import zip_longest
 from typing import Any, NamedTuple
 
+import numpy as np
 from torch import Tensor
 
 from .curvature import (
@@ -114,7 +115,8 @@ class Fitting:
         work.load(work.last)
         self.own = work.lens("train", train)  # checked with labels that repeat themselves
         self.sample = replace(self.own, kind="sample", seed=work.seed, place=work.trajectory.total_steps)
-        self.lists = work.ranks.share(in_order(len(train), batch_size))
+        drawn = np.random.default_rng(work.seed).permutation(len(train))
+        self.drawn = drawn[: work.curvature_examples]
         self.train_from = work.made_from(train, self.own)
         self.sampled_from = {
             **self.train_from,
@@ -157,7 +159,7 @@ class Fitting:
         return [Point.at(of.stage, index) for index in unsaved(self.work, of)]
 
     def _plan(self, kind: str, name: str, made_from: Mapping[str, Any], make: Any, inputs: Sequence[str] = ()) -> str:
-        examples = sum(map(len, self.lists)) if kind not in ("eigenbasis", "kfac", "statistics") else 0
+        examples = 0 if kind in ("eigenbasis", "kfac", "statistics") else sum(map(len, self._lists(1)))
         self._planned.setdefault(name, Planned(kind, name, dict(made_from), tuple(inputs), examples, make))
         return name
 
@@ -171,7 +173,7 @@ class Fitting:
                     "diagonal",
                     eigenvalues_unit(work, curvature, point),
                     self.sampled_from | {"checkpoint": digest},
-                    partial(self._make_eigenvalues, point, None),
+                    partial(self._make_eigenvalues, point, None, curvature.batch),
                 )
                 for point, digest in zip(points, digests, strict=True)
             ]
@@ -197,11 +199,20 @@ class Fitting:
                 "eigenvalues",
                 eigenvalues_unit(work, curvature, point),
                 made_from | {"checkpoint": digest},
-                partial(self._make_eigenvalues, point, curvature),
+                partial(self._make_eigenvalues, point, curvature, curvature.batch),
                 [basis],
             )
             for point, digest in zip(points, digests, strict=True)
         ]
+
+    def _lists(self, batch: int) -> list[np.ndarray]:
+        """This rank's batches of the examples that curvature is fitted to, each `batch` examples in a row in one of them.
+
+        In the data's order where `batch` is 1; otherwise as drawn, for neighbours in the data may be alike.
+        """
+        walked = np.sort(self.drawn) if batch == 1 else self.drawn
+        size = self.batch_size if batch == 1 else max(1, self.batch_size // batch) * batch
+        return self.work.ranks.share([walked[part.start : part.stop] for part in in_order(len(walked), size)])
 
     def _moments(self, point: Point) -> str:
         made_from = self.train_from | {"checkpoint": self.work.checkpoint_digest(point)}
@@ -216,25 +227,25 @@ class Fitting:
         name = statistics_unit(self.work, point)
         return self._plan("statistics", name, made_from, partial(self._make_statistics, point))
 
-    def _pass(self, point: Point, lens: Lens, kind: str) -> tuple[Lens, Iterator[Batch], str]:
-        """The lens and the data for one pass at a point, and the point's name."""
+    def _pass(self, point: Point, lens: Lens, kind: str, batch: int = 1) -> tuple[Lens, Iterator[Batch], str]:
+        """The lens and the data for one pass at a point, and the point's name; batch: see `_lists`."""
         self.work.load(point)
         steps = self.work.run.stages[point.stage].steps
         lens, where = replace(lens, place=steps[point.weights[-1][0]]), self.work.where(point)
-        return lens, self.work.walk(lens, self.train, self.lists, f"{kind}, {where}"), where
+        return lens, self.work.walk(lens, self.train, self._lists(batch), f"{kind}, {where}"), where
 
     def _make_covariance(self, point: Point) -> Tensors:
         lens, data, where = self._pass(point, self.sample, "covariance")
         found = covariances(lens, data, self.work.ranks, where)
         return {f"{name}.{key}": value for name, sums in found.items() for key, value in vars(sums).items()}
 
-    def _make_eigenvalues(self, point: Point, curvature: Curvature | None) -> Tensors:
+    def _make_eigenvalues(self, point: Point, curvature: Curvature | None, batch: int) -> Tensors:
         bases = self.bases(curvature) if curvature is not None else None
         if bases and curvature is not None and curvature.scaled is not None:
             blocks = self.blocks(curvature.scaled)
             bases = {name: basis.scaled(blocks[name].part) for name, basis in bases.items()}
-        lens, data, where = self._pass(point, self.sample, "eigenvalues")
-        return corrected_eigenvalues(lens, data, bases, self.work.ranks, where, self.work.memory // 8)
+        lens, data, where = self._pass(point, self.sample, "eigenvalues", batch)
+        return corrected_eigenvalues(lens, data, bases, self.work.ranks, where, self.work.memory // 8, batch)
 
     def _make_moments(self, point: Point) -> Tensors:
         lens, data, where = self._pass(point, self.own, "moments")
@@ -243,8 +254,8 @@ class Fitting:
     def _make_kernel(self, inverse: ProjectedInverse) -> Tensors:
         self.work.load(inverse.point)
         own = self.own if inverse.features == "train" else self.work.lens(inverse.features, self.train)
-        lens, data, where = self._pass(inverse.point, own, "projection")
-        return projected_kernel(lens, data, inverse.projection, self.work.ranks, where)
+        lens, data, where = self._pass(inverse.point, own, "projection", inverse.batch)
+        return projected_kernel(lens, data, inverse.projection, self.work.ranks, where, inverse.batch)
 
     def _make_statistics(self, point: Point) -> Tensors:
         """Sketches of some examples' training gradients (`gradients`) and pseudo-gradients (`curvature`)."""
@@ -264,7 +275,7 @@ class Fitting:
         made = {}
         for name, layer in self.own.layers.items():
             inputs, outputs = (_pooled(units, _Side(name, *of), curvature.weights) for of in _shapes(*layer.shape))
-            positions = _positions(units, name, len(self.train), curvature.weights)
+            positions = _positions(units, name, len(self.drawn), curvature.weights)
             if inputs is not None and outputs is not None:
                 basis = Eigenbasis(*(side.double().cpu() for side in vars(bases[name]).values()))
                 made[name] = (positions * kfac_eigenvalues(basis, inputs, outputs)).to(self.own.dtype)

@@ -20,11 +20,13 @@ from .iteration import lissa
 from .kronecker import PreconditionerBlock
 from .layers import TrackedLayer
 from .lens import Lens
+from .passes import BATCHING_ERROR
 from .plans import (
     HEURISTIC_SHARE,
     Curvature,
     IterativeInverse,
     Operator,
+    Plan,
     Point,
     Preconditioner,
     ProjectedInverse,
@@ -38,6 +40,7 @@ from .propertyside import property_gradient
 from .queries import Gradients, Queries, query_gradients
 from .representation import representation_lens
 from .spectra import damped_inverse
+from .units import Unit
 from .workspace import Workspace
 
 
@@ -72,15 +75,24 @@ class Fitted:
     def _preconditioner(self, of: Preconditioner) -> Mapping[str, PreconditionerBlock]:
         return preconditioner_blocks(self.works[of.stage], of, self.train_from(of.stage), self.lens(of.stage))
 
-    def _kernel(self, of: ProjectedInverse) -> tuple[Tensor, Tensor]:
-        """The eigenvectors of a projected second moment [k, k], and the damped inverse of its eigenvalues [k]."""
+    def _kernel_unit(self, of: ProjectedInverse) -> Unit:
         work, lens = self.works[of.stage], self.lens(of.stage)
         made_from = kernel_from(work, of, self.train_from(of.stage), lens, self.trains[of.stage])
-        kernel = work.units.open(kernel_unit(work, of), made_from).tensor("kernel", None, lens.device)
+        return work.units.open(kernel_unit(work, of), made_from)
+
+    def _kernel(self, of: ProjectedInverse) -> tuple[Tensor, Tensor]:
+        """The eigenvectors of a projected second moment [k, k], and the damped inverse of its eigenvalues [k]."""
+        kernel = self._kernel_unit(of).tensor("kernel", None, self.lens(of.stage).device)
         sigma, vectors = torch.linalg.eigh(kernel.double())
         damping = HEURISTIC_SHARE * sigma.mean() if of.damping is None else of.damping
         rounding = len(sigma) * torch.finfo(kernel.dtype).eps  # of a sum of outer products in the kernel's precision
         return vectors, damped_inverse(sigma.clamp_min(0), damping, rounding)
+
+    def batching_error(self, plan: Plan) -> float | None:
+        """The largest relative error of the plan's batched second moments, as `fit` measured it; None without any."""
+        units = [unit for of in curvatures(plan) if of.batch > 1 for unit in self.curvature(of).eigenvalue_units]
+        units += [self._kernel_unit(of) for of in projected(plan) if of.batch > 1]
+        return max((unit.tensor(BATCHING_ERROR, ()).item() for unit in units), default=None)
 
     def described(self, operator: Operator) -> dict[str, Any]:
         """What an operator does, without reference to where its checkpoints stand in a trajectory."""

@@ -20,12 +20,16 @@ from .workspace import Workspace
 
 
 class RunParts(NamedTuple):
-    """One run's workspaces (one for each stage), plan, automatic cuts, and scores [T, L, Q, K]."""
+    """One run's workspaces (one for each stage), plan, automatic cuts, and scores [T, L, Q, K].
+
+    batching_error: of the plan's batched second moments (see passes.BATCHING_ERROR); None where nothing is batched.
+    """
 
     works: Sequence[Workspace]
     plan: Plan
     cuts: Cuts | None
     parts_TLQK: Tensor
+    batching_error: float | None
 
 
 def labelled(
@@ -85,6 +89,10 @@ def _provenance(runs: Sequence[RunParts], method: Method, stage: int, of_propert
         "measurement": "properties" if of_properties else str(getattr(last.task, "measurement", "compute_measurement")),
         "segflow": metadata.version("segflow"),
     }
+    if work.curvature_examples is not None:
+        found["curvature_examples"] = min(work.curvature_examples, work.trajectory.dataset_size)
+    if first.batching_error is not None:
+        found["batching_error"] = [run.batching_error for run in runs]
     if len(first.works) > 1:
         found["stage"] = work.trajectory.stage
     if len(runs) > 1:

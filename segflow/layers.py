@@ -30,6 +30,16 @@ class Tokens(NamedTuple):
     g_PBSO: Tensor
 
 
+def joined_examples(tokens: Tokens, size: int) -> Tokens:
+    """`size` examples as one with all of their positions, whose gradient is their sum; the last one may have fewer."""
+
+    def join(side_PBSD: Tensor) -> Tensor:
+        padded = functional.pad(side_PBSD, (0, 0, 0, 0, 0, -side_PBSD.shape[1] % size))
+        return rearrange(padded, "p (n b) s d -> p n (b s) d", b=size)
+
+    return tokens if size == 1 else Tokens(*map(join, tokens))
+
+
 @dataclass(frozen=True)
 class TrackedLayer:
     """One layer to attribute: its weight, and its bias as one more input.

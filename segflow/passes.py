@@ -5,7 +5,7 @@ Axes: P parts, O outputs, I inputs of a layer, B examples, k features of a proje
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -15,12 +15,15 @@ from .data import Batch
 from .errors import FactorError, TaskError
 from .files import Tensors
 from .kronecker import Covariance, Eigenbasis, add_squared_projections_
-from .layers import Tokens, TrackedLayer
+from .layers import Tokens, TrackedLayer, joined_examples
 from .lens import FiniteWatch, Lens
 from .plans import Projection
 from .projection import Probes, joined, probes
 from .ranks import Ranks
 from .task import attention_mask
+
+BATCHING_ERROR = "error of batching"  # beside second moments of batches, by what they differ from exact ones
+_COMPARED = 2048  # examples on each rank that tell it
 
 
 def covariances(lens: Lens, data: Iterable[Batch], ranks: Ranks, where: str) -> dict[str, Covariance]:
@@ -61,21 +64,31 @@ def corrected_eigenvalues(
     ranks: Ranks,
     where: str,
     budget: int,
+    batch: int = 1,
 ) -> dict[str, Tensor]:
     """Lambda [P, O, I] of every layer: the mean over examples of (Q_S^T G Q_A)^2, over one pass with pseudo-labels.
 
     bases: None for the mean of G^2, the diagonal of the curvature. ranks: those that share the data; budget: bytes for
-    per-example gradients of sequence and convolution layers.
+    gradients of sequence and convolution layers. batch: G are sums over so many examples, and so many examples' squares
+    are counted at once; with what this changes, on some examples, as BATCHING_ERROR. Pseudo-gradients have mean zero,
+    so that the squares have the same expectation.
     """
     totals = _zeros(lens)
+    compared = _Compared(totals, batch)
     watch = FiniteWatch(f"{'corrected-eigenvalue' if bases else 'diagonal'} pass, {where}")
 
     def consume(layer: TrackedLayer, tokens: Tokens) -> None:
-        add_squared_projections_(totals[layer.name], tokens, bases[layer.name] if bases else None, budget)
+        basis = bases[layer.name] if bases else None
+
+        def add_(total: Tensor, size: int) -> None:
+            add_squared_projections_(total, joined_examples(tokens, size), basis, budget)
+
+        add_(totals[layer.name], batch)
+        compared.see(layer.name, tokens.a_PBSI.shape[1], add_)
 
     examples = _walked(lens, data, consume, watch)
     watch.finish(lens.layers, ranks)
-    return _means(totals, examples, "corrected eigenvalues", watch, ranks)
+    return _means(totals, examples, "corrected eigenvalues", watch, ranks) | compared.error(ranks)
 
 
 def gradient_moments(lens: Lens, data: Iterable[Batch], ranks: Ranks, where: str, budget: int) -> Tensors:
@@ -93,20 +106,34 @@ def gradient_moments(lens: Lens, data: Iterable[Batch], ranks: Ranks, where: str
     return _means(both, examples, "moments", watch, ranks)
 
 
-def projected_kernel(lens: Lens, data: Iterable[Batch], projection: Projection, ranks: Ranks, where: str) -> Tensors:
-    """`kernel` [k, k]: the mean over examples of the outer product of their projected gradients."""
+def projected_kernel(
+    lens: Lens, data: Iterable[Batch], projection: Projection, ranks: Ranks, where: str, batch: int = 1
+) -> Tensors:
+    """`kernel` [k, k]: the mean over examples of the outer product of their projected gradients.
+
+    batch: outer products are those of so many examples' sums, counted as so many; with what this changes, on some
+    examples, as BATCHING_ERROR (a mean gradient m adds (batch - 1) m m^T).
+    """
     shapes = {name: layer.shape for name, layer in lens.layers.items()}
     probes_of = probes(projection, shapes, lens.dtype, lens.device)
     watch = FiniteWatch(f"projected gradients, {where}")
     k = projection.dimension or sum(probe.features for probe in probes_of.values())
     total = torch.zeros(k, k, dtype=lens.dtype, device=lens.device)
     examples = torch.zeros((), dtype=torch.float64, device=lens.device)
-    for batch, found in _projected(lens, data, probes_of, watch):
-        features_Bk = joined(found, projection)
-        total.addmm_(features_Bk.mT, features_Bk)
-        examples += batch.size
+    compared = _Compared({"kernel": total}, batch)
+    for of, rows in _projected(lens, data, probes_of, watch, lambda: 1 if compared.open("kernel") else batch):
+        features = joined(rows, projection)
+        alone = len(features) == of.size  # a row for each example
+
+        def add_(into: Tensor, size: int, features: Tensor = features, alone: bool = alone) -> None:
+            sums = _row_sums(features, size) if alone else features
+            into.addmm_(sums.mT, sums)
+
+        add_(total, batch)
+        compared.see("kernel", of.size, add_)
+        examples += of.size
     watch.finish(lens.layers, ranks)
-    return _means({"kernel": total}, examples, "projected gradients", watch, ranks)
+    return _means({"kernel": total}, examples, "projected gradients", watch, ranks) | compared.error(ranks)
 
 
 def sketches(lens: Lens, data: Iterable[Batch], projection: Projection, ranks: Ranks, where: str) -> Tensors:
@@ -126,19 +153,64 @@ def sketches(lens: Lens, data: Iterable[Batch], projection: Projection, ranks: R
 
 
 def _projected(
-    lens: Lens, data: Iterable[Batch], probes_of: Mapping[str, Probes], watch: FiniteWatch
+    lens: Lens,
+    data: Iterable[Batch],
+    probes_of: Mapping[str, Probes],
+    watch: FiniteWatch,
+    joins: Callable[[], int] = lambda: 1,
 ) -> Iterator[tuple[Batch, dict[str, Tensor]]]:
-    """Each batch that counts, with the features [B, k] of every layer; zeros where its loss does not reach a layer."""
+    """Each batch that counts, with the features [B, k] of every layer; zeros where its loss does not reach a layer.
+
+    joins: how many examples make one row, their gradients' sum.
+    """
     for batch in data:
         found: dict[str, Tensor] = {}
+        size = joins()
 
-        def consume(layer: TrackedLayer, tokens: Tokens, found: dict[str, Tensor] = found) -> None:
-            found[layer.name] = probes_of[layer.name].of_tokens(tokens)
+        def consume(layer: TrackedLayer, tokens: Tokens, found: Any = found, size: int = size) -> None:
+            found[layer.name] = probes_of[layer.name].of_tokens(joined_examples(tokens, size))
 
         lens.capture(batch, consume, watch)
         if not batch.idle:
             none = torch.zeros((), dtype=lens.dtype, device=lens.device)
-            yield batch, {n: found.get(n, none.expand(batch.size, of.features)) for n, of in probes_of.items()}
+            rows = -(-batch.size // size)
+            yield batch, {n: found.get(n, none.expand(rows, of.features)) for n, of in probes_of.items()}
+
+
+def _row_sums(features_Bk: Tensor, size: int) -> Tensor:
+    """Sums of `size` rows each, [B / size, k]; the last one's may be fewer."""
+    padded = torch.nn.functional.pad(features_Bk, (0, 0, 0, -len(features_Bk) % size))
+    return padded.unflatten(0, (-1, size)).sum(1)
+
+
+class _Compared:
+    """Second moments of some examples, batched and exact, to tell how far the first are off.
+
+    like: the totals that are compared, by name; batch: examples that are batched, 1 compares nothing.
+    """
+
+    def __init__(self, like: Mapping[str, Tensor], batch: int):
+        self.batch, self.seen = batch, dict.fromkeys(like, 0)
+        self.sides = {size: {n: torch.zeros_like(t) for n, t in like.items()} for size in {batch, 1} if batch > 1}
+
+    def open(self, name: str) -> bool:
+        """Whether more examples are wanted."""
+        return self.batch > 1 and self.seen[name] < _COMPARED
+
+    def see(self, name: str, examples: int, add_: Callable[[Tensor, int], None]) -> None:
+        """Have `add_(total, size)` add some examples, `size` at a time, if they are wanted."""
+        if self.open(name):
+            self.seen[name] += examples
+            for size, totals in self.sides.items():
+                add_(totals[name], size)
+
+    def error(self, ranks: Ranks) -> Tensors:
+        """The relative error in Frobenius norm over all ranks, as BATCHING_ERROR; nothing where nothing is batched."""
+        if self.batch == 1:
+            return {}
+        ranks.sum_([total for totals in self.sides.values() for total in totals.values()])
+        batched, exact = (torch.cat([t.flatten().double() for t in self.sides[n].values()]) for n in (self.batch, 1))
+        return {BATCHING_ERROR: ((batched - exact).norm() / exact.norm().clamp_min(1e-300))}
 
 
 def _zeros(lens: Lens) -> dict[str, Tensor]:

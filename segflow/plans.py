@@ -46,7 +46,7 @@ class Curvature:
     """The curvature of a stage's objective, averaged over points.
 
     kind: "ekfac", "kfac" or "diagonal". scaled: the curvature of P^1/2 H P^1/2 instead of H; for "ekfac" and "kfac"
-    with the rank-one part of P.
+    with the rank-one part of P. batch: second moments are those of so many examples' summed gradients, over `batch`.
     """
 
     stage: int
@@ -54,6 +54,7 @@ class Curvature:
     weights: tuple[float, ...]
     kind: str = "ekfac"
     scaled: Preconditioner | None = None
+    batch: int = 1
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,7 @@ class ProjectedInverse:
     """(R^T F R + damping)^-1 in a projection's features, F being a second moment of per-example gradients.
 
     features: of the "train" loss's gradients (an empirical Fisher), or of the task's "output" (TRAK). damping: None
-    for 0.1 times the mean eigenvalue.
+    for 0.1 times the mean eigenvalue. batch: F is that of so many examples' summed gradients, over `batch`.
     """
 
     stage: int
@@ -116,6 +117,7 @@ class ProjectedInverse:
     projection: Projection
     features: str
     damping: float | None
+    batch: int = 1
 
 
 @dataclass(frozen=True)

@@ -38,6 +38,9 @@ class Probes:
         """[B, k]: the features of each example's gradient."""
         if self.outputs_kPO is None:
             return example_gradients(tokens).flatten(1)
+        (_, _, S, I), O, k = tokens.a_PBSI.shape, tokens.g_PBSO.shape[-1], len(self.outputs_kPO)
+        if S * O * I + k * O * I < S * k * (O + I):  # many positions: their gradient first, by multiplications
+            return self.of_gradients(example_gradients(tokens))
         left = torch.einsum("pbso,kpo->pbsk", tokens.g_PBSO, self.outputs_kPO)
         right = torch.einsum("pbsi,kpi->pbsk", tokens.a_PBSI, self.inputs_kPI)
         return (left * right).sum((0, 2))

@@ -28,6 +28,7 @@ class Settings:
     memory: int
     collate_fn: Collate | Mapping[str, Collate] | None
     progress: bool | None
+    curvature_examples: int | None = None
 
 
 def workspaces(settings: Settings, task: Any, run: Trajectory, prefix: str) -> list[Workspace]:
@@ -55,6 +56,7 @@ def workspaces(settings: Settings, task: Any, run: Trajectory, prefix: str) -> l
                 settings.progress,
                 is_sharded(settings.model),
                 prefix + (f"stages/{stage.stage}/" if len(names) > 1 else ""),
+                settings.curvature_examples,
             )
         )
     return found
@@ -103,7 +105,7 @@ def by_stage(given: Any, names: Sequence[str], what: str) -> list[Any]:
     return [given.get(name) for name in names]
 
 
-def check_arguments(runs: Sequence[Any], method: Any, memory: Any) -> None:
+def check_arguments(runs: Sequence[Any], method: Any, memory: Any, curvature_examples: Any) -> None:
     """Name what was given where something else is expected."""
     if not runs or not all(isinstance(run, Trajectory) for run in runs):
         raise TrajectoryError(
@@ -118,6 +120,9 @@ def check_arguments(runs: Sequence[Any], method: Any, memory: Any) -> None:
         )
     if method is not None and (isinstance(method, type) or not callable(getattr(method, "plan", None))):
         raise MethodError(f"method={method!r}: expected one of Source(...), InfluenceFunction(...), TracIn(), ...")
+    few = curvature_examples
+    if few is not None and (isinstance(few, bool) or not isinstance(few, int) or few < 1):
+        raise SegflowError(f"curvature_examples={few!r}: expected a whole number of examples, or None for all.")
     if isinstance(memory, bool) or not isinstance(memory, int) or memory < 1:
         raise SegflowError(f"memory={memory!r}: expected a whole number of bytes, such as 2 << 30.")
 

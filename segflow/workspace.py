@@ -31,6 +31,7 @@ class Workspace:
     run: the whole run's trajectory, of whose stages `stage` is one. layers: those that the stage trained;
     parameter_groups: the optimizer's parameter group of each; sharded: True if the model's parameters are spread over
     the ranks, so that all ranks must run every forward together; prefix: of the names of the stage's units.
+    curvature_examples: how many examples, drawn at random, curvature is fitted to; None for all.
     """
 
     model: nn.Module
@@ -46,6 +47,7 @@ class Workspace:
     progress: bool | None
     sharded: bool
     prefix: str = ""
+    curvature_examples: int | None = None
 
     @property
     def trajectory(self) -> Trajectory:
@@ -154,7 +156,9 @@ class Workspace:
         """
         dataset = dataset_fingerprint(train, "training", self.ranks, self.progress)
         random = dataset["examples"] == "random"
-        return {
+        fewer = self.curvature_examples is not None and self.curvature_examples < len(train)
+        some = {"curvature examples": self.curvature_examples} if fewer else {}
+        return some | {
             "model": self.shapes,
             "dataset": dataset,
             "task": task_fingerprint(self.task),
