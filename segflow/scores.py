@@ -107,7 +107,7 @@ class Scores:
             >>> Scores(torch.tensor([[6.0, 5.0]]), ("q",), groups.labels, (2, 1)).by_example(groups).values
             tensor([[3., 5., 3.]])
         """
-        self._check_scored(groups, "by_example: groups")
+        self.check_groups(groups, "by_example: groups")
         of_N = torch.from_numpy(groups.membership()).to(self.values.device)
         missed = torch.nonzero(of_N < 0).flatten().tolist()
         if missed:
@@ -142,7 +142,7 @@ class Scores:
             >>> Scores(torch.tensor([[1.0, 5.0, 2.0]]), ("q",), fine.labels, (1, 1, 1)).rolled_up(fine, coarse).values
             tensor([[3., 5.]])
         """
-        self._check_scored(fine, "rolled_up: fine")
+        self.check_groups(fine, "rolled_up: fine")
         method = self.provenance.get("method")
         if method in _NOT_SUMS:
             raise ScoreError(f"rolled_up: scores of {method} do not add up. Score the coarser groups themselves.")
@@ -162,8 +162,8 @@ class Scores:
             spread=_spread(mapped["by_run"]),
         )
 
-    def _check_scored(self, groups: Groups, where: str) -> None:
-        """ScoreError unless these are the groups that were scored."""
+    def check_groups(self, groups: Groups, where: str = "groups") -> None:
+        """Raise ScoreError, which says where, unless these are the groups that were scored."""
         own = (self.group_labels, self.group_sizes)
         if own != (groups.labels, tuple(groups.sizes.tolist())):
             raise ScoreError(

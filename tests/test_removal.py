@@ -50,14 +50,14 @@ class Linear:
         self.jobs: list[tuple[tuple[int, ...], int]] = []
 
     def _measured(self, kept: np.ndarray, seed: int) -> np.ndarray:
-        return self.offset - self.effects[:, kept].sum(1) + self.noise * _noise(seed, len(self.effects))
+        return self.offset - self.effects[:, kept].sum(1) + self.noise * noise_of(seed, len(self.effects))
 
     def run(self, jobs: Sequence[tuple[np.ndarray, int]]) -> np.ndarray:
         self.jobs += [(tuple(kept.tolist()), seed) for kept, seed in jobs]
         return self.inner.run(jobs)
 
 
-def _noise(seed: int, queries: int) -> np.ndarray:
+def noise_of(seed: int, queries: int) -> np.ndarray:
     return np.random.default_rng(seed).normal(size=queries)
 
 
@@ -140,13 +140,13 @@ def test_a_rows_interval_is_students_over_its_retrainings(tmp_path: Path) -> Non
     training = Linear(noise=1.0)
     table = retraining_score(TRUE, training, tmp_path, shares=(0.1,), repetitions=4, progress=False)
     kept = tuple(sorted(set(range(N)) - set(np.argsort(-EFFECTS.sum(0))[:2])))
-    values = [-EFFECTS[:, kept].sum(1).mean() + _noise(seed, Q).mean() for own, seed in training.jobs if own == kept]
+    values = [-EFFECTS[:, kept].sum(1).mean() + noise_of(seed, Q).mean() for own, seed in training.jobs if own == kept]
     row = table.value("Oracle", 0.1)
     np.testing.assert_allclose(row.values, values)
     np.testing.assert_allclose((row.mean, row.low, row.high), student(values))
     assert len(set(values)) == 4, "each retraining has a seed of its own"
     everything = [seed for own, seed in training.jobs if own == tuple(range(N))]
-    nothing = student([-EFFECTS.sum(1).mean() + _noise(seed, Q).mean() for seed in everything])
+    nothing = student([-EFFECTS.sum(1).mean() + noise_of(seed, Q).mean() for seed in everything])
     np.testing.assert_allclose(table.references["nothing removed"], nothing)
     assert "Student's t, of the mean over the retrainings" in table.settings["interval"]
 
@@ -336,7 +336,7 @@ def test_a_bank_takes_seeds_of_its_own_and_runs_the_rows_that_are_wanted(tmp_pat
     bank = Bank(tmp_path, training, subsets, 2, seeds=[70, 50, 60])
     found = bank.run(progress=False, rows=[2, 0])
     assert {seed for _, seed in training.jobs} == {60, 61, 70, 71}
-    expected = [[-EFFECTS[:, subsets[m]].sum(1) + _noise(s, Q) for s in (a, a + 1)] for m, a in ((2, 60), (0, 70))]
+    expected = [[-EFFECTS[:, subsets[m]].sum(1) + noise_of(s, Q) for s in (a, a + 1)] for m, a in ((2, 60), (0, 70))]
     np.testing.assert_allclose(found, expected)
     assert bank.missing == [(0, 1), (1, 1)]
     with pytest.raises(sf.ScoreError, match="seeds"):

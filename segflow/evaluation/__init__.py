@@ -2,6 +2,8 @@
 
 from .bank import Bank, FunctionTraining, Training, read_bank
 from .batched import BatchedTraining, Stage
+from .counterfactual import removal_counterfactual
+from .datamodeling import linear_datamodeling_scores
 from .detection import Detection, noisy_label_detection
 from .empirical import empirical_influence
 from .lds import (
@@ -10,6 +12,7 @@ from .lds import (
     linear_datamodeling_difference,
     linear_datamodeling_score,
 )
+from .leave_out import leave_one_group_out
 from .mislabelled import detection_auc, found_among_lowest
 from .reliability import NoiseCeiling, noise_ceiling
 from .removal import dataset_pruning, removal_order, retraining_score
@@ -32,12 +35,15 @@ __all__ = [
     "detection_auc",
     "empirical_influence",
     "found_among_lowest",
+    "leave_one_group_out",
     "linear_datamodeling_difference",
     "linear_datamodeling_score",
+    "linear_datamodeling_scores",
     "noise_ceiling",
     "noisy_label_detection",
     "random_subsets",
     "read_bank",
+    "removal_counterfactual",
     "removal_order",
     "retrain",
     "retraining_score",

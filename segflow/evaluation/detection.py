@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..errors import ScoreError
 from .intervals import Estimate, exactly, quantiles
-from .lds import checked_subsets
+from .lds import plain
 from .mislabelled import checked_pair
 from .series import PERFECT, RANDOM, Series, over_examples, values_of
 from .table import Row, Table
@@ -83,7 +83,10 @@ def noisy_label_detection(
     points = np.asarray(shares, dtype=float)
     if not len(points) or not ((points > 0) & (points <= 1)).all() or resamples < 1:
         raise ScoreError(f"shares={tuple(shares)}, resamples={resamples}: expected 0 < share <= 1, and 1 or more.")
-    marked = checked_subsets(np.asarray(wrong) if not isinstance(wrong, Tensor) else wrong)
+    marked = plain(wrong)
+    if not np.isin(marked, (0, 1)).all():
+        raise ScoreError("wrong: expected [N] booleans, found other numbers. Are they indices?")
+    marked = marked.astype(bool)
     sign = -1.0 if largest else 1.0
     rankings = {
         name: [_Ranking.of(*checked_pair(sign * values_of(run).sum(0), marked)) for run in runs]

@@ -60,9 +60,9 @@ def linear_datamodeling_score(
         >>> linear_datamodeling_score(scores, kept, [[4.0], [2.0], [1.0], [6.0]]).mean
         1.0
     """
-    predicted, measured = _compared(scores, subsets, measurements)
+    predicted, measured = compared(scores, subsets, measurements)
     correlations = spearman(predicted, measured)
-    (means,) = _resampled([predicted], measured, resamples, seed, confidence)
+    (means,) = resampled([predicted], measured, resamples, seed, confidence)
     low, high = _interval(means, confidence)
     return LinearDatamodelingScore(correlations, float(correlations.mean()), low, high, confidence)
 
@@ -109,14 +109,14 @@ def linear_datamodeling_difference(
         >>> linear_datamodeling_difference(good, bad, kept, [[4.0], [2.0], [1.0], [6.0]]).mean
         2.0
     """
-    (one, measured), (other, _) = (_compared(scores, subsets, measurements) for scores in (first, second))
+    (one, measured), (other, _) = (compared(scores, subsets, measurements) for scores in (first, second))
     difference = spearman(one, measured) - spearman(other, measured)
-    means = _resampled([one, other], measured, resamples, seed, confidence)
+    means = resampled([one, other], measured, resamples, seed, confidence)
     low, high = _interval(means[0] - means[1], confidence)
     return LinearDatamodelingDifference(difference, float(difference.mean()), low, high, confidence)
 
 
-def _compared(
+def compared(
     scores: Scores, subsets: np.ndarray | Tensor, measurements: np.ndarray | Tensor
 ) -> tuple[np.ndarray, np.ndarray]:
     """The predicted and the measured side [M, Q], checked."""
@@ -128,7 +128,7 @@ def _compared(
     return predicted, measured
 
 
-def _resampled(
+def resampled(
     sides: list[np.ndarray], measured: np.ndarray, resamples: int, seed: int, confidence: float
 ) -> np.ndarray:
     """[sides, resamples]: each side's mean correlation on the same resampled subsets and queries."""

@@ -1,0 +1,165 @@
+"""Leaving one group out: is the change that was predicted the change that retraining gives?
+
+Axis letters: Q queries, K groups, N examples, R repetitions.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ..errors import ScoreError
+from ..groups import Groups
+from .bank import Training
+from .intervals import quantiles, student, welch
+from .lds import spearman
+from .pool import RetrainingOptions, Retrainings
+from .series import RANDOM, Series, check_training, named_runs, values_of
+from .table import Row, Table
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+_INTERVAL = (
+    "Intervals: 95%, Welch's t, of the difference between retrainings without the group and with all groups. A row's "
+    "values are those of the retrainings without the group, less the mean of those with all. Correlations: quantiles "
+    "of a bootstrap that draws groups; of random, quantiles over random orders of the groups."
+)
+
+
+def leave_one_group_out(
+    scores: Series,
+    groups: Groups,
+    training: Training,
+    folder: str | os.PathLike[str],
+    *,
+    chosen: Sequence[int | str] | None = None,
+    resamples: int = 1000,
+    **options: Unpack[RetrainingOptions],
+) -> Table:
+    """The predicted against the actual change of the mean measurement when one group is removed, group by group.
+
+    Args:
+        scores: over the groups [Q, K]; or {name: scores}; or {name: [scores of each of several runs]}, whose mean
+            predicts.
+        groups: the groups that were scored. Examples that partial groups leave out are always kept.
+        training, folder, options: as for `retraining_score`; each group costs `repetitions` retrainings.
+        chosen: groups, by place or label; by default all.
+        resamples: of the correlations' bootstrap.
+
+    Returns:
+        A Table with a row for each series and chosen group, labelled as the group: x is the predicted change, the mean
+        the actual one. `settings["correlations"]` has each series' "spearman" and "pearson" over the chosen groups as
+        [value, low, high] (null where there are fewer than three groups, or one side does not vary), and those of
+        "random". The reference, "nothing removed", is the interval that 0 has by the seeds alone.
+
+    Raises:
+        ScoreError: scores, groups or training do not fit, a chosen group does not exist, or the folder holds something
+            else.
+    """
+    series = named_runs(scores)
+    for runs in series.values():
+        for run in runs:
+            run.check_groups(groups, "leave_one_group_out: groups")
+    how = Retrainings(training, folder, **options)
+    check_training(training, groups.length)
+    if resamples < 1:
+        raise ScoreError(f"resamples={resamples}: expected at least one.")
+    places = _places(groups, chosen)
+    kept = np.stack([_without(groups, place) for place in places])
+    actual_KR = how.measured(kept).mean(2)
+    whole_R = how.nothing_removed(groups.length).mean(1)
+    predicted = {
+        name: np.mean([values_of(run).mean(0)[places] for run in runs], axis=0) for name, runs in series.items()
+    }
+    rows = tuple(
+        Row(name, x, *welch(own_R, whole_R), tuple(own_R - whole_R.mean()), groups.labels[place])
+        for name, own in predicted.items()
+        for x, own_R, place in zip(own, actual_KR, places, strict=True)
+    )
+    change_K = actual_KR.mean(1) - whole_R.mean()
+    settings = {
+        "interval": _INTERVAL,
+        "correlations": _correlations(predicted, change_K, resamples, how.seed),
+        "groups": len(groups),
+        "chosen": [groups.labels[place] for place in places],
+        "examples": groups.length,
+        "repetitions": how.repetitions,
+        "runs": {name: len(runs) for name, runs in series.items()},
+        "resamples": resamples,
+        "seed": how.seed,
+        "measurement": how.measurement,
+    }
+    return Table(
+        "Leave one group out",
+        "predicted change of the mean measurement",
+        "actual change of the mean measurement",
+        rows,
+        {"nothing removed": student(whole_R - whole_R.mean())},
+        settings,
+        "scatter",
+    )
+
+
+def _places(groups: Groups, chosen: Sequence[int | str] | None) -> list[int]:
+    """The chosen groups' places."""
+    wanted = list(range(len(groups)) if chosen is None else chosen)
+    places = [groups.labels.index(own) if own in groups.labels else own for own in wanted]
+    known = [isinstance(place, int | np.integer) and 0 <= place < len(groups) for place in places]
+    if not all(known) or not places or len(set(places)) < len(places):
+        wrong = next((own for own, there in zip(wanted, known, strict=True) if not there), wanted)
+        raise ScoreError(
+            f"chosen: {wrong!r}; expected labels of groups, or places from 0 to {len(groups) - 1}, each once. "
+            f"The labels are {list(groups.labels[:8])}..."
+        )
+    return [int(place) for place in places]
+
+
+def _without(groups: Groups, place: int) -> np.ndarray:
+    kept = np.ones(groups.length, dtype=bool)
+    kept[groups.members[place]] = False
+    return kept
+
+
+def _correlations(
+    predicted: Mapping[str, np.ndarray], change_K: np.ndarray, resamples: int, seed: int
+) -> dict[str, dict[str, list[float] | None]]:
+    """{series: {"spearman" | "pearson": [value, low, high]}}; None where a correlation does not exist."""
+    generator = np.random.default_rng(seed)
+    K = len(change_K)
+    rows_KB = generator.integers(0, K, (K, resamples))
+    shuffled_KB = generator.permuted(np.tile(change_K[:, None], resamples), axis=0)
+    found: dict[str, dict[str, list[float] | None]] = {}
+    for name, own_K in predicted.items():
+        found[name] = {
+            kind: _with_interval(
+                float(correlate(own_K[:, None], change_K[:, None])[0]), correlate(own_K[rows_KB], change_K[rows_KB])
+            )
+            for kind, correlate in _CORRELATIONS.items()
+        }
+    still = np.tile(change_K[:, None], resamples)
+    found[RANDOM] = {
+        kind: _with_interval(0.0, correlate(still, shuffled_KB)) for kind, correlate in _CORRELATIONS.items()
+    }
+    return found
+
+
+def _with_interval(value: float, draws: np.ndarray) -> list[float] | None:
+    found = quantiles(value, draws)
+    return list(found) if np.isfinite(found).all() else None
+
+
+def _pearson(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """Pearson correlation of each column; not a number where one side does not vary."""
+    centred = [side - side.mean(0) for side in (first, second)]
+    squares = [(side**2).sum(0) for side in centred]
+    with np.errstate(invalid="ignore", divide="ignore"):
+        correlation: np.ndarray = (centred[0] * centred[1]).sum(0) / np.sqrt(squares[0] * squares[1])
+    still = (np.ptp(first, axis=0) == 0) | (np.ptp(second, axis=0) == 0)  # its mean may be rounded
+    return np.where(still, np.nan, correlation)
+
+
+_CORRELATIONS = {"spearman": spearman, "pearson": _pearson}
