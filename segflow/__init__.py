@@ -33,6 +33,7 @@ from .groups import Groups
 from .methods import Source
 from .optimizers import OptimizerConstants
 from .record import record
+from .refinement import Refinement
 from .scores import Scores
 from .task import Task
 from .trajectory import Trajectory
@@ -55,6 +56,7 @@ __all__ = [
     "OptimizerConstants",
     "ProjectedFisher",
     "RankError",
+    "Refinement",
     "RepresentationSimilarity",
     "ScoreError",
     "Scores",

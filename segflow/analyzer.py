@@ -16,7 +16,7 @@ from . import checks
 from .capture import observing
 from .curvature import checkpoint_statistics
 from .data import Collate, dataset_length
-from .errors import ScoreError, SegflowError, TrajectoryError, check_choice
+from .errors import ScoreError, SegflowError, check_choice
 from .factors import Fitting, Needs, check_needs, fitting_needs
 from .features import Asked, example_features
 from .fitted import Fitted
@@ -28,9 +28,11 @@ from .methods import Cuts, Method, Source, describe
 from .plans import Plan
 from .property import as_properties
 from .ranks import current, unwrap
+from .refinement import Refinement, Refiner
 from .scores import Scores
 from .scoring import Scoring, score_parts
-from .setup import Settings, by_stage, check_alike, check_arguments, workspaces
+from .setup import Settings, check_alike, check_arguments, workspaces
+from .stages import stage_place, training_data
 from .store import MadeFrom, Store
 from .trajectory import Trajectory
 from .units import Units
@@ -211,7 +213,7 @@ class Analyzer:
         for part in keep:
             check_choice("keep", part, ("term", "layer", "run"), ScoreError)
         batch_size, trains = _batch_size(batch_size), self._by_stage(train)
-        place = self._place(stage, trains)
+        place = stage_place(self.runs[0], stage, trains)
         check_groups(groups, self.work.run.stages[place].dataset_size)
         properties = as_properties(query)
         query = query if properties is None else properties
@@ -263,6 +265,37 @@ class Analyzer:
         with self._stage("features", store=False, batch_size=batch_size, asked=[of, layer]):
             return example_features(self.work, data, asked, batch_size, out)
 
+    def refine(
+        self,
+        groups: Groups,
+        train: Any,
+        query: Any,
+        *,
+        keep: float = 0.1,
+        sizes: Sequence[int] = (16, 1),
+        features: Any = None,
+        largest: bool | None = None,
+        batch_size: int = 128,
+        seed: int = 0,
+    ) -> Refinement:
+        """Score coarse groups, then the parts of those that matter, down to the single examples that matter most.
+
+        Opposing examples of one group cancel, so a group that matters little may hide single ones that matter much;
+        groups of like examples (`Groups.kmeans`) hide fewer.
+
+        Args:
+            groups, train, query, batch_size: as for `score`, of the last stage.
+            keep: the share of the groups scored at a level that is split, those that matter most: by their score summed
+                over the queries, its magnitude (largest=None), or only where it is positive (True) or negative (False).
+            sizes: examples in a part, level by level; 1 for single examples.
+            features: parts are clusters of them (see `Groups.split`); None: random parts. seed: of the parts.
+
+        Raises:
+            GroupError, ScoreError: options make no sense, or the method's scores do not add up; and as `score`.
+        """
+        refiner = Refiner(type(self.method).__name__, keep, sizes, largest, seed)
+        return refiner.refine(lambda some: self.score(some, train, query, batch_size=batch_size), groups, features)
+
     def summary(self) -> Summary:
         """What was done so far: units made and found, time and peak memory, for each stage and kind of work."""
         return self.work.units.journal.summary()
@@ -301,30 +334,7 @@ class Analyzer:
 
     def _by_stage(self, train: Any) -> list[Any]:
         """The training data of each stage, None where it is not given."""
-        works = self.runs[0]
-        trains = by_stage(train, [work.trajectory.stage for work in works], "train")
-        given = [data is not None for data in trains]
-        if not given[-1] or given != sorted(given):
-            raise TrajectoryError(
-                f"training data is given for {[w.trajectory.stage for w, ok in zip(works, given, strict=True) if ok]}: "
-                "expected it for the stage to attribute and for all later ones, which let it decay."
-            )
-        for run in self.runs:
-            for work, data in zip(run, trains, strict=True):
-                if data is not None:
-                    work.require_task()
-                    work.require_training_data(data)
-        return trains
-
-    def _place(self, stage: str | None, trains: Sequence[Any]) -> int:
-        """The place of the stage to score."""
-        names = [work.trajectory.stage for work in self.runs[0]]
-        if stage is None:
-            return len(names) - 1
-        check_choice("stage", stage, names, TrajectoryError)
-        if trains[names.index(stage)] is None:
-            raise TrajectoryError(f"stage={stage!r}: its training data is not given. Pass {{stage: dataset}}.")
-        return names.index(stage)
+        return training_data(self.runs, train)
 
 
 def _batch_size(given: int) -> int:
