@@ -136,13 +136,15 @@ def _correlations(
     for name, own_K in predicted.items():
         found[name] = {
             kind: _with_interval(
-                float(correlate(own_K[:, None], change_K[:, None])[0]), correlate(own_K[rows_KB], change_K[rows_KB])
+                float(correlate(own_K[:, None], change_K[:, None])[0]),
+                correlate(own_K[rows_KB], change_K[rows_KB]) if K > 2 else np.array([np.nan]),
             )
             for kind, correlate in _CORRELATIONS.items()
         }
     still = np.tile(change_K[:, None], resamples)
     found[RANDOM] = {
-        kind: _with_interval(0.0, correlate(still, shuffled_KB)) for kind, correlate in _CORRELATIONS.items()
+        kind: _with_interval(0.0, correlate(still, shuffled_KB) if K > 2 else np.array([np.nan]))
+        for kind, correlate in _CORRELATIONS.items()
     }
     return found
 

@@ -6,9 +6,11 @@ Axis letters: M subsets, K examples, R repetitions, Q queries.
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import numpy as np
 
@@ -16,6 +18,7 @@ from ..data import digest
 from ..errors import ScoreError
 from ..files import read_tensors
 from .bank import Bank, Training
+from .retraining import Job
 
 
 class RetrainingOptions(TypedDict, total=False):
@@ -25,6 +28,23 @@ class RetrainingOptions(TypedDict, total=False):
     seed: int
     measurement: int
     progress: bool | None
+
+
+@dataclass(frozen=True)
+class _Described:
+    """A training whose settings, which may hash much data, are found once for all banks."""
+
+    training: Training
+    found: Mapping[str, Any]
+
+    def settings(self) -> Mapping[str, Any]:
+        return self.found
+
+    def batches(self, jobs: Sequence[Job]) -> list[list[int]]:
+        return self.training.batches(jobs)
+
+    def run(self, jobs: Sequence[Job]) -> np.ndarray:
+        return self.training.run(jobs)
 
 
 @dataclass(frozen=True)
@@ -104,9 +124,13 @@ class Retrainings:
             banks[-1].check()
         return banks
 
+    @cached_property
+    def _described(self) -> _Described:
+        return _Described(self.training, self.training.settings())
+
     def _bank(self, path: Path, subsets: np.ndarray, repetitions: int) -> Bank:
         seeds = [int(digest([self.seed, row])[:7], 16) for row in subsets]  # 28 bits: fit for every generator
-        return Bank(path, self.training, subsets, repetitions, self.seed, seeds)
+        return Bank(path, self._described, subsets, repetitions, self.seed, seeds)
 
     def _chosen(self, measured: np.ndarray) -> np.ndarray:
         """[M, R, Q]: the measurement that was asked for."""
