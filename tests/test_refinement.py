@@ -11,7 +11,9 @@ import torch
 from torch.utils.data import TensorDataset
 
 import segflow as sf
+from segflow.ranks import current
 
+from .gang import Failed, Gang
 from .helpers import analyzer_of, mlp, perturbed_states, trajectory_of, vectors
 
 N = 64
@@ -190,3 +192,22 @@ def test_methods_whose_scores_do_not_add_up_are_refused_before_anything_is_score
     analyzer = analyzer_of(model, run, tmp_path / "store", Weighted(), method=sf.GradientCosine())
     with pytest.raises(sf.ScoreError, match="GradientCosine do not add up"):
         analyzer.refine(GROUPS, train, query)
+
+
+def _on_ranks(folder: str, with_features: bool) -> list[Any]:
+    root, model = Path(folder), mlp()
+    run = trajectory_of(root / f"run-{current().index}", perturbed_states(model, 2), N)
+    analyzer = analyzer_of(model, run, root / "store", method=sf.TracIn(), task=sf.tasks.Classification())
+    data = vectors(N)
+    features = analyzer.features(data) if with_features else None
+    found = analyzer.refine(GROUPS, data, vectors(3, seed=5), keep=0.4, sizes=(3, 1), features=features)
+    return [found.groups.membership().tolist(), [one.group for one in found.found], found.scores.values.tolist()]
+
+
+@pytest.mark.parametrize("with_features", [False, True])
+def test_every_rank_finds_what_one_process_finds(gang: Gang, tmp_path: Path, with_features: bool) -> None:
+    alone = _on_ranks(str(tmp_path / "alone"), with_features)
+    for found in gang.run(2, _on_ranks, str(tmp_path), with_features):
+        assert not isinstance(found, Failed), found.trace
+        assert found[:2] == alone[:2]
+        torch.testing.assert_close(torch.tensor(found[2]), torch.tensor(alone[2]), rtol=1e-10, atol=1e-13)
