@@ -198,6 +198,15 @@ def test_lines_are_drawn_for_each_series_with_its_interval_and_dashed_for_the_re
     figure.savefig(tmp_path / "figure.png")
 
 
+def test_a_wide_interval_runs_off_the_figure_instead_of_flattening_the_means() -> None:
+    rows = (Row("a", 0, 1, -100, 100), Row("a", 1, 3, 2.5, 3.5))
+    assert replace(TABLE, rows=rows, references={}).plot().axes[0].get_ylim() == (-1, 5)
+    assert replace(TABLE, rows=rows, references={"line": (4, 4, 4)}).plot().axes[0].get_ylim() == (-2, 7)
+    bottom, top = replace(TABLE, rows=rows[1:], references={}).plot().axes[0].get_ylim()
+    assert 2 < bottom < 2.5
+    assert 3.5 < top < 4
+
+
 def test_bars_are_drawn_for_each_series(tmp_path: Path) -> None:
     figure = BARS.plot()
     (axes,) = figure.axes

@@ -262,6 +262,11 @@ def _draw_lines(axes: Any, table: Table) -> None:
         x, mean, low, high = _columns(sorted(table.of(series), key=lambda row: row.x))
         (line,) = axes.plot(x, mean, "o-", markersize=3, label=series)
         axes.fill_between(x, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
+    means = [*(row.mean for row in table.rows), *(ends[0] for ends in table.references.values())]
+    span = max(means) - min(means)
+    if span > 0:  # an interval of two values may be so wide that the means could not be told apart
+        bottom, top = axes.get_ylim()
+        axes.set_ylim(max(bottom, min(means) - span), min(top, max(means) + span))
 
 
 def _draw_bars(axes: Any, table: Table) -> None:
