@@ -11,12 +11,10 @@ from __future__ import annotations
 
 import argparse
 
-import torch
-
 from .detect import RESULTS, detect
 from .million import PICTURE, million
 from .retrain import retrain
-from .runs import record_run, say
+from .runs import one_thread, record_run, say
 from .settings import SETTINGS, Setting
 from .table import write_table
 from .timing import measure
@@ -35,7 +33,7 @@ def main() -> None:
     parser.add_argument("--reuse", action="store_true", help="take scores that another state of the code made")
     parser.add_argument("--tiny", action="store_true", help="few examples, one epoch: to see that everything works")
     arguments = parser.parse_args()
-    torch.set_num_threads(1)
+    one_thread()
     unknown = [name for name in arguments.names if name not in SETTINGS]
     if unknown or (arguments.command == "row" and not arguments.names):
         parser.error(f"expected rows of {', '.join(SETTINGS)}; found {unknown or 'none'}")

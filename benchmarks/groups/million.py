@@ -20,7 +20,7 @@ from torch.utils.data import TensorDataset
 import segflow as sf
 
 from .detect import RESULTS
-from .runs import say
+from .runs import one_thread, say
 
 SIZES = (250_000, 500_000, 1_000_000)
 TINY = (2_000, 4_000)
@@ -75,7 +75,7 @@ def draw(found: list[dict[str, Any]]) -> Any:
 
 def run(size: int, step: str) -> dict[str, Any]:
     """One step in this process: seconds (data and training apart), and the process's peak memory."""
-    torch.set_num_threads(1)
+    one_thread()
     train, query = _examples(size, 0), _examples(QUERIES, 1)
     model = nn.Linear(FEATURES, CLASSES)
     with tempfile.TemporaryDirectory() as folder:

@@ -28,6 +28,15 @@ def say(text: str) -> None:
     print(f"[{time.perf_counter() - _BEGAN:7.1f} s] {text}", flush=True)
 
 
+def one_thread() -> None:
+    """Keep torch, BLAS and scikit-learn to one thread each, so that two commands can run side by side."""
+    import sklearn.cluster  # noqa: F401 - its libraries must be there to be limited
+    import threadpoolctl  # type: ignore[import-untyped]
+
+    torch.set_num_threads(1)
+    threadpoolctl.threadpool_limits(limits=1)
+
+
 def folder_of(setting: Setting) -> Path:
     """Where the setting's runs, groupings, scores and retrainings are."""
     return CACHE / "groups" / setting.name
@@ -39,12 +48,14 @@ def run_folder(setting: Setting, variant: str, seed: int) -> Path:
 
 
 def record_run(setting: Setting, variant: str, seed: int) -> None:
-    """Train once under `sf.record`; nothing if that is done."""
+    """Train once under `sf.record`; nothing if that is done, by the same recipe on as many examples."""
     folder = run_folder(setting, variant, seed)
-    if (folder / "done").exists():
+    data, recipe, done = setting.load(variant), setting.recipe, folder / "done"
+    note = f"{setting.model}, {recipe}, {len(data.inputs)} examples, {CHECKPOINTS} checkpoints\n"
+    if done.exists() and done.read_text() == note:
         return
+    done.unlink(missing_ok=True)
     began = time.perf_counter()
-    data, recipe = setting.load(variant), setting.recipe
     torch.manual_seed(seed)
     model, generator = setting.build(), torch.Generator().manual_seed(seed)
     optimizer = recipe.make(model.parameters())
@@ -59,7 +70,7 @@ def record_run(setting: Setting, variant: str, seed: int) -> None:
                 optimizer.zero_grad()
                 functional.cross_entropy(model(data.inputs[batch]), data.labels[batch]).backward()
                 optimizer.step()
-    (folder / "done").touch()
+    done.write_text(note)
     seconds, right = time.perf_counter() - began, accuracy(setting, variant, seed)
     say(f"{setting.name}, {variant}, run {seed}: trained in {seconds:.1f} s, accuracy on the queries {right:.3f}")
 

@@ -19,6 +19,7 @@ import segflow as sf
 from ..setting import interleaved
 from .data import Data
 from .detect import RESULTS, write
+from .retrain import ONE_SIZE
 from .runs import BATCH, analyzer_of, cluster, features_of, groups_of, load_run, say
 from .settings import GROUPINGS, Setting
 
@@ -78,7 +79,7 @@ def _stages(setting: Setting, scratch: Path) -> Iterator[Works]:
             f"scoring, {name}, {grouping}, {size}": _scoring(setting, data, scratch / "fitted", name, (grouping, size))
             for grouping in ("random", "gradient")
             for size in setting.sizes
-            if grouping == "random" or size > 1
+            if grouping == "random" or size == ONE_SIZE
         }
 
 
