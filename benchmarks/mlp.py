@@ -31,7 +31,8 @@ from segflow.kronecker import Eigenbasis, eigenvectors, mean_over
 from segflow.layers import choose_layers
 from segflow.lens import make_lens
 from segflow.passes import corrected_eigenvalues, covariances
-from segflow.queries import Gradients, query_gradients
+from segflow.outer import formed
+from segflow.queries import Stacks, query_gradients
 from segflow.ranks import Ranks
 from segflow.tasks import Classification
 from segflow.tiling import shares, tiles
@@ -85,14 +86,14 @@ class Ours:
             data = self.walk(self.train, in_order(len(self.train), BATCH))
             return corrected_eigenvalues(self.sample, data, self.bases, ALONE, "the benchmark", BUDGET)
 
-    def query_side(self) -> Gradients:
+    def query_side(self) -> Stacks:
         """Every query's gradient under an influence function's operator, in the eigenbasis."""
         with observing(self.model):
             data = self.walk(self.query, in_order(len(self.query), BATCH))
             gradients = query_gradients(self.measurement, data, self.bases, ALONE, "the benchmark")
-        return {name: g / (torch.ones(g.shape[1:]) + 0.1) for name, g in gradients.items()}
+        return {name: g * (torch.ones(g.shape[1:]) + 0.1).reciprocal() for name, g in gradients.items()}
 
-    def scores(self, groups: Groups, queries: Gradients, bases: Mapping[str, Eigenbasis]) -> Tensor:
+    def scores(self, groups: Groups, queries: Stacks, bases: Mapping[str, Eigenbasis]) -> Tensor:
         """bases: the eigenbases that the queries stand in, into which training tokens are rotated; or none."""
         with observing(self.model):
             [pieces] = shares(groups, 1)
@@ -105,11 +106,12 @@ class Ours:
         """All queries [Q, D] times `count` summed gradients [K, D], for each layer; in slices of at most 128."""
         slices = [min(BATCH, count - start) for start in range(0, count, BATCH)]
         sums = {name: torch.randn(slices[0], layer.size) for name, layer in self.layers.items()}
+        values = {name: formed(queries).flatten(1) for name, queries in self.queries.items()}
 
         def run() -> None:
             for rows in slices:
-                for name, queries in self.queries.items():
-                    _ = queries.flatten(1) @ sums[name][:rows].mT
+                for name, queries in values.items():
+                    _ = queries @ sums[name][:rows].mT
 
         return run
 

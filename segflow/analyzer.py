@@ -60,6 +60,8 @@ class Analyzer:
             which walks the training data once more. Several processes hold as many tiles of queries at a time.
         collate_fn: joins examples into a batch, as for a DataLoader; {stage: function} where stages differ.
         progress: show bars: True always, False never, None on a terminal only.
+        curvature_examples: fit curvature to so many training examples of a stage, drawn at random, so that its cost
+            does not grow with the data; None takes all. Groups are always scored with all of their examples.
 
     Raises:
         TaskError, LayerError, TrajectoryError, MethodError: something does not fit together.
@@ -77,13 +79,14 @@ class Analyzer:
         memory: int = 2 << 30,
         collate_fn: Collate | Mapping[str, Collate] | None = None,
         progress: bool | None = None,
+        curvature_examples: int | None = None,
     ):
         runs = [trajectory] if isinstance(trajectory, Trajectory) else list(trajectory)
-        check_arguments(runs, method, memory)
+        check_arguments(runs, method, memory, curvature_examples)
         self.method = method if method is not None else Source()
         ranks = current()
         units = Units(Store(store), ranks, Journal(Path(store) / "events.jsonl", ranks, progress))
-        settings = Settings(unwrap(model), units, seed, memory, collate_fn, progress)
+        settings = Settings(unwrap(model), units, seed, memory, collate_fn, progress, curvature_examples)
         self.runs = [
             workspaces(settings, task, run, f"runs/{number}/" if len(runs) > 1 else "")
             for number, run in enumerate(runs, start=1)
@@ -230,7 +233,7 @@ class Analyzer:
                 cuts = self._cuts(works, {p: fitted.train_from(p) for p in given}) if self._automatic else None
                 plan = self._plan(works, place, cuts)
                 scoring = Scoring(fitted, place, plan, groups, batch_size, "layer" in keep)
-                found.append(RunParts(works, plan, cuts, score_parts(scoring, query)))
+                found.append(RunParts(works, plan, cuts, score_parts(scoring, query), fitted.batching_error(plan)))
             return labelled(found, self.method, groups, place, labels, keep, properties is not None)
 
     def features(

@@ -181,8 +181,8 @@ class ProjectedFisher:
         damping: added to the Fisher's eigenvalues; "heuristic" 0.1 times their mean.
         seed: of the projection.
         fisher_batch: the *batched* empirical Fisher: outer products of so many examples' summed gradients, over their
-            number, so that their count falls by it. Random batches of b examples with mean gradient m add (b - 1) m m^T,
-            little near convergence; the scores' provenance tells the relative error on some examples.
+            number, so that their count falls by it. Random batches of b examples with mean gradient m add
+            (b - 1) m m^T, little near convergence; the scores' provenance tells the relative error on some examples.
     """
 
     dimension: int | None = 512

@@ -217,9 +217,9 @@ def _estimates(work: Workspace, index: int, train_from: MadeFrom) -> Callable[[T
 class StoredCurvature(Mapping[str, KroneckerBlock]):
     """The fitted blocks of a curvature, averaged over its points, read layer by layer when asked for.
 
-    eigenvalue_units: of each point; fits: whether all blocks together take no more than their share of the memory budget; if so they are kept. Every
-    rank must ask for the same layers in the same order. Raises StoreError where they were not fitted, or from something
-    else.
+    eigenvalue_units: of each point. fits: whether all blocks together take no more than their share of the memory
+    budget; if so they are kept. Every rank must ask for the same layers in the same order. Raises StoreError where they
+    were not fitted, or from something else.
 
     Args:
         work: the workspace of the curvature's stage.

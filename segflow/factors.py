@@ -206,7 +206,7 @@ class Fitting:
         ]
 
     def _lists(self, batch: int) -> list[np.ndarray]:
-        """This rank's batches of the examples that curvature is fitted to, each `batch` examples in a row in one of them.
+        """This rank's batches of the examples that curvature is fitted to, `batch` in a row always in the same one.
 
         In the data's order where `batch` is 1; otherwise as drawn, for neighbours in the data may be alike.
         """

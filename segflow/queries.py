@@ -1,14 +1,16 @@
 """The query side: query gradients under a plan's operators, kept in the eigenbasis of the operator applied last.
 
+Queries of one token stay outer products as long as their operators allow it (module outer).
+
 Axes: Q queries, P parts, O outputs, I inputs; a block of gradients is [Q, P, O, I].
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import singledispatchmethod
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -18,6 +20,7 @@ from .data import Batch
 from .kronecker import Eigenbasis, PreconditionerBlock, example_gradients
 from .layers import Tokens, TrackedLayer
 from .lens import FiniteWatch, Lens
+from .outer import Outer, Stack, example, formed, squared_norms, together
 from .plans import (
     Curvature,
     IterativeInverse,
@@ -31,37 +34,38 @@ from .plans import (
     UnitNorm,
 )
 from .ranks import Ranks
-from .representation import FeatureLayer, RepresentationLens
+from .representation import RepresentationLens
 
 Gradients = dict[str, Tensor]
+Stacks = dict[str, Stack]
 
 
 def query_gradients(
     lens: Lens | RepresentationLens, data: Iterable[Batch], bases: Mapping[str, Eigenbasis], ranks: Ranks, where: str
-) -> Gradients:
+) -> Stacks:
     """The measurement's gradient for this rank's queries, for each layer [Q, P, O, I]; in a basis where one is given.
 
-    ranks: those that share the queries; a layer must be reached on one of them.
+    A layer whose queries have one token each on all ranks keeps them as outer products. ranks: those that share the
+    queries; a layer must be reached on one of them.
     """
-    pieces: dict[str, list[Tensor]] = {name: [] for name in lens.layers}
+    pieces: dict[str, list[Stack]] = {name: [] for name in lens.layers}
     watch = FiniteWatch(f"query gradients, {where}")
 
     def consume(layer: TrackedLayer, tokens: Tokens) -> None:
-        pieces[layer.name].append(example_gradients(tokens, bases.get(layer.name)))
-
-    def none(layer: TrackedLayer | FeatureLayer, count: int) -> Tensor:
-        return torch.zeros(count, *layer.shape, dtype=lens.dtype, device=lens.device)
+        basis, one = bases.get(layer.name), tokens.a_PBSI.shape[2] == 1
+        pieces[layer.name].append(Outer.of(tokens, basis) if one else example_gradients(tokens, basis))
 
     for batch in data:
         before = {name: len(parts) for name, parts in pieces.items()}
         lens.capture(batch, consume, watch)
         for name, layer in lens.layers.items():
             if len(pieces[name]) == before[name] and not batch.idle:  # the measurement does not depend on the layer
-                pieces[name].append(none(layer, batch.size))
+                pieces[name].append(Outer.zeros(batch.size, layer.shape, lens.dtype, lens.device))
     watch.finish(lens.axes, ranks)
-    for name, parts in pieces.items():
-        pieces[name] = parts or [none(lens.layers[name], 0)]
-    return {name: parts[0] if len(parts) == 1 else torch.cat(parts) for name, parts in pieces.items()}
+    longer = {name for name, parts in pieces.items() if not all(isinstance(part, Outer) for part in parts)}
+    longer = longer.union(*ranks.gather(sorted(longer)))
+    none = {name: Outer.zeros(0, layer.shape, lens.dtype, lens.device) for name, layer in lens.layers.items()}
+    return {name: together([none[name], *parts], name in longer) for name, parts in pieces.items()}
 
 
 @dataclass(frozen=True)
@@ -71,7 +75,7 @@ class Queries:
     A layer that the curvature's stage did not train stands in none.
     """
 
-    values: Gradients
+    values: Stacks
     basis: Curvature | None
 
 
@@ -140,7 +144,8 @@ class QuerySide:
     @singledispatchmethod
     def _apply(self, operator: Any, before: Queries) -> Queries:
         """An operator on queries that stand in its basis."""
-        return replace(before, values=self.resources.inverse(operator, before.values))
+        values = {name: formed(value) for name, value in before.values.items()}
+        return replace(before, values=dict(self.resources.inverse(operator, values)))
 
     @_apply.register
     def _(self, operator: Spectral, before: Queries) -> Queries:
@@ -154,7 +159,7 @@ class QuerySide:
                 scaled[name] = values_QPOI
                 continue
             block = None if blocks is None else blocks[name]
-            eigenvalues = values_QPOI.new_zeros(()) if block is None else block.eigenvalues_POI
+            eigenvalues = example(values_QPOI).new_zeros(()) if block is None else block.eigenvalues_POI
             unit: Tensor | float = 1.0
             if units is not None:
                 exact_POI = units[name].exact_POI
@@ -170,9 +175,9 @@ class QuerySide:
 
     @_apply.register
     def _(self, _operator: UnitNorm, before: Queries) -> Queries:
-        norms_Q = torch.stack([v.flatten(1).square().sum(1) for v in before.values.values()]).sum(0).sqrt()
-        unit_Q111 = norms_Q.clamp_min(torch.finfo(norms_Q.dtype).tiny)[:, None, None, None]
-        return replace(before, values={name: value / unit_Q111 for name, value in before.values.items()})
+        norms_Q = torch.stack([squared_norms(value) for value in before.values.values()]).sum(0).sqrt()
+        inverse_Q111 = norms_Q.clamp_min(torch.finfo(norms_Q.dtype).tiny).reciprocal()[:, None, None, None]
+        return replace(before, values={name: value * inverse_Q111 for name, value in before.values.items()})
 
     def _moved(self, queries: Queries, basis: Curvature | None) -> Queries:
         """The same queries in another eigenbasis (None: in none)."""
@@ -188,38 +193,76 @@ class QuerySide:
         return Queries(moved, basis)
 
 
-def _changed(values_QPOI: Tensor, old: Eigenbasis | None, new: Eigenbasis | None) -> Tensor:
+def _changed(values_QPOI: Stack, old: Eigenbasis | None, new: Eigenbasis | None) -> Stack:
     """Gradients taken from one basis to another; None stands for the parameters' own axes."""
+    if old is None and new is None:
+        return values_QPOI
+    if old is None and isinstance(values_QPOI, Outer) and values_QPOI.scale_POI is None:
+        return values_QPOI.rotated(new)  # type: ignore[arg-type]
+    gradients_QPOI = formed(values_QPOI)
     if old is None:
-        return values_QPOI if new is None else new.rotate(values_QPOI)
-    return old.unrotate(values_QPOI) if new is None else old.to(new).rotate(values_QPOI)
+        return new.rotate(gradients_QPOI)  # type: ignore[union-attr]
+    return old.unrotate(gradients_QPOI) if new is None else old.to(new).rotate(gradients_QPOI)
+
+
+def outer_layers(plan: Plan, lens: Lens, fits: bool) -> set[str]:
+    """The layers whose queries stay outer products all the way: those of one token, if every operator allows it.
+
+    fits: whether eigenbases fit the memory, so that queries need not leave them.
+    """
+    stay = all(_stays_outer(term.operators, fits) for term in plan)
+    return {name for name in lens.layers if stay and lens.positions(name) == 1}
+
+
+def _stays_outer(operators: Sequence[Operator], fits: bool) -> bool:
+    basis: Curvature | None = None
+    scaled = False
+    for operator in operators:
+        if isinstance(operator, ProjectedInverse | IterativeInverse):
+            return False
+        if isinstance(operator, Scale) or (isinstance(operator, Spectral) and operator.curvature is not None):
+            wanted = None if isinstance(operator, Scale) else basis_of(operator.curvature)
+            if wanted != basis and (scaled or basis is not None or not fits):
+                return False
+            basis, scaled = wanted, True
+    return True
+
+
+class Meeting(NamedTuple):
+    """Where queries meet training tokens: the queries, and the eigenbases for what comes to them.
+
+    tokens: of the layers whose training tokens are rotated; sums: of those whose summed gradients are.
+    """
+
+    values: Stacks
+    tokens: dict[str, Eigenbasis]
+    sums: dict[str, Eigenbasis]
 
 
 def meeting(
-    values: Gradients, blocks: StoredCurvature | None, count: int, tokens: Mapping[str, int]
-) -> tuple[Gradients, dict[str, Eigenbasis]]:
+    values: Stacks, blocks: StoredCurvature | None, count: int, rows: int, tokens: Mapping[str, int], room: int
+) -> Meeting:
     """Where each layer's queries meet the training tokens, by counting multiplications.
 
-    Rotating few training tokens into the eigenbasis costs less than taking many queries out of it; queries leave it
-    where the bases do not fit the memory budget.
+    Rotating training tokens into the eigenbasis, or few groups' summed gradients, costs less than taking many queries
+    out of it; queries leave it where the bases do not fit the memory budget.
 
     Args:
         values: this rank's queries in the eigenbases of `blocks` (None where they stand in none).
-        count: queries on all ranks; tokens: how many training tokens each layer will see on all ranks.
-
-    Returns:
-        The queries, and the basis for each layer whose queries stay in it.
+        count: queries on all ranks; rows: groups that are summed, at all points; tokens: how many training tokens each
+            layer will see on all ranks; room: how many queries may be formed that are outer products.
     """
-    if blocks is None:
-        return values, {}
-    met, bases = {}, {}
+    met = Meeting(dict(values), {}, {})
     for name, queries_QPOI in values.items():
+        basis = blocks[name].basis if blocks is not None and name in blocks else None
+        if blocks is None or basis is None:
+            continue
         _, _, O, I = queries_QPOI.shape
-        basis = blocks[name].basis if name in blocks else None
-        if basis is None:
-            met[name] = queries_QPOI
-        elif blocks.fits and tokens[name] * (I * I + O * O) < count * O * I * (O + I):
-            met[name], bases[name] = queries_QPOI, basis
+        costs = {"tokens": tokens[name] * (I * I + O * O), "sums": rows * O * I * (O + I)}
+        cheaper = min(costs, key=lambda way: costs[way])
+        forms = not isinstance(queries_QPOI, Outer) or len(queries_QPOI) <= room
+        if not blocks.fits or (forms and count * O * I * (O + I) <= costs[cheaper]):
+            met.values[name] = basis.unrotate(formed(queries_QPOI))
         else:
-            met[name] = basis.unrotate(queries_QPOI)
-    return met, bases
+            (met.tokens if cheaper == "tokens" else met.sums)[name] = basis
+    return met

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -26,15 +26,16 @@ from .files import Tensors
 from .fitted import AskedQueries, Fitted
 from .groups import Groups
 from .kronecker import weighted_mean
-from .plans import Plan, Point, Term
+from .outer import Outer, Stack, example, formed, products, squared_norms, together
+from .plans import Plan, Point, Term, curvatures
 from .property import as_properties
 from .propertyside import property_fingerprint
-from .queries import Gradients, Queries, QuerySide, meeting
+from .queries import Queries, QuerySide, Stacks, meeting, outer_layers
 from .ranks import Ranks
 from .representation import representation_lens
 from .task import measurement_fingerprint
 from .tiling import Tile, shares, tiles
-from .trainside import AnyLens, MetQueries, TrainSide, tile_scores
+from .trainside import AnyLens, MetQueries, TrainSide, tile_scores, told
 from .units import Planned
 from .workspace import Workspace
 
@@ -42,6 +43,7 @@ from .workspace import Workspace
 _QUERY_SHARE, _GROUP_SHARE, _PASSING_SHARE = 2, 4, 8
 _QUERY_COPIES = 4  # the gradients, those of two operators, and a temporary (or a block that passes by)
 _NO_TILE = Tile(np.arange(0), ())
+_SKETCHING = 1 << 28  # bytes
 _ROUNDED = ("training losses", "outputs")  # differs slightly on another machine: compared, but not in a unit's name
 
 
@@ -78,7 +80,7 @@ def score_parts(asked: Scoring, query: Any) -> Tensor:
     """
     work = asked.work
     stage = _Stage(asked)
-    blocks = in_order(len(query), max(1, work.memory // _QUERY_SHARE // (_QUERY_COPIES * stage.gradient_bytes)))
+    blocks = in_order(len(query), stage.room(stage.query_bytes(query)))
     together = work.ranks.count if len(blocks) > 1 else 1  # blocks that are on their ranks at a time
     rounds = [blocks[start : start + together] for start in range(0, len(blocks), together)]
     passes = len(rounds) * sum(len(term.train) for term in asked.plan)
@@ -113,6 +115,18 @@ class _Stage:
         own = next(iter(self.tiles.values()))[work.ranks.index]
         self.examples = sum(len(batch.examples) for tile in own for batch in tile.batches)
 
+    def room(self, query_bytes: int) -> int:
+        """How many queries of so many bytes may be held at a time."""
+        return max(1, self.work.memory // _QUERY_SHARE // (_QUERY_COPIES * query_bytes))
+
+    def query_bytes(self, query: Any) -> int:
+        """What one query's gradient takes: of a layer where it stays an outer product, its two sides only."""
+        fits = all(self.resources.curvature(of).fits for of in curvatures(self.plan))
+        outer = set() if as_properties(query) else outer_layers(self.plan, self.lens, fits)
+        sizes = {name: (layer.shape, layer.size) for name, layer in self.lens.layers.items()}
+        numbers = sum(P * (O + I) if name in outer else size for name, ((P, O, I), size) in sizes.items())
+        return numbers * self.lens.dtype.itemsize
+
     def run(self, query: Any, blocks: Sequence[range]) -> Tensor:
         """Scores [T, L, Q, K] of these queries: one block for each rank, or one block that all ranks share."""
         ranks = self.work.ranks
@@ -144,10 +158,11 @@ class _Stage:
         blocks = self.resources.curvature(queries.basis) if queries.basis else None
         examples = int(self.groups.sizes.sum()) * points
         tokens = {name: examples * self.lens.positions(name) for name in queries.values}
-        values, bases = meeting(queries.values, blocks, sum(asked.sizes), tokens)
-        if len(asked.sizes) == 1:
+        rows, room = len(self.groups) * points, self.room(self.gradient_bytes)
+        values, bases, sum_bases = meeting(queries.values, blocks, sum(asked.sizes), rows, tokens, room)
+        if len(asked.sizes) == 1 and ranks.count > 1:
             values = {name: _from_all(value_QPOI, ranks) for name, value_QPOI in values.items()}
-        return MetQueries(values, bases, len(asked.sizes), ranks)
+        return MetQueries(values, bases, len(asked.sizes), ranks, sum_bases)
 
     def _term(self, term: Term, met: MetQueries, asked: _Asked, inputs: tuple[str, ...]) -> Tensor:
         """One term's scores [L, Q, K] on every rank, from the store or computed into it."""
@@ -225,12 +240,13 @@ def _split(block: range, count: int) -> list[range]:
     return [block[start:end] for start, end in pairwise(ends)]
 
 
-def _from_all(value_QPOI: Tensor, ranks: Ranks) -> Tensor:
+def _from_all(stack: Stack, ranks: Ranks) -> Stack:
     """Every rank's queries, in rank order, on every rank."""
-    own, device = ranks.index, value_QPOI.device
-    return torch.cat(
-        [ranks.broadcast(value_QPOI if own == rank else None, rank, device) for rank in range(ranks.count)]
-    )
+    parts = [told(stack, rank, ranks) for rank in range(ranks.count)]
+    if not isinstance(stack, Outer):
+        return torch.cat([formed(part) for part in parts])
+    every = together([replace(part, scale_POI=None) for part in parts if isinstance(part, Outer)], False)
+    return every if stack.scale_POI is None else every * stack.scale_POI
 
 
 def _rows(compute: Callable[[], Tensor | None], start: int, size: int) -> Tensors:
@@ -238,15 +254,15 @@ def _rows(compute: Callable[[], Tensor | None], start: int, size: int) -> Tensor
     return {} if scores is None else {"scores": scores[:, start : start + size]}
 
 
-def _sketch(values: Gradients) -> list[str]:
+def _sketch(values: Stacks) -> list[str]:
     """Two numbers that hardly any change of the queries leaves alone, rounded so that another number of ranks does."""
     if not len(next(iter(values.values()))):
         return []
     generator = torch.Generator().manual_seed(0)
-    norm = torch.stack([torch.linalg.vector_norm(value).double() for value in values.values()]).norm().item()
+    norm = torch.stack([squared_norms(value).double().sum() for value in values.values()]).sum().sqrt().item()
     projected = 0.0
     for value_QPOI in values.values():
-        weights = torch.randn(value_QPOI[0].numel(), generator=generator).to(value_QPOI)
-        rows = torch.linspace(1, 2, len(value_QPOI)).to(value_QPOI)
-        projected += (rows @ (value_QPOI.flatten(1) @ weights)).item()
+        weights_1POI = torch.randn(1, *value_QPOI.shape[1:], generator=generator).to(example(value_QPOI))
+        rows = torch.linspace(1, 2, len(value_QPOI)).to(weights_1POI)
+        projected += (rows @ products(value_QPOI, weights_1POI, _SKETCHING)).sum().item()
     return [f"{norm:.3e}", f"{projected / max(norm, 1e-300):.2f}"]

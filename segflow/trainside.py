@@ -6,7 +6,7 @@ Axes: Q queries, K groups, P parts, O outputs, I inputs, L layers; a block of gr
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -17,7 +17,8 @@ from .data import Batch
 from .kronecker import Eigenbasis
 from .layers import Tokens, TrackedLayer
 from .lens import FiniteWatch, Lens
-from .queries import Gradients
+from .outer import Outer, Stack, example, products
+from .queries import Gradients, Stacks
 from .ranks import Ranks
 from .representation import FeatureLayer, RepresentationLens
 from .tiling import GroupBatch, Tile
@@ -29,28 +30,38 @@ AnyLens = Lens | RepresentationLens
 class MetQueries:
     """Queries that are ready to meet training gradients.
 
-    values: what this rank holds, for each layer; bases: of the layers whose queries stand in an eigenbasis;
+    values: what this rank holds, for each layer; bases, sum_bases: the eigenbases of layers whose tokens, or whose
+    summed gradients, are rotated to meet the queries there;
     holders: how many ranks hold a block of the queries; 1 where every rank holds all of them.
     """
 
-    values: Gradients
+    values: Stacks
     bases: Mapping[str, Eigenbasis]
     holders: int
     ranks: Ranks
+    sum_bases: Mapping[str, Eigenbasis] = field(default_factory=dict)
 
     @property
     def here(self) -> bool:
         """True if this rank holds all queries."""
         return self.holders == 1
 
-    def blocks(self) -> Iterator[Gradients]:
+    def blocks(self) -> Iterator[Stacks]:
         """All queries, in order, block by block; where they stay apart every rank must take part."""
         if self.here:
             yield self.values
             return
         for source in range(self.holders):
-            own = source == self.ranks.index
-            yield {n: self.ranks.broadcast(v if own else None, source, v.device) for n, v in self.values.items()}
+            yield {name: told(value, source, self.ranks) for name, value in self.values.items()}
+
+
+def told(stack: Stack, source: int, ranks: Ranks) -> Stack:
+    """The stack of rank `source` on every rank; each gives its own. An outer product's scale is the same on all."""
+    own = source == ranks.index
+    if isinstance(stack, Outer):
+        g, a = (ranks.broadcast(side if own else None, source, side.device) for side in (stack.g_PQO, stack.a_PQI))
+        return replace(stack, g_PQO=g, a_PQI=a)
+    return ranks.broadcast(stack if own else None, source, stack.device)
 
 
 @dataclass
@@ -74,7 +85,7 @@ class TrainSide:
         if layer.name in self.queries.bases:
             tokens = self.queries.bases[layer.name].rotate_tokens(tokens)
         single = self.queries.here and tokens.a_PBSI.shape[2] == 1 and len(sizes) > 1 and max(sizes) == 1
-        if single and not self.normalized:
+        if single and not self.normalized and layer.name not in self.queries.sum_bases:
             self._add_single_tokens(layer, tokens, batch.first)
             return
         P, O, I = layer.shape
@@ -89,8 +100,11 @@ class TrainSide:
         a_PKI, g_PKO = tokens.a_PBSI.squeeze(2), tokens.g_PBSO.squeeze(2)
         queries, K = self.queries.values[layer.name], a_PKI.shape[1]
         if layer.name not in self._scores:
-            self._scores[layer.name] = queries.new_zeros(queries.shape[0], self.count)
+            self._scores[layer.name] = a_PKI.new_zeros(len(queries), self.count)
         scores = self._scores[layer.name][:, first : first + K]
+        if isinstance(queries, Outer):
+            scores += queries.products_of_tokens(tokens, self.budget)
+            return
         step = max(1, self.budget // (g_PKO.numel() * g_PKO.element_size()))
         for start in range(0, len(queries), step):
             answered_QPOK = torch.einsum("qpoi,pki->qpok", queries[start : start + step], a_PKI)
@@ -98,6 +112,9 @@ class TrainSide:
 
     def scores(self) -> Tensor:
         """[L, Q, K]: for each layer the product of all queries with the tile's pieces."""
+        for name, basis in self.queries.sum_bases.items():
+            if name in self._sums:
+                self._sums[name] = basis.rotate(self._sums[name])
         blocks = [
             torch.stack([self._product(name, queries_QPOI) for name, queries_QPOI in block.items()])
             for block in self.queries.blocks()
@@ -108,10 +125,10 @@ class TrainSide:
         square_K = torch.stack([sums_KPOI.flatten(1).square().sum(1) for sums_KPOI in self._sums.values()]).sum(0)
         return product_LQK / square_K.sqrt().clamp_min(torch.finfo(square_K.dtype).tiny)
 
-    def _product(self, name: str, queries_QPOI: Tensor) -> Tensor:
-        product_QK = self._scores.get(name, queries_QPOI.new_zeros(len(queries_QPOI), self.count))
+    def _product(self, name: str, queries_QPOI: Stack) -> Tensor:
+        product_QK = self._scores.get(name, example(queries_QPOI).new_zeros(len(queries_QPOI), self.count))
         if name in self._sums:
-            product_QK.addmm_(queries_QPOI.flatten(1), self._sums[name].flatten(1).mT)
+            product_QK += products(queries_QPOI, self._sums[name], self.budget)
         return product_QK
 
 

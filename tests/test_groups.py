@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.utils.data import Subset, TensorDataset
 
 import segflow as sf
-from segflow.tiling import GroupBatch, shares, tiles
 from segflow.layers import Tokens, TrackedLayer
 from segflow.ranks import Ranks
+from segflow.tiling import GroupBatch, shares, tiles
 from segflow.trainside import MetQueries, TrainSide
 
 from .helpers import ConvNet, FixedLabels, analyzer_of, images, mlp, perturbed_states, trajectory_of, vectors

@@ -33,6 +33,7 @@ HOUSE = [
     "capture",
     "lens",
     "kronecker",
+    "outer",
     "spectra",
     "plans",
     "projection",
