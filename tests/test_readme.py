@@ -21,7 +21,7 @@ BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 def test_the_api_example_runs_and_is_short(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    code, _ = BLOCKS
+    code, groups, _ = BLOCKS
     assert len(code.splitlines()) <= 32
     monkeypatch.chdir(tmp_path)
     train, model = vectors(40, torch.float32), mlp(torch.float32)
@@ -40,6 +40,14 @@ def test_the_api_example_runs_and_is_short(
     assert set(given["table"].columns) == {"books", "code", "mail", "web"}
     assert "attributed: 79 of 79 parameters (100.0%)" in capsys.readouterr().out
 
+    given |= {"annotators": ["ann", "bob"] * 20, "regions": ["north", "south", "north", "south", "south"]}
+    given["train_and_measure"] = lambda kept, seed: [float(len(kept)) + seed % 7] * 5
+    exec(compile(groups, "README.md", "exec"), given)
+    assert given["by_source"].values.shape == (2, 4) and given["by_annotator"].values.shape == (2, 4)
+    assert given["scores"].values.shape == (5, 40)
+    assert {row.series for row in given["table"].rows} == {"Source", "random"}
+    assert (tmp_path / "retraining.png").is_file() and (tmp_path / "retraining.json").is_file()
+
 
 class TokenModel(torch.nn.Module):
     def __init__(self) -> None:
@@ -55,7 +63,7 @@ class TokenModel(torch.nn.Module):
 
 def test_the_language_model_task_has_the_curvature_s_scale(tmp_path: Path) -> None:
     given: dict[str, Any] = {"torch": torch, "sf": sf}
-    exec(compile(BLOCKS[1], "README.md", "exec"), given)
+    exec(compile(BLOCKS[2], "README.md", "exec"), given)
     generator = torch.Generator().manual_seed(1)
     tokens = torch.randint(0, 7, (24, 9), generator=generator)
     lengths = torch.randint(4, 10, (24,), generator=generator)
