@@ -19,9 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from mlp import HERE, in_own_process
 from safetensors.torch import save_file
-from setting import Figure, examples, interleaved, mlp, plain_epoch
+from setting import HERE, Figure, examples, in_own_process, interleaved, mlp, plain_epoch
 
 import segflow as sf
 

@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -21,7 +19,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from setting import BATCH, Figure, examples, interleaved, mlp, plain_epoch
+from setting import BATCH, HERE, Figure, examples, in_own_process, interleaved, mlp, plain_epoch
 from torch import Tensor
 
 from segflow.capture import observing
@@ -30,15 +28,14 @@ from segflow.groups import Groups
 from segflow.kronecker import Eigenbasis, eigenvectors, mean_over
 from segflow.layers import choose_layers
 from segflow.lens import make_lens
-from segflow.passes import corrected_eigenvalues, covariances
 from segflow.outer import formed
+from segflow.passes import corrected_eigenvalues, covariances
 from segflow.queries import Stacks, query_gradients
 from segflow.ranks import Ranks
 from segflow.tasks import Classification
 from segflow.tiling import shares, tiles
 from segflow.trainside import MetQueries, TrainSide, tile_scores
 
-HERE = Path(__file__).parent
 PEER_QUERIES = 200
 ALONE = Ranks()
 BUDGET = 2**28  # bytes for temporaries, as an Analyzer with 2 GiB of memory would pass on
@@ -141,16 +138,6 @@ def worker(threads: int, train_size: int, query_count: int, repetitions: int, pe
         work: Works = {"peer: singletons": lambda: ours.scores(singletons, ours.query_side(), ours.bases)}
         figures |= interleaved(epoch, work, min(repetitions, 3))
     return figures
-
-
-def in_own_process(python: str, script: str, threads: int, arguments: list[str]) -> Any:
-    """The JSON that a script prints, run with `threads` threads."""
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
-    command = [python, str(HERE / script), "--threads", str(threads), *arguments]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode:
-        sys.exit(f"{' '.join(command)} failed:\n{done.stderr}")
-    return json.loads(done.stdout.splitlines()[-1])
 
 
 @dataclass(frozen=True)

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import median
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +19,7 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
 BATCH = 128
+HERE = Path(__file__).parent
 
 
 class Seconds(NamedTuple):
@@ -97,3 +103,13 @@ def interleaved(epoch: Callable[[], object], works: dict[str, Callable[[], objec
             epochs[name].append(timed(epoch))
             runs[name].append(timed(work))
     return {name: Figure(tuple(runs[name]), tuple(epochs[name])) for name in works}
+
+
+def in_own_process(python: str, script: str, threads: int, arguments: list[str]) -> Any:
+    """The JSON that a script prints, run with `threads` threads."""
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+    command = [python, str(HERE / script), "--threads", str(threads), *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        sys.exit(f"{' '.join(command)} failed:\n{done.stderr}")
+    return json.loads(done.stdout.splitlines()[-1])

@@ -251,8 +251,9 @@ class Analyzer:
             train: the training data, as given to `fit`; features are of the last stage's (of an ensemble: of its
                 first run).
             of: "gradient" of the training loss with respect to the input of a linear layer, summed over positions
-                (Ley et al. 2024, arXiv 2410.09940); "representation", that input, averaged over positions; "input",
-                what the model is given.
+                (Ley et al. 2024, arXiv 2410.09940); "weight gradient", of a layer's own parameters, as 64 random
+                projections; "representation", the layer's input, averaged over positions; "input", what the model is
+                given.
             layer: a tracked layer; by default the last, whose input are the penultimate activations.
             batch_size: examples in one forward and backward.
             out: a .npy file to write instead, for features beyond memory; it is then opened read-only.

@@ -17,7 +17,7 @@ from .ranks import Ranks, to_device
 
 Collate = Callable[[list[Any]], Any]
 Indices = Sequence[int] | np.ndarray
-_LARGE = 4096  # a TensorDataset beyond this is digested by its tensors, not by its examples
+_LARGE = 1024  # a TensorDataset beyond this is digested by its tensors, not by its examples
 _PIECE = 256  # examples that are digested together, by one rank
 _REREAD = 64  # examples that are read three times, to see whether reading is random
 

@@ -24,11 +24,14 @@ from .errors import LayerError, SegflowError, StoreError, TaskError, check_choic
 from .files import writing_array
 from .layers import Tokens, TrackedLayer
 from .lens import FiniteWatch, Lens
+from .plans import Projection
+from .projection import probes
 from .ranks import Ranks, whole
 from .representation import RepresentationLens
 from .workspace import Workspace
 
-KINDS = ("gradient", "representation", "input")
+KINDS = ("gradient", "weight gradient", "representation", "input")
+_SKETCH = 64  # features of a weight gradient
 _PIECE = 64 << 20  # bytes that travel in one go
 Path_ = str | os.PathLike[str]
 
@@ -86,15 +89,30 @@ def _seeing(work: Workspace, train: Any, asked: Asked, watch: FiniteWatch) -> It
         )
     lens = work.lens("train", train, {name: layer})
     if asked.of != "input":
-        yield lens, _gradients(lens, layer, watch) if asked.of == "gradient" else _representations(lens, watch)
+        see = {"gradient": _gradients, "weight gradient": _weight_gradients, "representation": _representations}
+        yield lens, see[asked.of](lens, watch)
         return
     with _Inputs(work.model).watching() as inputs:
         [first] = work.walk(lens, train, [[0]], "the first example")
         yield lens, _See(inputs.rows(lens, first, watch).shape[1], lambda batch: inputs.rows(lens, batch, watch))
 
 
-def _gradients(lens: Lens, layer: TrackedLayer, watch: FiniteWatch) -> _See:
+def _only(lens: Lens) -> TrackedLayer:
+    return next(iter(lens.layers.values()))
+
+
+def _weight_gradients(lens: Lens, watch: FiniteWatch) -> _See:
+    """Random projections of the gradient of the layer's weight and bias; all of it where it has few numbers."""
+    layer = _only(lens)
+    projection = Projection(_SKETCH if layer.size > _SKETCH else None, 0)
+    probe = probes(projection, {layer.name: layer.shape}, lens.dtype, lens.device)[layer.name]
+    none_D = torch.zeros(probe.features, dtype=lens.dtype, device=lens.device)
+    return _See(probe.features, _captured(lens.capture, probe.of_tokens, none_D, watch))
+
+
+def _gradients(lens: Lens, watch: FiniteWatch) -> _See:
     """g W of each example, summed over positions: the backward ends at the layer's output."""
+    layer = _only(lens)
     weight_OD = whole(layer.module.get_parameter("weight")).detach().to(lens.dtype)
 
     def of_tokens(tokens: Tokens) -> Tensor:

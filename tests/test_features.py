@@ -12,7 +12,10 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 import segflow as sf
+from segflow.plans import Projection
+from segflow.projection import probes
 
+from . import oracles
 from .gang import Failed, Gang
 from .helpers import ConvNet, analyzer_of, example_loss, images, mlp, perturbed_states, trajectory_of, vectors
 
@@ -240,3 +243,25 @@ def _clusters_on_ranks() -> list[list[int]]:
 def test_every_rank_gets_the_clusters_of_the_first(gang: Gang) -> None:
     found = gang.run(2, _clusters_on_ranks)
     assert found[0] == found[1] == _clusters_on_ranks()
+
+
+@pytest.mark.parametrize(
+    ("make", "data", "layer"), [(mlp, vectors, "0"), (mlp, vectors, "4"), (ConvNet, images, "second")]
+)
+def test_weight_gradients_are_projections_of_autograds(tmp_path: Path, make: Any, data: Any, layer: str) -> None:
+    """All of it where the layer has at most 64 numbers; else 64 sums of its entries, weighed by outer products."""
+    model = make()
+    found = _analyzer(model, tmp_path).features(data(N), of="weight gradient", layer=layer, batch_size=4)
+    _at_the_end(model)
+    module = model.get_submodule(layer)
+    exact = oracles.example_gradients(
+        model, {layer: module}, example_loss(model, data(N), sf.tasks.Classification()), N
+    )
+    size = exact[layer][0].numel()
+    expected = exact[layer].flatten(1)
+    if size > 64:
+        made = probes(Projection(64, 0), {layer: tuple(exact[layer].shape[1:])}, torch.float64, torch.device("cpu"))
+        of = made[layer]
+        expected = torch.einsum("npoi,kpo,kpi->nk", exact[layer], of.outputs_kPO, of.inputs_kPI)
+    assert found.shape == (N, min(size, 64))
+    np.testing.assert_allclose(found, expected.numpy(), rtol=1e-5, atol=1e-7)
