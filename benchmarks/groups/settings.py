@@ -16,8 +16,8 @@ from .data import CLASSES, LOADERS, NOISE, Data
 from .models import EncoderHead, padding_mask, resnet
 
 SIZES = (1, 4, 16, 64, 256, 1024)
-GROUPINGS = ("random", "raw", "representation", "gradient")  # the last three: k-means on these features
-TITLES = {"raw": "raw k-means", "representation": "representation k-means", "gradient": "gradient k-means"}
+GROUPINGS = ("random", "raw", "representation", "gradient", "weight gradient")  # after the first, k-means on these
+TITLES = {kind: f"{kind} k-means" for kind in GROUPINGS[1:]}
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,7 @@ class Setting:
             "TracIn": sf.TracIn(),
             "TRAK": sf.TRAK(self.dimension),
             "projected Fisher": sf.ProjectedFisher(self.dimension),
+            "LiSSA": sf.LiSSA(),
             "gradient dot": sf.GradientDot(),
         }
 
