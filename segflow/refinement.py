@@ -15,7 +15,7 @@ import torch
 
 from .errors import GroupError, ScoreError
 from .groups import Groups
-from .scores import _NOT_SUMS, Ranked, Scores
+from .scores import NOT_SUMS, Ranked, Scores
 
 
 class Level(NamedTuple):
@@ -70,7 +70,7 @@ class Refiner:
     seed: int
 
     def __post_init__(self) -> None:
-        if self.method in _NOT_SUMS:
+        if self.method in NOT_SUMS:
             raise ScoreError(f"refine: scores of {self.method} do not add up, so a group's says nothing of its parts.")
         if not 0 < self.keep <= 1:
             raise GroupError(f"keep={self.keep!r}: expected a share above 0, up to 1.")

@@ -23,7 +23,7 @@ from .groups import Groups
 
 FORMAT = 1
 _KINDS = ("by_term", "by_layer", "by_run")
-_NOT_SUMS = ("GradientCosine",)  # methods whose group scores are not sums of their members'
+NOT_SUMS = ("GradientCosine",)  # methods whose group scores are not sums of their members'
 
 
 class Ranked(NamedTuple):
@@ -144,7 +144,7 @@ class Scores:
         """
         self.check_groups(fine, "rolled_up: fine")
         method = self.provenance.get("method")
-        if method in _NOT_SUMS:
+        if method in NOT_SUMS:
             raise ScoreError(f"rolled_up: scores of {method} do not add up. Score the coarser groups themselves.")
         parent_K = torch.from_numpy(_parents(fine, coarse)).to(self.values.device)
 
