@@ -20,6 +20,7 @@ def detect(setting: Setting, reuse: bool = False) -> Path:
     """Score what is not scored yet on the noisy variant, and write {setting}-detect.json."""
     wrong = setting.load("noisy").wrong
     found: dict[str, Any] = {}
+    errors: dict[str, Any] = {}
     for name in setting.methods():
         try:
             singles = [singles_of(setting, "noisy", seed, name, reuse) for seed in range(setting.runs)]
@@ -27,6 +28,8 @@ def detect(setting: Setting, reuse: bool = False) -> Path:
             found[name] = {"refused": str(problem)}
             say(f"{setting.name}, {name}: refused: {problem}")
             continue
+        batched = [run.provenance["batching_error"][0] for run in singles if "batching_error" in run.provenance]
+        errors |= {name: batched} if batched else {}
         places = [(grouping, size) for grouping in GROUPINGS for size in setting.sizes]
         series = {
             json.dumps(place): [
@@ -49,6 +52,7 @@ def detect(setting: Setting, reuse: bool = False) -> Path:
         "runs": setting.runs,
         "perfect": perfect[0],
         "accuracy": [accuracy(setting, "noisy", seed) for seed in range(setting.runs)],
+        "batching_error": errors,
         "methods": found,
     }
     return write(setting, "detect", content)

@@ -32,7 +32,7 @@ def _removal(setting: Setting, reuse: bool) -> Path:
     scores = _series(setting, "clean", reuse)
     training, folder = training_of(setting, "clean"), folder_of(setting) / "retrained-clean"
     table = retraining_score(
-        scores, training, folder, repetitions=setting.repetitions, seed=SEED, measurement=LOSS, progress=False
+        scores, training, folder, repetitions=setting.repetitions, seed=SEED, measurement=LOSS, progress=True
     )
     return _save(setting, "removal", table)
 
@@ -42,7 +42,7 @@ def _pruning(setting: Setting, reuse: bool) -> Iterator[Path]:
     scores = _series(setting, "noisy", reuse)
     training, folder = training_of(setting, "noisy"), folder_of(setting) / "retrained-noisy"
     pruned = partial(
-        dataset_pruning, scores, training, folder, repetitions=setting.repetitions, seed=SEED, progress=False
+        dataset_pruning, scores, training, folder, repetitions=setting.repetitions, seed=SEED, progress=True
     )
     yield _save(setting, "pruning", pruned(measurement=LOSS))
     yield _save(setting, "pruning-accuracy", pruned(measurement=MARGIN, summary="positive"))

@@ -92,11 +92,15 @@ def accuracy(setting: Setting, variant: str, seed: int) -> float:
     return (predicted == data.query_labels).double().mean().item()
 
 
-def analyzer_of(setting: Setting, variant: str, seed: int, method: Any, store: Path | None = None) -> sf.Analyzer:
-    """An analyzer of a run; its store is the run's own if none is given."""
+def analyzer_of(
+    setting: Setting, variant: str, seed: int, method: Any, store: Path | None = None, few: int | None = None
+) -> sf.Analyzer:
+    """An analyzer of a run; its store is the run's own if none is given; few: examples that curvature is fitted to."""
     model, trajectory = load_run(setting, variant, seed)
     own = folder_of(setting) / "stores" / f"{variant}-{seed}" if store is None else store
-    return sf.Analyzer(model, setting.task(), trajectory, store=own, method=method, progress=False)
+    return sf.Analyzer(
+        model, setting.task(), trajectory, store=own, method=method, progress=False, curvature_examples=few
+    )
 
 
 def features_of(setting: Setting, variant: str, seed: int, kind: str) -> np.ndarray:

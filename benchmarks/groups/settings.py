@@ -66,6 +66,7 @@ class Setting:
             "TracIn": sf.TracIn(),
             "TRAK": sf.TRAK(self.dimension),
             "projected Fisher": sf.ProjectedFisher(self.dimension),
+            "batched Fisher": sf.ProjectedFisher(self.dimension, fisher_batch=64),
             "LiSSA": sf.LiSSA(),
             "gradient dot": sf.GradientDot(),
         }

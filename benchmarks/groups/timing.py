@@ -24,6 +24,7 @@ from .runs import BATCH, analyzer_of, cluster, features_of, groups_of, load_run,
 from .settings import GROUPINGS, Setting
 
 QUERIES = 100
+FEW = 512  # examples, for what curvature costs that does not grow with the data
 Works = dict[str, Callable[[], object]]
 
 
@@ -72,7 +73,10 @@ def _stages(setting: Setting, scratch: Path) -> Iterator[Works]:
             for size in setting.sizes[1:]
         }
     numbers = count()
-    yield {"factors, SOURCE": lambda: _fit(setting, data, scratch / str(next(numbers)))}
+    yield {
+        "factors, SOURCE": lambda: _fit(setting, data, scratch / str(next(numbers))),
+        f"factors, SOURCE, curvature of {FEW} examples": lambda: _fit(setting, data, scratch / str(next(numbers)), FEW),
+    }
     _fit(setting, data, scratch / "fitted")
     for name in ("TracIn", "SOURCE"):
         yield {
@@ -89,8 +93,8 @@ def _features(setting: Setting, data: Data, kind: str) -> Callable[[], object]:
     return lambda: analyzer.features(data.train, of=of, batch_size=BATCH)
 
 
-def _fit(setting: Setting, data: Data, store: Path) -> None:
-    analyzer_of(setting, "noisy", 0, sf.Source(), store).fit(data.train, batch_size=BATCH)
+def _fit(setting: Setting, data: Data, store: Path, few: int | None = None) -> None:
+    analyzer_of(setting, "noisy", 0, sf.Source(), store, few).fit(data.train, batch_size=BATCH)
 
 
 def _scoring(setting: Setting, data: Data, store: Path, name: str, place: tuple[str, int]) -> Callable[[], object]:
