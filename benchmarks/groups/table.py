@@ -23,8 +23,9 @@ After GGDA ([Ley et al. 2024](https://arxiv.org/abs/2410.09940)): training examp
 every example gets its group's score divided by the group's size.
 
 - **Groupings**: random; k-means on raw features (inputs; for text the mean hidden state), on representations (inputs of
-  the last layer), on gradients with respect to them (Grad-K-Means), and on gradients of the last layer's own weights (64
-  random projections of them); the last three whitened. Size: examples in a group on average; size 1 is attribution of single examples, the same for every grouping.
+  the last layer), on gradients with respect to them (Grad-K-Means), and on gradients of the last layer's own weights
+  (64 random projections of them); the last three whitened. Size: examples in a group on average; size 1 is attribution
+  of single examples, the same for every grouping.
 - **Scores** are for the mean loss over all queries, on test examples that are held out. A group's score is the sum of
   its members', which are computed once; times are of real scoring of groups.
 - **Runs**: three training runs with their own initialisation, order, grouping and clustering. Intervals: 95%, Student's
