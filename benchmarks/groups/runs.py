@@ -151,7 +151,7 @@ def singles_of(setting: Setting, variant: str, seed: int, name: str, reuse: bool
     began = time.perf_counter()
     clear_stale(folder_of(setting) / "stores" / f"{variant}-{seed}", made_from)
     data = setting.load(variant)
-    analyzer = analyzer_of(setting, variant, seed, setting.methods()[name])
+    analyzer = analyzer_of(setting, variant, seed, setting.methods()[name], few=setting.few)
     analyzer.fit(data.train, batch_size=BATCH)
     query = sf.properties.MeanMeasurement(data.query, setting.task())
     scores = analyzer.score(sf.Groups.singletons(len(data.inputs)), data.train, query, batch_size=BATCH)

@@ -26,7 +26,7 @@ class Setting:
 
     model: what the table calls it; retrained: whether removal and pruning are measured, by retraining `together` models
     at a time; runs: recorded training runs; repetitions: retrainings of each subset and run; dimension: of projections;
-    rounds: measurements of each time; examples, queries: 0 for all.
+    rounds: measurements of each time; examples, queries: 0 for all; few: examples that curvature is fitted to.
     """
 
     name: str
@@ -42,6 +42,7 @@ class Setting:
     rounds: int = 3
     examples: int = 0
     queries: int = 0
+    few: int | None = None
 
     def load(self, variant: str) -> Data:
         """The data with its labels as given ("clean") or with wrong ones ("noisy")."""
@@ -116,7 +117,7 @@ SETTINGS: dict[str, Setting] = {
             Recipe("sgd", 0.03, 1e-3, 64, 8),
             retrained=True,
         ),
-        Setting("cifar10", "cifar10", "ResNet-8", resnet, Recipe("sgd", 0.05, 1e-3, 64, 20), rounds=1),
+        Setting("cifar10", "cifar10", "ResNet-8", resnet, Recipe("sgd", 0.05, 1e-3, 64, 20), rounds=1, few=1024),
         _credit("credit-lr", (32, 2), 0.01, 64),
         _credit("credit-mlp-50-50", (32, 50, 50, 2), 0.03, 16),
         _credit("credit-mlp-200-50", (32, 200, 50, 2), 0.03, 8),
@@ -127,6 +128,7 @@ SETTINGS: dict[str, Setting] = {
             EncoderHead,
             Recipe("adamw", 1e-4, 1e-2, 32, 3),
             rounds=1,
+            few=1024,
         ),
     )
 }

@@ -73,6 +73,8 @@ def _detection(setting: Setting) -> Iterator[str]:
         f"accuracy of the runs {right}. Area under the curve of wrong labels found against examples inspected, most "
         f"harmful first: 0.5 is random, {found['perfect']:.3f} perfect."
     )
+    if setting.few is not None:
+        yield f"Curvature is fitted to {setting.few:,} of the examples (`curvature_examples`)."
     yield ""
     whole = {name: by for name, by in found["methods"].items() if "refused" not in by}
     sizes = list(next(iter(whole.values()))["random"])

@@ -73,11 +73,12 @@ def _stages(setting: Setting, scratch: Path) -> Iterator[Works]:
             for size in setting.sizes[1:]
         }
     numbers = count()
+    whole = "factors, SOURCE" if setting.few is None else f"factors, SOURCE, curvature of {setting.few} examples"
     yield {
-        "factors, SOURCE": lambda: _fit(setting, data, scratch / str(next(numbers))),
+        whole: lambda: _fit(setting, data, scratch / str(next(numbers)), setting.few),
         f"factors, SOURCE, curvature of {FEW} examples": lambda: _fit(setting, data, scratch / str(next(numbers)), FEW),
     }
-    _fit(setting, data, scratch / "fitted")
+    _fit(setting, data, scratch / "fitted", setting.few)
     for name in ("TracIn", "SOURCE"):
         yield {
             f"scoring, {name}, {grouping}, {size}": _scoring(setting, data, scratch / "fitted", name, (grouping, size))
@@ -106,7 +107,7 @@ def _scoring(setting: Setting, data: Data, store: Path, name: str, place: tuple[
         with tempfile.TemporaryDirectory(dir=store.parent) as scratch:
             own = Path(scratch) / "store"  # one that holds the factors, and no scores of an earlier round
             shutil.copytree(store, own, copy_function=os.link)
-            analyzer = analyzer_of(setting, "noisy", 0, setting.methods()[name], own)
+            analyzer = analyzer_of(setting, "noisy", 0, setting.methods()[name], own, setting.few)
             analyzer.score(groups, data.train, queries, batch_size=BATCH)
 
     return run
