@@ -79,12 +79,12 @@ class Outer:
 
     def products(self, sums_KPOI: Tensor, budget: int) -> Tensor:
         """[Q, K]: <query, sum>, group by group in blocks whose temporaries take at most `budget` bytes."""
-        scaled = sums_KPOI if self.scale_POI is None else sums_KPOI * self.scale_POI
         Q, I = len(self), self.a_PQI.shape[2]
         step = max(1, min(budget, _QUICK) // max(1, Q * I * self.g_PQO.element_size()))
-        found_KQ = self.g_PQO.new_empty(len(scaled), Q)
-        for start in range(0, len(scaled), step):
-            some_KPOI = scaled[start : start + step]
+        found_KQ = self.g_PQO.new_empty(len(sums_KPOI), Q)
+        for start in range(0, len(sums_KPOI), step):
+            some_KPOI = sums_KPOI[start : start + step]
+            some_KPOI = some_KPOI if self.scale_POI is None else some_KPOI * self.scale_POI
             totals = [
                 torch.einsum("kqi,qi->kq", torch.matmul(g_QO, some_KPOI[:, part]), a_QI)
                 for part, (g_QO, a_QI) in enumerate(zip(self.g_PQO, self.a_PQI, strict=True))
