@@ -80,7 +80,7 @@ class Outer:
     def products(self, sums_KPOI: Tensor, budget: int) -> Tensor:
         """[Q, K]: <query, sum>, group by group in blocks whose temporaries take at most `budget` bytes."""
         Q, I = len(self), self.a_PQI.shape[2]
-        step = max(1, min(budget, _QUICK) // max(1, Q * I * self.g_PQO.element_size()))
+        step = max(1, _quick(budget, sums_KPOI) // max(1, Q * I * sums_KPOI.element_size()))
         found_KQ = self.g_PQO.new_empty(len(sums_KPOI), Q)
         for start in range(0, len(sums_KPOI), step):
             some_KPOI = sums_KPOI[start : start + step]
@@ -98,13 +98,18 @@ class Outer:
         if self.scale_POI is None:
             return (torch.bmm(self.g_PQO, g_PKO.mT) * torch.bmm(self.a_PQI, a_PKI.mT)).sum(0)
         (P, K, O), I = g_PKO.shape, a_PKI.shape[2]
-        step = max(1, min(budget, _QUICK) // max(1, P * O * (I + K) * g_PKO.element_size()))
+        step = max(1, _quick(budget, g_PKO) // max(1, P * O * (I + K) * g_PKO.element_size()))
         found_QK = g_PKO.new_empty(len(self), K)
         for start in range(0, len(self), step):
             some_QPOI = self.rows(start, start + step).formed()
             answered_PQOK = torch.bmm(some_QPOI.movedim(1, 0).flatten(1, 2), a_PKI.mT).unflatten(1, (-1, O))
             found_QK[start : start + step] = answered_PQOK.mul_(g_PKO.mT[:, None]).sum((0, 2))
         return found_QK
+
+
+def _quick(budget: int, on: Tensor) -> int:
+    """Bytes for temporaries: on a processor what its caches hold."""
+    return min(budget, _QUICK) if on.device.type == "cpu" else budget
 
 
 Stack = Tensor | Outer  # gradients of several queries, formed or not
