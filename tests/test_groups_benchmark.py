@@ -98,8 +98,10 @@ def test_groupings_and_scores_come_from_the_cache_and_another_recipe_trains_anew
         assert runs.singles_of(setting, "noisy", 0, "TracIn", reuse=True).values.equal(scores.values)
         with pytest.raises(TypeError):
             runs.singles_of(setting, "noisy", 0, "TracIn")
+    [kept] = (runs.folder_of(setting) / "groupings").glob("noisy-0-*")
     longer = replace(setting, recipe=replace(setting.recipe, epochs=3))
     assert not runs.singles_of(longer, "noisy", 0, "TracIn").values.equal(scores.values)
+    assert not kept.exists()
 
 
 def test_seeds_and_variants_are_runs_of_their_own(setting: Setting) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -55,6 +56,7 @@ def record_run(setting: Setting, variant: str, seed: int) -> None:
     if done.exists() and done.read_text() == note:
         return
     done.unlink(missing_ok=True)
+    _forget(setting, f"{variant}-{seed}")
     began = time.perf_counter()
     torch.manual_seed(seed)
     model, generator = setting.build(), torch.Generator().manual_seed(seed)
@@ -73,6 +75,13 @@ def record_run(setting: Setting, variant: str, seed: int) -> None:
     done.write_text(note)
     seconds, right = time.perf_counter() - began, accuracy(setting, variant, seed)
     say(f"{setting.name}, {variant}, run {seed}: trained in {seconds:.1f} s, accuracy on the queries {right:.3f}")
+
+
+def _forget(setting: Setting, run: str) -> None:
+    """Remove what an earlier run of that name left: its groupings and factors (scores know their run)."""
+    shutil.rmtree(folder_of(setting) / "stores" / run, ignore_errors=True)
+    for path in (folder_of(setting) / "groupings").glob(f"{run}-*.npy"):
+        path.unlink()
 
 
 def load_run(setting: Setting, variant: str, seed: int) -> tuple[nn.Module, sf.Trajectory]:
@@ -138,7 +147,7 @@ def groups_of(setting: Setting, variant: str, seed: int, grouping: str, size: in
 def singles_of(setting: Setting, variant: str, seed: int, name: str, reuse: bool = False) -> sf.Scores:
     """A method's scores of single examples for the mean loss of all queries, [1, N]; from the cache if they are there.
 
-    reuse: take scores that another state of segflow's code made.
+    reuse: take scores and factors that another state of segflow's code made.
     """
     path = folder_of(setting) / "scores" / f"{variant}-{seed}-{name.replace(' ', '-')}.safetensors"
     record_run(setting, variant, seed)
@@ -149,7 +158,8 @@ def singles_of(setting: Setting, variant: str, seed: int, name: str, reuse: bool
         if found["run"] == made_from["run"] and (reuse or found == made_from):
             return scores
     began = time.perf_counter()
-    clear_stale(folder_of(setting) / "stores" / f"{variant}-{seed}", made_from)
+    if not reuse:
+        clear_stale(folder_of(setting) / "stores" / f"{variant}-{seed}", made_from)
     data = setting.load(variant)
     analyzer = analyzer_of(setting, variant, seed, setting.methods()[name], few=setting.few)
     analyzer.fit(data.train, batch_size=BATCH)
