@@ -92,20 +92,6 @@ class Outer:
             found_KQ[start : start + step] = torch.stack(totals).sum(0)
         return found_KQ.mT
 
-    def products_of_tokens(self, tokens: Tokens, budget: int) -> Tensor:
-        """[Q, K]: with examples of one token each, g_k^T R_q a_k, some queries at a time; (g . g) (a . a) unscaled."""
-        g_PKO, a_PKI = tokens.g_PBSO.squeeze(2), tokens.a_PBSI.squeeze(2)
-        if self.scale_POI is None:
-            return (torch.bmm(self.g_PQO, g_PKO.mT) * torch.bmm(self.a_PQI, a_PKI.mT)).sum(0)
-        (P, K, O), I = g_PKO.shape, a_PKI.shape[2]
-        step = max(1, _quick(budget, g_PKO) // max(1, P * O * (I + K) * g_PKO.element_size()))
-        found_QK = g_PKO.new_empty(len(self), K)
-        for start in range(0, len(self), step):
-            some_QPOI = self.rows(start, start + step).formed()
-            answered_PQOK = torch.bmm(some_QPOI.movedim(1, 0).flatten(1, 2), a_PKI.mT).unflatten(1, (-1, O))
-            found_QK[start : start + step] = answered_PQOK.mul_(g_PKO.mT[:, None]).sum((0, 2))
-        return found_QK
-
 
 def _quick(budget: int, on: Tensor) -> int:
     """Bytes for temporaries: on a processor what its caches hold."""
@@ -135,6 +121,31 @@ def products(stack: Stack, sums_KPOI: Tensor, budget: int) -> Tensor:
     if isinstance(stack, Outer):
         return stack.products(sums_KPOI, budget)
     return stack.flatten(1) @ sums_KPOI.flatten(1).mT
+
+
+def token_products(stack: Stack, tokens: Tokens, budget: int) -> Tensor:
+    """[Q, B]: <query, gradient of each example>, g^T R a summed over its positions: no example's gradient is formed."""
+    P, B, S, _ = tokens.a_PBSI.shape
+    a_PTI, g_PTO = tokens.a_PBSI.flatten(1, 2), tokens.g_PBSO.flatten(1, 2)
+    if isinstance(stack, Outer) and stack.scale_POI is None:
+        products_QT = (torch.bmm(stack.g_PQO, g_PTO.mT) * torch.bmm(stack.a_PQI, a_PTI.mT)).sum(0)
+        return products_QT.unflatten(1, (B, S)).sum(2)
+    O, room = g_PTO.shape[2], _quick(budget, g_PTO) // g_PTO.element_size()
+    found_QT = g_PTO.new_empty(len(stack), B * S)
+    for at in range(0, B * S, most := max(1, room // (P * O))):
+        a_PtI, g_PtO = a_PTI[:, at : at + most], g_PTO[:, at : at + most]
+        step = max(1, room // (P * O * (a_PtI.shape[1] + a_PtI.shape[2])))
+        for first in range(0, len(stack), step):
+            some = stack.rows(first, first + step).formed() if isinstance(stack, Outer) else stack[first : first + step]
+            answered_PQOt = torch.bmm(some.movedim(1, 0).flatten(1, 2), a_PtI.mT).unflatten(1, (-1, O))
+            found_QT[first : first + step, at : at + most] = answered_PQOt.mul_(g_PtO.mT[:, None]).sum((0, 2))
+    return found_QT.unflatten(1, (B, S)).sum(2)
+
+
+def token_cost(stack: Stack) -> int:
+    """Multiplications that one training token costs in `token_products`."""
+    Q, _, O, I = stack.shape
+    return Q * (O + I if isinstance(stack, Outer) and stack.scale_POI is None else O * I)
 
 
 def together(stacks: Sequence[Stack], form: bool) -> Stack:

@@ -17,7 +17,7 @@ from .data import Batch
 from .kronecker import Eigenbasis
 from .layers import Tokens, TrackedLayer
 from .lens import FiniteWatch, Lens
-from .outer import Outer, Stack, example, products
+from .outer import Outer, Stack, example, products, token_cost, token_products
 from .queries import Gradients, Stacks
 from .ranks import Ranks
 from .representation import FeatureLayer, RepresentationLens
@@ -84,9 +84,8 @@ class TrainSide:
         sizes = batch.sizes
         if layer.name in self.queries.bases:
             tokens = self.queries.bases[layer.name].rotate_tokens(tokens)
-        single = self.queries.here and tokens.a_PBSI.shape[2] == 1 and len(sizes) > 1 and max(sizes) == 1
-        if single and not self.normalized and layer.name not in self.queries.sum_bases:
-            self._add_single_tokens(layer, tokens, batch.first)
+        if self._meets_tokens(layer, tokens, len(sizes)):
+            self._add_products(layer, tokens, batch)
             return
         P, O, I = layer.shape
         if layer.name not in self._sums:
@@ -95,20 +94,28 @@ class TrainSide:
         a, g = (_by_group(side, sizes) for side in tokens)
         sums_KPOI.view(-1, O, I).baddbmm_(g.mT, a)
 
-    def _add_single_tokens(self, layer: TrackedLayer | FeatureLayer, tokens: Tokens, first: int) -> None:
-        """Groups of one example of one token: g^T R a, which never forms the example's gradient."""
-        a_PKI, g_PKO = tokens.a_PBSI.squeeze(2), tokens.g_PBSO.squeeze(2)
-        queries, K = self.queries.values[layer.name], a_PKI.shape[1]
+    def _meets_tokens(self, layer: TrackedLayer | FeatureLayer, tokens: Tokens, groups: int) -> bool:
+        """Whether queries meet the tokens themselves: where that costs less than summing and meeting the sums.
+
+        It does for groups of one example of one token, and for few queries.
+        """
+        if not self.queries.here or self.normalized or layer.name in self.queries.sum_bases:
+            return False
+        queries, (_, O, I) = self.queries.values[layer.name], layer.shape
+        count = tokens.a_PBSI.shape[1] * tokens.a_PBSI.shape[2]
+        return count * token_cost(queries) <= (count + len(queries) * groups) * O * I
+
+    def _add_products(self, layer: TrackedLayer | FeatureLayer, tokens: Tokens, batch: GroupBatch) -> None:
+        """Add the products of all queries with each example, summed over the groups' examples."""
+        found_QB, K = token_products(self.queries.values[layer.name], tokens, self.budget), len(batch.sizes)
         if layer.name not in self._scores:
-            self._scores[layer.name] = a_PKI.new_zeros(len(queries), self.count)
-        scores = self._scores[layer.name][:, first : first + K]
-        if isinstance(queries, Outer):
-            scores += queries.products_of_tokens(tokens, self.budget)
-            return
-        step = max(1, self.budget // (g_PKO.numel() * g_PKO.element_size()))
-        for start in range(0, len(queries), step):
-            answered_QPOK = torch.einsum("qpoi,pki->qpok", queries[start : start + step], a_PKI)
-            scores[start : start + step].add_(answered_QPOK.mul_(g_PKO.mT).sum((1, 2)))
+            self._scores[layer.name] = found_QB.new_zeros(len(found_QB), self.count)
+        scores_QK = self._scores[layer.name][:, batch.first : batch.first + K]
+        if max(batch.sizes) == 1:
+            scores_QK += found_QB
+        else:
+            group_B = torch.arange(K).repeat_interleave(torch.tensor(batch.sizes)).to(found_QB.device)
+            scores_QK.index_add_(1, group_B, found_QB)
 
     def scores(self) -> Tensor:
         """[L, Q, K]: for each layer the product of all queries with the tile's pieces."""

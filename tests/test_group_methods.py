@@ -59,7 +59,7 @@ def test_groups_are_the_sums_of_single_examples(tmp_path: Path, name: str, net: 
 
 def test_queries_meet_groups_and_never_examples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is multiplied with the queries has one row for each group, whatever the number of examples."""
-    analyzer, train, query = _analyzer(tmp_path, sf.GradientDot(), "mlp")
+    analyzer, train, query = _analyzer(tmp_path, sf.InfluenceFunction(), "mlp")
     rows: list[int] = []
     real = TrainSide._product
 

@@ -16,6 +16,7 @@ from torch.utils.data import Subset, TensorDataset
 
 import segflow as sf
 from segflow.layers import Tokens, TrackedLayer
+from segflow.outer import Outer
 from segflow.ranks import Ranks
 from segflow.tiling import GroupBatch, shares, tiles
 from segflow.trainside import MetQueries, TrainSide
@@ -311,7 +312,9 @@ def test_queries_fewer_than_the_batch_score_as_queries_one_at_a_time(case: Case,
 
 
 @pytest.mark.parametrize("module", [nn.Linear(5, 3), nn.Linear(5, 3, bias=False), nn.Conv2d(4, 6, 2, groups=2)])
-def test_one_token_singletons_take_the_fast_path_and_equal_the_general_one(module: nn.Module) -> None:
+def test_one_token_singletons_take_the_fast_path_and_equal_the_general_one(
+    module: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
     layer = TrackedLayer("layer", module, module.bias is not None)
     P, O, I = layer.shape
     generator = torch.Generator().manual_seed(0)
@@ -326,8 +329,10 @@ def test_one_token_singletons_take_the_fast_path_and_equal_the_general_one(modul
         fast.add(layer, Tokens(a, g), GroupBatch(examples, (1,) * K, 0))
         assert not fast._sums, "no gradient of an example was formed"
         general = TrainSide(MetQueries({"layer": queries}, {}, 1, Ranks()), K, budget)
-        for k in range(K):
-            general.add(layer, Tokens(a[:, [k]], g[:, [k]]), GroupBatch(examples[[k]], (1,), k))
+        with monkeypatch.context() as patched:
+            patched.setattr(TrainSide, "_meets_tokens", lambda *_: False)
+            for k in range(K):
+                general.add(layer, Tokens(a[:, [k]], g[:, [k]]), GroupBatch(examples[[k]], (1,), k))
         assert general._sums
         naive = torch.stack(
             [
@@ -338,6 +343,27 @@ def test_one_token_singletons_take_the_fast_path_and_equal_the_general_one(modul
         )
         assert _close(fast.scores()[0], naive)
         assert _close(general.scores()[0], naive)
+
+
+@pytest.mark.parametrize("outer", [True, False])
+@pytest.mark.parametrize("sizes", [(3, 1, 2), (1,) * 6, (6,)])
+@pytest.mark.parametrize("positions", [1, 4])
+def test_few_queries_meet_tokens_and_many_meet_sums_with_the_same_products(
+    sizes: tuple[int, ...], positions: int, outer: bool
+) -> None:
+    layer, B, (P, O, I) = TrackedLayer("layer", nn.Linear(5, 3), True), sum(sizes), (1, 3, 6)
+    generator = torch.Generator().manual_seed(0)
+    a, g = (torch.randn(P, B, positions, D, generator=generator, dtype=torch.float64) for D in (I, O))
+    summed = [False, False]
+    for place, Q in enumerate((1, 40)):
+        sides = [torch.randn(P, Q, D, generator=generator, dtype=torch.float64) for D in (O, I)]
+        stack = Outer(*sides, scale_POI=torch.rand(P, O, I, generator=generator, dtype=torch.float64))
+        side = TrainSide(MetQueries({"layer": stack if outer else stack.formed()}, {}, 1, Ranks()), len(sizes), 99)
+        side.add(layer, Tokens(a, g), GroupBatch(np.arange(B), sizes, 0))
+        summed[place] = bool(side._sums)
+        of = torch.einsum("qpoi,pbso,pbsi->qb", stack.formed(), g, a).split(sizes, 1)
+        assert _close(side.scores()[0], torch.stack([part.sum(1) for part in of], 1))
+    assert summed == [False, positions > 1 or max(sizes) > 1]
 
 
 # ---- what does not fit ----

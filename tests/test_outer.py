@@ -13,7 +13,7 @@ import segflow as sf
 from segflow import outer, queries
 from segflow.kronecker import Eigenbasis
 from segflow.layers import Tokens
-from segflow.outer import Outer, formed, products, squared_norms, together
+from segflow.outer import Outer, formed, products, squared_norms, together, token_products
 
 from .helpers import ConvNet, analyzer_of, images, mlp, perturbed_states, trajectory_of, vectors
 
@@ -47,10 +47,12 @@ def test_products_and_norms_are_those_of_formed_gradients(scale: Any, budget: in
     expected = torch.einsum("qpoi,kpoi->qk", naive, sums)
     torch.testing.assert_close(products(stack, sums, budget), expected)
     torch.testing.assert_close(products(naive, sums, budget), expected)
-    tokens = Tokens(_random(P, K, 1, I, seed=4), _random(P, K, 1, O, seed=5))
-    examples = torch.einsum("pkso,pksi->kpoi", tokens.g_PBSO, tokens.a_PBSI)
-    expected = torch.einsum("qpoi,kpoi->qk", naive, examples)
-    torch.testing.assert_close(stack.products_of_tokens(tokens, budget), expected)
+    for positions in (1, 3):
+        tokens = Tokens(_random(P, K, positions, I, seed=4), _random(P, K, positions, O, seed=5))
+        examples = torch.einsum("pkso,pksi->kpoi", tokens.g_PBSO, tokens.a_PBSI)
+        expected = torch.einsum("qpoi,kpoi->qk", naive, examples)
+        torch.testing.assert_close(token_products(stack, tokens, budget), expected)
+        torch.testing.assert_close(token_products(naive, tokens, budget), expected)
 
 
 def test_factors_for_all_queries_and_for_each() -> None:
