@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -125,7 +126,8 @@ class Groups:
     def by(cls, *columns: Iterable[object]) -> Groups:
         """One group for each distinct label (class, source, annotator, ...), given one label for each example.
 
-        Of several columns, one group for each combination that is there, called "a / b".
+        Of several columns, one group for each combination that is there, called "a / b". Labels that would be the same
+        text are quoted: "1 / 'a'".
 
         Example:
             >>> Groups.by(["web", "book", "web"], [0, 1, 1]).labels
@@ -133,10 +135,7 @@ class Groups:
         """
         distinct, of_CN = _coded(columns)
         combined, of_N = np.unique(of_CN, axis=1, return_inverse=True)
-        names = [
-            " / ".join(str(distinct[column][code]) for column, code in enumerate(codes))
-            for codes in combined.T.tolist()
-        ]
+        names = _names([[distinct[column][code] for column, code in enumerate(codes)] for codes in combined.T.tolist()])
         return cls.from_lists(_members(of_N.reshape(-1), len(names)), of_CN.shape[1], names)
 
     @classmethod
@@ -199,6 +198,8 @@ class Groups:
     ) -> Groups:
         """Each group in parts of about `size` examples, "cluster 3/0", "cluster 3/1", ...; smaller ones stay whole.
 
+        Parts whose labels are taken get a mark: "cluster 3'/0".
+
         Args:
             features: [length, ...], parts are then k-means clusters within the group (see `kmeans`; features are
                 whitened over the whole dataset); None: random parts of even size.
@@ -249,12 +250,16 @@ class Groups:
 
     def _in_parts(self, part_N: np.ndarray) -> Groups:
         """The groups, each in the parts that its examples are in."""
-        members, labels = [], []
+        members, labels, taken = [], [], set(self.labels)
         for label, member in zip(self.labels, self.members, strict=True):
             numbers = part_N[member]
             parts = _members(numbers, int(numbers.max()) + 1)
             members += [member[part] for part in parts]
-            labels += [f"{label}/{part}" for part in range(len(parts))] if len(parts) > 1 else [label]
+            own, mark = [label], ""
+            while len(parts) > 1 and not taken.isdisjoint(own):
+                own, mark = [f"{label}{mark}/{part}" for part in range(len(parts))], mark + "'"
+            labels += own
+            taken.update(own)
         return Groups(tuple(members), tuple(labels), self.length, self.partial)
 
 
@@ -299,6 +304,19 @@ def _coded(columns: Sequence[Iterable[object]]) -> tuple[list[list[object]], np.
     if len(set(lengths)) > 1:
         raise GroupError(f"the columns have {lengths} labels. Expected one label for each example in each of them.")
     return distinct, np.stack(codes)
+
+
+def _names(labels: Sequence[Sequence[object]]) -> list[str]:
+    """A text for each combination of labels; the parts of those that would be the same text are quoted."""
+    names, quoted = [" / ".join(map(str, parts)) for parts in labels], set[int]()
+    while True:
+        times = Counter(names)
+        same = [place for place, name in enumerate(names) if times[name] > 1 and place not in quoted]
+        if not same:
+            return names
+        quoted.update(same)
+        for place in same:
+            names[place] = " / ".join(map(repr, labels[place]))
 
 
 def _members(of_N: np.ndarray, count: int) -> list[np.ndarray]:

@@ -35,6 +35,13 @@ def test_several_columns_make_a_group_for_each_combination_that_is_there() -> No
     assert _named(sf.Groups.by(SOURCES)) == {"book": [1, 3], "web": [0, 2, 4, 5]}
 
 
+def test_combinations_that_would_be_the_same_text_are_quoted_and_no_others() -> None:
+    groups = sf.Groups.by(["a / b", "a", "a"], ["c", "b / c", "d"])
+    assert _named(groups) == {"'a / b' / 'c'": [0], "'a' / 'b / c'": [1], "a / d": [2]}
+    assert _named(sf.Groups.by([1, "1", 2])) == {"1": [0], "'1'": [1], "2": [2]}
+    assert _named(sf.Groups.by([1, "1", "'1'"])) == {"1": [0], "'1'": [1], "\"'1'\"": [2]}, "a quoted one was there"
+
+
 @pytest.mark.parametrize(
     ("columns", "message"),
     [
@@ -42,7 +49,6 @@ def test_several_columns_make_a_group_for_each_combination_that_is_there() -> No
         ((SOURCES, [1, 2]), r"have \[6, 2\] labels"),
         ((SOURCES, [float("nan")] * 6), "NaN"),
         ((SOURCES, [[1]] * 6), "cannot name a group"),
-        ((["a / b", "a"], ["c", "b / c"]), "two groups are called 'a / b / c'"),
         (([], []), "no groups"),
     ],
 )
@@ -86,6 +92,16 @@ def test_only_the_groups_that_are_named_are_split_and_as_they_are_among_all() ->
         assert parts.labels == ("0", "1/0", "1/1", "1/2")
         assert parts.members[1].tolist() == groups.split(size=4).members[3].tolist()
     assert groups.split(x, size=5, only=[]).labels == ("0", "1")
+
+
+def test_parts_whose_labels_are_taken_are_marked() -> None:
+    groups = sf.Groups.by(["a"] * 4 + ["a/0"] * 2)
+    parts = groups.split(size=2, only=["a"])
+    assert parts.labels == ("a'/0", "a'/1", "a/0")
+    assert [set(member) for member in parts.members[2:]] == [{4, 5}]
+    assert groups.split(size=1).labels == ("a'/0", "a'/1", "a'/2", "a'/3", "a/0/0", "a/0/1")
+    marked = sf.Groups.by(["a"] * 2 + ["a'"] * 2 + ["a/1"])
+    assert marked.split(size=1).labels == ("a'/0", "a'/1", "a''/0", "a''/1", "a/1")
 
 
 def test_groups_of_the_size_stay_whole_and_partial_ones_partial() -> None:
