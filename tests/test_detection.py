@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import permutations
 from typing import Any
 
@@ -140,6 +141,37 @@ def test_one_resample_is_that_of_its_draw() -> None:
         assert row.low == row.high == pytest.approx(getattr(again, name).value("Source").mean)
 
 
+def test_intervals_of_group_scores_that_are_noise_hold_chance() -> None:
+    groups = sf.Groups.random(1024, 64, seed=0)
+    excluded = 0
+    for seed in range(100):
+        generator = np.random.default_rng(seed)
+        wrong = generator.random(1024) < generator.beta(0.5, 2, 16)[groups.membership()]
+        noise = torch.from_numpy(generator.normal(size=(1, 16)))
+        scores = sf.Scores(noise, ("q",), groups.labels, tuple(groups.sizes), {"method": "S"}).by_example(groups)
+        row = noisy_label_detection(scores, wrong, resamples=100, shares=(0.5,)).roc_auc.value("S")
+        excluded += not row.low <= 0.5 <= row.high
+    assert excluded / 100 < 0.15
+
+
+def test_one_resample_of_blocks_is_that_of_its_draw_and_of_each_series_own_blocks() -> None:
+    groups = sf.Groups.random(N, 5, seed=1)
+    values = torch.tensor([[1.0, 1, 2, 3, 4, 5, 6, 0], [2.0, 2, 2, 0, 1, 5, 7, -0.0]])
+    values[:, 1] += torch.tensor([1.0, -1.0])  # equal sums, but other columns: a block of its own
+    shared = sf.Scores(values, ("p", "q"), groups.labels, tuple(groups.sizes)).by_example(groups)
+    runs = [shared, scores_of(shared.values.numpy()[::-1] * 2)]
+    found = noisy_label_detection({"S": shared, "alone": SCORES, "runs": runs}, WRONG, resamples=1, seed=3)
+    first = groups.membership()
+    blocks = list(dict.fromkeys(first.tolist()))
+    rows = np.concatenate([np.flatnonzero(first == blocks[b]) for b in np.random.default_rng([3, 0]).integers(0, 8, 8)])
+    again = noisy_label_detection({"S": scores_of(shared.values.numpy()[:, rows])}, WRONG[rows])
+    assert found.auc.value("S").low == pytest.approx(again.auc.value("S").mean)
+    single = noisy_label_detection({"alone": SCORES}, WRONG, resamples=1, seed=3)
+    assert found.auc.value("alone") == replace(single.auc.value("alone"), x=1)
+    assert found.auc.value("runs").low == pytest.approx(again.auc.value("S").mean)
+    assert "one block" in found.auc.settings["interval"]
+
+
 def test_runs_that_differ_widen_the_interval() -> None:
     noise = np.random.default_rng(5).normal(size=VALUES.shape)
     runs = [scores_of(VALUES + 3 * sign * noise) for sign in (1, -1)]
@@ -152,7 +184,8 @@ def test_runs_that_differ_widen_the_interval() -> None:
 
 def test_more_examples_narrow_the_interval_and_options_of_the_bootstrap_leave_the_mean() -> None:
     plain = noisy_label_detection(SCORES, WRONG).auc.value("Source")
-    many = noisy_label_detection(scores_of(np.tile(VALUES, 9), method="Source"), np.tile(WRONG, 9)).auc.value("Source")
+    near = np.tile(VALUES, 9) + 1e-9 * np.arange(9 * N)
+    many = noisy_label_detection(scores_of(near, method="Source"), np.tile(WRONG, 9)).auc.value("Source")
     assert many.mean == pytest.approx(plain.mean)
     assert many.high - many.low < 0.5 * (plain.high - plain.low)
     for options in ({"resamples": 20}, {"seed": 1}):

@@ -1,18 +1,20 @@
 """Finding wrong labels: what share of them is met when examples are inspected from the most harmful on.
 
-Axis letters: N examples, T blocks of tied examples.
+Axis letters: N examples, Q queries, T blocks of tied examples.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from typing import Any, NamedTuple
 
 import numpy as np
 from torch import Tensor
 
 from ..errors import ScoreError
+from ..scores import Scores
 from .intervals import Estimate, exactly, quantiles
 from .lds import plain
 from .mislabelled import checked_pair
@@ -21,8 +23,10 @@ from .table import Row, Table
 
 _GRID = tuple(round(0.05 * step, 2) for step in range(1, 21))
 _INTERVAL = (
-    "Intervals: 95%, the quantiles of a bootstrap that draws examples, the same ones for each series, and runs where a "
-    "series has several. The random and the perfect ranking are exact for these labels."
+    "Intervals: 95%, the quantiles of a bootstrap that draws examples, the same ones for each series; examples whose "
+    "scores are identical for every query, such as the members of one group, are drawn together, as one block. Where a "
+    "series has several runs, runs are drawn too, and a block's scores are identical in each of them. The random and "
+    "the perfect ranking are exact for these labels."
 )
 
 
@@ -55,7 +59,8 @@ def noisy_label_detection(
     """Inspect examples from the most harmful on: what share of the wrong labels has been met? (Ley et al. 2024)
 
     Tied examples, such as the members of one group, are inspected in random order: the expected share is computed
-    exactly, so it does not depend on a draw.
+    exactly, so it does not depend on a draw. For the intervals, examples with identical columns of scores are drawn
+    together: the members of a group are one case, not many.
 
     Args:
         scores: over single examples [Q, N], of which the sums over the queries rank; or {name: scores}; or {name:
@@ -95,7 +100,8 @@ def noisy_label_detection(
     part = float(np.mean(marked))
     if part in (0.0, 1.0):
         raise ScoreError(f"wrong: {int(marked.sum())} of {N} labels are wrong. Detection needs wrong and right ones.")
-    drawn = _resampled(rankings, points, resamples, seed)
+    blocks = {name: _identical(runs) for name, runs in series.items()}
+    drawn = _resampled(rankings, blocks, points, resamples, seed)
     settings = {
         "interval": _INTERVAL,
         "examples": N,
@@ -141,20 +147,42 @@ class _Ranking:
         return np.array([*np.interp(shares, inspected, met), area, (area - part / 2) / (1 - part)])
 
 
+def _identical(runs: Sequence[Scores]) -> np.ndarray:
+    """[N]: the block of each example, counted from its first one; a block's columns are identical in every run."""
+    block_N = np.zeros(len(runs[0].group_sizes), dtype=np.int64)
+    for run in runs:
+        columns_NQ = np.ascontiguousarray(values_of(run).T) + 0.0  # -0 becomes 0
+        seen: dict[tuple[int, bytes], int] = {}
+        keys = ((own, sha256(column).digest()) for own, column in zip(block_N.tolist(), columns_NQ, strict=True))
+        block_N = np.array([seen.setdefault(key, len(seen)) for key in keys])
+    return block_N
+
+
 def _resampled(
-    rankings: Mapping[str, Sequence[_Ranking]], shares: np.ndarray, resamples: int, seed: int
+    rankings: Mapping[str, Sequence[_Ranking]],
+    blocks: Mapping[str, np.ndarray],
+    shares: np.ndarray,
+    resamples: int,
+    seed: int,
 ) -> dict[str, np.ndarray]:
-    """{series: [resamples, shares + 2]}, all series on the same examples."""
-    generators = [np.random.default_rng([seed, number]) for number in range(1 + len(rankings))]
-    N = len(next(iter(rankings.values()))[0].wrong)
+    """{series: [resamples, shares + 2]}, all series of the same blocks [N] on the same draws of them."""
+    generators = [np.random.default_rng([seed, 1 + number]) for number in range(len(rankings))]
+    draws = {block_N.tobytes(): (block_N, np.random.default_rng([seed, 0])) for block_N in blocks.values()}
     found: dict[str, list[np.ndarray]] = {name: [] for name in rankings}
     for _ in range(resamples):
-        times = np.bincount(generators[0].integers(0, N, N), minlength=N)
-        for (name, runs), generator in zip(rankings.items(), generators[1:], strict=True):
+        times = {key: _times(*draw) for key, draw in draws.items()}
+        for (name, runs), generator in zip(rankings.items(), generators, strict=True):
             chosen = generator.integers(0, len(runs), len(runs))
-            each = {run: runs[run].found(shares, times) for run in set(chosen.tolist())}
+            each = {run: runs[run].found(shares, times[blocks[name].tobytes()]) for run in set(chosen.tolist())}
             found[name].append(np.mean([each[run] for run in chosen.tolist()], axis=0))
-    return {name: np.stack(draws) for name, draws in found.items()}
+    return {name: np.stack(drawn) for name, drawn in found.items()}
+
+
+def _times(block_N: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+    """[N]: how often each example is taken when as many blocks are drawn as there are."""
+    T = int(block_N.max()) + 1
+    times: np.ndarray = np.bincount(generator.integers(0, T, T), minlength=T)[block_N]
+    return times
 
 
 class _Number(NamedTuple):
