@@ -122,7 +122,8 @@ def cluster(features: Any, count: int, whiten: str = "full", how: KMeans | None 
         whiten: see `Whitening.fit`.
         how: k-means++ on a sample and Lloyd's steps follow, until the centres move by less than `tolerance` of the
             features' variance, at most `iterations` times. Whitened features beyond `memory` bytes are read batch by
-            batch (mini-batch k-means). `max_size` bounds the clusters by deferred acceptance, see `balanced`.
+            batch (mini-batch k-means). `max_size` bounds the clusters by deferred acceptance among each example's
+            nearest 16 centres, see `balanced`.
 
     Raises:
         GroupError: features or options make no sense.
@@ -174,9 +175,12 @@ def balanced(rows: Rows | Tensor, centres_KR: Tensor, max_size: int) -> np.ndarr
     """The centre of each row [N], none with more than `max_size` rows (K max_size must be at least N).
 
     Deferred acceptance (Gale, Shapley 1962): each example asks its centres from near to far, and each centre keeps
-    the nearest examples that asked it. No example and centre would both rather have each other than what they have.
-    Only the nearest 16 centres are asked at first; examples that all of them refuse then ask, in the same manner,
-    the centres that have room.
+    the nearest examples that asked it. Each example asks its nearest 16 centres at first; those that all of them
+    refuse then ask, in the same manner, the nearest 16 that have room, until all have a centre.
+
+    No example and one of its nearest 16 centres would both rather have each other than what they have: with up to 16
+    centres the matching is stable. Farther centres are not held to this: one that is full is not asked, even if it
+    holds a farther example, and one that has room does not give up what it holds already.
     """
     label_N = np.full(len(rows), -1)
     room_K = np.full(len(centres_KR), max_size)

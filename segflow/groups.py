@@ -164,7 +164,8 @@ class Groups:
             whiten: "full" gives all directions in which the features vary the same weight (with nearly as many
                 features as examples this leaves nothing to tell them apart), "scale" all features, "none" leaves
                 them as they are.
-            max_size: no group exceeds it; there are more groups where this needs them.
+            max_size: no group exceeds it; there are more groups where this needs them. No example and one of its
+                nearest 16 centres would both rather have each other; farther centres are not held to this.
             seed: of the first centres.
             tolerance, iterations: ends when centres move by less than this share of the variance, or after so many
                 steps.

@@ -202,11 +202,13 @@ def test_the_first_centres_of_many_examples_are_drawn_from_a_sample(monkeypatch:
 # Clusters of bounded size
 
 
-def _stable(x_NR: np.ndarray, centres_KR: np.ndarray, label_N: np.ndarray, max_size: int) -> bool:
-    """Brute force: no example would rather have another centre that has room, or holds a farther example."""
+def _stable(x_NR: np.ndarray, centres_KR: np.ndarray, label_N: np.ndarray, max_size: int, most: int = 16) -> bool:
+    """Brute force: no example would rather have one of its nearest centres that has room, or holds a farther one."""
     far_NK = ((x_NR[:, None].astype(np.float64) - centres_KR[None]) ** 2).sum(-1)
     for example, own in enumerate(label_N):
-        for centre in np.flatnonzero(far_NK[example] < far_NK[example, own] - 1e-4):
+        for centre in np.argsort(far_NK[example])[:most]:
+            if far_NK[example, centre] >= far_NK[example, own] - 1e-4:
+                break
             held = far_NK[label_N == centre, centre]
             if len(held) < max_size or held.max() > far_NK[example, centre] + 1e-4:
                 return False
@@ -222,6 +224,26 @@ def test_bounded_clusters_are_a_stable_matching(seed: int, k: int, slack: int, n
     label_N = balanced(torch.from_numpy(x), torch.from_numpy(centres), most)
     assert np.bincount(label_N).max() <= most
     assert _stable(x, centres, label_N, most)
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 10**6), k=st.integers(17, 30), slack=st.integers(0, 1))
+def test_of_more_centres_a_matching_is_stable_among_each_examples_nearest(seed: int, k: int, slack: int) -> None:
+    generator = np.random.default_rng(seed)
+    x = (generator.standard_normal((90, 2)) * generator.exponential(0.3, (90, 1))).astype(np.float32)
+    centres, most = generator.standard_normal((k, 2)).astype(np.float32), -(-90 // k) + slack
+    label_N = balanced(torch.from_numpy(x), torch.from_numpy(centres), most)
+    assert np.bincount(label_N).max() <= most
+    assert _stable(x, centres, label_N, most)
+
+
+def test_a_full_centre_beyond_the_nearest_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(clustering, "_NEAREST", 1)
+    x, centres = np.array([[0.0], [0.1], [5.5]], dtype=np.float32), np.array([[0.0], [2.5], [9.0]], dtype=np.float32)
+    label_N = balanced(torch.from_numpy(x), torch.from_numpy(centres), 1)
+    assert label_N.tolist() == [0, 2, 1]
+    assert _stable(x, centres, label_N, 1, most=1)
+    assert not _stable(x, centres, label_N, 1, most=3)
 
 
 def test_a_matching_that_is_not_stable_is_told_from_one_that_is() -> None:
