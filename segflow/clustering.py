@@ -40,10 +40,10 @@ class KMeans:
         for name, least in (("max_size", 1), ("iterations", 1), ("memory", 1), ("seed", 0)):
             given = getattr(self, name)
             whole = isinstance(given, int | np.integer) and not isinstance(given, bool)
-            if given is not None and not (whole and given >= least):
+            if not (whole and given >= least) and not (given is None and name == "max_size"):
                 raise GroupError(f"{name}={given!r}: expected a whole number of at least {least}.")
-        if not self.tolerance >= 0:
-            raise GroupError(f"tolerance={self.tolerance!r}: expected 0 or more.")
+        if not isinstance(self.tolerance, int | float | np.integer | np.floating) or not self.tolerance >= 0:
+            raise GroupError(f"tolerance={self.tolerance!r}: expected a number of 0 or more.")
 
     def labels(self, rows: Rows, count: int) -> np.ndarray:
         """The cluster of each row [N], numbered from 0 without gaps: at most `count` (more if `max_size` needs it)."""

@@ -163,7 +163,7 @@ class Groups:
                 where fewer rows are distinct; at one example a group all are singletons.
             whiten: "full" gives all directions in which the features vary the same weight (with nearly as many
                 features as examples this leaves nothing to tell them apart), "scale" all features, "none" leaves
-                them as they are.
+                their weights as they are.
             max_size: no group exceeds it; there are more groups where this needs them. No example and one of its
                 nearest 16 centres would both rather have each other; farther centres are not held to this.
             seed: of the first centres.
@@ -241,8 +241,13 @@ class Groups:
         """The places of the groups that `split` is about."""
         if only is None:
             return list(range(len(self)))
+        if isinstance(only, str) or not isinstance(only, Iterable):
+            raise GroupError(f"only={only!r}: expected a list of places or labels of groups.")
         place, found = {label: group for group, label in enumerate(self.labels)}, set()
-        for one in only:
+        for given in only:
+            one = given.item() if hasattr(given, "item") else given
+            if not isinstance(one, str | int | np.integer) or isinstance(one, bool):
+                raise GroupError(f"only: found {one!r}, expected the place (a whole number) or label of a group.")
             group = place.get(one, -1) if isinstance(one, str) else int(one)
             if not 0 <= group < len(self):
                 raise GroupError(f"only: there is no group {one!r}. The {len(self)} groups are {self.labels[:8]}...")

@@ -72,12 +72,16 @@ class Refiner:
     def __post_init__(self) -> None:
         if self.method in NOT_SUMS:
             raise ScoreError(f"refine: scores of {self.method} do not add up, so a group's says nothing of its parts.")
-        if not 0 < self.keep <= 1:
+        if not isinstance(self.keep, int | float | np.integer | np.floating) or not 0 < self.keep <= 1:
             raise GroupError(f"keep={self.keep!r}: expected a share above 0, up to 1.")
-        sizes = list(self.sizes)
+        if not (self.largest is None or isinstance(self.largest, bool)):
+            raise GroupError(f"largest={self.largest!r}: expected True, False or None (either sign).")
+        sizes = list(self.sizes) if isinstance(self.sizes, Sequence | np.ndarray) else []
         whole = all(isinstance(size, int | np.integer) and size >= 1 for size in sizes)
         if not sizes or not whole or sizes != sorted(set(sizes), reverse=True):
-            raise GroupError(f"sizes={self.sizes!r}: expected whole numbers of at least 1, each below the one before.")
+            raise GroupError(
+                f"sizes={self.sizes!r}: expected a list of whole numbers of at least 1, each below the one before."
+            )
 
     def refine(self, score: Callable[[Groups], Scores], groups: Groups, features: Any) -> Refinement:
         """Score the groups, then the parts of those that matter, then theirs; score: scores any groups of the data."""

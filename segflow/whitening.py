@@ -5,6 +5,7 @@ Axes: N examples, n examples of a chunk, D features, E features that are used, R
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,6 +18,7 @@ from .errors import GroupError, check_choice
 
 KINDS = ("full", "scale", "none")
 _CHUNK = 32 << 20  # bytes of float64 that are read at a time
+_LARGEST = 1e140  # magnitudes from its inverse up to it have squares, and sums of these, in double precision
 _ROUNDINGS = 4  # a feature that differs by up to so many roundings does not vary
 
 
@@ -61,17 +63,26 @@ class Moments:
 
 
 def moments(features_ND: np.ndarray | Tensor, products: bool) -> Moments:
-    """Moments over all rows, chunk by chunk; GroupError where a feature is not finite."""
+    """Moments over all rows, chunk by chunk; GroupError where a feature is not finite, or squares are out of range."""
     total: Moments | None = None
+    largest = 0.0
     for start, x_nD in _chunks(features_ND):
         finite_n = torch.isfinite(x_nD).all(1)
         if not finite_n.all():
             example = start + int(torch.argmin(finite_n.int()))
             raise GroupError(f"features: example {example} has NaN or infinite ones. Expected finite numbers.")
+        largest = max(largest, x_nD.abs().max().item())
+        if largest > _LARGEST:
+            break
         mean_D = x_nD.mean(0)
         centred_nD = x_nD - mean_D
         own = Moments(len(x_nD), mean_D, centred_nD.mT @ centred_nD if products else centred_nD.square().sum(0))
         total = own if total is None else total.merged(own)
+    if largest and not 1 / _LARGEST <= largest <= _LARGEST:
+        raise GroupError(
+            f"features: the largest magnitude is {largest:.3g}, expected {1 / _LARGEST:.0e} to {_LARGEST:.0e}, so that "
+            "squares are finite and not zero. Multiply all features by one number."
+        )
     if total is None:
         raise GroupError("features: no rows were given. Expected a row for each example.")
     return total
@@ -96,7 +107,8 @@ class Whitening:
         Args:
             features_ND: the rows [N, D]; kind: "full" rotates to the principal axes and divides by their standard
                 deviations, leaving out axes without variance up to rounding; "scale" divides each feature by its own,
-                leaving out constant ones; "none" subtracts the mean only.
+                leaving out constant ones; "none" subtracts the mean and multiplies all features by one power of two
+                that brings their mean variance near one, into the range of single precision.
             memory: bytes that the covariance [D, D] and its eigenvectors may take.
 
         Raises:
@@ -113,19 +125,20 @@ class Whitening:
         rounding = (_ROUNDINGS * _eps(features_ND)) ** 2
         spread = found.scatter / found.count
         variance_D = spread.diagonal() if kind == "full" else spread
-        moment_D = variance_D + found.mean_D.square()
+        moment_D, variance = variance_D + found.mean_D.square(), variance_D.mean().item()
         if kind == "full":
             sigma_D, axes_DD = torch.linalg.eigh(spread)
             floor = max(8 * D * _eps(np.empty(0)) * sigma_D[-1].item(), D * rounding * moment_D.max().item())
             factors = (axes_DD / sigma_D.clamp_min(floor).sqrt())[:, sigma_D > floor].flip(1)
             used, mean = torch.arange(D, device=spread.device), found.mean_D
         else:
+            one = 2.0 ** -round(math.log2(variance) / 2) if variance else 1.0
             used = torch.nonzero(variance_D > (rounding * moment_D if kind == "scale" else -1)).flatten()
             mean, deviation = found.mean_D[used], variance_D[used].sqrt()
-            factors = 1 / deviation if kind == "scale" else torch.ones_like(deviation)
+            factors = 1 / deviation if kind == "scale" else torch.full_like(deviation, one)
         if not factors.numel():  # all examples are alike
             return cls(torch.tensor([0], device=spread.device), found.mean_D[:1], 0 * found.mean_D[:1], 0.0)
-        return cls(used, mean, factors, variance_D.mean().item() if kind == "none" else 1.0)
+        return cls(used, mean, factors, variance * one**2 if kind == "none" else 1.0)
 
     @property
     def width(self) -> int:

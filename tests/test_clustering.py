@@ -55,7 +55,7 @@ def test_whitened_features_have_the_covariance_that_is_promised(kind: str, small
     expected = {
         "full": np.eye(5),
         "scale": exact / np.sqrt(np.outer(exact.diagonal(), exact.diagonal())),
-        "none": exact,
+        "none": exact / 4.0 ** round(np.log2(exact.diagonal().mean()) / 2),
     }[kind]
     np.testing.assert_allclose(np.cov(white.T, bias=True), expected, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(white.mean(0), 0, atol=1e-4 * np.abs(white).max())
@@ -103,6 +103,24 @@ def test_constant_features_are_left_out_and_scaling_one_changes_nothing() -> Non
 def test_examples_that_are_all_alike_are_one_group() -> None:
     for kind in ("full", "scale", "none"):
         assert len(sf.Groups.kmeans(np.full((9, 3), 0.1), count=4, whiten=kind)) == 1
+
+
+@pytest.mark.parametrize("kind", ["full", "scale", "none"])
+@pytest.mark.parametrize("memory", [1 << 30, 5000], ids=["in memory", "beyond"])
+def test_one_factor_of_all_features_changes_no_group(kind: str, memory: int) -> None:
+    x = _blobs()
+    own = cluster(x, 8, kind, KMeans(memory=memory))
+    assert len(np.unique(own)) == 8
+    for power in (-400, -100, 150, 400):  # of two: without rounding
+        scaled = cluster(x * 2.0**power, 8, kind, KMeans(memory=memory))
+        assert scaled.tolist() == own.tolist(), f"2 to the {power}"
+
+
+@pytest.mark.parametrize("kind", ["full", "scale", "none"])
+@pytest.mark.parametrize("factor", [1e200, 1e-200])
+def test_features_whose_squares_are_out_of_range_are_refused(kind: str, factor: float) -> None:
+    with pytest.raises(sf.GroupError, match=r"largest magnitude is .*, expected 1e-140 to 1e\+140.* Multiply all"):
+        sf.Groups.kmeans(np.random.default_rng(0).random((20, 3)) * factor, count=3, whiten=kind)
 
 
 def test_a_covariance_that_does_not_fit_the_memory_is_refused_and_scaling_is_not() -> None:
@@ -334,6 +352,9 @@ BAD[2, 1] = np.nan
         (np.eye(4), {"count": 2, "max_size": "3"}, "max_size='3'"),
         (np.eye(4), {"count": 2, "whiten": "zca"}, "whiten='zca' is not known"),
         (np.eye(4), {"count": 2, "tolerance": -1.0}, r"tolerance=-1\.0"),
+        (np.eye(4), {"count": 2, "tolerance": "a"}, "tolerance='a': expected a number"),
+        (np.eye(4), {"count": 2, "tolerance": None}, "tolerance=None: expected a number"),
+        (np.eye(4), {"count": 2, "seed": None}, "seed=None: expected a whole number"),
         (np.eye(4), {"count": 2, "iterations": 0}, "iterations=0"),
         (np.eye(4), {"count": 2, "memory": 0}, "memory=0"),
         (np.eye(4), {"count": 2, "seed": -1}, "seed=-1"),

@@ -87,7 +87,7 @@ def test_groups_are_split_at_random_into_even_parts_without_features() -> None:
 
 def test_only_the_groups_that_are_named_are_split_and_as_they_are_among_all() -> None:
     groups, x = _two_blobs()
-    for only in ([1], ["1"], iter([1, "1"]), np.array([1])):
+    for only in ([1], ["1"], iter([1, "1"]), np.array([1]), torch.tensor([1])):
         parts = groups.split(size=4, only=only)
         assert parts.labels == ("0", "1/0", "1/1", "1/2")
         assert parts.members[1].tolist() == groups.split(size=4).members[3].tolist()
@@ -128,6 +128,10 @@ def test_whitening_of_the_parts_features_is_over_all_data_and_can_be_chosen() ->
         ({"size": 2, "only": [2]}, "no group 2"),
         ({"size": 2, "only": ["missing"]}, "no group 'missing'"),
         ({"size": 2, "only": [-1]}, "no group -1"),
+        ({"size": 2, "only": [0.7]}, "only: found 0.7, expected the place"),
+        ({"size": 2, "only": [True]}, "only: found True, expected the place"),
+        ({"size": 2, "only": "01"}, "only='01': expected a list"),
+        ({"size": 2, "only": 1}, "only=1: expected a list"),
         ({"size": 2, "features": np.ones((3, 1))}, "3 rows of features for 20 examples"),
         ({"size": 2, "features": np.full((20, 1), np.nan)}, "example 0 has NaN"),
         ({"size": 2, "features": np.ones((20, 1)), "whiten": "zca"}, "zca"),

@@ -168,6 +168,9 @@ def test_an_ensembles_spread_is_that_of_each_group_as_it_was_scored(
     [
         ({"keep": 0.0}, r"keep=0\.0"),
         ({"keep": 1.5}, r"keep=1\.5"),
+        ({"keep": "a"}, "keep='a': expected a share"),
+        ({"largest": "x"}, "largest='x': expected True, False or None"),
+        ({"sizes": 1}, "sizes=1: expected a list"),
         ({"sizes": ()}, r"sizes=\(\)"),
         ({"sizes": (1, 4)}, r"sizes=\(1, 4\)"),
         ({"sizes": (4, 4)}, r"sizes=\(4, 4\)"),
