@@ -156,11 +156,11 @@ def check_sum(lens: Lens, whole: Batch, halves: Iterable[Batch]) -> None:
 
 
 def check_reached(lens: Lens, data: Iterable[Batch], where: str) -> None:
-    """Every tracked layer is reached by the loss, and all that passes is finite."""
+    """Every tracked layer is reached by a training loss (one by a measurement), and all that passes is finite."""
     watch = FiniteWatch(f"check, {lens.kind} loss, {where}")
     for batch in data:
         lens.capture(batch, lambda _layer, _tokens: None, watch)
-    watch.finish(lens.axes, Ranks())
+    watch.finish(lens.axes, Ranks(), every=lens.kind == "train")
 
 
 def check_examples(lens: Lens, batch: Batch, alone: Iterable[Batch]) -> None:

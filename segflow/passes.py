@@ -132,7 +132,7 @@ def projected_kernel(
         add_(total, batch)
         compared.see("kernel", of.size, add_)
         examples += of.size
-    watch.finish(lens.layers, ranks)
+    watch.finish(lens.layers, ranks, every=lens.kind != "output")
     return _means({"kernel": total}, examples, "projected gradients", watch, ranks) | compared.error(ranks)
 
 

@@ -18,7 +18,7 @@ from torch.utils.data import Subset
 from .data import Collate
 from .errors import TaskError
 from .property import Property
-from .task import measurement_fingerprint, task_fingerprint
+from .task import check_task, measurement_fingerprint, task_fingerprint
 from .tasks import margins
 
 __all__ = [
@@ -42,6 +42,7 @@ class _Mean(Property):
 
     def __init__(self, data: Any, task: Any, *, name: str | None = None, collate_fn: Collate | None = None):
         super().__init__(data, name=name, collate_fn=collate_fn)
+        check_task(task)
         self.task = task
 
     @abstractmethod
@@ -96,7 +97,28 @@ class MeanMeasurement(_Mean):
         return self.task.compute_measurement(batch, model)
 
 
-class SliceMargin(Property):
+class _OfClasses(Property):
+    """A property of logits [N, C] (or [N], [N, 1]: of class 1) and labels [N]."""
+
+    def number(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """With outputs brought to [N, C] and labels checked; raises TaskError."""
+        logits_NC = class_logits(outputs)
+        labels_N = targets.squeeze(1) if targets.ndim == 2 and targets.shape[1] == 1 else targets
+        if labels_N.shape != logits_NC.shape[:1] or (labels_N != labels_N.long()).any():
+            raise TaskError(
+                f"{self.name}: expected one whole number, a class, for each of {len(logits_NC)} examples, found labels "
+                f"of {targets.dtype} and shape {tuple(targets.shape)}. Define targets_of(batch)."
+            )
+        outside = (labels_N < 0) | (labels_N >= logits_NC.shape[1])
+        if outside.any():
+            raise TaskError(
+                f"{self.name}: example {int(outside.long().argmax())} has the label {labels_N[outside][0].item():g}, "
+                f"but the model has the classes 0..{logits_NC.shape[1] - 1}."
+            )
+        return super().number(logits_NC, labels_N.long())
+
+
+class SliceMargin(_OfClasses):
     """The mean margin, log p - log(1 - p) of the true class, over a slice of the data.
 
     Args:
@@ -109,22 +131,24 @@ class SliceMargin(Property):
         chosen = None if slice_of is None else np.asarray(slice_of)
         if chosen is not None and (chosen.ndim != 1 or not np.issubdtype(chosen.dtype, np.integer)):
             raise TaskError(f"slice_of: expected a list of indices, found {chosen.dtype} of shape {chosen.shape}.")
+        if chosen is not None and chosen.size and not 0 <= chosen.min() <= chosen.max() < len(data):
+            raise TaskError(f"slice_of names example {chosen.max()}, but the data has 0..{len(data) - 1}.")
         super().__init__(data if chosen is None else Subset(data, chosen.tolist()), **options)
 
     def value(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """The mean margin."""
-        return margins(class_logits(outputs), targets.long()).mean()
+        return margins(outputs, targets).mean()
 
 
-class SoftAccuracy(Property):
+class SoftAccuracy(_OfClasses):
     """The mean probability of the true class: accuracy with the hard decision made soft."""
 
     def value(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """The mean probability."""
-        return probabilities(outputs).gather(1, targets.long()[:, None]).mean()
+        return outputs.softmax(1).gather(1, targets[:, None]).mean()
 
 
-class SoftF1(Property):
+class SoftF1(_OfClasses):
     """The F-measure with probabilities for counts: 2 TP / (2 TP + FP + FN).
 
     Args:
@@ -135,17 +159,17 @@ class SoftF1(Property):
 
     def __init__(self, data: Any, positive: int | None = 1, **options: Any):
         super().__init__(data, **options)
-        self.positive = positive
+        self.positive = None if positive is None else _class_number(self, positive)
 
     def value(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """2 sum p y / (sum p + sum y), of one class or averaged over all."""
-        p_NC = probabilities(outputs)
-        y_NC = functional.one_hot(targets.long(), p_NC.shape[1]).to(p_NC.dtype)
+        p_NC = outputs.softmax(1)
+        y_NC = functional.one_hot(targets, p_NC.shape[1]).to(p_NC.dtype)
         f_C = 2 * (p_NC * y_NC).sum(0) / (p_NC.sum(0) + y_NC.sum(0))
         return f_C.mean() if self.positive is None else f_C[_class(self, self.positive, p_NC)]
 
 
-class _Gap(Property):
+class _Gap(_OfClasses):
     """A property of groups of people, by an attribute of each example."""
 
     def __init__(self, data: Any, attribute: Sequence[Any] | np.ndarray | Tensor, positive: int = 1, **options: Any):
@@ -153,15 +177,22 @@ class _Gap(Property):
         given = attribute.cpu().numpy() if isinstance(attribute, Tensor) else np.asarray(attribute)
         if given.shape != (len(self.data),):
             raise TaskError(f"{self.name}: attribute {given.shape}: expected one value for each of {len(self.data)}.")
-        values, codes = np.unique(given, return_inverse=True)
+        try:
+            values, codes = np.unique(given, return_inverse=True)
+        except TypeError:
+            raise TaskError(f"{self.name}: values of the attribute cannot be ordered. Give numbers, or text.") from None
+        if given.dtype.kind == "f" and np.isnan(given).any():
+            raise TaskError(
+                f"{self.name}: example {int(np.isnan(given).argmax())}'s attribute is NaN. Give it a value."
+            )
         if len(values) < 2:
             raise TaskError(f"{self.name}: the attribute is {values.tolist()} for every example: expected two or more.")
-        self.positive, self.attribute = positive, torch.from_numpy(codes.astype(np.int64))
+        self.positive, self.attribute = _class_number(self, positive), torch.from_numpy(codes.astype(np.int64))
         self.values = values.tolist()
 
     def _rates(self, outputs: Tensor, chosen_N: Tensor, what: str) -> Tensor:
         """[V]: the mean probability of the positive class over the chosen examples with each value."""
-        p_NC = probabilities(outputs)
+        p_NC = outputs.softmax(1)
         of_NV = functional.one_hot(self.attribute.to(outputs.device)).to(p_NC.dtype) * chosen_N[:, None]
         count_V = of_NV.sum(0)
         if not bool((count_V > 0).all()):
@@ -184,7 +215,7 @@ class DemographicParityGap(_Gap):
 
     def value(self, outputs: Tensor, _targets: Tensor) -> Tensor:
         """The gap, 0 or more."""
-        rates_V = self._rates(outputs, torch.ones_like(outputs.flatten(1)[:, 0]), "in the data")
+        rates_V = self._rates(outputs, torch.ones_like(outputs[:, 0]), "in the data")
         return rates_V.max() - rates_V.min()
 
 
@@ -214,7 +245,7 @@ class EqualisedOddsGap(_Gap):
         return gaps.max() if self.worst else gaps.mean()
 
 
-class CalibrationError(Property):
+class CalibrationError(_OfClasses):
     """Soft-binned expected calibration error (Karandikar et al. 2021, arXiv 2108.00106), L1.
 
     Each example's confidence, the probability of the predicted class, belongs to every bin by a softmax of its squared
@@ -229,13 +260,13 @@ class CalibrationError(Property):
 
     def __init__(self, data: Any, bins: int = 15, temperature: float = 0.01, **options: Any):
         super().__init__(data, **options)
-        if bins < 1 or not temperature > 0:
+        if not isinstance(bins, int) or bins < 1 or not temperature > 0:
             raise TaskError(f"bins={bins}, temperature={temperature}: expected at least 1 bin, and a number above 0.")
-        self.bins, self.temperature = int(bins), float(temperature)
+        self.bins, self.temperature = bins, float(temperature)
 
     def value(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """The error, 0 or more."""
-        confidence_N, predicted_N = probabilities(outputs).max(1)
+        confidence_N, predicted_N = outputs.softmax(1).max(1)
         right_N = (predicted_N == targets).to(confidence_N.dtype)
         centres_M = (torch.arange(self.bins).to(confidence_N) + 0.5) / self.bins
         distance_NM = (confidence_N[:, None] - centres_M).square()
@@ -261,6 +292,12 @@ def probabilities(outputs: Tensor) -> Tensor:
         tensor([[0.2500, 0.2500, 0.2500, 0.2500]])
     """
     return class_logits(outputs).softmax(1)
+
+
+def _class_number(of: Property, positive: object) -> int:
+    if isinstance(positive, bool) or not isinstance(positive, int):
+        raise TaskError(f"{of.name}: positive={positive!r}: expected the number of a class.")
+    return positive
 
 
 def _class(of: Property, positive: int, p_NC: Tensor) -> int:

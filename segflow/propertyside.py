@@ -87,7 +87,7 @@ def property_gradient(
 
     for batch in work.walk(lens, data, work.ranks.share(every), f"{of.name}, {where}", joined):
         lens.capture(batch, consume, watch)
-    watch.finish(lens.axes, work.ranks)
+    watch.finish(lens.axes, work.ranks, every=False)
     work.ranks.sum_(list(totals.values()))
     return totals
 

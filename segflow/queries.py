@@ -61,7 +61,7 @@ def query_gradients(
         for name, layer in lens.layers.items():
             if len(pieces[name]) == before[name] and not batch.idle:  # the measurement does not depend on the layer
                 pieces[name].append(Outer.zeros(batch.size, layer.shape, lens.dtype, lens.device))
-    watch.finish(lens.axes, ranks)
+    watch.finish(lens.axes, ranks, every=False)
     longer = {name for name, parts in pieces.items() if not all(isinstance(part, Outer) for part in parts)}
     longer = longer.union(*ranks.gather(sorted(longer)))
     none = {name: Outer.zeros(0, layer.shape, lens.dtype, lens.device) for name, layer in lens.layers.items()}

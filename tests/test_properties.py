@@ -230,6 +230,84 @@ def test_one_logit_stands_for_two_classes() -> None:
         torch.testing.assert_close(props.probabilities(outputs), both.softmax(1))
 
 
+@pytest.mark.parametrize(
+    "make",
+    [
+        props.SoftF1,
+        lambda data: props.SoftF1(data, positive=None),
+        props.SoftAccuracy,
+        props.SliceMargin,
+        props.CalibrationError,
+        lambda data: props.EqualisedOddsGap(data, ["a", "b"] * 8),
+    ],
+)
+def test_labels_in_a_column_and_floating_point_labels_are_the_same_labels(make: Any) -> None:
+    """As a binary cross-entropy of one logit wants them."""
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(16, 5, generator=generator).double(), torch.tensor([0, 0, 1, 1] * 4)
+    model = nn.Linear(5, 1).double()
+    flat, column, floating = (make(TensorDataset(x, labels)) for labels in (y, y[:, None], y[:, None].double()))
+    assert flat.evaluate(model) == column.evaluate(model) == floating.evaluate(model)
+
+
+class TwoHeads(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.trunk, self.left, self.right = nn.Linear(5, 6), nn.Linear(6, 3), nn.Linear(6, 2)
+        self.double()
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        h = torch.tanh(self.trunk(x))
+        return self.left(h), self.right(h)
+
+
+class BothHeads(sf.Task):
+    """Trained with both heads, measured by one, which the other head does not enter."""
+
+    def compute_train_loss(self, batch: Any, model: nn.Module, sample: bool = False) -> Tensor:
+        left, right = model(batch[0])
+        return nn.functional.cross_entropy(left, batch[1], reduction="sum") + right.square().sum()
+
+    def compute_measurement(self, batch: Any, model: nn.Module) -> Tensor:
+        return nn.functional.cross_entropy(model(batch[0])[0], batch[1], reduction="sum")
+
+    def compute_output(self, batch: Any, model: nn.Module) -> Tensor:
+        return sf.tasks.margins(model(batch[0])[0], batch[1]).sum()
+
+
+class RightHead(sf.properties.Property):
+    def outputs(self, batch: Any, model: nn.Module) -> Tensor:
+        return model(batch[0])[1]
+
+    def value(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return outputs.square().mean()
+
+
+@pytest.mark.parametrize("method", [sf.GradientDot(), sf.TRAK(6, 0.1)])
+def test_a_layer_that_a_measurement_does_not_depend_on_has_a_zero_part(tmp_path: Path, method: Any) -> None:
+    model = TwoHeads()
+    trajectory = trajectory_of(tmp_path / "run", perturbed_states(model, 1), N, lr=0.3)
+    analyzer = analyzer_of(model, trajectory, tmp_path / "store", BothHeads(), method=method)
+    analyzer.fit(vectors(N))
+    analyzer.check(vectors(N), DATA, curvature_tolerance=float("inf"))
+    found = analyzer.score(GROUPS, vectors(N), DATA, keep=("layer",))
+    property_of = analyzer.score(GROUPS, vectors(N), RightHead(DATA), keep=("layer",))
+    assert found.values.abs().max() > 0 and property_of.values.abs().max() > 0
+    if isinstance(method, sf.GradientDot):  # TRAK's features join the layers
+        assert not found.by_layer["right"].any() and not property_of.by_layer["left"].any()
+        x = DATA.tensors[0]
+        model.load_state_dict(perturbed_states(TwoHeads(), 1)[-1])
+        query = torch.autograd.grad(model(x)[1].square().mean(), model.trunk.weight)[0]
+        tx, ty = vectors(N).tensors
+        loss = nn.functional.cross_entropy(model(tx)[0], ty, reduction="sum") + model(tx)[1].square().sum()
+        whole = (query * torch.autograd.grad(loss, model.trunk.weight)[0]).sum() / N
+        bias = torch.autograd.grad(model(x)[1].square().mean(), model.trunk.bias)[0]
+        loss = nn.functional.cross_entropy(model(tx)[0], ty, reduction="sum") + model(tx)[1].square().sum()
+        whole = whole + (bias * torch.autograd.grad(loss, model.trunk.bias)[0]).sum() / N
+        torch.testing.assert_close(property_of.by_layer["trunk"].sum(), whole, rtol=1e-8, atol=1e-12)
+
+
 def test_an_output_object_with_logits_and_mapping_batches_are_understood() -> None:
     class Said:
         def __init__(self, logits: Tensor):
@@ -297,6 +375,10 @@ class _OneRow(sf.properties.Property):
         return outputs.sum()
 
 
+def _labelled(labels: list[Any]) -> TensorDataset:
+    return TensorDataset(DATA.tensors[0][: len(labels)], torch.tensor(labels))
+
+
 @pytest.mark.parametrize(
     ("make", "kind", "message"),
     [
@@ -314,6 +396,17 @@ class _OneRow(sf.properties.Property):
             "no example of value 1 is truly (positive|negative)",
         ),
         (lambda: props.SliceMargin(DATA, [0.5]), TaskError, "slice_of: expected a list of indices"),
+        (lambda: props.SliceMargin(DATA, [17]), TaskError, "slice_of names example 17, but the data has 0..16"),
+        (lambda: props.SoftF1(_labelled([0, 3])), TaskError, "example 1 has the label 3, but .* classes 0..2"),
+        (lambda: props.SoftAccuracy(_labelled([0, -1])), TaskError, "example 1 has the label -1"),
+        (lambda: props.SoftAccuracy(_labelled([0.0, 1.5])), TaskError, "expected one whole number, a class"),
+        (lambda: props.CalibrationError(_labelled([[0, 1], [1, 0]])), TaskError, r"found labels .* shape \(2, 2\)"),
+        (lambda: props.SoftF1(DATA, positive=True), TaskError, "positive=True: expected the number of a class"),
+        (lambda: props.DemographicParityGap(DATA, ATTRIBUTE, None), TaskError, "positive=None: expected the number"),
+        (lambda: props.DemographicParityGap(DATA, ["a", None] * 8 + ["a"]), TaskError, "cannot be ordered"),
+        (lambda: props.DemographicParityGap(DATA, [0.0, float("nan")] * 8 + [1.0]), TaskError, "attribute is NaN"),
+        (lambda: props.MeanLoss(DATA, sf.tasks.Classification), TaskError, "expected an object"),
+        (lambda: props.CalibrationError(DATA, bins=2.7), TaskError, "bins=2.7"),
         (lambda: props.CalibrationError(DATA, bins=0), TaskError, "bins=0"),
         (lambda: props.CalibrationError(DATA, temperature=0.0), TaskError, "temperature=0.0"),
         (lambda: props.SoftF1([]), TaskError, "SoftF1's dataset is empty"),
