@@ -142,6 +142,17 @@ def test_groups_that_are_small_already_wait_for_their_size(
     assert one_step.groups.labels[0] == "group 0", "three examples are not split into parts of sixteen"
 
 
+def test_groups_that_are_called_like_parts_are_refined(
+    analyzer: sf.Analyzer, train: TensorDataset, query: TensorDataset
+) -> None:
+    groups = sf.Groups.by(["a"] * 40 + ["a/0"] * 20 + ["a/0/1"] * 4)
+    found = analyzer.refine(groups, train, query, keep=1.0, sizes=(8, 1))
+    assert {one.group for one in found.found} >= set(PLANTED)
+    exact = analyzer.score(found.groups, train, query)
+    assert found.scores.group_labels == exact.group_labels
+    torch.testing.assert_close(found.scores.values, exact.values, rtol=1e-9, atol=1e-12)
+
+
 def test_partial_groups_stay_partial(analyzer: sf.Analyzer, train: TensorDataset, query: TensorDataset) -> None:
     groups = sf.Groups.from_lists([range(10), range(20, 30)], N, partial=True)
     found = analyzer.refine(groups, train, query, keep=0.5, sizes=(1,))
