@@ -288,3 +288,42 @@ def test_a_bank_of_any_function_runs_in_processes(tmp_path: Path) -> None:
     assert np.array_equal(found[:, 0, 0], retrain(_sums, bank.subsets, processes=1, progress=False)[:, 0, 0])
     with pytest.raises(ScoreError, match="recipe"):
         Bank(tmp_path, replace(training, fingerprint={"recipe": 2}), bank.subsets, 2, 7).run()
+
+
+def _rows(kept: np.ndarray, seed: int) -> Tensor:
+    return torch.tensor([[kept.sum(), 1.0, 2.0], [seed, 3.0, 4.0]], requires_grad=True) * 1.0
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_several_measurements_of_a_function_keep_their_shape(tmp_path: Path, processes: int) -> None:
+    training = FunctionTraining(_rows, {}, processes=processes)
+    found = Bank(tmp_path, training, random_subsets(2, 6), repetitions=2).run(progress=False)
+    assert found.shape == (2, 2, 2, 3)
+    assert np.array_equal(found[:, :, 1, 0], [[1, 3], [2, 4]])
+    assert (found[:, :, 0, 1:] == [1, 2]).all()
+    single = FunctionTraining(lambda kept, seed: torch.tensor(2.0, requires_grad=True), {}, processes=1)
+    assert single.run([(np.arange(2), 0)]).tolist() == [[2.0]]
+    parts = FunctionTraining(lambda kept, seed: list(torch.ones(3, requires_grad=True)), {}, processes=1)
+    assert parts.run([(np.arange(2), 0)]).tolist() == [[1.0] * 3]
+
+
+@pytest.mark.parametrize(
+    ("measure", "message"),
+    [
+        (lambda kept, seed: [[1.0], [1.0, 2.0]], r"rows of equal length \[P, Q\]"),
+        (lambda kept, seed: None, "gave NoneType"),
+        (lambda kept, seed: ["high"], r"numbers \[Q\]"),
+        (lambda kept, seed: [1.0] * seed, r"shapes \[\(1,\), \(2,\)"),
+        (lambda kept, seed: np.ones((1, 2, 3)), r"shapes \[\(1, 2, 3\)\]: expected \[Q\] or \[P, Q\]"),
+    ],
+)
+def test_measurements_that_are_no_rows_are_refused(tmp_path: Path, measure: Any, message: str) -> None:
+    with pytest.raises(ScoreError, match=message):
+        _bank(tmp_path, training=FunctionTraining(measure, {}, processes=1)).run(progress=False)
+
+
+def test_a_bank_whose_batches_have_other_shapes_is_refused(tmp_path: Path) -> None:
+    training = FunctionTraining(lambda kept, seed: [1.0] * seed, {}, processes=1, each=1)
+    with pytest.raises(ScoreError, match=r"measurements of shapes \[\(1,\), \(2,\)"):
+        Bank(tmp_path, training, random_subsets(2, 6), repetitions=1).run(progress=False)
+    assert FunctionTraining(lambda kept, seed: 2.5, {}, processes=1).run([(np.arange(2), 0)]).tolist() == [[2.5]]

@@ -228,6 +228,18 @@ def test_a_training_on_tensors_takes_the_scores_of_its_examples(tmp_path: Path) 
         retraining_score(TRUE, training, tmp_path, **options)
 
 
+def test_measurement_chooses_among_those_of_a_function(tmp_path: Path) -> None:
+    def both(kept: np.ndarray, seed: int) -> np.ndarray:
+        return np.stack([-EFFECTS[:, kept].sum(1), np.full(Q, 7.0)])
+
+    training = FunctionTraining(both, {}, processes=1)
+    options: dict[str, Any] = {"shares": (0.25,), "progress": False}
+    first, second = (retraining_score(TRUE, training, tmp_path, measurement=m, **options) for m in range(2))
+    assert first.value("Oracle", 0.25) == retraining_score(TRUE, Linear(), tmp_path / "one", **options).rows[0]
+    assert {row.mean for row in second.rows} == {7.0}
+    assert first.settings["queries"] == Q
+
+
 def _holds(path: Path, kept: np.ndarray) -> bool:
     subsets, _ = sf.evaluation.read_bank(path)
     return any(np.array_equal(np.flatnonzero(row), kept) for row in subsets)

@@ -42,7 +42,8 @@ class FunctionTraining:
     """Any training function, run by `retrain`'s pool of processes.
 
     Args:
-        train_and_measure: as for `retrain`: (indices of the kept examples or groups, seed) -> the measurements [Q].
+        train_and_measure: as for `retrain`: (indices of the kept examples or groups, seed) -> the measurements [Q], or
+            several of each query [P, Q].
         fingerprint: JSON that names what the function depends on (data, recipe); a bank is bound to it.
         processes: how many at a time; by default as many as there are cores.
         each: trainings of one process that are committed together.
@@ -63,8 +64,14 @@ class FunctionTraining:
         return [list(range(at, min(at + size, len(jobs)))) for at in range(0, len(jobs), size)]
 
     def run(self, jobs: Sequence[Job]) -> np.ndarray:
-        """Train and measure in parallel processes."""
-        return np.asarray(run_jobs(self.train_and_measure, list(jobs), self.processes, False), dtype=np.float64)
+        """Train and measure in parallel processes: [J, Q] or [J, P, Q]."""
+        found = [np.atleast_1d(own) for own in run_jobs(self.train_and_measure, list(jobs), self.processes, False)]
+        shapes = sorted({own.shape for own in found})
+        if len(shapes) > 1 or len(shapes[0]) > 2:
+            raise ScoreError(
+                f"train_and_measure gave measurements of shapes {shapes}: expected [Q] or [P, Q], the same each time."
+            )
+        return np.stack(found)
 
 
 @dataclass(frozen=True)
@@ -227,6 +234,12 @@ def _collected(
         raise ScoreError(
             f"{path}: {len(lost)} of {repetitions * len(subsets)} trainings are missing, the first is repetition "
             f"{lost[0][0]} of subset {lost[0][1]}. Run the bank to its end."
+        )
+    shapes = sorted({done[r, m].shape for r in range(repetitions) for m in subsets})
+    if len(shapes) > 1:
+        raise ScoreError(
+            f"{path}: measurements of shapes {shapes}, expected one. Delete the bank to retrain everything, with a "
+            "training that measures the same each time."
         )
     return np.stack([np.stack([done[r, m] for r in range(repetitions)]) for m in subsets])
 

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -65,26 +66,43 @@ def retrain(
     ]
     ranks = current()
     with ranks.together("retrain"):
-        shares = ranks.gather(run_jobs(train_and_measure, ranks.share(jobs), processes, progress))
+        own = run_jobs(train_and_measure, ranks.share(jobs), processes, progress)
+        shares = ranks.gather([measured.ravel().tolist() for measured in own])
     done = [shares[number % ranks.count][number // ranks.count] for number in range(len(jobs))]
     return np.asarray(done, dtype=np.float64).reshape(len(subsets), repetitions, -1)
 
 
 def run_jobs(
     train_and_measure: TrainAndMeasure, jobs: list[Job], processes: int | None, progress: bool | None
-) -> list[list[float]]:
-    """The measurements of each job, in parallel where more than one process is asked for."""
+) -> list[np.ndarray]:
+    """The measurements of each job as they are shaped, in parallel where more than one process is asked for."""
     cores = max(1, (os.cpu_count() or 1) // current().local_count)
     workers = min(processes or cores, len(jobs))
     if workers <= 1:
         with _one_thread():
-            done = [train_and_measure(*job) for job in track(jobs, "retraining", enabled=progress)]
+            done = [_measured(train_and_measure, *job) for job in track(jobs, "retraining", enabled=progress)]
     else:
         context = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(workers, context, initializer=_begin_alone) as pool:
-            futures = [pool.submit(train_and_measure, *job) for job in jobs]
+            futures = [pool.submit(_measured, train_and_measure, *job) for job in jobs]
             done = [future.result() for future in track(futures, "retraining", enabled=progress)]
-    return [np.asarray(measured, dtype=np.float64).ravel().tolist() for measured in done]
+    return done
+
+
+def _measured(train_and_measure: TrainAndMeasure, kept: np.ndarray, seed: int) -> np.ndarray:
+    """An array of what the function gives; made where it ran, as a tensor with a gradient cannot leave its process."""
+    given: Any = train_and_measure(kept, seed)
+    try:
+        if isinstance(given, list | tuple):
+            given = [part.tolist() if isinstance(part, torch.Tensor | np.ndarray) else part for part in given]
+        plain = given.detach().cpu() if isinstance(given, torch.Tensor) else given
+        measured: np.ndarray = np.asarray("nothing" if plain is None else plain, dtype=np.float64)
+    except (TypeError, ValueError) as problem:
+        raise ScoreError(
+            f"train_and_measure gave {type(given).__name__} for {len(kept)} kept and seed {seed}: {problem}. Return "
+            "numbers [Q], or rows of equal length [P, Q]."
+        ) from problem
+    return measured
 
 
 def _begin_alone() -> None:
