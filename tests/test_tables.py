@@ -12,7 +12,7 @@ import pytest
 
 from segflow.errors import ScoreError
 from segflow.evaluation import Row, Table
-from segflow.evaluation.intervals import exactly, quantiles, student, welch, wilson
+from segflow.evaluation.intervals import exactly, quantiles, student, unchanged, welch, wilson
 
 INF = float("inf")
 ROWS = (
@@ -79,7 +79,9 @@ def test_a_row_of_numbers_that_are_none_is_refused(numbers: tuple[float, ...]) -
     ("change", "message"),
     [
         ({"rows": ()}, "no rows"),
-        ({"rows": (ROWS[0], ROWS[0])}, r"two rows are at \('Straße', 0.2, ''\)"),
+        ({"rows": (ROWS[0], ROWS[0])}, r"two rows are at \('Straße', 0.2\)"),
+        ({"rows": (ROWS[0], replace(ROWS[0], label="other"))}, r"two rows are at \('Straße', 0.2\)"),
+        ({"kind": "scatter", "rows": (ROWS[0], ROWS[0])}, r"two rows are at \('Straße', 0.2, ''\)"),
         ({"kind": "pie"}, "kind='pie' is not known.*'bars', 'lines', 'scatter'"),
         ({"settings": {"a": {1, 2}}}, "settings that JSON can hold"),
         ({"settings": {"a": np.nan}}, "settings that JSON can hold"),
@@ -172,6 +174,14 @@ def test_text_of_bars_and_of_points_has_a_line_for_each_row() -> None:
     assert "a\\|b" in str(replace(BARS, rows=(Row("a|b", 0, 1, 0, 2),)))
 
 
+def test_notes_are_lines_of_text_and_of_the_legend() -> None:
+    for table in (TABLE, SCATTER):
+        name = table.series[0]
+        noted = replace(table, settings={"notes": {name: "a line", "absent": "another"}, "interval": "what it is"})
+        assert str(noted).splitlines()[-5:] == [f"{name}: a line", "", "absent: another", "", "what it is"]
+        assert {f"{name}\na line", table.series[1]} <= set(_legend(noted.plot()))
+
+
 def test_a_frame_has_a_line_for_each_row() -> None:
     frame = SCATTER.to_pandas()
     assert list(frame.columns) == ["series", "label", "x", "mean", "low", "high", "values"]
@@ -249,6 +259,16 @@ def test_welchs_interval_is_scipys() -> None:
     np.testing.assert_allclose(welch(VALUES, OTHERS), expected, rtol=1e-9)
     assert welch([1.0, 1.0], [0.5, 0.5]) == (0.5, 0.5, 0.5)
     assert welch([1.0], OTHERS)[1:] == (-INF, INF)
+
+
+@pytest.mark.parametrize("count", [2, 3, 8])
+def test_a_mean_that_has_not_changed_lies_within_the_interval_in_95_of_100_cases(count: int) -> None:
+    generator = np.random.default_rng(count)
+    first, second = generator.normal(3, 2, size=(2, 4000, count))
+    changes = second.mean(1) - first.mean(1)
+    held = [low <= change <= high for (_, low, high), change in zip(map(unchanged, first), changes, strict=True)]
+    assert np.mean(held) == pytest.approx(0.95, abs=0.012)
+    assert unchanged([1.0]) == (0, -INF, INF)
 
 
 @pytest.mark.parametrize(("share", "count"), [(0.0, 9), (0.25, 40), (1.0, 3)])

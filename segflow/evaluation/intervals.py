@@ -45,6 +45,15 @@ def welch(first: np.ndarray | Sequence[float], second: np.ndarray | Sequence[flo
     return _around(float(np.mean(first)) - float(np.mean(second)), float(errors.sum()), degrees)
 
 
+def unchanged(values: np.ndarray | Sequence[float]) -> Estimate:
+    """Where the mean of as many new values, less the mean of these, lies in 95% of cases if nothing has changed.
+
+    The width is that of a difference of two equal samples; Student's t has the degrees of freedom of the one sample
+    that its spread is known from.
+    """
+    return _around(0.0, 2 * _squared_error(values), len(values) - 1)
+
+
 def wilson(share: float, count: int) -> Estimate:
     """A share among `count` independent cases, with Wilson's interval (1927), which stays within 0 and 1."""
     z = NormalDist().inv_cdf((1 + CONFIDENCE) / 2)

@@ -58,7 +58,8 @@ class Table:
         x, y: names of the axes, with units.
         rows: the numbers.
         references: named numbers that hold for every x, as (mean, low, high): drawn as horizontal lines.
-        settings: how the numbers were made, as JSON; "interval" says in words what the intervals are.
+        settings: how the numbers were made, as JSON; "interval" says in words what the intervals are, and "notes" has
+            a line of text for each of some series, shown below the table and in the figure's legend.
         kind: how it is drawn: "lines" over x, "bars" (one for each series), or "scatter" with the line x = y.
 
     Raises:
@@ -93,10 +94,13 @@ class Table:
         object.__setattr__(self, "references", {name: _checked(name, e) for name, e in self.references.items()})
         if not self.rows:
             raise ScoreError(f"table {self.title!r}: no rows. Expected at least one.")
-        places = [(row.series, row.x, row.label) for row in self.rows]
+        places = [(row.series, row.x, row.label)[: 2 if self.kind == "lines" else 3] for row in self.rows]
         if len(set(places)) < len(places):
             twice = next(place for place in places if places.count(place) > 1)
-            raise ScoreError(f"table {self.title!r}: two rows are at {twice}. Give each (series, x, label) once.")
+            raise ScoreError(
+                f"table {self.title!r}: two rows are at {twice}. Give each place once: (series, x) of lines, "
+                "(series, x, label) of others."
+            )
         try:
             object.__setattr__(self, "settings", json.loads(json.dumps(dict(self.settings), allow_nan=False)))
         except (TypeError, ValueError) as problem:
@@ -165,6 +169,7 @@ class Table:
         lines = [f"**{self.title}** ({self.y})", "", *map(_line, cells[:1]), "|" + "---|" * len(cells[0])]
         lines += map(_line, cells[1:])
         notes = [f"{name}: {_shown(Estimate(*ends))}" for name, ends in self.references.items()]
+        notes += [f"{series}: {text}" for series, text in _notes(self).items()]
         notes += [str(self.settings["interval"])] if "interval" in self.settings else []
         return "\n".join(lines + [part for note in notes for part in ("", note)])
 
@@ -220,6 +225,12 @@ def _shown(estimate: Estimate) -> str:
     return f"{estimate.mean:.4g} [{estimate.low:.4g}, {estimate.high:.4g}]"
 
 
+def _notes(table: Table) -> dict[str, str]:
+    """The lines of text about series."""
+    notes = table.settings.get("notes")
+    return {str(series): str(text) for series, text in notes.items()} if isinstance(notes, dict) else {}
+
+
 def _line(cells: Iterable[object]) -> str:
     return "| " + " | ".join(str(cell).replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
 
@@ -257,10 +268,15 @@ def _error_bars(columns: np.ndarray) -> np.ndarray:
     return np.maximum([mean - low, high - mean], 0.0)
 
 
+def _legend(table: Table, series: str) -> str:
+    """The series' name, and below it its note."""
+    return "\n".join([series, *filter(None, [_notes(table).get(series)])])
+
+
 def _draw_lines(axes: Any, table: Table) -> None:
     for series in table.series:
         x, mean, low, high = _columns(sorted(table.of(series), key=lambda row: row.x))
-        (line,) = axes.plot(x, mean, "o-", markersize=3, label=series)
+        (line,) = axes.plot(x, mean, "o-", markersize=3, label=_legend(table, series))
         axes.fill_between(x, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
     means = [*(row.mean for row in table.rows), *(ends[0] for ends in table.references.values())]
     span = max(means) - min(means)
@@ -279,5 +295,6 @@ def _draw_bars(axes: Any, table: Table) -> None:
 def _draw_scatter(axes: Any, table: Table) -> None:
     for series in table.series:
         columns = _columns(table.of(series))
-        axes.errorbar(*columns[:2], yerr=_error_bars(columns), fmt="o", markersize=4, capsize=2, label=series)
+        label = _legend(table, series)
+        axes.errorbar(*columns[:2], yerr=_error_bars(columns), fmt="o", markersize=4, capsize=2, label=label)
     axes.axline((0.0, 0.0), slope=1.0, linestyle=":", color="0.5", label="actual = predicted")
