@@ -21,7 +21,7 @@ from segflow.evaluation import (
     read_bank,
     removal_counterfactual,
 )
-from segflow.evaluation.intervals import welch, wilson
+from segflow.evaluation.intervals import student, unchanged, welch, wilson
 
 from .test_removal import EFFECTS, TRUE, Linear, N, Q, noise_of, scores_of
 
@@ -67,8 +67,13 @@ def test_random_removal_turns_queries_as_often_as_its_draws_do(tmp_path: Path) -
     orders = {q: np.argsort(-EFFECTS[q])[:8] for q in (0, 1)}
     drawn = [row for row in subsets if not any(set(np.flatnonzero(~row)) == set(order) for order in orders.values())]
     assert len(drawn) == 5
-    expected = [np.mean([_turns(np.flatnonzero(~row), q, 8) for row in drawn]) for q in (0, 1)]
-    assert table.value("random", 8).values == pytest.approx(expected)
+    expected = [np.mean([_turns(np.flatnonzero(~row), q, 8) for q in (0, 1)]) for row in drawn]
+    row = table.value("random", 8)
+    assert sorted(row.values) == pytest.approx(sorted(expected))
+    mean, low, high = student(expected)
+    np.testing.assert_allclose((row.mean, row.low, row.high), (mean, max(0, low), min(1, high)))
+    assert low < 0, "clipped"
+    assert "Student's t, within 0 and 1" in table.settings["interval"]
     assert 0 < table.value("random", 8).mean < table.value("Oracle", 8).mean
 
 
@@ -120,6 +125,8 @@ def test_a_counterfactual_resumes_and_its_seed_draws_others(tmp_path: Path) -> N
         ({"counts": (0,)}, "from 1 to 19"),
         ({"counts": (2, 20)}, "from 1 to 19"),
         ({"counts": ()}, "expected some"),
+        ({"counts": (0.1,)}, "expected some"),
+        ({"counts": 3}, "counts=3: expected a sequence"),
         ({"counts": (2, 2)}, "each once"),
         ({"scores": SUPPORT.total()}, "1 queries, the training measures 3"),
         ({"training": Linear(np.abs(EFFECTS))}, "none of 3 queries has a measurement above 0.*margins"),
@@ -211,7 +218,13 @@ def test_options_of_linear_datamodeling_scores_change_the_result(tmp_path: Path)
         ({"ratios": ()}, "expected a ratio"),
         ({"subsets": 2}, "3 subsets"),
         ({"resamples": 0}, "resamples=0"),
-        ({"ratios": (1.0,)}, "keeps 20 of 20"),
+        ({"ratios": (0.5, 0.51)}, "no two of them as many"),
+        ({"ratios": (0.5, np.nan)}, "finite"),
+        ({"ratios": 0.5}, "ratios=0.5: expected a sequence"),
+        ({"subsets": 3.5}, "subsets=3.5"),
+        ({"scores": {np.int64(64): TRUE}}, "Name series by a str"),
+        ({"ratios": (0.5, 1.0)}, r"keep \[10, 20\] of 20"),
+        ({"ratios": (1.0,)}, r"keep \[20\] of 20"),
         ({"scores": {"noise ceiling": TRUE}}, "'noise ceiling'"),
         ({"scores": TRUE.total()}, r"expected \[M, 20\] and \[M, 1\]"),
     ],
@@ -219,6 +232,7 @@ def test_options_of_linear_datamodeling_scores_change_the_result(tmp_path: Path)
 def test_linear_datamodeling_scores_that_make_no_sense_are_refused(tmp_path: Path, options: Any, message: str) -> None:
     with pytest.raises(sf.ScoreError, match=message):
         _datamodeling(tmp_path, **options)
+    assert not list(tmp_path.iterdir()) or "scores" in options, "nothing was trained"
 
 
 # ---- leave one group out ----
@@ -265,6 +279,7 @@ def test_a_groups_interval_is_welchs_against_the_retrainings_with_all(tmp_path: 
         own = measured(np.setdiff1d(np.arange(N), members))
         np.testing.assert_allclose((row.mean, row.low, row.high), welch(own, everything))
         np.testing.assert_allclose(row.values, own - everything.mean())
+    np.testing.assert_allclose(table.references["nothing removed"], unchanged(everything))
     low, high = table.references["nothing removed"][1:]
     assert low < 0 < high
 
@@ -282,6 +297,35 @@ def test_correlations_are_scipys_and_their_intervals_hold_them(tmp_path: Path) -
             assert low <= value <= high
     value, low, high = table.settings["correlations"]["random"]["spearman"]
     assert low < value == 0 < high
+
+
+def test_the_correlations_are_shown_below_the_table_and_in_the_legend(tmp_path: Path) -> None:
+    noisy = _group_scores(EFFECTS + np.random.default_rng(1).normal(size=EFFECTS.shape))
+    table = _left_out(tmp_path, {"noisy": noisy}, Linear(noise=0.3))
+    both = [
+        "{} {:.2f} [{:.2f}, {:.2f}]".format(kind.capitalize(), *own)
+        for kind, own in table.settings["correlations"]["noisy"].items()
+    ]
+    assert f"noisy: {', '.join(both)}" in str(table).splitlines()
+    legend = [text.get_text() for text in table.plot().axes[0].get_legend().get_texts()]
+    assert f"noisy\n{', '.join(both)}" in legend
+    flat = replace(_group_scores(), values=torch.full((Q, 5), 0.1, dtype=torch.float64))
+    assert "Oracle: Spearman none, Pearson none" in str(_left_out(tmp_path / "flat", flat))
+
+
+def test_a_group_of_all_examples_is_named(tmp_path: Path) -> None:
+    groups = sf.Groups.from_lists([range(N)], N, labels=["everything"])
+    scores = sf.Scores(torch.ones(Q, 1), tuple("abc"), groups.labels, (N,), {"method": "S"})
+    with pytest.raises(sf.ScoreError, match="group 'everything' has all 20 examples"):
+        leave_one_group_out(scores, groups, Linear(), tmp_path, progress=False)
+    assert not list(tmp_path.iterdir())
+
+
+def test_predictions_for_other_queries_than_the_measured_are_refused(tmp_path: Path) -> None:
+    training = Linear()
+    with pytest.raises(sf.ScoreError, match="scores of 'Oracle': 1 queries, the training measures 3"):
+        _left_out(tmp_path, _group_scores().total(), training)
+    assert len(training.jobs) == 3, "no group was left out yet"
 
 
 def test_chosen_groups_alone_are_retrained_by_place_or_label(tmp_path: Path) -> None:
@@ -334,6 +378,7 @@ def test_examples_without_a_group_are_always_kept(tmp_path: Path) -> None:
         ({"chosen": []}, "chosen"),
         ({"chosen": [1, "group 1"]}, "each once"),
         ({"resamples": 0}, "resamples=0"),
+        ({"resamples": 1.5}, "resamples=1.5"),
         ({"scores": TRUE}, "leave_one_group_out: groups"),
     ],
 )

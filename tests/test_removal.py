@@ -338,6 +338,12 @@ def test_the_pool_gives_each_subset_its_own_numbers_in_the_order_that_was_asked(
         pool.measured(np.zeros((1, N), dtype=bool))
     with pytest.raises(sf.ScoreError, match="repetitions=0, seed=0"):
         Retrainings(Linear(), tmp_path, repetitions=0)
+    for name, wrong in (("repetitions", 2.5), ("seed", 1.5), ("seed", -1), ("measurement", 0.5)):
+        with pytest.raises(sf.ScoreError, match=f"{name}={wrong}"):
+            Retrainings(Linear(), tmp_path, **{name: wrong})
+    whole = np.int64(2)
+    table = retraining_score(TRUE, Linear(), tmp_path, shares=(0.1,), repetitions=whole, seed=whole - 2, progress=False)
+    assert table.settings["repetitions"] == 2
     with pytest.raises(TypeError, match="epochs"):
         retraining_score(TRUE, Linear(), tmp_path, epochs=3)
 
@@ -368,6 +374,7 @@ def test_a_bank_takes_seeds_of_its_own_and_runs_the_rows_that_are_wanted(tmp_pat
         ({"a": []}, "expected segflow.Scores, or a sequence of at least one"),
         ({"a": EFFECTS}, "expected segflow.Scores, or a sequence"),
         ({"random": TRUE}, "called 'random'"),
+        ({np.int64(64): TRUE}, "a int64. Name series by a str"),
         ({"a": TRUE, "b": scores_of(EFFECTS[:, :5])}, "'b': 5 columns, those of 'a' have 20"),
         (scores_of(EFFECTS * np.nan), "not finite"),
         (replace(TRUE, group_sizes=(2,) * N), "expected single examples. Use scores.by_example"),
@@ -379,10 +386,28 @@ def test_scores_that_cannot_be_compared_are_refused(tmp_path: Path, scores: Any,
     assert not list(tmp_path.iterdir())
 
 
+def test_a_plain_function_is_no_training(tmp_path: Path) -> None:
+    def train(kept: np.ndarray, seed: int) -> list[float]:
+        return [0.0] * Q
+
+    with pytest.raises(sf.ScoreError, match=r"training: function, expected.*Wrap a function in FunctionTraining"):
+        retraining_score(TRUE, train, tmp_path)  # type: ignore[arg-type]
+    with pytest.raises(sf.ScoreError, match="Wrap a function in FunctionTraining"):
+        Bank(tmp_path, train, np.ones((1, 2), dtype=bool))  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(
     ("shares", "message"),
-    [((0.01,), "removes 0"), ((0.5, 1.0), "removes 20"), ((), "expected some"), ((0.5, 0.51), "of another number")],
+    [
+        (0.1, "shares=0.1: expected a seq"),
+        ((np.nan,), "finite"),
+        (("a",), "finite"),
+        ((0.01,), "removes 0"),
+        ((0.5, 1.0), "removes 20"),
+        ((), "expected some"),
+        ((0.5, 0.51), "of another number"),
+    ],
 )
-def test_shares_must_remove_some_and_differ(tmp_path: Path, shares: tuple[float, ...], message: str) -> None:
+def test_shares_must_remove_some_and_differ(tmp_path: Path, shares: Any, message: str) -> None:
     with pytest.raises(sf.ScoreError, match=message):
         dataset_pruning(TRUE, Linear(), tmp_path, shares=shares, progress=False)

@@ -37,6 +37,15 @@ class Training(Protocol):
         """The measurements [J, ...] after training on each (indices of what is kept, seed)."""
 
 
+def check_runs(training: object) -> None:
+    """ScoreError for what is no training, such as a plain function."""
+    if not all(callable(getattr(training, name, None)) for name in ("settings", "batches", "run")):
+        raise ScoreError(
+            f"training: {type(training).__name__}, expected a BatchedTraining, a FunctionTraining, or what has their "
+            "methods. Wrap a function in FunctionTraining(function, fingerprint)."
+        )
+
+
 @dataclass(frozen=True)
 class FunctionTraining:
     """Any training function, run by `retrain`'s pool of processes.
@@ -122,6 +131,7 @@ class Bank:
             )
         if self.seeds is not None and len(self.seeds) != len(kept):
             raise ScoreError(f"bank: {len(self.seeds)} seeds for {len(kept)} subsets. Give one for each, or none.")
+        check_runs(self.training)
         object.__setattr__(self, "_path", Path(self.folder))
 
     @cached_property

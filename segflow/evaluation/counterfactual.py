@@ -14,9 +14,21 @@ import numpy as np
 from ..errors import ScoreError
 from ..scores import Scores
 from .bank import Training
-from .intervals import wilson
+from .intervals import Estimate, student, wilson
 from .pool import RetrainingOptions, Retrainings
-from .series import RANDOM, Series, check_training, ordered, over_examples, random_order, values_of, without
+from .series import (
+    RANDOM,
+    Series,
+    check_queries,
+    check_training,
+    is_whole,
+    numbers,
+    ordered,
+    over_examples,
+    random_order,
+    values_of,
+    without,
+)
 from .table import Row, Table
 
 if TYPE_CHECKING:
@@ -25,7 +37,8 @@ if TYPE_CHECKING:
 _DRAWS = 5  # random sets of each count, each for all queries
 _INTERVAL = (
     "Intervals: 95%, Wilson's, of a share of the queries; a query of a series with several runs counts by the share of "
-    "the runs in which it turns. A row's values are those of the queries."
+    "the runs in which it turns. A row's values are those of the queries. For random, whose draws are each removed for "
+    "all queries: Student's t, within 0 and 1, of the mean over the draws; its values are the draws' shares."
 )
 
 
@@ -62,16 +75,22 @@ def removal_counterfactual(
     series, N = over_examples(scores)
     how = Retrainings(training, folder, **options)
     check_training(training, N)
-    if not counts or not all(0 < count < N for count in counts) or len(set(counts)) < len(counts):
-        raise ScoreError(f"counts={tuple(counts)} of {N} examples: expected some, each once, from 1 to {N - 1}.")
+    wanted = numbers("counts", counts)
+    if not wanted or not all(is_whole(own, 1) and own < N for own in wanted) or len(set(wanted)) < len(wanted):
+        raise ScoreError(f"counts={wanted} of {N} examples: expected some, each once, from 1 to {N - 1}.")
+    counts = [int(own) for own in wanted]
     whole = how.nothing_removed(N, 2 * how.repetitions)
     first, second = whole[: how.repetitions].mean(0), whole[how.repetitions :].mean(0)
     right = np.flatnonzero(first > 0)
-    _check_queries(series, len(first), right)
-    turned = _turned(series, how, counts, right, N)
+    check_queries(series, len(first))
+    if not len(right):
+        raise ScoreError(
+            f"none of {len(first)} queries has a measurement above 0 when nothing is removed. Measure margins, not "
+            "losses."
+        )
     rows = tuple(
-        Row(name, count, *wilson(float(columns[:, place].mean()), len(right)), tuple(columns[:, place]))
-        for name, columns in turned.items()
+        Row(name, count, *_interval(name, columns[:, place]), tuple(columns[:, place]))
+        for name, columns in _turned(series, how, counts, right, N).items()
         for place, count in enumerate(counts)
     )
     settings = {
@@ -97,24 +116,18 @@ def removal_counterfactual(
     )
 
 
-def _check_queries(series: Mapping[str, Sequence[Scores]], Q: int, right: np.ndarray) -> None:
-    for name, runs in series.items():
-        for run in runs:
-            if len(run.query_labels) != Q:
-                raise ScoreError(
-                    f"scores of {name!r}: {len(run.query_labels)} queries, the training measures {Q}. Score each of "
-                    "the queries that are measured, not their sum."
-                )
-    if not len(right):
-        raise ScoreError(
-            f"none of {Q} queries has a measurement above 0 when nothing is removed. Measure margins, not losses."
-        )
+def _interval(name: str, values: np.ndarray) -> Estimate:
+    """Of the queries, which are independent, or of the random draws: each is the same for all queries."""
+    if name != RANDOM:
+        return wilson(float(values.mean()), len(values))
+    mean, low, high = student(values)
+    return Estimate(mean, max(0.0, low), min(1.0, high))
 
 
 def _turned(
     series: Mapping[str, Sequence[Scores]], how: Retrainings, counts: Sequence[int], right: np.ndarray, N: int
 ) -> dict[str, np.ndarray]:
-    """{series: [right queries, C]}: the share of the runs (or random draws) in which each query turns."""
+    """{series: [right queries, C]}: the share of the runs in which each query turns; random: [D, C], of the queries."""
     subsets = []
     for runs in series.values():
         for number, run in enumerate(runs):
@@ -128,5 +141,5 @@ def _turned(
     parts = np.split(below, np.cumsum([len(runs) for runs in series.values()])[:-1])
     chance = [random_order(N, [how.seed, draw]) for draw in range(_DRAWS)]
     drawn = how.measured(np.stack([without(order, count) for order in chance for count in counts])).mean(1)
-    by_chance = (drawn[:, right] < 0).reshape(_DRAWS, len(counts), len(right)).mean(0).T
+    by_chance = (drawn[:, right] < 0).reshape(_DRAWS, len(counts), len(right)).mean(2)
     return {**{name: part.mean(0) for name, part in zip(series, parts, strict=True)}, RANDOM: by_chance}

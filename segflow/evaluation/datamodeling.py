@@ -20,7 +20,7 @@ from .lds import compared, resampled, spearman
 from .pool import RetrainingOptions, Retrainings
 from .reliability import noise_ceiling
 from .retraining import random_subsets
-from .series import CEILING, RANDOM, Series, check_training, over_examples
+from .series import CEILING, RANDOM, Series, check_training, is_whole, numbers, over_examples
 from .table import Row, Table
 
 if TYPE_CHECKING:
@@ -65,10 +65,9 @@ def linear_datamodeling_scores(
     series, N = over_examples(scores)
     how = Retrainings(training, folder, **options)
     check_training(training, N)
-    if not ratios or subsets < 3 or resamples < 1:
-        raise ScoreError(
-            f"ratios={tuple(ratios)}, subsets={subsets}, resamples={resamples}: expected a ratio, 3 subsets, and 1."
-        )
+    ratios = _checked(numbers("ratios", ratios), N)
+    if not is_whole(subsets, 3) or not is_whole(resamples, 1):
+        raise ScoreError(f"subsets={subsets}, resamples={resamples}: expected at least 3 subsets and 1 resample.")
     like = next(iter(series.values()))[0]
     chance = [_random_scores(like, [how.seed, draw]) for draw in range(_DRAWS)]
     found: dict[str, list[Row]] = {name: [] for name in (*series, RANDOM, CEILING)}
@@ -95,6 +94,17 @@ def linear_datamodeling_scores(
     return Table(
         "Linear datamodeling score", "share of the training examples kept", "Spearman correlation", rows, {}, settings
     )
+
+
+def _checked(ratios: tuple[float, ...], examples: int) -> tuple[float, ...]:
+    """The ratios, before anything is trained; ScoreError if one keeps none or all, or two keep as many."""
+    kept = [round(ratio * examples) for ratio in ratios]
+    if not kept or not all(0 < count < examples for count in kept) or len(set(kept)) < len(kept):
+        raise ScoreError(
+            f"ratios={ratios} keep {kept} of {examples} examples: expected a ratio or more that keep some, but not "
+            "all, and no two of them as many."
+        )
+    return ratios
 
 
 def _row(

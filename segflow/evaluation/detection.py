@@ -18,7 +18,7 @@ from ..scores import Scores
 from .intervals import Estimate, exactly, quantiles
 from .lds import plain
 from .mislabelled import checked_pair
-from .series import PERFECT, RANDOM, Series, over_examples, values_of
+from .series import PERFECT, RANDOM, Series, is_whole, numbers, over_examples, values_of
 from .table import Row, Table
 
 _GRID = tuple(round(0.05 * step, 2) for step in range(1, 21))
@@ -85,8 +85,10 @@ def noisy_label_detection(
         (0.875, 0.875)
     """
     series, N = over_examples(scores)
-    points = np.asarray(shares, dtype=float)
-    if not len(points) or not ((points > 0) & (points <= 1)).all() or resamples < 1:
+    points = np.array(numbers("shares", shares))
+    if not is_whole(seed, 0):
+        raise ScoreError(f"seed={seed}: expected a whole number that is not negative.")
+    if not points.size or not ((points > 0) & (points <= 1)).all() or not is_whole(resamples, 1):
         raise ScoreError(f"shares={tuple(shares)}, resamples={resamples}: expected 0 < share <= 1, and 1 or more.")
     marked = plain(wrong)
     if not np.isin(marked, (0, 1)).all():

@@ -14,10 +14,10 @@ import numpy as np
 from ..errors import ScoreError
 from ..groups import Groups
 from .bank import Training
-from .intervals import quantiles, student, welch
+from .intervals import quantiles, unchanged, welch
 from .lds import spearman
 from .pool import RetrainingOptions, Retrainings
-from .series import RANDOM, Series, check_training, named_runs, values_of
+from .series import RANDOM, Series, check_queries, check_training, is_whole, named_runs, values_of
 from .table import Row, Table
 
 if TYPE_CHECKING:
@@ -25,8 +25,9 @@ if TYPE_CHECKING:
 
 _INTERVAL = (
     "Intervals: 95%, Welch's t, of the difference between retrainings without the group and with all groups. A row's "
-    "values are those of the retrainings without the group, less the mean of those with all. Correlations: quantiles "
-    "of a bootstrap that draws groups; of random, quantiles over random orders of the groups."
+    "values are those of the retrainings without the group, less the mean of those with all. Nothing removed: where "
+    "the change of a group without effect lies in 95% of cases. Correlations: quantiles of a bootstrap that draws "
+    "groups; of random, quantiles over random orders of the groups."
 )
 
 
@@ -54,7 +55,8 @@ def leave_one_group_out(
         A Table with a row for each series and chosen group, labelled as the group: x is the predicted change, the mean
         the actual one. `settings["correlations"]` has each series' "spearman" and "pearson" over the chosen groups as
         [value, low, high] (null where there are fewer than three groups, or one side does not vary), and those of
-        "random". The reference, "nothing removed", is the interval that 0 has by the seeds alone.
+        "random". The reference, "nothing removed", is where the
+        actual change of a group without effect lies in 95% of cases, by the seeds alone.
 
     Raises:
         ScoreError: scores, groups or training do not fit, a chosen group does not exist, or the folder holds something
@@ -66,12 +68,13 @@ def leave_one_group_out(
             run.check_groups(groups, "leave_one_group_out: groups")
     how = Retrainings(training, folder, **options)
     check_training(training, groups.length)
-    if resamples < 1:
-        raise ScoreError(f"resamples={resamples}: expected at least one.")
+    if not is_whole(resamples, 1):
+        raise ScoreError(f"resamples={resamples}: expected at least one, a whole number.")
     places = _places(groups, chosen)
     kept = np.stack([_without(groups, place) for place in places])
-    actual_KR = how.measured(kept).mean(2)
-    whole_R = how.nothing_removed(groups.length).mean(1)
+    whole_RQ = how.nothing_removed(groups.length)
+    check_queries(series, whole_RQ.shape[1])
+    actual_KR, whole_R = how.measured(kept).mean(2), whole_RQ.mean(1)
     predicted = {
         name: np.mean([values_of(run).mean(0)[places] for run in runs], axis=0) for name, runs in series.items()
     }
@@ -81,9 +84,11 @@ def leave_one_group_out(
         for x, own_R, place in zip(own, actual_KR, places, strict=True)
     )
     change_K = actual_KR.mean(1) - whole_R.mean()
+    correlations = _correlations(predicted, change_K, resamples, how.seed)
     settings = {
         "interval": _INTERVAL,
-        "correlations": _correlations(predicted, change_K, resamples, how.seed),
+        "correlations": correlations,
+        "notes": {name: _in_words(found) for name, found in correlations.items()},
         "groups": len(groups),
         "chosen": [groups.labels[place] for place in places],
         "examples": groups.length,
@@ -98,7 +103,7 @@ def leave_one_group_out(
         "predicted change of the mean measurement",
         "actual change of the mean measurement",
         rows,
-        {"nothing removed": student(whole_R - whole_R.mean())},
+        {"nothing removed": unchanged(whole_R)},
         settings,
         "scatter",
     )
@@ -121,6 +126,11 @@ def _places(groups: Groups, chosen: Sequence[int | str] | None) -> list[int]:
 def _without(groups: Groups, place: int) -> np.ndarray:
     kept = np.ones(groups.length, dtype=bool)
     kept[groups.members[place]] = False
+    if not kept.any():
+        raise ScoreError(
+            f"group {groups.labels[place]!r} has all {groups.length} examples, so nothing is left to train on without "
+            "it. Leave it out of `chosen`."
+        )
     return kept
 
 
@@ -147,6 +157,14 @@ def _correlations(
         for kind, correlate in _CORRELATIONS.items()
     }
     return found
+
+
+def _in_words(found: Mapping[str, Sequence[float] | None]) -> str:
+    """The correlations of one series."""
+    return ", ".join(
+        f"{kind.capitalize()} " + ("none" if own is None else "{:.2f} [{:.2f}, {:.2f}]".format(*own))
+        for kind, own in found.items()
+    )
 
 
 def _with_interval(value: float, draws: np.ndarray) -> list[float] | None:

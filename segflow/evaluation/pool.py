@@ -17,8 +17,9 @@ import numpy as np
 from ..data import digest
 from ..errors import ScoreError
 from ..files import read_tensors
-from .bank import Bank, Training
+from .bank import Bank, Training, check_runs
 from .retraining import Job
+from .series import is_whole
 
 
 class RetrainingOptions(TypedDict, total=False):
@@ -71,11 +72,14 @@ class Retrainings:
     progress: bool | None = None
 
     def __post_init__(self) -> None:
-        if self.repetitions < 1 or self.seed < 0:
+        if not is_whole(self.repetitions, 1) or not is_whole(self.seed, 0) or not is_whole(self.measurement, 0):
             raise ScoreError(
-                f"repetitions={self.repetitions}, seed={self.seed}: expected at least one repetition, and no "
-                "negative seed."
+                f"repetitions={self.repetitions}, seed={self.seed}, measurement={self.measurement}: expected at least "
+                "one repetition, no negative seed or measurement, and whole numbers."
             )
+        check_runs(self.training)
+        for name in ("repetitions", "seed", "measurement"):  # numpy's numbers cannot be written as JSON
+            object.__setattr__(self, name, int(getattr(self, name)))
 
     def measured(self, subsets: np.ndarray, repetitions: int | None = None) -> np.ndarray:
         """[M, R, Q]: each query's measurement after each retraining on each of the subsets [M, K].

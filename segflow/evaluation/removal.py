@@ -17,7 +17,7 @@ from ..scores import Scores
 from .bank import Training
 from .intervals import student
 from .pool import RetrainingOptions, Retrainings
-from .series import RANDOM, Series, check_training, ordered, over_examples, random_order, values_of, without
+from .series import RANDOM, Series, check_training, numbers, ordered, over_examples, random_order, values_of, without
 from .table import Row, Table
 
 if TYPE_CHECKING:
@@ -88,7 +88,9 @@ def retraining_score(
     Raises:
         ScoreError: scores or training do not fit, a share removes none or all, or the folder holds something else.
     """
-    curve = _Curve("Retraining score: the most important examples removed", tuple(shares), largest, largest, summary)
+    curve = _Curve(
+        "Retraining score: the most important examples removed", numbers("shares", shares), largest, largest, summary
+    )
     return _table(curve, scores, Retrainings(training, folder, **options))
 
 
@@ -117,7 +119,9 @@ def dataset_pruning(
     Raises:
         ScoreError: as for `retraining_score`.
     """
-    curve = _Curve("Pruning: the least important examples removed", tuple(shares), not largest, largest, summary)
+    curve = _Curve(
+        "Pruning: the least important examples removed", numbers("shares", shares), not largest, largest, summary
+    )
     return _table(curve, scores, Retrainings(training, folder, **options))
 
 

@@ -5,7 +5,9 @@ Axis letters: Q queries, N examples.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from numbers import Integral, Real
 
 import numpy as np
 
@@ -30,6 +32,9 @@ def named_runs(scores: Series) -> dict[str, list[Scores]]:
             "with nothing to compare. Give {name: scores} or {name: [scores of each run]}."
         )
     series = {name: [runs] if isinstance(runs, Scores) else list(runs) for name, runs in scores.items()}
+    for name in series:
+        if not isinstance(name, str):
+            raise ScoreError(f"scores: a series is called {name!r}, a {type(name).__name__}. Name series by a str.")
     for name in (RANDOM, PERFECT, CEILING):
         if name in series:
             raise ScoreError(f"scores: a series is called {name!r}, which the tables use. Give it another name.")
@@ -46,6 +51,30 @@ def named_runs(scores: Series) -> dict[str, list[Scores]]:
             if not run.values.isfinite().all():
                 raise ScoreError(f"scores of {name!r}: a number is not finite. Score again, or leave the method out.")
     return series
+
+
+def check_queries(series: Mapping[str, Sequence[Scores]], queries: int) -> None:
+    """ScoreError unless all scores have a row for each query that the training measures."""
+    for name, runs in series.items():
+        for run in runs:
+            if len(run.query_labels) != queries:
+                raise ScoreError(
+                    f"scores of {name!r}: {len(run.query_labels)} queries, the training measures {queries}. Score each "
+                    "of the queries that are measured, not their sum."
+                )
+
+
+def is_whole(value: object, least: int) -> bool:
+    """Whether it is a whole number, and at least that."""
+    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= least
+
+
+def numbers(name: str, given: object) -> tuple[float, ...]:
+    """A sequence of finite numbers as a tuple; ScoreError, by the option's name, for anything else."""
+    found = tuple(given) if isinstance(given, Iterable) else (None,)
+    if not all(isinstance(own, Real) and not isinstance(own, bool) and math.isfinite(own) for own in found):
+        raise ScoreError(f"{name}={given!r}: expected a sequence of finite numbers. Give one number as [number].")
+    return found
 
 
 def over_examples(scores: Series) -> tuple[dict[str, list[Scores]], int]:
