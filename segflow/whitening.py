@@ -19,6 +19,7 @@ from .errors import GroupError, check_choice
 KINDS = ("full", "scale", "none")
 _CHUNK = 32 << 20  # bytes of float64 that are read at a time
 _LARGEST = 1e140  # magnitudes from its inverse up to it have squares, and sums of these, in double precision
+_SAMPLE = 64  # rows that tell whether features span few dimensions
 _ROUNDINGS = 4  # a feature that differs by up to so many roundings does not vary
 
 
@@ -62,8 +63,11 @@ class Moments:
         return Moments(count, self.mean_D + off_D * (other.count / count), scatter)
 
 
-def moments(features_ND: np.ndarray | Tensor, products: bool) -> Moments:
-    """Moments over all rows, chunk by chunk; GroupError where a feature is not finite, or squares are out of range."""
+def moments(features_ND: np.ndarray | Tensor, products: bool, span_DR: Tensor | None = None) -> Moments:
+    """Moments over all rows, chunk by chunk; GroupError where a feature is not finite, or squares are out of range.
+
+    span_DR: orthonormal columns; moments are those of the rows' coordinates in them.
+    """
     total: Moments | None = None
     largest = 0.0
     for start, x_nD in _chunks(features_ND):
@@ -74,9 +78,10 @@ def moments(features_ND: np.ndarray | Tensor, products: bool) -> Moments:
         largest = max(largest, x_nD.abs().max().item())
         if largest > _LARGEST:
             break
-        mean_D = x_nD.mean(0)
-        centred_nD = x_nD - mean_D
-        own = Moments(len(x_nD), mean_D, centred_nD.mT @ centred_nD if products else centred_nD.square().sum(0))
+        own_nD = x_nD if span_DR is None else x_nD @ span_DR
+        mean_D = own_nD.mean(0)
+        centred_nD = own_nD - mean_D
+        own = Moments(len(own_nD), mean_D, centred_nD.mT @ centred_nD if products else centred_nD.square().sum(0))
         total = own if total is None else total.merged(own)
     if largest and not 1 / _LARGEST <= largest <= _LARGEST:
         raise GroupError(
@@ -86,6 +91,30 @@ def moments(features_ND: np.ndarray | Tensor, products: bool) -> Moments:
     if total is None:
         raise GroupError("features: no rows were given. Expected a row for each example.")
     return total
+
+
+def few_dimensions(features_ND: np.ndarray | Tensor) -> Tensor | None:
+    """Orthonormal columns [D, R] that span all rows to rounding, if a sample says that they are few; else None.
+
+    Gradients with respect to penultimate activations span as many as there are classes, however many features they are.
+    """
+    N, D = features_ND.shape
+    if D <= _SAMPLE or N <= _SAMPLE:
+        return None
+    _, sample_nD = next(_chunks(features_ND, np.linspace(0, N - 1, _SAMPLE).round().astype(int)))
+    if not torch.isfinite(sample_nD).all() or not sample_nD.any():
+        return None
+    _, sizes, axes_RD = torch.linalg.svd(sample_nD / sample_nD.abs().max(), full_matrices=False)
+    rounding = max(_SAMPLE, D) * _eps(features_ND)
+    rank = int((sizes > rounding * sizes[0]).sum())
+    if rank > _SAMPLE // 2:
+        return None
+    span_DR = axes_RD[:rank].mT.contiguous()
+    for _, x_nD in _chunks(features_ND):
+        outside = x_nD - (x_nD @ span_DR) @ span_DR.mT
+        if not outside.abs().max() <= rounding * x_nD.abs().max():
+            return None
+    return span_DR
 
 
 @dataclass(frozen=True)
@@ -121,7 +150,8 @@ class Whitening:
                 f'whiten="full": the covariance of {D:,} features needs {24 * D * D:,} bytes, memory={memory:,}. '
                 'Use whiten="scale", features of fewer dimensions, or more memory.'
             )
-        found = moments(features_ND, kind == "full")
+        span_DR = few_dimensions(features_ND) if kind == "full" else None
+        found = moments(features_ND, kind == "full", span_DR)
         rounding = (_ROUNDINGS * _eps(features_ND)) ** 2
         spread = found.scatter / found.count
         variance_D = spread.diagonal() if kind == "full" else spread
@@ -131,13 +161,16 @@ class Whitening:
             floor = max(8 * D * _eps(np.empty(0)) * sigma_D[-1].item(), D * rounding * moment_D.max().item())
             factors = (axes_DD / sigma_D.clamp_min(floor).sqrt())[:, sigma_D > floor].flip(1)
             used, mean = torch.arange(D, device=spread.device), found.mean_D
+            if span_DR is not None:
+                factors, mean = span_DR @ factors, span_DR @ mean
         else:
             one = 2.0 ** -round(math.log2(variance) / 2) if variance else 1.0
             used = torch.nonzero(variance_D > (rounding * moment_D if kind == "scale" else -1)).flatten()
             mean, deviation = found.mean_D[used], variance_D[used].sqrt()
             factors = 1 / deviation if kind == "scale" else torch.full_like(deviation, one)
         if not factors.numel():  # all examples are alike
-            return cls(torch.tensor([0], device=spread.device), found.mean_D[:1], 0 * found.mean_D[:1], 0.0)
+            first = (found.mean_D if span_DR is None else mean)[:1]
+            return cls(torch.tensor([0], device=spread.device), first, 0 * first, 0.0)
         return cls(used, mean, factors, variance * one**2 if kind == "none" else 1.0)
 
     @property

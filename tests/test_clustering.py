@@ -363,3 +363,23 @@ BAD[2, 1] = np.nan
 def test_what_makes_no_sense_is_named(features: Any, options: dict[str, Any], message: str) -> None:
     with pytest.raises(sf.GroupError, match=message):
         sf.Groups.kmeans(features, **options)
+
+
+def test_features_of_few_dimensions_are_whitened_in_these_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same distances as by the whole covariance; one row outside the span, which no sample holds, is noticed."""
+    generator = torch.Generator().manual_seed(0)
+    wide = torch.randn(300, 7, generator=generator) @ torch.randn(7, 90, generator=generator) + 3.0
+    seen: list[tuple[int, ...]] = []
+    real = torch.linalg.eigh
+    monkeypatch.setattr(torch.linalg, "eigh", lambda matrix: seen.append(tuple(matrix.shape)) or real(matrix))
+    quick = Rows(wide, Whitening.fit(wide, "full")).all()
+    with monkeypatch.context() as patched:
+        patched.setattr(whitening, "few_dimensions", lambda _: None)
+        whole = Rows(wide, Whitening.fit(wide, "full")).all()
+    assert seen == [(8, 8), (90, 90)]  # the mean is one direction more
+    assert quick.shape == whole.shape == (300, 7)
+    torch.testing.assert_close(torch.cdist(quick, quick), torch.cdist(whole, whole), rtol=1e-3, atol=1e-3)
+    sampled = set(np.linspace(0, 299, 64).round().astype(int).tolist())
+    other = next(row for row in range(300) if row not in sampled)
+    wide[other] += torch.randn(90, generator=generator)
+    assert whitening.few_dimensions(wide) is None
