@@ -19,6 +19,7 @@ from .errors import GroupError, check_choice
 KINDS = ("full", "scale", "none")
 _CHUNK = 32 << 20  # bytes of float64 that are read at a time
 _LARGEST = 1e140  # magnitudes from its inverse up to it have squares, and sums of these, in double precision
+_COARSE = 1e-3  # relative rounding that hides dimensions
 _SAMPLE = 64  # rows that tell whether features span few dimensions
 _ROUNDINGS = 4  # a feature that differs by up to so many roundings does not vary
 
@@ -99,20 +100,20 @@ def few_dimensions(features_ND: np.ndarray | Tensor) -> Tensor | None:
     Gradients with respect to penultimate activations span as many as there are classes, however many features they are.
     """
     N, D = features_ND.shape
-    if D <= _SAMPLE or N <= _SAMPLE:
+    rounding = max(_SAMPLE, D) * _eps(features_ND)
+    if D <= _SAMPLE or N <= _SAMPLE or rounding > _COARSE:
         return None
     _, sample_nD = next(_chunks(features_ND, np.linspace(0, N - 1, _SAMPLE).round().astype(int)))
     if not torch.isfinite(sample_nD).all() or not sample_nD.any():
         return None
     _, sizes, axes_RD = torch.linalg.svd(sample_nD / sample_nD.abs().max(), full_matrices=False)
-    rounding = max(_SAMPLE, D) * _eps(features_ND)
     rank = int((sizes > rounding * sizes[0]).sum())
     if rank > _SAMPLE // 2:
         return None
     span_DR = axes_RD[:rank].mT.contiguous()
     for _, x_nD in _chunks(features_ND):
-        outside = x_nD - (x_nD @ span_DR) @ span_DR.mT
-        if not outside.abs().max() <= rounding * x_nD.abs().max():
+        outside_nD = torch.addmm(x_nD, x_nD @ span_DR, span_DR.mT, alpha=-1)
+        if not torch.linalg.vector_norm(outside_nD) <= rounding * torch.linalg.vector_norm(x_nD):
             return None
     return span_DR
 
