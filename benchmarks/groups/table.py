@@ -28,8 +28,8 @@ every example gets its group's score divided by the group's size.
   of single examples, the same for every grouping.
 - **Scores** are for the mean loss over all queries, on test examples that are held out. A group's score is the sum of
   its members', which are computed once; times are of real scoring of groups.
-- **Runs**: three training runs with their own initialisation, order, grouping and clustering. Intervals: 95%, Student's
-  t over the runs' means (three runs make them wide).
+- **Runs**: three training runs (two of the ResNet and of the encoder) with their own initialisation, order, grouping
+  and clustering. Intervals: 95%, Student's t over the runs' means (so few runs make them wide).
 - **Noisy**: {NOISE:.0%} of the training labels moved to another class at random (of two classes: flipped).
 """
 
