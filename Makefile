@@ -7,7 +7,7 @@ CPU_TORCH := torch==2.13.0
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 EXTRA_INDEX := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
-.PHONY: demo test test-slow test-faults format benchmark benchmark-kronfluence fidelity clean
+.PHONY: demo test test-slow test-faults format benchmark benchmark-kronfluence fidelity groups clean
 
 demo: .venv/demo
 	$(BIN)/segflow demo --out demo-output
@@ -39,6 +39,10 @@ benchmark-kronfluence: .venv/dev benchmarks/.venv-kronfluence/ready
 # docs/FIDELITY.md from nothing: downloads data, retrains, scores. Hours; goes on where it was stopped.
 fidelity: .venv/dev
 	$(BIN)/python -m benchmarks.fidelity all
+
+# docs/GROUPS.md likewise; the text row needs `pip install transformers` once.
+groups: .venv/dev
+	$(BIN)/python -m benchmarks.groups all
 
 clean:
 	rm -rf .venv benchmarks/.venv-kronfluence demo-output build dist *.egg-info
