@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .errors import GroupError
+from .errors import GroupError, is_whole
 from .whitening import Rows, Whitening, feature_rows
 
 _NEAREST = 16  # centres that an example may ask at a time
@@ -39,8 +39,7 @@ class KMeans:
     def __post_init__(self) -> None:
         for name, least in (("max_size", 1), ("iterations", 1), ("memory", 1), ("seed", 0)):
             given = getattr(self, name)
-            whole = isinstance(given, int | np.integer) and not isinstance(given, bool)
-            if not (whole and given >= least) and not (given is None and name == "max_size"):
+            if not is_whole(given, least) and not (given is None and name == "max_size"):
                 raise GroupError(f"{name}={given!r}: expected a whole number of at least {least}.")
         if not isinstance(self.tolerance, int | float | np.integer | np.floating) or not self.tolerance >= 0:
             raise GroupError(f"tolerance={self.tolerance!r}: expected a number of 0 or more.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from numbers import Integral
 
 
 class SegflowError(Exception):
@@ -43,6 +44,11 @@ class GroupError(SegflowError):
 
 class ScoreError(SegflowError):
     """Scores cannot be computed, combined or evaluated as asked."""
+
+
+def is_whole(value: object, least: int) -> bool:
+    """Whether it is a whole number (and no bool), and at least that."""
+    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= least
 
 
 def check_choice(option: str, value: object, choices: Iterable[str], error: type[SegflowError]) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from .clustering import KMeans, cluster
-from .errors import GroupError
+from .errors import GroupError, is_whole
 from .ranks import current
 from .whitening import Rows, Whitening, feature_rows
 
@@ -336,7 +336,6 @@ def _count(length: int, size: int | None, count: int | None) -> int:
     if (size is None) == (count is None):
         raise GroupError(f"size={size}, count={count}: give one of them, the examples in a group or how many groups.")
     name, given = ("size", size) if count is None else ("count", count)
-    whole = isinstance(given, int | np.integer) and not isinstance(given, bool)
-    if given is None or not whole or given < 1 or (name == "count" and given > length):
+    if given is None or not is_whole(given, 1) or (name == "count" and given > length):
         raise GroupError(f"{name}={given!r}: expected a whole number of at least 1, for {length} examples.")
     return int(given) if name == "count" else -(-length // int(given))

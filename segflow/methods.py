@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from numbers import Integral
 from operator import index
 from typing import Any, Protocol
 
 from torch import Tensor
 
-from .errors import MethodError, check_choice
+from .errors import MethodError, check_choice, is_whole
 from .plans import Curvature, Operator, Plan, Point, Preconditioner, Scale, Spectral, Term
 from .segments import WEIGHTINGS, Segment, Segmentation, cut, segmentation
 from .trajectory import Trajectory
@@ -159,7 +158,7 @@ class Source:
 
 def check_batch(size: int) -> None:
     """Raise MethodError unless a batched Fisher's size is a whole number from 1."""
-    if isinstance(size, bool) or not isinstance(size, Integral) or size < 1:
+    if not is_whole(size, 1):
         raise MethodError(f"fisher_batch={size!r}: expected a whole number of examples, at least 1.")
 
 

@@ -57,15 +57,9 @@ class _Mean(Property):
         """The sum of the batches' parts."""
         return outputs.sum()
 
-    @torch.no_grad()
     def evaluate(self, model: nn.Module, batch_size: int = 256) -> float:
         """The mean of a model in eval mode."""
-        training = model.training
-        model.eval()
-        try:
-            parts = [self.part(batch, model, torch.ones(())) for batch in self._walk(model, batch_size)]
-        finally:
-            model.train(training)
+        parts = self._walk(model, batch_size, lambda batch: self.part(batch, model, torch.ones(())))
         return self.number(torch.stack(parts), torch.ones(())).item()
 
     def fingerprint(self) -> dict[str, Any]:

@@ -3,14 +3,14 @@
 A property is written as if its data were one batch. It is differentiated on streamed data, exactly: a first pass
 collects the model's outputs without a graph, autograd takes the property's slopes in them, and a second pass walks back
 from <slopes, outputs> batch by batch. Property functions as queries: Ley et al. 2024, arXiv 2410.09940.
-Axes: N examples of the property's data, B of a batch, C classes, V values of an attribute, M bins.
+Axes: N examples of the property's data, B of a batch.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -20,6 +20,8 @@ from .data import Collate, batches, dataset_length, digest, in_order
 from .errors import TaskError
 from .task import code_digest, plain_options
 from .tasks import inputs_and_targets
+
+Found = TypeVar("Found")
 
 
 class Property(ABC):
@@ -85,21 +87,21 @@ class Property(ABC):
             raise TaskError(f"{self.name}: its value is {found.item()}. Look at the outputs and at its data.")
         return found.reshape(())
 
-    @torch.no_grad()
     def evaluate(self, model: nn.Module, batch_size: int = 256) -> float:
         """The property's value of a model in eval mode, as after retraining."""
+        found = self._walk(model, batch_size, lambda batch: (self.outputs(batch, model), self.targets_of(batch)))
+        return self.number(*(torch.cat(side) for side in zip(*found, strict=True))).item()
+
+    @torch.no_grad()
+    def _walk(self, model: nn.Module, batch_size: int, see: Callable[[Any], Found]) -> list[Found]:
+        """What is seen in each batch of the data, the model being in eval mode meanwhile."""
+        lists, device = in_order(len(self.data), batch_size), next(model.parameters()).device
         training = model.training
         model.eval()
         try:
-            found = [(self.outputs(batch, model), self.targets_of(batch)) for batch in self._walk(model, batch_size)]
+            return [see(batch.content) for batch in batches(self.data, lists, self.collate_fn, device)]
         finally:
             model.train(training)
-        return self.number(*(torch.cat(side) for side in zip(*found, strict=True))).item()
-
-    def _walk(self, model: nn.Module, batch_size: int) -> Iterator[Any]:
-        device = next(model.parameters()).device
-        lists = in_order(len(self.data), batch_size)
-        return (batch.content for batch in batches(self.data, lists, self.collate_fn, device))
 
     def fingerprint(self) -> dict[str, Any]:
         """What tells this property from others, besides its data: class, options and code."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..errors import ScoreError
+from ..errors import ScoreError, is_whole
 from ..scores import Scores
 from .bank import Training
 from .intervals import Estimate, student, wilson
@@ -21,7 +21,6 @@ from .series import (
     Series,
     check_queries,
     check_training,
-    is_whole,
     numbers,
     ordered,
     over_examples,
@@ -94,17 +93,14 @@ def removal_counterfactual(
         for place, count in enumerate(counts)
     )
     settings = {
+        **how.settings(series),
         "interval": _INTERVAL,
         "examples": N,
         "queries": len(first),
         "queries_right": len(right),
         "queries_left_out": len(first) - len(right),
         "right": right.tolist(),
-        "repetitions": how.repetitions,
-        "runs": {name: len(runs) for name, runs in series.items()},
         "random_draws": _DRAWS,
-        "seed": how.seed,
-        "measurement": how.measurement,
     }
     return Table(
         "Counterfactual: each query's own supporters removed",

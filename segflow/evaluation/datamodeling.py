@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from ..errors import ScoreError
+from ..errors import ScoreError, is_whole
 from ..scores import Scores
 from .bank import Training
 from .intervals import CONFIDENCE, Estimate, quantiles
@@ -20,7 +20,7 @@ from .lds import compared, resampled, spearman
 from .pool import RetrainingOptions, Retrainings
 from .reliability import noise_ceiling
 from .retraining import random_subsets
-from .series import CEILING, RANDOM, Series, check_training, is_whole, numbers, over_examples
+from .series import CEILING, RANDOM, Series, check_training, numbers, over_examples
 from .table import Row, Table
 
 if TYPE_CHECKING:
@@ -79,16 +79,13 @@ def linear_datamodeling_scores(
         if how.repetitions > 1:
             found[CEILING].append(_ceiling(ratio, measured_MRQ, resamples, how.seed))
     settings = {
+        **how.settings(series),
         "interval": _INTERVAL,
         "examples": N,
         "queries": len(like.query_labels),
         "subsets": subsets,
-        "repetitions": how.repetitions,
-        "runs": {name: len(runs) for name, runs in series.items()},
         "random_draws": _DRAWS,
         "resamples": resamples,
-        "seed": how.seed,
-        "measurement": how.measurement,
     }
     rows = tuple(row for own in found.values() for row in own)
     return Table(

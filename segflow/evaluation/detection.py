@@ -13,12 +13,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch import Tensor
 
-from ..errors import ScoreError
+from ..errors import ScoreError, is_whole
 from ..scores import Scores
 from .intervals import Estimate, exactly, quantiles
 from .lds import plain
 from .mislabelled import checked_pair
-from .series import PERFECT, RANDOM, Series, is_whole, numbers, over_examples, values_of
+from .series import PERFECT, RANDOM, Series, numbers, over_examples, values_of
 from .table import Row, Table
 
 _GRID = tuple(round(0.05 * step, 2) for step in range(1, 21))

@@ -62,11 +62,11 @@ def wilson(share: float, count: int) -> Estimate:
     return Estimate(float(share), max(0.0, float(centre - half)), min(1.0, float(centre + half)))
 
 
-def quantiles(value: float, draws: np.ndarray) -> Estimate:
+def quantiles(value: float, draws: np.ndarray, confidence: float = CONFIDENCE) -> Estimate:
     """A number with the quantiles of what resampling gave; draws that are not numbers do not count."""
     if not np.isfinite(draws).any():
         return Estimate(float(value), -np.inf, np.inf)
-    low, high = np.nanquantile(draws, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    low, high = np.nanquantile(draws, [(1 - confidence) / 2, (1 + confidence) / 2])
     return Estimate(float(value), float(low), float(high))
 
 

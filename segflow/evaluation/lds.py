@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..errors import ScoreError
 from ..scores import Scores
+from .intervals import quantiles
 
 
 @dataclass(frozen=True)
@@ -63,8 +64,8 @@ def linear_datamodeling_score(
     predicted, measured = compared(scores, subsets, measurements)
     correlations = spearman(predicted, measured)
     (means,) = resampled([predicted], measured, resamples, seed, confidence)
-    low, high = _interval(means, confidence)
-    return LinearDatamodelingScore(correlations, float(correlations.mean()), low, high, confidence)
+    estimate = quantiles(correlations.mean(), means, confidence)
+    return LinearDatamodelingScore(correlations, *estimate, confidence)
 
 
 @dataclass(frozen=True)
@@ -112,8 +113,8 @@ def linear_datamodeling_difference(
     (one, measured), (other, _) = (compared(scores, subsets, measurements) for scores in (first, second))
     difference = spearman(one, measured) - spearman(other, measured)
     means = resampled([one, other], measured, resamples, seed, confidence)
-    low, high = _interval(means[0] - means[1], confidence)
-    return LinearDatamodelingDifference(difference, float(difference.mean()), low, high, confidence)
+    estimate = quantiles(difference.mean(), means[0] - means[1], confidence)
+    return LinearDatamodelingDifference(difference, *estimate, confidence)
 
 
 def compared(
@@ -146,11 +147,6 @@ def resampled(
     if not np.isfinite(means).any():
         raise ScoreError(f"no interval from {resamples} resamples of {M} subsets. Give more of either.")
     return means
-
-
-def _interval(means: np.ndarray, confidence: float) -> tuple[float, float]:
-    low, high = np.nanquantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
-    return float(low), float(high)
 
 
 def checked_subsets(subsets: np.ndarray | Tensor) -> np.ndarray:
@@ -190,12 +186,17 @@ def _check_varying(predicted: np.ndarray, measured: np.ndarray) -> None:
 
 def spearman(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     """Spearman correlation of each column; not a number where one side does not vary."""
-    ranks = [_ranks(side) for side in (first, second)]
-    centred = [side - side.mean(0) for side in ranks]
+    return pearson(_ranks(first), _ranks(second))
+
+
+def pearson(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """Pearson correlation of each column; not a number where one side does not vary."""
+    centred = [side - side.mean(0) for side in (first, second)]
     squares = [(side**2).sum(0) for side in centred]
     with np.errstate(invalid="ignore", divide="ignore"):
         correlation: np.ndarray = (centred[0] * centred[1]).sum(0) / np.sqrt(squares[0] * squares[1])
-    return correlation
+    still = (np.ptp(first, axis=0) == 0) | (np.ptp(second, axis=0) == 0)  # its mean may be rounded
+    return np.where(still, np.nan, correlation)
 
 
 def _ranks(columns: np.ndarray) -> np.ndarray:

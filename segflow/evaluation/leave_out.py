@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..errors import ScoreError
+from ..errors import ScoreError, is_whole
 from ..groups import Groups
 from .bank import Training
 from .intervals import quantiles, unchanged, welch
-from .lds import spearman
+from .lds import pearson, spearman
 from .pool import RetrainingOptions, Retrainings
-from .series import RANDOM, Series, check_queries, check_training, is_whole, named_runs, values_of
+from .series import RANDOM, Series, check_queries, check_training, named_runs, values_of
 from .table import Row, Table
 
 if TYPE_CHECKING:
@@ -86,17 +86,14 @@ def leave_one_group_out(
     change_K = actual_KR.mean(1) - whole_R.mean()
     correlations = _correlations(predicted, change_K, resamples, how.seed)
     settings = {
+        **how.settings(series),
         "interval": _INTERVAL,
         "correlations": correlations,
         "notes": {name: _in_words(found) for name, found in correlations.items()},
         "groups": len(groups),
         "chosen": [groups.labels[place] for place in places],
         "examples": groups.length,
-        "repetitions": how.repetitions,
-        "runs": {name: len(runs) for name, runs in series.items()},
         "resamples": resamples,
-        "seed": how.seed,
-        "measurement": how.measurement,
     }
     return Table(
         "Leave one group out",
@@ -172,14 +169,4 @@ def _with_interval(value: float, draws: np.ndarray) -> list[float] | None:
     return list(found) if np.isfinite(found).all() else None
 
 
-def _pearson(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """Pearson correlation of each column; not a number where one side does not vary."""
-    centred = [side - side.mean(0) for side in (first, second)]
-    squares = [(side**2).sum(0) for side in centred]
-    with np.errstate(invalid="ignore", divide="ignore"):
-        correlation: np.ndarray = (centred[0] * centred[1]).sum(0) / np.sqrt(squares[0] * squares[1])
-    still = (np.ptp(first, axis=0) == 0) | (np.ptp(second, axis=0) == 0)  # its mean may be rounded
-    return np.where(still, np.nan, correlation)
-
-
-_CORRELATIONS = {"spearman": spearman, "pearson": _pearson}
+_CORRELATIONS = {"spearman": spearman, "pearson": pearson}

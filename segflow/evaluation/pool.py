@@ -15,11 +15,10 @@ from typing import Any, TypedDict
 import numpy as np
 
 from ..data import digest
-from ..errors import ScoreError
+from ..errors import ScoreError, is_whole
 from ..files import read_tensors
 from .bank import Bank, Training, check_runs
 from .retraining import Job
-from .series import is_whole
 
 
 class RetrainingOptions(TypedDict, total=False):
@@ -108,6 +107,11 @@ class Retrainings:
                 found |= dict(zip(wanted, self._chosen(measured), strict=True))
         result: np.ndarray = np.stack([found[key] for key in keys])[places.reshape(-1)]
         return result
+
+    def settings(self, series: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
+        """What a table says of how it was made: these retrainings, and how many runs each series has."""
+        own = {name: getattr(self, name) for name in ("repetitions", "seed", "measurement")}
+        return own | {"runs": {name: len(runs) for name, runs in series.items()}}
 
     def nothing_removed(self, examples: int, repetitions: int | None = None) -> np.ndarray:
         """[R, Q]: the measurements of retrainings on everything."""

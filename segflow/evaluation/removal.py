@@ -178,15 +178,12 @@ def _table(curve: _Curve, scores: Series, how: Retrainings) -> Table:
         for place, share in enumerate(curve.shares)
     ]
     settings: dict[str, Any] = {
+        **how.settings(series),
         "interval": _INTERVAL,
         "examples": N,
         "queries": measured.shape[-1],
         "removed": counts,
-        "repetitions": how.repetitions,
-        "runs": {name: len(runs) for name, runs in series.items()},
         "random_orders": draws,
-        "seed": how.seed,
-        "measurement": how.measurement,
         "largest": curve.largest,
         "summary": curve.summary,
     }

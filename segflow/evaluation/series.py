@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from numbers import Integral, Real
+from numbers import Real
 
 import numpy as np
 
@@ -62,11 +62,6 @@ def check_queries(series: Mapping[str, Sequence[Scores]], queries: int) -> None:
                     f"scores of {name!r}: {len(run.query_labels)} queries, the training measures {queries}. Score each "
                     "of the queries that are measured, not their sum."
                 )
-
-
-def is_whole(value: object, least: int) -> bool:
-    """Whether it is a whole number, and at least that."""
-    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= least
 
 
 def numbers(name: str, given: object) -> tuple[float, ...]:
