@@ -222,7 +222,7 @@ def require_known(name: str) -> None:
         )
 
 
-def learning_rates(given: PerStep | Mapping[int, float], total: int) -> Tensor:
+def rates_by_step(given: PerStep | Mapping[int, float], total: int) -> Tensor:
     """Learning rates as [steps, parameter groups]; TrajectoryError unless every step up to `total` has one."""
     if isinstance(given, Mapping):
         values = _numbers("learning_rates", list(given.values()))
@@ -251,7 +251,7 @@ def learning_rates(given: PerStep | Mapping[int, float], total: int) -> Tensor:
     return rates
 
 
-def per_step(name: str, given: PerStep, shape: torch.Size, below: float = torch.inf) -> Tensor:
+def constant_by_step(name: str, given: PerStep, shape: torch.Size, below: float = torch.inf) -> Tensor:
     """A constant as [steps, parameter groups]; TrajectoryError unless all its numbers are >= 0 and < `below`."""
     values = _numbers(name, given)
     if values.ndim and (values.shape[0] != shape[0] or values.shape[1] not in (1, shape[1])):
@@ -263,7 +263,7 @@ def per_step(name: str, given: PerStep, shape: torch.Size, below: float = torch.
     return values.expand(shape)
 
 
-def per_group(name: str, given: float | Sequence[float], groups: int) -> tuple[float, ...]:
+def constant_by_group(name: str, given: float | Sequence[float], groups: int) -> tuple[float, ...]:
     """A constant as one number for each parameter group; TrajectoryError unless all are finite and >= 0."""
     values = _numbers(name, given)
     if values.ndim and values.shape != (groups, 1):

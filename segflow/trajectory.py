@@ -15,10 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import optimizers
 from .errors import TrajectoryError
 from .files import TensorFile, file_digest, inside, read_json, read_tensors
-from .optimizers import STATE, OptimizerConstants, PerStep, effective_rates
+from .optimizers import (STATE, OptimizerConstants, PerStep, effective_rates, rates_by_step, constant_by_step, constant_by_group, check_parameter_groups, check_batch_size, check_moment_files, check_moments, second_moments, precondition, require_known, mean_decay)
 from .ranks import laid_out
 
 __all__ = ["FORMAT", "OptimizerConstants", "PerStep", "Trajectory", "check_stage", "stage_names"]
@@ -69,20 +68,20 @@ class Trajectory:
         self.dataset_size = int(dataset_size)
         self.optimizer = optimizer or OptimizerConstants()
         self.parameter_groups = None if parameter_groups is None else dict(parameter_groups)
-        self.learning_rates = optimizers.learning_rates(learning_rates, self.steps[-1])
+        self.learning_rates = rates_by_step(learning_rates, self.steps[-1])
         shape = self.learning_rates.shape
-        self.momentum = optimizers.per_step("momentum", self.optimizer.momentum, shape, below=1.0)
-        self.dampening = optimizers.per_step("dampening", self.optimizer.dampening, shape)
-        self.weight_decay = optimizers.per_step("weight_decay", self.optimizer.weight_decay, shape)
+        self.momentum = constant_by_step("momentum", self.optimizer.momentum, shape, below=1.0)
+        self.dampening = constant_by_step("dampening", self.optimizer.dampening, shape)
+        self.weight_decay = constant_by_step("weight_decay", self.optimizer.weight_decay, shape)
         self._effective = effective_rates(self.optimizer.name, self.learning_rates, self.momentum, self.dampening)
-        self.eps = optimizers.per_group("eps", self.optimizer.eps, shape[1])
-        optimizers.check_parameter_groups(self.parameter_groups, shape[1])
-        optimizers.check_batch_size(self.optimizer.batch_size)
+        self.eps = constant_by_group("eps", self.optimizer.eps, shape[1])
+        check_parameter_groups(self.parameter_groups, shape[1])
+        check_batch_size(self.optimizer.batch_size)
         self.stage = check_stage(stage)
         self.earlier: Trajectory | None = None  # the stage before; see `after`
         self._moments = None if second_moments is None else tuple(Path(path) for path in second_moments)
         if self._moments is not None:
-            optimizers.check_moment_files(self.optimizer.name, len(self._moments), len(self))
+            check_moment_files(self.optimizer.name, len(self._moments), len(self))
             _check_files(self._moments, "file of second moments")
         self._expected: dict[int, str] = {}
         self._options: Sequence[Mapping[str, Any]] = ()  # each parameter group's, of a recording of format 1
@@ -217,10 +216,10 @@ class Trajectory:
         found = _by_record(path, sha256, "second_moment.") or {}
         if not found and self._options:
             raw = _by_record(path, sha256, "optimizer.") or {}
-            found = optimizers.second_moments(self.optimizer.name, raw, self._options, self.group_of)
+            found = second_moments(self.optimizer.name, raw, self._options, self.group_of)
         if self._moments is not None:
             path, found = self._moments[index], _tensors(self._moments[index], None)
-        optimizers.check_moments(str(path), found, self.group_of, self.state(index) if self._moments else None)
+        check_moments(str(path), found, self.group_of, self.state(index) if self._moments else None)
         return found or None
 
     def preconditioner(self, index: int) -> dict[str, Tensor] | None:
@@ -228,7 +227,7 @@ class Trajectory:
         found = {}
         for name, moments in (self.second_moments(index) or {}).items():
             eps = self.eps[self.group_of(name) or 0]
-            found[name] = optimizers.precondition(moments, eps, f"step {self.steps[index]}, {name!r}")
+            found[name] = precondition(moments, eps, f"step {self.steps[index]}, {name!r}")
         return found or None
 
     def digest(self, index: int) -> str:
@@ -275,12 +274,12 @@ class Trajectory:
 
         TrajectoryError for an optimizer whose effective learning rates are not known.
         """
-        optimizers.require_known(self.optimizer.name)
+        require_known(self.optimizer.name)
         return tuple(self._effective[start:end].sum(0).tolist())
 
     def mean_weight_decay(self, start: int, end: int) -> tuple[float, ...]:
         """Weight decay over (start, end], weighted by the effective learning rate, for each parameter group."""
-        return optimizers.mean_decay(self._effective[start:end], self.weight_decay[start:end])
+        return mean_decay(self._effective[start:end], self.weight_decay[start:end])
 
     def group_of(self, parameter: str) -> int | None:
         """The parameter group that trained `parameter`; None if the optimizer did not hold it."""
