@@ -23,7 +23,7 @@ test-slow: .venv/dev
 
 # Kills at random moments, hostile stores, a full disk, contention for the lock; the counts are printed. Ten minutes.
 test-faults: .venv/dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow tests/test_faults.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow tests/store/test_faults.py
 
 format: .venv/dev
 	$(BIN)/ruff format .

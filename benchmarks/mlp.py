@@ -22,19 +22,20 @@ import torch
 from setting import BATCH, HERE, Figure, examples, in_own_process, interleaved, mlp, plain_epoch
 from torch import Tensor
 
-from segflow.capture import observing
-from segflow.data import batches, in_order
-from segflow.groups import Groups
-from segflow.kronecker import Eigenbasis, eigenvectors, mean_over
-from segflow.layers import choose_layers
-from segflow.lens import make_lens
-from segflow.outer import formed
-from segflow.passes import corrected_eigenvalues, covariances
-from segflow.queries import Stacks, query_gradients
-from segflow.ranks import Ranks
-from segflow.tasks import Classification
-from segflow.tiling import shares, tiles
-from segflow.trainside import MetQueries, TrainSide, tile_scores
+from segflow.curvature.kronecker import Eigenbasis, eigenvectors, mean_over
+from segflow.curvature.passes import corrected_eigenvalues, covariances
+from segflow.data.batches import batches, in_order
+from segflow.groups.groups import Groups
+from segflow.model.capture import observing
+from segflow.model.layers import choose_layers
+from segflow.model.loss_view import make_lens
+from segflow.runtime.ranks import Ranks
+from segflow.scoring.group_gradients import MetQueries, TrainSide, tile_scores
+from segflow.scoring.outer_products import formed
+from segflow.scoring.query_gradients import query_gradients
+from segflow.scoring.query_operators import Stacks
+from segflow.scoring.tiles import shares, tiles
+from segflow.tasks.ready_made import Classification
 
 PEER_QUERIES = 200
 ALONE = Ranks()

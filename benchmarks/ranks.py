@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from setting import BATCH, examples, mlp
 
 import segflow as sf
-from segflow.store import Store
+from segflow.store.store import Store
 
 STAGES = ("fit", "score")
 

@@ -6,17 +6,6 @@ SOURCE (influence followed back through training, Bae et al. 2024) on EK-FAC cur
 
 from . import evaluation, properties, tasks
 from .analyzer import Analyzer
-from .baselines import (
-    TRAK,
-    GradientCosine,
-    GradientDot,
-    Hydra,
-    InfluenceFunction,
-    LiSSA,
-    ProjectedFisher,
-    RepresentationSimilarity,
-    TracIn,
-)
 from .errors import (
     FactorError,
     GroupError,
@@ -30,14 +19,21 @@ from .errors import (
     TrajectoryError,
 )
 from .groups import Groups
-from .methods import Source
-from .optimizers import OptimizerConstants
-from .record import record
-from .refinement import Refinement
-from .scores import Scores
-from .task import Task
-from .trajectory import Trajectory
-from .trees import GroupTree
+from .methods import (
+    TRAK,
+    GradientCosine,
+    GradientDot,
+    Hydra,
+    InfluenceFunction,
+    LiSSA,
+    ProjectedFisher,
+    RepresentationSimilarity,
+    Source,
+    TracIn,
+)
+from .results import GroupTree, Refinement, Scores
+from .tasks import Task
+from .training import OptimizerConstants, Trajectory, record
 
 __all__ = [
     "TRAK",

@@ -13,30 +13,30 @@ import numpy as np
 from torch import nn
 
 from . import checks
-from .capture import observing
-from .curvature import checkpoint_statistics
-from .data import Collate, dataset_length
+from .curvature.fitting import Fitting, Needs, check_needs, fitting_needs
+from .curvature.stored import Fitted, checkpoint_statistics
+from .data.batches import Collate, dataset_length
 from .errors import ScoreError, SegflowError, check_choice
-from .factors import Fitting, Needs, check_needs, fitting_needs
-from .features import Asked, example_features
-from .fitted import Fitted
-from .groups import Groups, check_groups
-from .interrupts import orderly
-from .journal import Journal, Summary
-from .labelling import RunParts, labelled
-from .methods import Cuts, Method, Source, describe
-from .plans import Plan
-from .property import as_properties
-from .ranks import current, unwrap
-from .refinement import Refinement, Refiner
-from .scores import Scores
-from .scoring import Scoring, score_parts
-from .setup import Settings, check_alike, check_arguments, workspaces
-from .stages import stage_place, training_data
-from .store import MadeFrom, Store
-from .trajectory import Trajectory
-from .units import Units
-from .workspace import Workspace
+from .groups.features import Asked, example_features
+from .groups.groups import Groups, check_groups
+from .methods.method import Cuts, Method, describe
+from .methods.plan import Plan
+from .methods.source import Source
+from .model.capture import observing
+from .properties.property import as_properties
+from .results.refinement import Refinement, Refiner
+from .results.scores import Scores
+from .runtime.ranks import current
+from .runtime.sharding import unwrap
+from .runtime.signals import orderly
+from .scoring.plan_walk import Scoring, score_parts
+from .scoring.provenance import RunParts, labelled
+from .stage.context import Workspace
+from .stage.opening import Settings, check_alike, check_arguments, stage_place, training_data, workspaces
+from .store.journal import Journal, Summary
+from .store.shared import Units
+from .store.store import MadeFrom, Store
+from .training.trajectory import Trajectory
 
 
 class Analyzer:
@@ -53,7 +53,7 @@ class Analyzer:
             averaged, with their spread.
         store: the folder for factors and scores; methods may share one, one run at a time (a lock sees to it). Its
             `events.jsonl` logs what was done.
-        method: what to compute, by default Source(); see segflow.methods and segflow.baselines.
+        method: what to compute, by default Source(); see segflow.methods.
         seed: of the pseudo-labels.
         memory: bytes that queries, groups and per-example gradients may take together in one process, besides the
             model's own activations; what needs more is taken in tiles (of at least one query and one group), each of

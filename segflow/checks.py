@@ -10,19 +10,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .capture import requiring_grad
-from .data import Batch, batches, dataset_length, in_order
+from .curvature.passes import covariances
+from .data.batches import Batch, batches, dataset_length, in_order
 from .errors import LayerError, TaskError
-from .layers import LayerChoice, Tokens, TrackedLayer
-from .lens import FiniteWatch, Lens
-from .passes import covariances
-from .plans import Point
-from .progress import track
-from .property import as_properties
-from .propertyside import property_gradient
-from .ranks import Ranks, is_sharded
-from .task import defines_output
-from .workspace import Workspace
+from .methods.plan import Point
+from .model.capture import requiring_grad
+from .model.finite import FiniteWatch
+from .model.layers import LayerChoice, TrackedLayer
+from .model.loss_view import Lens
+from .model.tokens import Tokens
+from .properties.property import as_properties
+from .runtime.progress import track
+from .runtime.ranks import Ranks
+from .runtime.sharding import is_sharded
+from .scoring.property_gradients import property_gradient
+from .stage.context import Workspace
+from .tasks.task import defines_output
 
 _FEW = 16  # examples of a batch
 _DIRECTIONS = 8  # random directions along which curvatures are compared

@@ -9,9 +9,9 @@ from collections.abc import Iterable, Sequence
 from importlib import import_module, metadata
 
 from .errors import SegflowError
-from .lock import holder, is_alive
-from .store import Store
-from .upkeep import BROKEN, Finding, collect_garbage, repair, survey
+from .store.lock import holder, is_alive
+from .store.maintenance import BROKEN, Finding, collect_garbage, repair, survey
+from .store.store import Store
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from .gang import Gang
+from .support.gang import Gang
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,7 @@ from torch.utils.data import TensorDataset
 import segflow as sf
 from segflow import cli
 
-from .helpers import ConvNet, FixedLabels, analyzer_of, images, mlp, perturbed_states, trajectory_of, vectors
+from .support.helpers import ConvNet, FixedLabels, analyzer_of, images, mlp, perturbed_states, trajectory_of, vectors
 
 N = 12
 

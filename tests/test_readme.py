@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 
 import segflow as sf
 
-from .helpers import analyzer_of, mlp, trajectory_of, vectors
+from .support.helpers import analyzer_of, mlp, trajectory_of, vectors
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)

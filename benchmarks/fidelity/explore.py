@@ -16,7 +16,7 @@ import torch
 
 import segflow as sf
 from segflow.evaluation import linear_datamodeling_score
-from segflow.plans import Operator, Plan, Scale, Spectral, Term
+from segflow.methods.plan import Operator, Plan, Scale, Spectral, Term
 
 from .rows import ROWS, Row
 from .scoring import parts_of

@@ -201,6 +201,6 @@ def code_digest() -> str:
     """A digest of segflow's engine as Python reads it: comments and layout do not count."""
     root = Path(sf.__file__).parent
     sha = hashlib.sha256()
-    for path in sorted(root.glob("*.py")):
-        sha.update(f"{path.name} {ast.dump(ast.parse(path.read_text()))}".encode())
+    for path in sorted(root.rglob("*.py")):
+        sha.update(f"{path.relative_to(root)} {ast.dump(ast.parse(path.read_text()))}".encode())
     return sha.hexdigest()[:16]

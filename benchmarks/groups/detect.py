@@ -8,7 +8,7 @@ from typing import Any
 
 import segflow as sf
 from segflow.evaluation import noisy_label_detection
-from segflow.evaluation.intervals import student
+from segflow.evaluation.statistics import student
 
 from .runs import accuracy, groups_of, say, shared_out, singles_of
 from .settings import GROUPINGS, Setting

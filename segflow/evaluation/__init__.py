@@ -1,23 +1,29 @@
 """Does retraining agree? Ground truths, how far scores agree with them, and the tasks that scores are used for."""
 
-from .bank import Bank, FunctionTraining, Training, read_bank
-from .batched import BatchedTraining, Stage
+from ..report import Row, Table
 from .counterfactual import removal_counterfactual
-from .datamodeling import linear_datamodeling_scores
-from .detection import Detection, noisy_label_detection
-from .empirical import empirical_influence
-from .lds import (
+from .datamodeling import (
     LinearDatamodelingDifference,
     LinearDatamodelingScore,
     linear_datamodeling_difference,
     linear_datamodeling_score,
+    linear_datamodeling_scores,
 )
+from .detection import Detection, detection_auc, found_among_lowest, noisy_label_detection
+from .empirical import empirical_influence
 from .leave_out import leave_one_group_out
-from .mislabelled import detection_auc, found_among_lowest
-from .reliability import NoiseCeiling, noise_ceiling
 from .removal import dataset_pruning, removal_order, retraining_score
-from .retraining import random_subsets, retrain
-from .table import Row, Table
+from .retraining import (
+    Bank,
+    BatchedTraining,
+    FunctionTraining,
+    Stage,
+    Training,
+    random_subsets,
+    read_bank,
+    retrain,
+)
+from .statistics import NoiseCeiling, noise_ceiling
 
 __all__ = [
     "Bank",

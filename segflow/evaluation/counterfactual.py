@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..errors import ScoreError, is_whole
-from ..scores import Scores
-from .bank import Training
-from .intervals import Estimate, student, wilson
-from .pool import RetrainingOptions, Retrainings
+from ..report.table import Estimate, Row, Table
+from ..results.scores import Scores
+from .retraining.bank import Training
+from .retraining.reuse import RetrainingOptions, Retrainings
 from .series import (
     RANDOM,
     Series,
@@ -28,12 +28,14 @@ from .series import (
     values_of,
     without,
 )
-from .table import Row, Table
+from .statistics import student, wilson
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 _DRAWS = 5  # random sets of each count, each for all queries
+
+
 _INTERVAL = (
     "Intervals: 95%, Wilson's, of a share of the queries; a query of a series with several runs counts by the share of "
     "the runs in which it turns. A row's values are those of the queries. For random, whose draws are each removed for "

@@ -1,33 +1,172 @@
-"""Linear datamodeling scores at several shares of kept data, with the noise ceiling and chance beside them.
-
-Axis letters: M subsets, N examples, R repetitions, Q queries.
-"""
+"""Linear datamodeling score: do summed group scores rank retrainings as retraining does? (Park et al. 2023)"""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from ..errors import ScoreError, is_whole
-from ..scores import Scores
-from .bank import Training
-from .intervals import CONFIDENCE, Estimate, quantiles
-from .lds import compared, resampled, spearman
-from .pool import RetrainingOptions, Retrainings
-from .reliability import noise_ceiling
-from .retraining import random_subsets
+from ..report.table import Estimate, Row, Table
+from ..results.scores import Scores
+from .retraining.bank import Training
+from .retraining.pool import random_subsets
+from .retraining.reuse import RetrainingOptions, Retrainings
 from .series import CEILING, RANDOM, Series, check_training, numbers, over_examples
-from .table import Row, Table
+from .statistics import CONFIDENCE, checked_subsets, noise_ceiling, plain, quantiles, resampled, spearman
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
+
+@dataclass(frozen=True)
+class _Estimate:
+    """per_query: [Q]; mean: over queries; low, high: the interval of `confidence`, from resampling."""
+
+    per_query: np.ndarray
+    mean: float
+    low: float
+    high: float
+    confidence: float
+
+
+@dataclass(frozen=True)
+class LinearDatamodelingScore(_Estimate):
+    """Spearman correlations over subsets, one for each query, with the mean and its bootstrap interval.
+
+    per_query: [Q]; mean: over queries; low, high: the interval of `confidence`, from resampling subsets and queries.
+    """
+
+    def __str__(self) -> str:
+        return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
+
+def linear_datamodeling_score(
+    scores: Scores,
+    subsets: np.ndarray | Tensor,
+    measurements: np.ndarray | Tensor,
+    *,
+    confidence: float = 0.95,
+    resamples: int = 200,
+    seed: int = 0,
+) -> LinearDatamodelingScore:
+    """Rank agreement between predicted and retrained measurements over random subsets (Park et al. 2023).
+
+    Args:
+        scores: over groups; for subsets of single examples, scores of `Groups.singletons`.
+        subsets: [M, K] booleans, which groups each retraining kept.
+        measurements: [M, Q], each query's measurement after each retraining (averaged over its repetitions).
+        confidence, resamples, seed: of the bootstrap interval.
+
+    Raises:
+        ScoreError: shapes do not fit, a number is not finite, or a query's measurement is the same in every subset.
+
+    Example:
+        >>> import torch
+        >>> scores = Scores(torch.tensor([[1.0, 2.0, 4.0]]), ("q",), ("a", "b", "c"), (1, 1, 1))
+        >>> kept = np.array([[1, 1, 0], [1, 0, 1], [0, 1, 1], [1, 0, 0]], dtype=bool)
+        >>> linear_datamodeling_score(scores, kept, [[4.0], [2.0], [1.0], [6.0]]).mean
+        1.0
+    """
+    predicted, measured = compared(scores, subsets, measurements)
+    correlations = spearman(predicted, measured)
+    (means,) = resampled([predicted], measured, resamples, seed, confidence)
+    estimate = quantiles(correlations.mean(), means, confidence)
+    return LinearDatamodelingScore(correlations, *estimate, confidence)
+
+
+@dataclass(frozen=True)
+class LinearDatamodelingDifference(_Estimate):
+    """By how much the first linear datamodeling score exceeds the second, with its paired bootstrap interval.
+
+    per_query: [Q]; mean: over queries; low, high: the interval of `confidence`. One that excludes 0 says that the two
+    differ by more than the choice of subsets and queries explains.
+    """
+
+    def __str__(self) -> str:
+        return f"{self.mean:+.3f} [{self.low:+.3f}, {self.high:+.3f}]"
+
+
+def linear_datamodeling_difference(
+    first: Scores,
+    second: Scores,
+    subsets: np.ndarray | Tensor,
+    measurements: np.ndarray | Tensor,
+    *,
+    confidence: float = 0.95,
+    resamples: int = 200,
+    seed: int = 0,
+) -> LinearDatamodelingDifference:
+    """Compare two methods on the same retrainings: each resample draws its subsets and queries for both.
+
+    Two methods' scores rise and fall together from draw to draw, so this interval is narrower than the two methods' own
+    intervals suggest.
+
+    Args:
+        first, second: scores of the same queries and groups.
+        subsets, measurements, confidence, resamples, seed: as for `linear_datamodeling_score`.
+
+    Raises:
+        ScoreError: as for `linear_datamodeling_score`.
+
+    Example:
+        >>> import torch
+        >>> values = torch.tensor([[1.0, 2.0, 4.0]])
+        >>> good, bad = (Scores(sign * values, ("q",), ("a", "b", "c"), (1, 1, 1)) for sign in (1, -1))
+        >>> kept = np.array([[1, 1, 0], [1, 0, 1], [0, 1, 1], [1, 0, 0]], dtype=bool)
+        >>> linear_datamodeling_difference(good, bad, kept, [[4.0], [2.0], [1.0], [6.0]]).mean
+        2.0
+    """
+    (one, measured), (other, _) = (compared(scores, subsets, measurements) for scores in (first, second))
+    difference = spearman(one, measured) - spearman(other, measured)
+    means = resampled([one, other], measured, resamples, seed, confidence)
+    estimate = quantiles(difference.mean(), means[0] - means[1], confidence)
+    return LinearDatamodelingDifference(difference, *estimate, confidence)
+
+
+def compared(
+    scores: Scores, subsets: np.ndarray | Tensor, measurements: np.ndarray | Tensor
+) -> tuple[np.ndarray, np.ndarray]:
+    """The predicted and the measured side [M, Q], checked."""
+    kept, measured = checked_subsets(subsets), plain(measurements).astype(float)
+    values = scores.values.detach().cpu().double().numpy()
+    _check_shapes(kept, measured, values)
+    predicted = (~kept).astype(float) @ values.T  # the predicted change from leaving groups out
+    _check_varying(predicted, measured)
+    return predicted, measured
+
+
+def _check_shapes(kept: np.ndarray, measured: np.ndarray, values: np.ndarray) -> None:
+    Q, K = values.shape
+    if kept.ndim != 2 or kept.shape[1] != K or measured.shape != (len(kept), Q):
+        raise ScoreError(
+            f"subsets {kept.shape} and measurements {measured.shape}: expected [M, {K}] and [M, {Q}] for these scores."
+        )
+    if len(kept) < 3:
+        raise ScoreError(f"{len(kept)} subsets: expected at least 3 to rank.")
+    if not np.isfinite(measured).all() or not np.isfinite(values).all():
+        raise ScoreError("scores or measurements are not finite. Look for a retraining that diverged.")
+
+
+def _check_varying(predicted: np.ndarray, measured: np.ndarray) -> None:
+    for name, side in (("predicted change", predicted), ("measurement", measured)):
+        spread, size = np.ptp(side, axis=0), np.abs(side).max(0)
+        constant = np.flatnonzero(spread <= 1e-14 * size)
+        if len(constant):
+            raise ScoreError(
+                f"query {constant[0]}: the {name} is the same for every subset, so there is no rank. Vary the subsets."
+            )
+
+
 _DRAWS = 10  # random scores, averaged
 _SPLITS = 10  # of the repetitions, in each resample of the noise ceiling
+
+
 _INTERVAL = (
     "Intervals: 95%, the quantiles of a bootstrap that draws subsets and queries, the same ones for each series (of "
     "the mean over the runs, where a series has several). A row's values are those of the queries."

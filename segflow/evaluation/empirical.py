@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from ..errors import ScoreError
-from ..groups import Groups
-from ..scores import Scores
-from .lds import checked_subsets, plain
+from ..groups.groups import Groups
+from ..results.scores import Scores
+from .statistics import checked_subsets, plain
 
 
 def empirical_influence(

@@ -12,13 +12,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..errors import ScoreError, is_whole
-from ..groups import Groups
-from .bank import Training
-from .intervals import quantiles, unchanged, welch
-from .lds import pearson, spearman
-from .pool import RetrainingOptions, Retrainings
+from ..groups.groups import Groups
+from ..report.table import Row, Table
+from .retraining.bank import Training
+from .retraining.reuse import RetrainingOptions, Retrainings
 from .series import RANDOM, Series, check_queries, check_training, named_runs, values_of
-from .table import Row, Table
+from .statistics import pearson, quantiles, spearman, unchanged, welch
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

@@ -13,17 +13,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..errors import ScoreError, check_choice
-from ..scores import Scores
-from .bank import Training
-from .intervals import student
-from .pool import RetrainingOptions, Retrainings
+from ..report.table import Row, Table
+from ..results.scores import Scores
+from .retraining.bank import Training
+from .retraining.reuse import RetrainingOptions, Retrainings
 from .series import RANDOM, Series, check_training, numbers, ordered, over_examples, random_order, values_of, without
-from .table import Row, Table
+from .statistics import student
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 NOTHING = "nothing removed"
+
+
 _INTERVAL = (
     "Intervals: 95%, Student's t, of the mean over the retrainings; where a series has several runs, of the mean over "
     "the runs, each averaged over its retrainings; for random, over as many random orders, each retrained once."

@@ -12,7 +12,7 @@ from numbers import Real
 import numpy as np
 
 from ..errors import ScoreError
-from ..scores import Scores
+from ..results.scores import Scores
 
 RANDOM, PERFECT, CEILING = "random", "perfect ranking", "noise ceiling"  # baselines and bounds, beside the series
 Series = Scores | Mapping[str, Scores | Sequence[Scores]]

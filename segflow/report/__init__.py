@@ -1,5 +1,6 @@
-"""What people look at."""
+"""What people look at: figures of scores and of segments, and tables that can be read, drawn and compared."""
 
 from .figures import influence_figure, segmentation_figure
+from .table import Row, Table
 
-__all__ = ["influence_figure", "segmentation_figure"]
+__all__ = ["Row", "Table", "influence_figure", "segmentation_figure"]

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import ScoreError
-from ..scores import Ranked, Scores
+from ..results.scores import Ranked, Scores
 
 
 def influence_figure(

@@ -1,0 +1,88 @@
+"""Map-style datasets as batches of chosen examples, and what identifies a dataset."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+
+from ..errors import SegflowError, TaskError
+from ..runtime.sharding import to_device
+
+Collate = Callable[[list[Any]], Any]
+Indices = Sequence[int] | np.ndarray
+
+
+class Batch(NamedTuple):
+    """One batch: its examples' indices in the dataset, and what the collate function made of them.
+
+    idle: True for a batch that is run only because other ranks have one more, so that all take part in what a sharded
+    model's forward exchanges.
+    """
+
+    examples: Indices
+    content: Any
+    idle: bool = False
+
+    @property
+    def size(self) -> int:
+        """How many examples the batch holds."""
+        return len(self.examples)
+
+    def __str__(self) -> str:
+        first, last = self.examples[0], self.examples[-1]
+        return f"example {first}" if self.size == 1 else f"the batch of {self.size} examples from {first} to {last}"
+
+
+def batches(
+    dataset: Any, index_lists: Sequence[Indices], collate_fn: Collate | None, device: torch.device, idle: int = 0
+) -> Iterator[Batch]:
+    """Yield one collated batch on `device` for each list of example indices, in that order; then `idle` idle ones."""
+    lists = [np.asarray(indices).tolist() for indices in index_lists] + [[0]] * idle
+    contents = _contents(dataset, lists, collate_fn)
+    for number, (indices, content) in enumerate(zip(lists, contents, strict=True)):
+        yield Batch(indices, to_device(content, device), number >= len(index_lists))
+
+
+def _contents(dataset: Any, lists: list[list[int]], collate_fn: Collate | None) -> Iterable[Any]:
+    """What the collate function makes of each list of examples; of a plain TensorDataset without a call for each."""
+    if type(dataset) is TensorDataset and collate_fn is None:
+        return ([tensor[indices] for tensor in dataset.tensors] for indices in lists)
+    return DataLoader(
+        dataset,
+        batch_sampler=lists,  # type: ignore[arg-type]
+        collate_fn=collate_fn,
+        generator=torch.Generator(),
+    )
+
+
+def in_order(length: int, batch_size: int) -> list[range]:
+    """Index lists that walk a dataset of `length` examples once, `batch_size` at a time."""
+    if batch_size < 1:
+        raise SegflowError(f"batch_size={batch_size}: expected at least 1.")
+    return [range(start, min(start + batch_size, length)) for start in range(0, length, batch_size)]
+
+
+def dataset_length(dataset: Any, role: str) -> int:
+    """The dataset's length; `role` names it in errors."""
+    try:
+        length = len(dataset)
+    except TypeError:
+        length = -1
+    if length < 0 or isinstance(dataset, IterableDataset):
+        raise TaskError(
+            f"the {role} dataset has no {'length' if length < 0 else 'indices'}. "
+            "Expected a map-style dataset (with __len__ and __getitem__); "
+            "put the examples of an iterable dataset into a list."
+        )
+    if length == 0:
+        raise TaskError(f"the {role} dataset is empty. Expected at least one example.")
+    return int(length)
+
+
+def evenly_spaced(length: int, count: int) -> list[int]:
+    """Up to `count` indices spread over a dataset of `length` examples, the first and the last among them."""
+    return sorted({round(place) for place in np.linspace(0, length - 1, count)})

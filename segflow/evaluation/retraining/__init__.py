@@ -1,0 +1,16 @@
+"""Ground truths: models retrained on subsets, in a pool of processes or many at a time, kept in banks."""
+
+from .bank import Bank, FunctionTraining, Training, read_bank
+from .batched import BatchedTraining, Stage
+from .pool import random_subsets, retrain
+
+__all__ = [
+    "Bank",
+    "BatchedTraining",
+    "FunctionTraining",
+    "Stage",
+    "Training",
+    "random_subsets",
+    "read_bank",
+    "retrain",
+]

@@ -1,0 +1,266 @@
+"""A bank of retrained models: the ground truth on disk, made once, resumed after a kill, refused for another recipe."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...data.fingerprints import digest
+from ...errors import ScoreError
+from ...runtime.progress import track
+from ...runtime.ranks import current
+from ...store.files import read_json, read_tensors, write_json, write_tensors
+from .pool import Job, TrainAndMeasure, run_jobs
+
+FORMAT = 1
+
+
+class Training(Protocol):
+    """What a bank runs: `BatchedTraining`, `FunctionTraining`, or one of your own."""
+
+    def settings(self) -> Mapping[str, Any]:
+        """What the results depend on, as JSON."""
+
+    def batches(self, jobs: Sequence[Job]) -> list[list[int]]:
+        """Places of the jobs that are run, and committed to disk, together."""
+
+    def run(self, jobs: Sequence[Job]) -> np.ndarray:
+        """The measurements [J, ...] after training on each (indices of what is kept, seed)."""
+
+
+def check_runs(training: object) -> None:
+    """ScoreError for what is no training, such as a plain function."""
+    if not all(callable(getattr(training, name, None)) for name in ("settings", "batches", "run")):
+        raise ScoreError(
+            f"training: {type(training).__name__}, expected a BatchedTraining, a FunctionTraining, or what has their "
+            "methods. Wrap a function in FunctionTraining(function, fingerprint)."
+        )
+
+
+@dataclass(frozen=True)
+class FunctionTraining:
+    """Any training function, run by `retrain`'s pool of processes.
+
+    Args:
+        train_and_measure: as for `retrain`: (indices of the kept examples or groups, seed) -> the measurements [Q], or
+            several of each query [P, Q].
+        fingerprint: JSON that names what the function depends on (data, recipe); a bank is bound to it.
+        processes: how many at a time; by default as many as there are cores.
+        each: trainings of one process that are committed together.
+    """
+
+    train_and_measure: TrainAndMeasure
+    fingerprint: Mapping[str, Any]
+    processes: int | None = None
+    each: int = 4
+
+    def settings(self) -> dict[str, Any]:
+        """The fingerprint that was given."""
+        return {"function": dict(self.fingerprint)}
+
+    def batches(self, jobs: Sequence[Job]) -> list[list[int]]:
+        """A few jobs for each process."""
+        size = max(1, self.each) * (self.processes or os.cpu_count() or 1)
+        return [list(range(at, min(at + size, len(jobs)))) for at in range(0, len(jobs), size)]
+
+    def run(self, jobs: Sequence[Job]) -> np.ndarray:
+        """Train and measure in parallel processes: [J, Q] or [J, P, Q]."""
+        found = [np.atleast_1d(own) for own in run_jobs(self.train_and_measure, list(jobs), self.processes, False)]
+        shapes = sorted({own.shape for own in found})
+        if len(shapes) > 1 or len(shapes[0]) > 2:
+            raise ScoreError(
+                f"train_and_measure gave measurements of shapes {shapes}: expected [Q] or [P, Q], the same each time."
+            )
+        return np.stack(found)
+
+
+@dataclass(frozen=True)
+class Bank:
+    """Measurements after retraining on every subset, several times, in a folder.
+
+    `run` trains what is missing and returns everything. What was trained is committed batch by batch, so a run that
+    was killed goes on where it was, and a finished one is read. `repetitions` may grow later. The folder is bound to a
+    fingerprint of training, data, subsets and seed; with another one it is refused.
+
+    Args:
+        folder: where the bank is; made if it is not there.
+        training: `BatchedTraining`, `FunctionTraining`, or one of your own.
+        subsets: [M, K] booleans, which of the training's examples (or groups) each retraining keeps.
+        repetitions: retrainings R of each subset; number r of subset m has the seed `seed + 1 + r * M + m`.
+        seed: moves all seeds.
+        seeds: [M], for each subset a first seed of its own: number r of subset m then has the seed `seeds[m] + r`,
+            whatever the other subsets are.
+
+    Raises:
+        ScoreError: the folder holds a bank of something else, or a damaged file, or a training diverged.
+
+    Example:
+        >>> import tempfile
+        >>> training = FunctionTraining(lambda kept, seed: [float(kept.sum())], {"sum": "of indices"}, processes=1)
+        >>> bank = Bank(tempfile.mkdtemp(), training, np.array([[1, 0, 1], [0, 1, 1]], dtype=bool), repetitions=2)
+        >>> bank.run(progress=False)[:, :, 0]
+        array([[2., 2.],
+               [3., 3.]])
+        >>> bank.missing
+        []
+    """
+
+    folder: str | os.PathLike[str]
+    training: Training
+    subsets: np.ndarray
+    repetitions: int = 5
+    seed: int = 0
+    seeds: Sequence[int] | None = None
+    _path: Path = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        kept = np.asarray(self.subsets)
+        if kept.ndim != 2 or kept.dtype != bool or len(kept) < 1 or self.repetitions < 1:
+            raise ScoreError(
+                f"bank: subsets {kept.shape} of {kept.dtype}, repetitions={self.repetitions}: expected [M, K] "
+                "booleans with at least one row, and at least one repetition."
+            )
+        if self.seeds is not None and len(self.seeds) != len(kept):
+            raise ScoreError(f"bank: {len(self.seeds)} seeds for {len(kept)} subsets. Give one for each, or none.")
+        check_runs(self.training)
+        object.__setattr__(self, "_path", Path(self.folder))
+
+    @cached_property
+    def fingerprint(self) -> dict[str, Any]:
+        """What the bank's numbers depend on."""
+        kept = np.asarray(self.subsets)
+        own = {"format": FORMAT, "subsets": f"{kept.shape} {digest(kept)}", "seed": self.seed}
+        if self.seeds is not None:
+            own["seeds"] = digest(list(map(int, self.seeds)))
+        plain: dict[str, Any] = json.loads(json.dumps(own | {"training": self.training.settings()}))
+        return plain
+
+    @property
+    def missing(self) -> list[tuple[int, int]]:
+        """The (repetition, subset) pairs that are still to be trained."""
+        done = _committed(self._path) if self._bound() else {}
+        pairs = [(r, m) for r in range(self.repetitions) for m in range(len(self.subsets))]
+        return [pair for pair in pairs if pair not in done]
+
+    def run(self, progress: bool | None = None, rows: Sequence[int] | None = None) -> np.ndarray:
+        """Train what is missing; the measurements of all, [M, repetitions, Q] (or [M, repetitions, P, Q]).
+
+        progress: show a bar. rows: the subsets that are wanted, in the order of the result; by default all.
+        """
+        if current().count > 1:
+            raise ScoreError("a bank is filled by one process. Start it without a launcher, or use `retrain`.")
+        if not self._bound():
+            write_tensors(self._path / "subsets.safetensors", {"subsets": torch.from_numpy(np.asarray(self.subsets))})
+            write_json(self._path / "bank.json", self.fingerprint, ScoreError)
+        wanted = list(range(len(self.subsets)) if rows is None else rows)
+        chosen = set(wanted)
+        pairs = [(r, m) for r, m in self.missing if m in chosen]
+        jobs = [(np.flatnonzero(self.subsets[m]), self._seed(r, m)) for r, m in pairs]
+        for places in track(self.training.batches(jobs), "retraining", enabled=progress):
+            self._commit([pairs[place] for place in places], self.training.run([jobs[place] for place in places]))
+        return _collected(_committed(self._path), wanted, self.repetitions, self._path)
+
+    def _seed(self, repetition: int, subset: int) -> int:
+        if self.seeds is not None:
+            return int(self.seeds[subset]) + repetition
+        return self.seed + 1 + repetition * len(self.subsets) + subset
+
+    def _commit(self, pairs: list[tuple[int, int]], measured: np.ndarray) -> None:
+        if len(measured) != len(pairs):
+            raise ScoreError(f"bank: {len(measured)} results of {len(pairs)} trainings. Return one for each.")
+        lost = ~np.isfinite(measured.reshape(len(pairs), -1)).all(1)
+        if lost.any():
+            repetition, subset = pairs[int(np.argmax(lost))]
+            raise ScoreError(
+                f"{self._path}: subset {subset}, repetition {repetition}: a measurement is not finite. "
+                "Did its training diverge? Lower the learning rate."
+            )
+        tensors = {"pairs": torch.tensor(pairs), "measured": torch.from_numpy(np.asarray(measured, dtype=np.float64))}
+        tensors["sha256"] = _checksum(tensors)
+        repetition, subset = pairs[0]
+        write_tensors(self._path / f"measured-{repetition:03d}-{subset:06d}.safetensors", tensors, None, ScoreError)
+
+    def check(self) -> None:
+        """Raise ScoreError if the folder holds a bank of something else."""
+        self._bound()
+
+    def _bound(self) -> bool:
+        """Whether the folder holds this bank already; ScoreError if it holds another one."""
+        path = self._path / "bank.json"
+        if not path.exists():
+            return False
+        found, own = _flat(read_json(path, ScoreError)), _flat(self.fingerprint)
+        for key in sorted(found.keys() | own.keys()):
+            if found.get(key) != own.get(key):
+                raise ScoreError(
+                    f"{path}: this bank was made with {key} = {found.get(key)!r}, now it is {own.get(key)!r}. "
+                    "Use another folder, or delete this one to retrain everything."
+                )
+        return True
+
+
+def read_bank(folder: str | os.PathLike[str]) -> tuple[np.ndarray, np.ndarray]:
+    """A bank's subsets [M, K] and its measurements [M, R, Q], as far as whole repetitions are there.
+
+    Raises:
+        ScoreError: there is no bank, no repetition is whole, or a file is damaged.
+    """
+    path = Path(folder)
+    read_json(path / "bank.json", ScoreError)
+    subsets: np.ndarray = read_tensors(path / "subsets.safetensors", None, ScoreError)["subsets"].numpy()
+    done = _committed(path)
+    whole = 0
+    while all((whole, m) in done for m in range(len(subsets))):
+        whole += 1
+    return subsets, _collected(done, range(len(subsets)), max(whole, 1), path)
+
+
+def _committed(path: Path) -> dict[tuple[int, int], np.ndarray]:
+    """Every committed measurement by its (repetition, subset)."""
+    done: dict[tuple[int, int], np.ndarray] = {}
+    for file in sorted(path.glob("measured-*.safetensors")):
+        tensors = read_tensors(file, None, ScoreError)
+        if set(tensors) != {"pairs", "measured", "sha256"} or not tensors.pop("sha256").equal(_checksum(tensors)):
+            raise ScoreError(f"{file}: damaged, its content has another checksum. Delete it and run the bank again.")
+        measured = tensors["measured"].numpy()
+        done |= {(r, m): row for (r, m), row in zip(tensors["pairs"].tolist(), measured, strict=True)}
+    return done
+
+
+def _collected(
+    done: Mapping[tuple[int, int], np.ndarray], subsets: Sequence[int], repetitions: int, path: Path
+) -> np.ndarray:
+    lost = [(r, m) for r in range(repetitions) for m in subsets if (r, m) not in done]
+    if lost:
+        raise ScoreError(
+            f"{path}: {len(lost)} of {repetitions * len(subsets)} trainings are missing, the first is repetition "
+            f"{lost[0][0]} of subset {lost[0][1]}. Run the bank to its end."
+        )
+    shapes = sorted({done[r, m].shape for r in range(repetitions) for m in subsets})
+    if len(shapes) > 1:
+        raise ScoreError(
+            f"{path}: measurements of shapes {shapes}, expected one. Delete the bank to retrain everything, with a "
+            "training that measures the same each time."
+        )
+    return np.stack([np.stack([done[r, m] for r in range(repetitions)]) for m in subsets])
+
+
+def _checksum(tensors: Mapping[str, Tensor]) -> Tensor:
+    return torch.frombuffer(bytearray(digest(dict(tensors)).encode()), dtype=torch.uint8)
+
+
+def _flat(content: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested mappings and lists as one mapping of dotted names."""
+    if isinstance(content, Mapping | list) and content:
+        items = content.items() if isinstance(content, Mapping) else enumerate(content)
+        return {k: v for key, part in items for k, v in _flat(part, f"{prefix}{'.' * bool(prefix)}{key}").items()}
+    return {prefix: content}

@@ -1,0 +1,122 @@
+"""Retraining on subsets, in parallel processes: the ground truth."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+
+from ...errors import ScoreError
+from ...runtime.progress import track
+from ...runtime.ranks import current, leave
+
+Job = tuple[np.ndarray, int]
+TrainAndMeasure = Callable[[np.ndarray, int], np.ndarray | Sequence[float]]
+
+
+def random_subsets(count: int, groups: int, fraction: float = 0.5, seed: int = 0) -> np.ndarray:
+    """[count, groups] booleans, each row keeping that fraction of the groups at random.
+
+    Example:
+        >>> random_subsets(3, 10).sum(1)
+        array([5, 5, 5])
+    """
+    kept = round(groups * fraction)
+    if not 0 < kept < groups:
+        raise ScoreError(f"fraction={fraction} keeps {kept} of {groups} groups: expected some, but not all.")
+    if count < 1:
+        raise ScoreError(f"count={count}: expected at least one subset.")
+    generator = np.random.default_rng(seed)
+    return np.stack([generator.permutation(groups) < kept for _ in range(count)])
+
+
+def retrain(
+    train_and_measure: TrainAndMeasure,
+    subsets: np.ndarray,
+    *,
+    repetitions: int = 1,
+    processes: int | None = None,
+    seed: int = 0,
+    progress: bool | None = None,
+) -> np.ndarray:
+    """Train on every subset, in parallel processes of one thread each; under a launcher, each rank does its share.
+
+    Args:
+        train_and_measure: (indices of the kept examples or groups, seed) -> the measurements [Q]. With more than one
+            process it must be importable (a function at the top of a module, or functools.partial of one).
+        subsets: [M, K] booleans.
+        repetitions: retrainings of each subset, with seeds of their own.
+        processes: how many at a time on each rank; by default as many as there are cores for each.
+
+    Returns:
+        [M, repetitions, Q] in float64; average over the second axis for the linear datamodeling score.
+    """
+    if len(subsets) < 1 or repetitions < 1:
+        raise ScoreError(f"{len(subsets)} subsets, repetitions={repetitions}: expected at least one of each.")
+    jobs = [
+        (np.flatnonzero(kept), seed + 1 + number * repetitions + repetition)
+        for number, kept in enumerate(np.asarray(subsets, dtype=bool))
+        for repetition in range(repetitions)
+    ]
+    ranks = current()
+    with ranks.together("retrain"):
+        own = run_jobs(train_and_measure, ranks.share(jobs), processes, progress)
+        shares = ranks.gather([measured.ravel().tolist() for measured in own])
+    done = [shares[number % ranks.count][number // ranks.count] for number in range(len(jobs))]
+    return np.asarray(done, dtype=np.float64).reshape(len(subsets), repetitions, -1)
+
+
+def run_jobs(
+    train_and_measure: TrainAndMeasure, jobs: list[Job], processes: int | None, progress: bool | None
+) -> list[np.ndarray]:
+    """The measurements of each job as they are shaped, in parallel where more than one process is asked for."""
+    cores = max(1, (os.cpu_count() or 1) // current().local_count)
+    workers = min(processes or cores, len(jobs))
+    if workers <= 1:
+        with _one_thread():
+            done = [_measured(train_and_measure, *job) for job in track(jobs, "retraining", enabled=progress)]
+    else:
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(workers, context, initializer=_begin_alone) as pool:
+            futures = [pool.submit(_measured, train_and_measure, *job) for job in jobs]
+            done = [future.result() for future in track(futures, "retraining", enabled=progress)]
+    return done
+
+
+def _measured(train_and_measure: TrainAndMeasure, kept: np.ndarray, seed: int) -> np.ndarray:
+    """An array of what the function gives; made where it ran, as a tensor with a gradient cannot leave its process."""
+    given: Any = train_and_measure(kept, seed)
+    try:
+        if isinstance(given, list | tuple):
+            given = [part.tolist() if isinstance(part, torch.Tensor | np.ndarray) else part for part in given]
+        plain = given.detach().cpu() if isinstance(given, torch.Tensor) else given
+        measured: np.ndarray = np.asarray("nothing" if plain is None else plain, dtype=np.float64)
+    except (TypeError, ValueError) as problem:
+        raise ScoreError(
+            f"train_and_measure gave {type(given).__name__} for {len(kept)} kept and seed {seed}: {problem}. Return "
+            "numbers [Q], or rows of equal length [P, Q]."
+        ) from problem
+    return measured
+
+
+def _begin_alone() -> None:
+    """A process of the pool has one thread, and is no rank even if its parent is one."""
+    torch.set_num_threads(1)
+    leave()
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """As in the processes, so that sums are rounded alike."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

@@ -1,0 +1,151 @@
+"""Retrainings for the tasks: each distinct subset is trained once, whichever series, share or task asks for it.
+
+Axis letters: M subsets, K examples, R repetitions, Q queries.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypedDict
+
+import numpy as np
+
+from ...data.fingerprints import digest
+from ...errors import ScoreError, is_whole
+from ...store.files import read_tensors
+from .bank import Bank, Training, check_runs
+from .pool import Job
+
+
+class RetrainingOptions(TypedDict, total=False):
+    """What every task that retrains takes: see `Retrainings` for meaning and defaults."""
+
+    repetitions: int
+    seed: int
+    measurement: int
+    progress: bool | None
+
+
+@dataclass(frozen=True)
+class _Described:
+    """A training whose settings, which may hash much data, are found once for all banks."""
+
+    training: Training
+    found: Mapping[str, Any]
+
+    def settings(self) -> Mapping[str, Any]:
+        return self.found
+
+    def batches(self, jobs: Sequence[Job]) -> list[list[int]]:
+        return self.training.batches(jobs)
+
+    def run(self, jobs: Sequence[Job]) -> np.ndarray:
+        return self.training.run(jobs)
+
+
+@dataclass(frozen=True)
+class Retrainings:
+    """Measurements after retraining on subsets, kept in banks in one folder.
+
+    A subset that a bank in the folder holds is read from there; the others make a new bank. A training's seed follows
+    from `seed`, the subset and the repetition alone, so the numbers do not depend on what was asked for before.
+
+    Args:
+        training: what the banks run.
+        folder: where they are; tasks that share `training` and `seed` may share it, and train a subset once.
+        repetitions: retrainings of each subset.
+        seed: moves all seeds.
+        measurement: which row, where the training measures several [P, Q].
+        progress: show a bar.
+    """
+
+    training: Training
+    folder: str | os.PathLike[str]
+    repetitions: int = 3
+    seed: int = 0
+    measurement: int = 0
+    progress: bool | None = None
+
+    def __post_init__(self) -> None:
+        if not is_whole(self.repetitions, 1) or not is_whole(self.seed, 0) or not is_whole(self.measurement, 0):
+            raise ScoreError(
+                f"repetitions={self.repetitions}, seed={self.seed}, measurement={self.measurement}: expected at least "
+                "one repetition, no negative seed or measurement, and whole numbers."
+            )
+        check_runs(self.training)
+        for name in ("repetitions", "seed", "measurement"):  # numpy's numbers cannot be written as JSON
+            object.__setattr__(self, name, int(getattr(self, name)))
+
+    def measured(self, subsets: np.ndarray, repetitions: int | None = None) -> np.ndarray:
+        """[M, R, Q]: each query's measurement after each retraining on each of the subsets [M, K].
+
+        Raises:
+            ScoreError: the folder holds retrainings of another recipe or seed, a file is damaged, or one diverged.
+        """
+        count = self.repetitions if repetitions is None else repetitions
+        unique, places = np.unique(subsets, axis=0, return_inverse=True)
+        empty = np.flatnonzero(~unique.any(1))
+        if len(empty):
+            raise ScoreError(f"a subset keeps none of {unique.shape[1]} examples, so nothing can be trained.")
+        keys = [row.tobytes() for row in unique]
+        banks = self._banks(count, unique.shape[1])
+        held = {row.tobytes(): (number, m) for number, bank in enumerate(banks) for m, row in enumerate(bank.subsets)}
+        missing = np.array([key not in held for key in keys])
+        if missing.any():
+            own = unique[missing]
+            held |= {row.tobytes(): (len(banks), m) for m, row in enumerate(own)}
+            banks.append(self._bank(Path(self.folder) / f"bank-{digest(own)[:16]}", own, count))
+        found: dict[bytes, np.ndarray] = {}
+        for number, bank in enumerate(banks):
+            wanted = [key for key in keys if held[key][0] == number]
+            if wanted:
+                measured = bank.run(self.progress, [held[key][1] for key in wanted])
+                found |= dict(zip(wanted, self._chosen(measured), strict=True))
+        result: np.ndarray = np.stack([found[key] for key in keys])[places.reshape(-1)]
+        return result
+
+    def settings(self, series: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
+        """What a table says of how it was made: these retrainings, and how many runs each series has."""
+        own = {name: getattr(self, name) for name in ("repetitions", "seed", "measurement")}
+        return own | {"runs": {name: len(runs) for name, runs in series.items()}}
+
+    def nothing_removed(self, examples: int, repetitions: int | None = None) -> np.ndarray:
+        """[R, Q]: the measurements of retrainings on everything."""
+        whole: np.ndarray = self.measured(np.ones((1, examples), dtype=bool), repetitions)[0]
+        return whole
+
+    def _banks(self, repetitions: int, examples: int) -> list[Bank]:
+        """Those in the folder, each bound to this recipe."""
+        banks = []
+        for path in sorted(Path(self.folder).glob("bank-*/bank.json")):
+            subsets = read_tensors(path.parent / "subsets.safetensors", None, ScoreError)["subsets"].numpy()
+            if subsets.shape[1] != examples:
+                raise ScoreError(
+                    f"{path}: this bank is about {subsets.shape[1]} examples, now there are {examples}. Use another "
+                    "folder, or delete this one to retrain everything."
+                )
+            banks.append(self._bank(path.parent, subsets, repetitions))
+            banks[-1].check()
+        return banks
+
+    @cached_property
+    def _described(self) -> _Described:
+        return _Described(self.training, self.training.settings())
+
+    def _bank(self, path: Path, subsets: np.ndarray, repetitions: int) -> Bank:
+        seeds = [int(digest([self.seed, row])[:7], 16) for row in subsets]  # 28 bits: fit for every generator
+        return Bank(path, self._described, subsets, repetitions, self.seed, seeds)
+
+    def _chosen(self, measured: np.ndarray) -> np.ndarray:
+        """[M, R, Q]: the measurement that was asked for."""
+        rows_MRPQ = measured if measured.ndim == 4 else measured[:, :, None]
+        if not 0 <= self.measurement < rows_MRPQ.shape[2]:
+            raise ScoreError(
+                f"measurement={self.measurement}: the training has {rows_MRPQ.shape[2]} for each query. Choose one, "
+                "counted from 0."
+            )
+        return rows_MRPQ[:, :, self.measurement]

@@ -1,0 +1,96 @@
+"""Influence functions at the end of training: with fitted curvature, and by LiSSA."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from numbers import Integral
+from typing import TYPE_CHECKING
+
+from ..errors import MethodError, check_choice
+from .method import check_batch, check_damping, damping_amount, final_point, stage_place
+from .plan import Curvature, IterativeInverse, Plan, Spectral, Term
+
+if TYPE_CHECKING:
+    from ..training.trajectory import Trajectory
+
+_KINDS = ("ekfac", "kfac", "diagonal", "identity")
+
+
+@dataclass(frozen=True)
+class InfluenceFunction:
+    """Influence function at the end of training: (curvature + damping)^-1 (Grosse et al. 2023, arXiv 2308.03296).
+
+    Args:
+        damping: added to the eigenvalues (the objective's weight decay, for the exact inverse Hessian of a
+            regularised objective), or "heuristic": 0.1 times each layer's mean eigenvalue.
+        curvature: "ekfac", "kfac", "diagonal" or "identity" (of a stage's own objective, at the final parameters).
+        fisher_batch: of "ekfac" and "diagonal", as for `Source`.
+    """
+
+    damping: float | str = "heuristic"
+    curvature: str = "ekfac"
+    fisher_batch: int = 1
+
+    def __post_init__(self) -> None:
+        check_batch(self.fisher_batch)
+        if self.fisher_batch > 1 and self.curvature in ("kfac", "identity"):
+            raise MethodError(
+                f"fisher_batch={self.fisher_batch}: curvature={self.curvature!r} squares no gradients, so there is "
+                "nothing to batch. Leave it at 1, or take 'ekfac' or 'diagonal'."
+            )
+        check_choice("curvature", self.curvature, _KINDS, MethodError)
+        check_damping(self.damping)
+
+    def plan(self, trajectory: Trajectory, stage: int = -1) -> Plan:
+        """One term at the last checkpoint."""
+        stage, final = stage_place(trajectory, stage), final_point(trajectory)
+        groups = trajectory.stages[stage].learning_rates.shape[1]
+        nothing, damping = (0.0,) * groups, damping_amount(self.damping)
+        if self.curvature == "identity":
+            inverse = 1 / (1 + (0.1 if damping is None else damping))
+            operator = Spectral(stage, "constant", None, (inverse,) * groups, nothing)
+        else:
+            curvature = Curvature(stage, (final,), (1.0,), self.curvature, batch=self.fisher_batch)
+            operator = Spectral(stage, "damped_inverse", curvature, (damping,) * groups, nothing)
+        return (Term("final", stage, final, (operator,), (final,), (1.0,)),)
+
+
+@dataclass(frozen=True)
+class LiSSA:
+    """Influence function with the exact Hessian, inverted by LiSSA (Agarwal et al. 2017; Koh and Liang 2017).
+
+    v <- q + v - (H_batch + damping) v / scale, in the limit scale * (H + damping)^-1 q.
+
+    Args:
+        damping: added to the Hessian; it must outweigh negative eigenvalues.
+        steps: iterations; sample_size: examples of each Hessian product.
+        repetitions: independent estimates that are averaged.
+        scale: at least half of the largest eigenvalue (of a batch's Hessian plus damping); None estimates it.
+        seed: of the batches.
+    """
+
+    damping: float = 0.01
+    steps: int = 100
+    sample_size: int = 256
+    repetitions: int = 1
+    scale: float | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        counts = (self.steps, self.sample_size, self.repetitions)
+        if not all(isinstance(count, Integral) for count in counts) or min(counts) < 1:
+            raise MethodError(
+                f"steps={self.steps}, sample_size={self.sample_size}, repetitions={self.repetitions}: "
+                "expected whole numbers, at least 1."
+            )
+        if isinstance(self.damping, str) or (self.scale is not None and not self.scale > 0):
+            raise MethodError(f"damping={self.damping!r}, scale={self.scale!r}: expected numbers, the scale above 0.")
+        check_damping(self.damping)
+
+    def plan(self, trajectory: Trajectory, stage: int = -1) -> Plan:
+        """One term at the last checkpoint."""
+        final, place = final_point(trajectory), stage_place(trajectory, stage)
+        operator = IterativeInverse(
+            place, final, self.damping, self.steps, self.sample_size, self.repetitions, self.seed, self.scale
+        )
+        return (Term("final", place, final, (operator,), (final,), (1.0,)),)

@@ -1,0 +1,84 @@
+"""Methods that invert a second moment of gradients in a random projection: TRAK and the projected Fisher."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from numbers import Integral
+from typing import TYPE_CHECKING
+
+from ..errors import MethodError
+from .method import check_batch, check_damping, damping_amount, final_point, stage_place
+from .plan import Plan, ProjectedInverse, Projection, Term
+
+if TYPE_CHECKING:
+    from ..training.trajectory import Trajectory
+
+
+@dataclass(frozen=True)
+class TRAK:
+    """TRAK at the end of training (Park et al. 2023, arXiv 2303.14186); several runs give its ensemble.
+
+    Features are projected gradients of the task's output function (`Task.compute_output`, a margin for
+    `tasks.Classification`); training gradients enter weighted by the loss's slope in that output, as they are the
+    loss's own gradients. An ensemble averages whole scores, the paper features and weights apart.
+
+    Args:
+        dimension: of the projection, random rank-one probes for each layer; None projects nothing (small models).
+        damping: added to the kernel's eigenvalues; "heuristic" 0.1 times their mean. The paper's is 0.
+        seed: of the projection.
+        fisher_batch: as for `ProjectedFisher`.
+    """
+
+    dimension: int | None = 512
+    damping: float | str = 0.0
+    seed: int = 0
+    fisher_batch: int = 1
+
+    def __post_init__(self) -> None:
+        check_batch(self.fisher_batch)
+        check_damping(self.damping)
+        _check_dimension(self.dimension)
+
+    def plan(self, trajectory: Trajectory, stage: int = -1) -> Plan:
+        """One term at the last checkpoint."""
+        return _projected_plan(trajectory, stage, self, "output")
+
+
+@dataclass(frozen=True)
+class ProjectedFisher:
+    """Influence with an empirical Fisher in a random projection, as in GGDA (Ley et al. 2024, arXiv 2410.09940).
+
+    Args:
+        dimension: of the projection; None projects nothing (small models).
+        damping: added to the Fisher's eigenvalues; "heuristic" 0.1 times their mean.
+        seed: of the projection.
+        fisher_batch: the *batched* empirical Fisher: outer products of so many examples' summed gradients, over their
+            number, so that their count falls by it. Random batches of b examples with mean gradient m add
+            (b - 1) m m^T, little near convergence; the scores' provenance tells the relative error on some examples.
+    """
+
+    dimension: int | None = 512
+    damping: float | str = "heuristic"
+    seed: int = 0
+    fisher_batch: int = 1
+
+    def __post_init__(self) -> None:
+        check_batch(self.fisher_batch)
+        check_damping(self.damping)
+        _check_dimension(self.dimension)
+
+    def plan(self, trajectory: Trajectory, stage: int = -1) -> Plan:
+        """One term at the last checkpoint."""
+        return _projected_plan(trajectory, stage, self, "train")
+
+
+def _projected_plan(trajectory: Trajectory, stage: int, of: TRAK | ProjectedFisher, features: str) -> Plan:
+    final, place = final_point(trajectory), stage_place(trajectory, stage)
+    projection = Projection(of.dimension, of.seed)
+    operator = ProjectedInverse(place, final, projection, features, damping_amount(of.damping), of.fisher_batch)
+    return (Term("final", place, final, (operator,), (final,), (1.0,)),)
+
+
+def _check_dimension(dimension: int | None) -> None:
+    if dimension is not None and (not isinstance(dimension, Integral) or dimension < 1):
+        raise MethodError(f"dimension={dimension}: expected at least 1, or None to project nothing.")

@@ -1,0 +1,140 @@
+"""SOURCE as a plan of terms (Bae et al. 2024, arXiv 2405.12186)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from operator import index
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from ..errors import MethodError, check_choice
+from ..training.segments import WEIGHTINGS, Segment, Segmentation, cut, segmentation
+from .method import Cuts, check_batch, final_point, stage_place
+from .plan import Curvature, Operator, Plan, Point, Preconditioner, Scale, Spectral, Term
+
+if TYPE_CHECKING:
+    from ..training.trajectory import Trajectory
+
+
+@dataclass(frozen=True)
+class Source:
+    """SOURCE: the final query gradient walked back through training (Bae et al. 2024, arXiv 2405.12186).
+
+    Args:
+        segments: how many segments (the paper takes three; see docs/FIDELITY.md for why the default is one), the steps
+            at which one ends and the next begins (of a single stage), or "auto": cut where curvature and gradients
+            really change, which the scores' provenance then explains.
+        fast: Fast-SOURCE: training gradients and curvature at each segment's mean parameters.
+        preconditioner: how Adam, AdamW, RMSprop and Adagrad enter. "kronecker": H~ = P^1/2 H P^1/2 as EK-FAC with the
+            rank-one part of P inside and the exact P where query and response enter and leave. "diagonal": the paper's
+            hybrid (its Appendix C): a diagonal curvature in the exponential, damped EK-FAC in the inverse. "none": as
+            if the run had been trained with SGD.
+        checkpoint_weights: "nearest": a checkpoint stands for the steps nearest to it; "equal", as in the paper.
+        penalty: for each segment, of segments="auto": the least drop of scatter, relative to the statistics' mean
+            square, that is worth one more cut.
+        fisher_batch: square sums of so many examples' pseudo-gradients for EK-FAC's eigenvalues, not each one's (GGDA's
+            batched Fisher): cheaper for layers with many positions. Unbiased, as pseudo-gradients have mean zero; the
+            scores' provenance tells by how much it differs on some examples.
+
+    Example:
+        >>> Source(segments=3).segments
+        3
+    """
+
+    segments: int | Sequence[int] | str = 1
+    fast: bool = False
+    preconditioner: str = "kronecker"
+    checkpoint_weights: str = "nearest"
+    penalty: float = 0.1
+    fisher_batch: int = 1
+
+    def __post_init__(self) -> None:
+        check_batch(self.fisher_batch)
+        check_choice("preconditioner", self.preconditioner, ("kronecker", "diagonal", "none"), MethodError)
+        check_choice("checkpoint_weights", self.checkpoint_weights, WEIGHTINGS, MethodError)
+        if not 0 <= self.penalty < float("inf"):
+            raise MethodError(f"penalty={self.penalty}: expected a finite number >= 0.")
+        if self.automatic:
+            return
+        given: Any = self.segments
+        try:
+            if isinstance(given, bool | str):
+                raise TypeError
+            plain = tuple(map(index, given)) if isinstance(given, Iterable) else index(given)
+        except TypeError:
+            raise MethodError(
+                f"segments={given!r}: expected a count, the steps at which to cut, as whole numbers, or 'auto'."
+            ) from None
+        object.__setattr__(self, "segments", plain)
+
+    @property
+    def automatic(self) -> bool:
+        """Whether a plan needs to be told where to cut."""
+        return isinstance(self.segments, str) and self.segments == "auto"
+
+    def cuts(self, trajectory: Trajectory, statistics: Mapping[int, Tensor]) -> dict[int, Segmentation]:
+        """For segments="auto": where each stage is cut, given its checkpoints' statistics [C, F]."""
+        stages = trajectory.stages
+        return {stage: segmentation(stages[stage], found, self.penalty) for stage, found in statistics.items()}
+
+    def plan(self, trajectory: Trajectory, stage: int = -1, cuts: Cuts | None = None) -> Plan:
+        """One term for each segment of the stage, first to last; later stages only let them decay.
+
+        cuts: needed where segments="auto". MethodError if a cut does not fit the trajectory.
+        """
+        stage, last = stage_place(trajectory, stage), len(trajectory.stages) - 1
+        walked: tuple[Operator, ...] = ()
+        terms: list[Term] = []
+        for place in range(last, stage - 1, -1):
+            parts = self._segments(trajectory, place, cuts)
+            for number, part in reversed(list(enumerate(parts, start=1))):
+                answer, forget = self._operators(trajectory.stages[place], place, part)
+                if place == stage:
+                    label = f"segment {number}: steps {part.start + 1}-{part.end}"
+                    points, weights = self._points(place, part)
+                    terms.append(Term(label, stage, final_point(trajectory), (*walked, *answer), points, weights))
+                walked = (*walked, *forget)
+        return tuple(reversed(terms))
+
+    def _segments(self, trajectory: Trajectory, place: int, cuts: Cuts | None) -> tuple[Segment, ...]:
+        asked = self.segments
+        if isinstance(asked, str):
+            if cuts is None:
+                raise MethodError("segments='auto' needs the checkpoints' statistics: run Analyzer.fit first.")
+            asked = cuts[place].cuts
+        elif not isinstance(asked, int) and len(trajectory.stages) > 1:
+            raise MethodError(
+                f"segments={list(asked)}: the run has {len(trajectory.stages)} stages. Give a count, or 'auto'."
+            )
+        return cut(trajectory.stages[place], asked, self.checkpoint_weights)
+
+    def _points(self, stage: int, part: Segment) -> tuple[tuple[Point, ...], tuple[float, ...]]:
+        if self.fast:
+            return (Point(stage, tuple(zip(part.checkpoints, part.weights, strict=True))),), (1.0,)
+        return tuple(Point.at(stage, checkpoint) for checkpoint in part.checkpoints), part.weights
+
+    def _operators(
+        self, trajectory: Trajectory, stage: int, part: Segment
+    ) -> tuple[tuple[Operator, ...], tuple[Operator, ...]]:
+        """What a segment learns of a query, and what it forgets of it on the way back."""
+        curvature = Curvature(stage, *self._points(stage, part), batch=self.fisher_batch)
+        if not trajectory.preconditioned or self.preconditioner == "none":
+            plain = partial(Spectral, stage, curvature=curvature, amount=part.lr_steps, shift=part.weight_decay)
+            return (plain("response"),), (plain("decay"),)
+        P = Preconditioner(stage, tuple(zip(part.checkpoints, part.weights, strict=True)))
+        kind = "ekfac" if self.preconditioner == "kronecker" else "diagonal"
+        scaled = replace(curvature, kind=kind, scaled=P)
+        shifted_by = None if trajectory.decoupled else P
+        of = partial(
+            Spectral, stage, curvature=scaled, amount=part.lr_steps, shift=part.weight_decay, shifted_by=shifted_by
+        )
+        if self.preconditioner == "kronecker":  # P^1/2 f(P^1/2 H P^1/2 + w) P^+-1/2
+            enter, undo = Scale(P, 0.5), Scale(P, -0.5)
+            return (enter, of("response"), enter), (enter, of("decay"), undo)
+        # (1 - exp(-lr_steps (P diag(H) + w))), then H^-1: Bae et al. 2024, Appendix C
+        coupled = (0.0,) * len(part.lr_steps) if trajectory.decoupled else part.weight_decay
+        inverse = Spectral(stage, "damped_inverse", curvature, (None,) * len(part.lr_steps), coupled)
+        return (of("saturation"), inverse), (of("decay"),)

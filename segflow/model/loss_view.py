@@ -1,0 +1,179 @@
+"""A model seen through its task: the tracked layers, and passes over data that are watched for non-finite numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..data.batches import Batch, Collate, batches
+from ..errors import LayerError
+from ..runtime.sharding import is_sharded
+from ..tasks.task import summed_loss
+from .capture import Consumer, called_parameters, capture, example_axes, requiring_grad
+from .finite import FiniteWatch
+from .label_draws import drawing
+from .layers import TrackedLayer
+from .tokens import Tokens
+
+
+@dataclass(frozen=True)
+class Lens:
+    """What a pass needs to look at the model with one of the task's losses.
+
+    kind: "train", "sample" (pseudo-labels) or "measurement"; axes: the example axis of each reached layer;
+    shapes: each reached layer's input shape for two examples; coarse: True where a layer computes in 16 bits.
+    seed, place: with an example's index, what its pseudo-labels depend on.
+    """
+
+    model: nn.Module
+    task: Any
+    kind: str
+    layers: Mapping[str, TrackedLayer]
+    axes: Mapping[str, int]
+    shapes: Mapping[str, torch.Size]
+    dtype: torch.dtype
+    device: torch.device
+    coarse: bool
+    seed: int = 0
+    place: int = 0
+
+    @property
+    def tolerance(self) -> float:
+        """Relative difference that rounding may make between two ways to compute one gradient."""
+        if self.coarse:
+            return 0.1
+        exact = self.device.type == "cpu"  # accelerators may multiply in reduced precision
+        return 1e-6 if self.dtype == torch.float64 else 1e-3 if exact else 1e-2
+
+    def positions(self, name: str) -> int:
+        """About how many positions a layer has for an example (the first example's, a convolution's of its input)."""
+        shape, layer = self.shapes[name], self.layers[name]
+        features = shape[-1] if isinstance(layer.module, nn.Linear) else shape[1]
+        return max(1, shape.numel() // (2 * features))
+
+    def loss(self, batch: Batch) -> Tensor:
+        """The summed loss of one batch."""
+        if self.kind != "sample":
+            return summed_loss(self.task, batch.content, self.model, kind=self.kind)
+        with drawing(self.seed, self.place, batch.examples):
+            return summed_loss(self.task, batch.content, self.model, kind=self.kind)
+
+    def capture(self, batch: Batch, consume: Consumer, watch: FiniteWatch) -> Tensor:
+        """Walk one batch, handing tokens to `consume` and their finiteness to `watch`; returns the loss.
+
+        Of an idle batch nothing is handed on. Raises LayerError where a layer's input does not have one row (or slice)
+        for each example.
+        """
+
+        def checked(layer: TrackedLayer, tokens: Tokens) -> None:
+            if tokens.a_PBSI.shape[1] != batch.size:
+                raise LayerError(
+                    f"layer {layer.name!r}: its input has {tokens.a_PBSI.shape[1]} rows in {batch}, expected one for "
+                    "each example. Give it inputs [examples, ..., features] (not flattened, routed or repeated), or "
+                    "leave it out of get_influence_tracked_modules()."
+                )
+            watch.see(layer.name, _magnitude(tokens))
+            consume(layer, tokens)
+
+        receive = _ignore if batch.idle else checked
+        loss = capture(self.layers, self.axes, lambda: self.loss(batch), receive, self.dtype)
+        if not batch.idle:
+            watch.see_loss(batch, loss)
+        return loss
+
+
+def make_lens(
+    model: nn.Module,
+    task: Any,
+    kind: str,
+    layers: Mapping[str, TrackedLayer],
+    dataset: Any,
+    collate_fn: Collate | None,
+) -> Lens:
+    """Find each layer's example axis with the dataset's first example; call it inside `observing(model)`.
+
+    Raises LayerError where a layer is not reached by a training loss (a measurement may leave layers out: their part
+    of it is zero), its input has no axis of examples, or its weight is also used outside its calls.
+    """
+    reference = next(iter(layers.values())).module.get_parameter("weight")
+    device = reference.device
+
+    def run(copies: int) -> None:
+        [batch] = batches(dataset, [[0] * copies], collate_fn, device)
+        summed_loss(task, batch.content, model, kind=kind)
+
+    axes, shapes, coarse = example_axes(layers, run)
+    unreached = [name for name in layers if name not in axes]
+    if unreached and (kind != "measurement" or not axes):
+        raise LayerError(
+            f"layer {unreached[0]!r}: never reached by the {kind} loss's forward"
+            f"{f' (nor {unreached[1:]})' if unreached[1:] else ''}. Leave it out with get_influence_tracked_modules()."
+        )
+    dtype = reference.dtype if reference.dtype in (torch.float32, torch.float64) else torch.float32
+    lens = Lens(model, task, kind, layers, axes, shapes, dtype, device, coarse)
+    if kind != "sample":  # pseudo-labels may differ between two evaluations
+        [batch] = batches(dataset, [[0, 0]], collate_fn, device)
+        _require_whole_gradients(lens, batch)
+    return lens
+
+
+def _require_whole_gradients(lens: Lens, batch: Batch) -> None:
+    """Raise LayerError unless each layer's tokens make up autograd's gradient of its parameters.
+
+    They do not where the loss uses a weight outside the layer's own calls, as in F.linear(x, self.head.weight).
+    """
+    found: dict[str, Tensor] = {}
+    scales: dict[str, float] = {}
+
+    def consume(layer: TrackedLayer, tokens: Tokens) -> None:
+        found[layer.name] = torch.einsum("pbso,pbsi->poi", tokens.g_PBSO, tokens.a_PBSI)
+        scales[layer.name] = _magnitude(tokens).sqrt().item()
+
+    torch.manual_seed(0)
+    lens.capture(batch, consume, FiniteWatch(""))
+    exact = _autograd_gradients(lens, batch)
+    relative, rounding = lens.tolerance, 0.01 * lens.tolerance
+    for name, gradient in exact.items():
+        norm = torch.linalg.vector_norm(gradient).item()
+        off = torch.linalg.vector_norm(gradient - found.get(name, 0.0)).item()
+        if off > relative * norm + rounding * scales.get(name, 0.0):
+            raise LayerError(
+                f"layer {name!r}: its calls do not make up its gradient of the {lens.kind} loss (they differ by "
+                f"{off / max(norm, 1e-300):.1%}), so the loss uses its weight outside of them. Call the module "
+                "wherever its weight is used, or leave it out of get_influence_tracked_modules()."
+            )
+
+
+def _autograd_gradients(lens: Lens, batch: Batch) -> dict[str, Tensor]:
+    """The gradient of a batch's loss in each layer's [P, O, I], by autograd; inside `observing(model)`."""
+    torch.manual_seed(0)
+    held = {} if is_sharded(lens.model) else {name: layer.parameters for name, layer in lens.layers.items()}
+    with ExitStack() as stack:
+        stack.enter_context(requiring_grad([parameter for own in held.values() for parameter in own]))
+        held = held or stack.enter_context(called_parameters(lens.layers))
+        stack.enter_context(torch.enable_grad())
+        loss = lens.loss(batch)
+        parameters = [parameter for own in held.values() for parameter in own]
+        found = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
+    gradients = iter(gradient.to(lens.dtype) for gradient in found)
+    return {
+        name: lens.layers[name].gradient_matrix(
+            next(gradients), next(gradients) if lens.layers[name].has_bias else None
+        )
+        for name in held
+    }
+
+
+def _ignore(_layer: TrackedLayer, _tokens: Tokens) -> None:
+    """Consume nothing."""
+
+
+def _magnitude(tokens: Tokens) -> Tensor:
+    """|a|^2 |g|^2: not finite if a token is not, or if a square or a product of squares may overflow."""
+    a, g = (torch.linalg.vector_norm(side) for side in tokens)
+    return (a * g).square()

@@ -1,0 +1,95 @@
+"""A model seen through one layer's input: representations take the place of gradients in every later stage."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ..data.batches import Batch
+from ..errors import LayerError
+from .capture import Consumer
+from .finite import FiniteWatch
+from .layers import TrackedLayer
+from .loss_view import Lens
+from .tokens import Tokens
+
+
+@dataclass(frozen=True)
+class FeatureLayer:
+    """One layer's input as a gradient of shape [1, 1, I]."""
+
+    name: str
+    shape: tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class RepresentationLens:
+    """Walks batches as a Lens does, and hands on each example's representation h as the tokens of a gradient h.
+
+    lens: of a loss that depends on the layer, with that layer alone; normalized: brings each h to norm 1.
+    """
+
+    lens: Lens
+    normalized: bool
+
+    @property
+    def layer(self) -> TrackedLayer:
+        """The layer whose input is the representation."""
+        return next(iter(self.lens.layers.values()))
+
+    @property
+    def layers(self) -> Mapping[str, FeatureLayer]:
+        """The layer, by its name."""
+        parts, _, inputs = self.layer.shape
+        width = parts * (inputs - int(self.layer.has_bias))
+        return {self.layer.name: FeatureLayer(self.layer.name, (1, 1, width))}
+
+    @property
+    def axes(self) -> Mapping[str, int]:
+        """As the lens's."""
+        return self.lens.axes
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """As the lens's."""
+        return self.lens.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """As the lens's."""
+        return self.lens.device
+
+    def positions(self, _name: str) -> int:
+        """A representation is one token."""
+        return 1
+
+    def capture(self, batch: Batch, consume: Consumer, watch: FiniteWatch) -> Tensor:
+        """Walk one batch, handing each example's representation to `consume`."""
+        feature = self.layers[self.layer.name]
+
+        def see(layer: TrackedLayer, tokens: Tokens) -> None:
+            a_PBSI = tokens.a_PBSI[..., : tokens.a_PBSI.shape[-1] - int(layer.has_bias)]
+            h_BI = a_PBSI.mean(2).movedim(0, 1).flatten(1)
+            if self.normalized:
+                h_BI = torch.nn.functional.normalize(h_BI, dim=1)
+            ones = h_BI.new_ones(1, len(h_BI), 1, 1)
+            consume(feature, Tokens(h_BI[None, :, None, :], ones))  # type: ignore[arg-type]
+
+        return self.lens.capture(batch, see, watch)
+
+
+def representation_lens(lens: Lens, name: str | None, normalized: bool) -> RepresentationLens:
+    """A lens restricted to one layer (None: the last); LayerError if it is not tracked."""
+    chosen = list(lens.layers)[-1] if name is None else name
+    if chosen not in lens.layers:
+        raise LayerError(f"layer={name!r} is not tracked. Choose one of {list(lens.layers)[:8]}.")
+    if chosen not in lens.axes:
+        raise LayerError(
+            f"layer {chosen!r}: the {lens.kind} loss does not reach it, so it has no representation there. Name "
+            f"another one with RepresentationSimilarity(layer=...): {list(lens.axes)[:8]}."
+        )
+    kept = {what: {chosen: of[chosen]} for what, of in (("layers", lens.layers), ("axes", lens.axes))}
+    return RepresentationLens(replace(lens, **kept), normalized)  # type: ignore[arg-type]

@@ -1,0 +1,130 @@
+"""Properties: queries that are one differentiable number of the model, with data of their own.
+
+A property is written as if its data were one batch. It is differentiated on streamed data, exactly: a first pass
+collects the model's outputs without a graph, autograd takes the property's slopes in them, and a second pass walks back
+from <slopes, outputs> batch by batch. Property functions as queries: Ley et al. 2024, arXiv 2410.09940.
+Axes: N examples of the property's data, B of a batch.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..data.batches import Collate, batches, dataset_length, in_order
+from ..data.fingerprints import code_digest, digest, plain_options
+from ..errors import TaskError
+from ..tasks.ready_made import inputs_and_targets
+
+Found = TypeVar("Found")
+
+
+class Property(ABC):
+    """One differentiable number of the model, with data of its own; give one, or a list, as `query` to `score`.
+
+    Args:
+        data: a map-style dataset.
+        name: the query's label; by default the class's name.
+        inputs, targets: the keys of a mapping batch.
+        collate_fn: joins examples into a batch, as for a DataLoader; by default the analyzer's.
+
+    Example:
+        >>> class WorstLoss(Property):  # a smooth maximum of the losses: no sum over examples
+        ...     def value(self, outputs, targets):
+        ...         return torch.nn.functional.cross_entropy(outputs, targets, reduction="none").logsumexp(0)
+        >>> data = torch.utils.data.TensorDataset(torch.eye(3), torch.tensor([0, 1, 1]))
+        >>> WorstLoss(data).evaluate(torch.nn.Linear(3, 2)) > 0
+        True
+    """
+
+    needs_outputs = True  # of all examples, before it can be differentiated
+
+    def __init__(
+        self,
+        data: Any,
+        *,
+        name: str | None = None,
+        inputs: str = "inputs",
+        targets: str = "labels",
+        collate_fn: Collate | None = None,
+    ):
+        dataset_length(data, f"{type(self).__name__}'s")
+        self.data, self.name = data, name or type(self).__name__
+        self.inputs, self.targets, self.collate_fn = inputs, targets, collate_fn
+
+    def outputs(self, batch: Any, model: nn.Module) -> Tensor:
+        """What the model says of each example, [B, ...]: by default its logits."""
+        said = model(inputs_and_targets(batch, self.inputs, self.targets)[0])
+        said = getattr(said, "logits", said)
+        if not isinstance(said, Tensor):
+            raise TaskError(f"{self.name}: the model returns a {type(said).__name__}. Define outputs(batch, model).")
+        return said
+
+    def targets_of(self, batch: Any) -> Tensor:
+        """What `value` needs to know of each example, [B, ...]: by default its labels."""
+        return inputs_and_targets(batch, self.inputs, self.targets)[1]
+
+    @abstractmethod
+    def value(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """The number, [], from the outputs [N, ...] and targets [N, ...] of all of the data, in order."""
+
+    def part(self, batch: Any, model: nn.Module, slopes: Tensor) -> Tensor:
+        """A batch's part of a sum whose gradient is the property's; slopes: of the value in the batch's outputs."""
+        return (slopes * self.outputs(batch, model)).sum()
+
+    def number(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """`value`, checked to be one finite number; raises TaskError."""
+        found = self.value(outputs, targets)
+        if not isinstance(found, Tensor) or found.numel() != 1:
+            shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+            raise TaskError(f"{self.name}.value: expected one number, found {shape}.")
+        if not torch.isfinite(found).all():
+            raise TaskError(f"{self.name}: its value is {found.item()}. Look at the outputs and at its data.")
+        return found.reshape(())
+
+    def evaluate(self, model: nn.Module, batch_size: int = 256) -> float:
+        """The property's value of a model in eval mode, as after retraining."""
+        found = self._walk(model, batch_size, lambda batch: (self.outputs(batch, model), self.targets_of(batch)))
+        return self.number(*(torch.cat(side) for side in zip(*found, strict=True))).item()
+
+    @torch.no_grad()
+    def _walk(self, model: nn.Module, batch_size: int, see: Callable[[Any], Found]) -> list[Found]:
+        """What is seen in each batch of the data, the model being in eval mode meanwhile."""
+        lists, device = in_order(len(self.data), batch_size), next(model.parameters()).device
+        training = model.training
+        model.eval()
+        try:
+            return [see(batch.content) for batch in batches(self.data, lists, self.collate_fn, device)]
+        finally:
+            model.train(training)
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What tells this property from others, besides its data: class, options and code."""
+        options: dict[str, Any] = plain_options(self)
+        for key, value in vars(self).items():
+            if isinstance(value, Tensor | np.ndarray):
+                options[key] = digest(value)
+        code = code_digest(self, "outputs", "targets_of", "value", "part", "total")
+        return {"property": type(self).__qualname__, "options": options, "code": code}
+
+
+def as_properties(query: Any) -> tuple[Property, ...] | None:
+    """The properties that are given as a query, one or several; None for a dataset of examples.
+
+    Raises TaskError for a list that mixes both.
+    """
+    if isinstance(query, Property):
+        return (query,)
+    if not isinstance(query, list | tuple) or not any(isinstance(one, Property) for one in query):
+        return None
+    if not all(isinstance(one, Property) for one in query):
+        raise TaskError(
+            "query: a list of both properties and examples. Score them in two calls, or make a property of the "
+            "examples: properties.MeanMeasurement(examples, task)."
+        )
+    return tuple(query)

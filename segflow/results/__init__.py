@@ -1,0 +1,7 @@
+"""The answer: labelled scores, scores of nested groups, and coarse groups refined to single examples."""
+
+from .refinement import Refinement
+from .scores import Scores
+from .tree import GroupTree
+
+__all__ = ["GroupTree", "Refinement", "Scores"]

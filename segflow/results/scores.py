@@ -1,0 +1,303 @@
+"""Scores: the labelled result.
+
+Axis letters: Q queries, K groups, N examples.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..data.fingerprints import digest
+from ..errors import ScoreError
+from ..groups.groups import Groups
+from ..store.files import read_tensors, write_tensors
+
+FORMAT = 1
+_KINDS = ("by_term", "by_layer", "by_run")
+NOT_SUMS = ("GradientCosine",)  # methods whose group scores are not sums of their members'
+
+
+class Ranked(NamedTuple):
+    """One group in a ranking: its place in `Scores.group_labels`, its label, and its score."""
+
+    group: int
+    label: str
+    score: float
+
+
+@dataclass(frozen=True)
+class Scores:
+    """The predicted change of each query's measurement if a group were removed from training.
+
+    values: [Q, K], in units of the measurement.
+    query_labels, group_labels: names of the rows and the columns; group_sizes: examples in each group.
+    provenance: the method, its options and terms, and what the scores were computed from.
+    by_term: {term: [Q, K]} and by_layer: {layer: [Q, K]}, each adding up to `values`; empty unless asked for.
+    by_run: {run: [Q, K]} of an ensemble, whose mean is `values`; empty unless asked for. spread: [Q, K], the standard
+    deviation over the runs of an ensemble; None for one run.
+    """
+
+    values: Tensor
+    query_labels: tuple[str, ...]
+    group_labels: tuple[str, ...]
+    group_sizes: tuple[int, ...]
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    by_term: Mapping[str, Tensor] = field(default_factory=dict)
+    by_layer: Mapping[str, Tensor] = field(default_factory=dict)
+    by_run: Mapping[str, Tensor] = field(default_factory=dict)
+    spread: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        expected = (len(self.query_labels), len(self.group_labels))
+        named = {name: part for kind in _KINDS for name, part in getattr(self, kind).items()}
+        for name, part in {"values": self.values, **named}.items():
+            if tuple(part.shape) != expected:
+                raise ScoreError(f"{name}: shape {tuple(part.shape)}, expected {expected} from the labels.")
+        if len(self.group_sizes) != len(self.group_labels):
+            raise ScoreError(f"{len(self.group_sizes)} group sizes for {len(self.group_labels)} groups.")
+        object.__setattr__(self, "group_sizes", tuple(map(int, self.group_sizes)))
+        try:
+            plain = json.loads(json.dumps(dict(self.provenance)))  # as `load` will read it
+        except (TypeError, ValueError) as problem:
+            raise ScoreError(f"provenance: expected what JSON can hold ({problem}).") from problem
+        object.__setattr__(self, "provenance", plain)
+
+    def _parts(self) -> dict[str, Tensor]:
+        """Every tensor [Q, K], by the name that it is saved under."""
+        found = {"values": self.values}
+        for kind in _KINDS:
+            found |= {f"{kind}.{index}": part for index, part in enumerate(getattr(self, kind).values())}
+        return found if self.spread is None else found | {"spread": self.spread}
+
+    def __repr__(self) -> str:
+        queries, groups = self.values.shape
+        return f"Scores({queries} queries x {groups} groups, {self.provenance.get('method', 'unknown method')})"
+
+    def total(self) -> Scores:
+        """The scores summed over the queries: one row, the change of the summed measurement.
+
+        An ensemble's spread is that of the sums, known only where `by_run` was kept.
+        """
+        summed = self._mapped(lambda part: part.sum(0, keepdim=True))
+        return replace(self, query_labels=("all queries",), **summed, spread=_spread(summed["by_run"]))
+
+    def by_example(self, groups: Groups) -> Scores:
+        """The scores of single examples [Q, N]: each gets its group's score divided by the group's size.
+
+        How methods that score groups are compared on tasks about examples, such as finding wrong labels. Parts and
+        spread are divided alike.
+
+        Args:
+            groups: the groups that were scored; they must cover all N examples.
+
+        Raises:
+            ScoreError: the groups are others than those of the scores, or leave examples out.
+
+        Example:
+            >>> groups = Groups.from_lists([[0, 2], [1]], length=3)
+            >>> Scores(torch.tensor([[6.0, 5.0]]), ("q",), groups.labels, (2, 1)).by_example(groups).values
+            tensor([[3., 5., 3.]])
+        """
+        self.check_groups(groups, "by_example: groups")
+        of_N = torch.from_numpy(groups.membership()).to(self.values.device)
+        missed = torch.nonzero(of_N < 0).flatten().tolist()
+        if missed:
+            raise ScoreError(
+                f"by_example: the groups leave out {len(missed)} of {groups.length} examples, the first is "
+                f"{missed[0]}, which have no score. Score groups that cover all examples."
+            )
+        sizes_N = torch.tensor(self.group_sizes, device=of_N.device)[of_N]
+        return replace(
+            self,
+            **self._mapped(lambda part: part[:, of_N] / sizes_N),
+            group_labels=tuple(map(str, range(groups.length))),
+            group_sizes=(1,) * groups.length,
+            provenance={**self.provenance, "shared_out_from": f"{len(groups)} groups"},
+            spread=None if self.spread is None else self.spread[:, of_N] / sizes_N,
+        )
+
+    def rolled_up(self, fine: Groups, coarse: Groups) -> Scores:
+        """The scores of coarser groups: those of the finer groups within each, added up in float64.
+
+        An ensemble's spread is that of the sums, known only where `by_run` was kept.
+
+        Args:
+            fine: the groups that were scored. coarse: groups of the same examples; each finer one lies within one.
+
+        Raises:
+            ScoreError: `fine` are not the scores' groups, a finer group does not lie within one coarser group, the two
+                are not about the same examples, or the method's scores do not add up.
+
+        Example:
+            >>> fine, coarse = Groups.singletons(3), Groups.from_lists([[0, 2], [1]], length=3)
+            >>> Scores(torch.tensor([[1.0, 5.0, 2.0]]), ("q",), fine.labels, (1, 1, 1)).rolled_up(fine, coarse).values
+            tensor([[3., 5.]])
+        """
+        self.check_groups(fine, "rolled_up: fine")
+        method = self.provenance.get("method")
+        if method in NOT_SUMS:
+            raise ScoreError(f"rolled_up: scores of {method} do not add up. Score the coarser groups themselves.")
+        parent_K = torch.from_numpy(_parents(fine, coarse)).to(self.values.device)
+
+        def added(part: Tensor) -> Tensor:
+            sums = part.new_zeros(len(part), len(coarse), dtype=torch.float64)
+            return sums.index_add_(1, parent_K, part.double()).to(part.dtype)
+
+        mapped = self._mapped(added)
+        return replace(
+            self,
+            **mapped,
+            group_labels=coarse.labels,
+            group_sizes=tuple(coarse.sizes.tolist()),
+            provenance={**self.provenance, "rolled_up_from": f"{len(fine)} groups"},
+            spread=_spread(mapped["by_run"]),
+        )
+
+    def check_groups(self, groups: Groups, where: str = "groups") -> None:
+        """Raise ScoreError, which says where, unless these are the groups that were scored."""
+        own = (self.group_labels, self.group_sizes)
+        if own != (groups.labels, tuple(groups.sizes.tolist())):
+            raise ScoreError(
+                f"{where}: {groups!r}, labels {list(groups.labels[:4])}..., are not the {len(own[0])} groups of these "
+                f"scores, labels {list(own[0][:4])}..., of {sum(own[1])} examples. Give the groups that were scored."
+            )
+
+    def _mapped(self, change: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+        """Values and parts after a linear change of each; not the spread."""
+        parts = {kind: {name: change(part) for name, part in getattr(self, kind).items()} for kind in _KINDS}
+        return {"values": change(self.values), **parts}
+
+    def top(self, query: int | str = 0, k: int = 10, largest: bool = True) -> list[Ranked]:
+        """The k groups whose removal raises the query's measurement most (lowers it most: largest=False)."""
+        row = self.values[self._row(query)]
+        order = torch.argsort(row, descending=largest, stable=True)[: max(k, 0)].tolist()
+        return [Ranked(index, self.group_labels[index], row[index].item()) for index in order]
+
+    def _row(self, query: int | str) -> int:
+        if isinstance(query, str):
+            if query not in self.query_labels:
+                raise ScoreError(f"no query {query!r}; the queries are {list(self.query_labels[:8])}...")
+            return self.query_labels.index(query)
+        if not -len(self.query_labels) <= query < len(self.query_labels):
+            raise ScoreError(f"query={query}: there are {len(self.query_labels)} queries.")
+        return query
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write everything to one safetensors file, atomically."""
+        tensors = self._parts()
+        labels = {
+            "format": FORMAT,
+            "query_labels": self.query_labels,
+            "group_labels": self.group_labels,
+            "group_sizes": self.group_sizes,
+            "provenance": self.provenance,
+            **{kind: list(getattr(self, kind)) for kind in _KINDS},
+        }
+        tensors["labels"] = _bytes(json.dumps(labels))
+        write_tensors(Path(path), tensors | {"sha256": _bytes(digest(tensors))}, {"segflow": "scores"})
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Scores:
+        """Read what `save` wrote; ScoreError if the file is not whole or not a scores file."""
+        tensors = read_tensors(Path(path), None, ScoreError)
+        if not {"values", "labels", "sha256"} <= set(tensors):
+            raise ScoreError(
+                f"{path}: not a scores file (tensors {sorted(tensors)[:4]}). Expected what Scores.save wrote."
+            )
+        if not tensors.pop("sha256").equal(_bytes(digest(tensors))):
+            raise ScoreError(f"{path}: damaged, its content has another checksum. Restore it or make it anew.")
+        try:
+            return cls._labelled(Path(path), tensors, json.loads(tensors["labels"].numpy().tobytes()))
+        except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as problem:
+            raise ScoreError(f"{path}: its labels make no sense ({problem}). Restore it or make it anew.") from problem
+
+    @classmethod
+    def _labelled(cls, path: Path, tensors: Mapping[str, Tensor], labels: Any) -> Scores:
+        if labels["format"] != FORMAT:
+            raise ScoreError(f"{path}: scores format {labels['format']!r}, this segflow reads format {FORMAT}.")
+        parts = {
+            kind: {name: tensors[f"{kind}.{index}"] for index, name in enumerate(labels.get(kind, ()))}
+            for kind in _KINDS
+        }
+        return cls(
+            tensors["values"],
+            tuple(labels["query_labels"]),
+            tuple(labels["group_labels"]),
+            tuple(labels["group_sizes"]),
+            labels["provenance"],
+            **parts,
+            spread=tensors.get("spread"),
+        )
+
+    def numpy(self) -> np.ndarray:
+        """The values as a NumPy array [Q, K]."""
+        array: np.ndarray = self.values.cpu().numpy()
+        return array
+
+    def to_pandas(self) -> Any:
+        """A pandas DataFrame: one row for each query, one column for each group."""
+        import pandas
+
+        index = pandas.Index(self.query_labels, name="query")
+        return pandas.DataFrame(self.numpy(), index=index, columns=pandas.Index(self.group_labels, name="group"))
+
+    def to_xarray(self) -> Any:
+        """An xarray Dataset: values (query, group), group_size, spread, by_term, by_layer and by_run if there."""
+        import xarray
+
+        coords: dict[str, Any] = {"query": list(self.query_labels), "group": list(self.group_labels)}
+        data: dict[str, Any] = {"values": (("query", "group"), self.numpy())}
+        data["group_size"] = (("group",), np.array(self.group_sizes))
+        if self.spread is not None:
+            data["spread"] = (("query", "group"), self.spread.cpu().numpy())
+        for kind in _KINDS:
+            parts, axis = getattr(self, kind), kind.removeprefix("by_")
+            if parts:
+                coords[axis] = list(parts)
+                data[kind] = ((axis, "query", "group"), np.stack([part.cpu().numpy() for part in parts.values()]))
+        return xarray.Dataset(data, coords, attrs={"provenance": json.dumps(self.provenance)})
+
+
+def _bytes(text: str) -> Tensor:
+    return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
+
+
+def _spread(by_run: Mapping[str, Tensor]) -> Tensor | None:
+    """The standard deviation over the runs, where there are some."""
+    return torch.stack(list(by_run.values())).std(0) if len(by_run) > 1 else None
+
+
+def _parents(fine: Groups, coarse: Groups) -> np.ndarray:
+    """[K]: the coarser group that each finer one lies within; ScoreError where it does not, or if examples differ."""
+    if fine.length != coarse.length:
+        raise ScoreError(
+            f"rolled_up: the finer groups are about {fine.length} examples, the coarser ones about {coarse.length}. "
+            "Give groups of one dataset."
+        )
+    of_N = coarse.membership()
+    held = of_N[np.concatenate(fine.members)]
+    starts = np.cumsum(fine.sizes) - fine.sizes
+    parents: np.ndarray = held[starts]
+    outside = np.flatnonzero(np.logical_or.reduceat(held != np.repeat(parents, fine.sizes), starts) | (parents < 0))
+    if len(outside):
+        found = sorted({coarse.labels[of] if of >= 0 else "none" for of in of_N[fine.members[outside[0]]]})
+        raise ScoreError(
+            f"rolled_up: the finer group {fine.labels[outside[0]]!r} does not lie within one coarser group: its "
+            f"examples are in {found}. Give groups that are nested."
+        )
+    lost = np.flatnonzero((of_N >= 0) & (fine.membership() < 0))
+    if len(lost):
+        raise ScoreError(
+            f"rolled_up: {len(lost)} examples of the coarser groups are in no finer group, the first is {lost[0]} (in "
+            f"{coarse.labels[of_N[lost[0]]]!r}), so a sum would lack them. Score groups that cover them."
+        )
+    return parents

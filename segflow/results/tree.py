@@ -1,0 +1,98 @@
+"""Trees of groups: the same examples in coarse groups, and in finer ones within each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+
+import numpy as np
+
+from ..errors import GroupError
+from ..groups.groups import Groups
+from .scores import Scores
+
+
+@dataclass(frozen=True)
+class GroupTree:
+    """Groups of the same examples from coarse to fine, each finer group within one coarser group.
+
+    Only the finest level need be scored: the coarser ones follow from it by addition.
+
+    Args:
+        levels: groups, the coarsest first.
+
+    Raises:
+        GroupError: there is no level, levels are about other examples, or a group is not within one coarser group.
+
+    Example:
+        >>> tree = GroupTree.by(["web", "web", "book"], ["ann", "bob", "ann"])
+        >>> tree.finest.labels, tree.parents(1).tolist()
+        (('book / ann', 'web / ann', 'web / bob'), [0, 1, 1])
+    """
+
+    levels: tuple[Groups, ...]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "levels", tuple(self.levels))
+        wrong = [type(level).__name__ for level in self.levels if not isinstance(level, Groups)]
+        if wrong or not self.levels:
+            raise GroupError(f"levels: found {wrong or 'none'}. Expected segflow.Groups, the coarsest first.")
+        _ = self._parents
+
+    @classmethod
+    def from_levels(cls, *levels: Groups) -> GroupTree:
+        """A tree of groups that were made one by one, the coarsest first."""
+        return cls(levels)
+
+    @classmethod
+    def by(cls, *columns: Iterable[object]) -> GroupTree:
+        """Levels by the first column of labels, by the first two, and so on (source, then document, ...).
+
+        Each column has one label for each example; see `Groups.by`.
+        """
+        held = [list(column) for column in columns]
+        return cls(tuple(Groups.by(*held[:count]) for count in range(1, len(held) + 1)))
+
+    @property
+    def finest(self) -> Groups:
+        """The last level, which is to be scored."""
+        return self.levels[-1]
+
+    def parents(self, level: int) -> np.ndarray:
+        """[K]: for each group of a level (1 for the second) the place of its group one level up."""
+        if not 1 <= level < len(self.levels):
+            raise GroupError(
+                f"level={level}: expected 1 to {len(self.levels) - 1}; the coarsest level, 0, has no groups above it."
+            )
+        return self._parents[level - 1].copy()
+
+    @cached_property
+    def _parents(self) -> list[np.ndarray]:
+        return [_parents(*pair, level) for level, pair in enumerate(pairwise(self.levels), start=1)]
+
+    def scores(self, scores: Scores) -> tuple[Scores, ...]:
+        """The scores of every level, from coarse to fine, given those of the finest; they add up.
+
+        Raises ScoreError if these are not the finest level's scores, or of a method whose scores do not add up.
+        """
+        return (*(scores.rolled_up(self.finest, level) for level in self.levels[:-1]), scores)
+
+
+def _parents(coarse: Groups, fine: Groups, level: int) -> np.ndarray:
+    """[K]: the coarser group that holds each finer group's examples, all of them."""
+    above_N, own_N = coarse.membership(), fine.membership()
+    if coarse.length != fine.length or ((above_N < 0) != (own_N < 0)).any():
+        raise GroupError(
+            f"levels {level - 1} and {level} are about {(above_N >= 0).sum()} of {coarse.length} and "
+            f"{(own_N >= 0).sum()} of {fine.length} examples. Expected the same examples in every level."
+        )
+    parents_K = above_N[[member[0] for member in fine.members]]
+    for place in own_N[(own_N >= 0) & (parents_K[own_N] != above_N)][:1]:
+        holders = [coarse.labels[k] for k in np.unique(above_N[fine.members[place]])]
+        raise GroupError(
+            f"level {level}: the examples of group {fine.labels[place]!r} are in groups {holders} of level "
+            f"{level - 1}. Expected each group within one coarser group."
+        )
+    return parents_K

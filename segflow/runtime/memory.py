@@ -1,0 +1,50 @@
+"""Peak memory of this process and of its device, sampled while somebody watches."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import psutil
+import torch
+
+_SAMPLE_EVERY = 0.1  # seconds between two looks at the memory
+
+
+class PeakMemory:
+    """Peak memory of this process (and of its CUDA device) while somebody watches, sampled by one thread."""
+
+    def __init__(self) -> None:
+        self._peaks: dict[int, list[int]] = {}
+        self._process = psutil.Process()
+        self._thread: threading.Thread | None = None
+
+    @contextmanager
+    def watched(self) -> Iterator[Callable[[], int]]:
+        """Sample inside; the function that is yielded tells the peak, in bytes."""
+        peak = [self._now()]
+        self._peaks[id(peak)] = peak
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._sample, name="segflow-memory", daemon=True)
+            self._thread.start()
+        try:
+            yield lambda: peak[0]
+        finally:
+            peak[0] = max(peak[0], self._now())
+            del self._peaks[id(peak)]
+
+    def _now(self) -> int:
+        device = torch.cuda.max_memory_allocated() if torch.cuda.is_initialized() else 0
+        return int(self._process.memory_info().rss) + device
+
+    def _sample(self) -> None:
+        idle = 0
+        while idle < 5:
+            idle = 0 if self._peaks else idle + 1
+            now = self._now()
+            for peak in list(self._peaks.values()):
+                peak[0] = max(peak[0], now)
+            time.sleep(_SAMPLE_EVERY)
+        self._thread = None

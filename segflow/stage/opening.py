@@ -1,0 +1,204 @@
+"""From what the user gives to one workspace for each stage of each run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import nn
+
+from ..data.batches import Collate
+from ..errors import MethodError, SegflowError, TrajectoryError, check_choice
+from ..model.layers import LayerChoice, choose_layers
+from ..runtime.sharding import is_sharded
+from ..store.shared import Units
+from ..tasks.task import check_task, tracked_module_names
+from ..training.trajectory import Trajectory
+from .context import Workspace
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What all workspaces of an analyzer share."""
+
+    model: nn.Module
+    units: Units
+    seed: int
+    memory: int
+    collate_fn: Collate | Mapping[str, Collate] | None
+    progress: bool | None
+    curvature_examples: int | None = None
+
+
+def workspaces(settings: Settings, task: Any, run: Trajectory, prefix: str) -> list[Workspace]:
+    """One workspace for each stage of a run, whose units' names begin with `prefix`.
+
+    Raises TaskError, LayerError or TrajectoryError where task, model and trajectory do not fit together.
+    """
+    names = [stage.stage for stage in run.stages]
+    tasks, collates = by_stage(task, names, "task"), by_stage(settings.collate_fn, names, "collate_fn")
+    settled = [_layers(settings.model, *of) for of in zip(tasks, run.stages, strict=True)]
+    found = []
+    for place, (stage, (layers, groups)) in enumerate(zip(run.stages, _agreed(settled), strict=True)):
+        found.append(
+            Workspace(
+                settings.model,
+                tasks[place],
+                run,
+                place,
+                settings.units,
+                layers,
+                groups,
+                settings.seed,
+                settings.memory,
+                collates[place],
+                settings.progress,
+                is_sharded(settings.model),
+                prefix + (f"stages/{stage.stage}/" if len(names) > 1 else ""),
+                settings.curvature_examples,
+            )
+        )
+    return found
+
+
+def _layers(model: nn.Module, task: Any, stage: Trajectory) -> tuple[LayerChoice, dict[str, int]]:
+    """The layers that a stage trained, with their parameter groups; task: None where none is given for the stage."""
+    if task is not None:
+        check_task(task)
+    check_parameter_names(model, stage)
+    trained = None if stage.parameter_groups is None else stage.parameter_groups.__contains__
+    return settle_parameter_groups(choose_layers(model, tracked_module_names(task), trained), stage)
+
+
+def _agreed(stages: Sequence[tuple[LayerChoice, dict[str, int]]]) -> list[tuple[LayerChoice, dict[str, int]]]:
+    """The same, a layer's bias being attributed in all stages that trained the layer, or in none."""
+    bare = {name for choice, _ in stages for name, layer in choice.tracked.items() if not layer.has_bias}
+    found = []
+    for choice, groups in stages:
+        tracked, skipped = dict(choice.tracked), dict(choice.skipped)
+        for name, layer in choice.tracked.items():
+            if name in bare and layer.has_bias:
+                tracked[name] = replace(layer, has_bias=False)
+                skipped[layer.parameter_names[1]] = "another stage did not train it as it trained the weight"
+        found.append((LayerChoice(tracked, skipped), groups))
+    return found
+
+
+def by_stage(given: Any, names: Sequence[str], what: str) -> list[Any]:
+    """What is given for each stage: a mapping's entries (None where it has none), or one thing for all.
+
+    Datasets that are mappings themselves are told apart by their keys. TrajectoryError for an unknown stage.
+    """
+    told = list(names) != ["train"]  # the name of a stage that was given none: a mapping is then a dataset by itself
+    stages = told and isinstance(given, Mapping) and bool({key for key in given if isinstance(key, str)} & set(names))
+    if not stages:
+        if what == "train" and len(names) > 1:
+            raise TrajectoryError(
+                f"the run has the stages {list(names)}: give training data as {{stage: dataset}}, for the stage to "
+                "attribute and all later ones."
+            )
+        return [given] * len(names)
+    unknown = sorted(map(str, set(given) - set(names)))
+    if unknown:
+        raise TrajectoryError(f"{what}: there is no stage {unknown[0]!r}. The run has {list(names)}.")
+    return [given.get(name) for name in names]
+
+
+def check_arguments(runs: Sequence[Any], method: Any, memory: Any, curvature_examples: Any) -> None:
+    """Name what was given where something else is expected."""
+    if not runs or not all(isinstance(run, Trajectory) for run in runs):
+        raise TrajectoryError(
+            f"trajectory={runs[0] if len(runs) == 1 else runs!r}: expected a segflow.Trajectory, or several "
+            "of one recipe. Read a recorded run with Trajectory.load(folder)."
+        )
+    shapes = {tuple((stage.stage, stage.dataset_size) for stage in run.stages) for run in runs}
+    if len(shapes) > 1:
+        raise TrajectoryError(
+            f"the runs of an ensemble differ in their stages or dataset sizes: {sorted(shapes)}. "
+            "Expected the same recipe."
+        )
+    if method is not None and (isinstance(method, type) or not callable(getattr(method, "plan", None))):
+        raise MethodError(f"method={method!r}: expected one of Source(...), InfluenceFunction(...), TracIn(), ...")
+    few = curvature_examples
+    if few is not None and (isinstance(few, bool) or not isinstance(few, int) or few < 1):
+        raise SegflowError(f"curvature_examples={few!r}: expected a whole number of examples, or None for all.")
+    if isinstance(memory, bool) or not isinstance(memory, int) or memory < 1:
+        raise SegflowError(f"memory={memory!r}: expected a whole number of bytes, such as 2 << 30.")
+
+
+def check_alike(runs: Sequence[Sequence[Workspace]]) -> None:
+    """Raise TrajectoryError unless the runs of an ensemble attribute the same layers."""
+    for run in runs[1:]:
+        for first, other in zip(runs[0], run, strict=True):
+            if first.shapes != other.shapes:
+                raise TrajectoryError(
+                    f"the runs of an ensemble attribute different layers, {first.shapes} and {other.shapes}. "
+                    "Were their parameter groups the same? Name the layers with get_influence_tracked_modules()."
+                )
+
+
+def training_data(runs: Sequence[Sequence[Workspace]], train: Any) -> list[Any]:
+    """The training data of each stage, None where it is not given; it must fit the stages of every run."""
+    works = runs[0]
+    trains = by_stage(train, [work.trajectory.stage for work in works], "train")
+    given = [data is not None for data in trains]
+    if not given[-1] or given != sorted(given):
+        raise TrajectoryError(
+            f"training data is given for {[w.trajectory.stage for w, ok in zip(works, given, strict=True) if ok]}: "
+            "expected it for the stage to attribute and for all later ones, which let it decay."
+        )
+    for run in runs:
+        for work, data in zip(run, trains, strict=True):
+            if data is not None:
+                work.require_task()
+                work.require_training_data(data)
+    return trains
+
+
+def stage_place(works: Sequence[Workspace], stage: str | None, trains: Sequence[Any]) -> int:
+    """The place of the stage to score, by default the last; TrajectoryError if its data is not given."""
+    names = [work.trajectory.stage for work in works]
+    if stage is None:
+        return len(names) - 1
+    check_choice("stage", stage, names, TrajectoryError)
+    if trains[names.index(stage)] is None:
+        raise TrajectoryError(f"stage={stage!r}: its training data is not given. Pass {{stage: dataset}}.")
+    return names.index(stage)
+
+
+def settle_parameter_groups(choice: LayerChoice, trajectory: Trajectory) -> tuple[LayerChoice, dict[str, int]]:
+    """Each layer's parameter group; a bias that was trained otherwise than its weight is not attributed.
+
+    One layer has one learning rate and weight decay, so a bias in a group with others is left out, and named among
+    the skipped.
+    """
+    tracked, skipped, groups = dict(choice.tracked), dict(choice.skipped), {}
+    for name, layer in choice.tracked.items():
+        prefix = f"{name}." if name else ""
+        groups[name] = weight = trajectory.group_of(f"{prefix}weight") or 0
+        bias = trajectory.group_of(f"{prefix}bias") if layer.has_bias else weight
+        logged = {
+            "learning rate": trajectory.learning_rates,
+            "momentum": trajectory.momentum,
+            "dampening": trajectory.dampening,
+            "weight decay": trajectory.weight_decay,
+        }
+        differing = [what for what, log in logged.items() if not log[:, weight].equal(log[:, bias])]
+        if bias is not None and trajectory.eps[weight] != trajectory.eps[bias]:
+            differing.append("eps")
+        if differing:
+            tracked[name] = replace(layer, has_bias=False)
+            skipped[f"{prefix}bias"] = f"it was trained with another {' and '.join(differing)} than the weight"
+    return LayerChoice(tracked, skipped), groups
+
+
+def check_parameter_names(model: nn.Module, trajectory: Trajectory) -> None:
+    """Raise TrajectoryError for a parameter that the trajectory names and the model does not have."""
+    known = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    unknown = sorted(set(trajectory.parameter_groups or ()) - known)
+    if unknown:
+        raise TrajectoryError(
+            f"parameter_groups names {unknown[:4]}, which the model does not have. "
+            "Give the names of model.named_parameters(), or the model that was trained."
+        )

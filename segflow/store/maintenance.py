@@ -1,0 +1,148 @@
+"""Looking after a store: what is in it, whether it is whole, and removing only what may go."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import StoreError
+from .files import TensorFile, read_json, write_json
+from .lock import hold
+from .store import FORMAT, Entry, Store
+
+BROKEN = ("damaged", "missing")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One unit, or a file that belongs to none.
+
+    state: "ok"; "stale" (a unit it was made of has changed since); "damaged" (its file or entry is not what was
+    committed); "missing" (it has no file any more); "orphan" (a file without entry); "leftover" (a file not finished).
+    why: what is wrong, for a damaged one.
+    """
+
+    name: str
+    state: str
+    bytes: int
+    entry: Entry | None = None
+    why: str = ""
+
+    @property
+    def made_from(self) -> str:
+        """What the unit was made from, in short."""
+        if self.entry is None:
+            return self.why
+        known = self.entry.made_from
+        data = known.get("dataset")
+        length = data.get("length") if isinstance(data, dict) else None
+        facts = {
+            "checkpoint": str(known["checkpoint"])[:8] if "checkpoint" in known else None,
+            "examples": length,
+            "seed": known.get("seed"),
+            "dtype": str(known["dtype"]).removeprefix("torch.") if "dtype" in known else None,
+        }
+        short = ", ".join(f"{key} {value}" for key, value in facts.items() if value is not None)
+        return f"{short}; {self.why}" if self.why else short
+
+    def as_json(self) -> dict[str, Any]:
+        """All that is known, as JSON can hold it."""
+        return {"name": self.name, "state": self.state, "bytes": self.bytes, "why": self.why} | (
+            {} if self.entry is None else {key: value for key, value in asdict(self.entry).items() if key != "bytes"}
+        )
+
+
+def survey(store: Store, thorough: bool = False) -> list[Finding]:
+    """Everything in a store; `thorough` reads every file and verifies its checksum."""
+    if not store.root.is_dir():
+        raise StoreError(f"{store.root}: no such folder. Give the folder that was passed as store= to the Analyzer.")
+    names = store.names()
+    found = [_unit(store, name, thorough) for name in names]
+    orphans = sorted(set(store.files()) - set(names))
+    found += [Finding(name, "orphan", _size(store.root / "units" / f"{name}.safetensors")) for name in orphans]
+    rest = [(path, path.relative_to(store.root).as_posix()) for path in store.leftovers()]
+    return found + [Finding(name, "leftover", _size(path)) for path, name in rest]
+
+
+def _unit(store: Store, name: str, thorough: bool) -> Finding:
+    entry = None
+    try:
+        path = store.unit_path(name)
+        entry = store.entry(name)
+        if entry is None or not path.exists():
+            return Finding(name, "missing", 0, entry)
+        size = _size(path)
+        if size != entry.bytes:
+            return Finding(name, "damaged", size, entry, f"{size:,} bytes, expected {entry.bytes:,}")
+        if thorough:
+            TensorFile(path, entry.sha256, StoreError)
+        return Finding(name, "stale" if store.is_stale(entry) else "ok", size, entry)
+    except StoreError as problem:
+        return Finding(name, "damaged", 0, entry, str(problem))
+
+
+def collect_garbage(store: Store, scores: bool = False, dry_run: bool = False) -> list[Finding]:
+    """Remove what no run will read again: leftovers, orphans, stale units and, with `scores`, all scores.
+
+    Returns what was removed (with `dry_run`: would be).
+    """
+
+    def may_go(found: Finding) -> bool:
+        return found.state in ("stale", "orphan", "leftover") or (
+            scores and found.state == "ok" and found.name.startswith("scores/")
+        )
+
+    if dry_run:
+        return list(filter(may_go, survey(store)))
+    with store.locked("gc", tidy=False):
+        going = list(filter(may_go, survey(store)))
+        for found in going:
+            _remove([store.root / found.name] if found.state == "leftover" else _paths(store, found.name))
+    return going
+
+
+def repair(store: Store) -> list[Finding]:
+    """Set damaged and missing units aside, in `quarantine/`, so that the next run makes them anew; returns them."""
+    with hold(store.root, "repair"):
+        _restore_marker(store)
+        broken = [found for found in survey(store, thorough=True) if found.state in BROKEN]
+        for found in broken:
+            for path in _paths(store, found.name):
+                _set_aside(store, path)
+    return broken
+
+
+def _restore_marker(store: Store) -> None:
+    """Write manifest.json anew where it cannot be read at all; one of another format is left alone."""
+    path = store.root / "manifest.json"
+    try:
+        if path.exists():
+            read_json(path, StoreError)
+            return
+    except StoreError:
+        _set_aside(store, path)
+    write_json(path, {"format": FORMAT})
+
+
+def _set_aside(store: Store, path: Path) -> None:
+    if os.path.lexists(path):
+        aside = store.root / "quarantine" / path.relative_to(store.root)
+        aside.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(path, aside)
+
+
+def _paths(store: Store, name: str) -> list[Path]:
+    """A unit's entry and its tensors, in the order in which they may be removed."""
+    return [store.root / "manifest" / f"{name}.json", store.root / "units" / f"{name}.safetensors"]
+
+
+def _remove(paths: Iterable[Path]) -> None:
+    for path in paths:
+        path.unlink(missing_ok=True)
+
+
+def _size(path: Path) -> int:
+    return path.lstat().st_size

@@ -1,0 +1,242 @@
+"""Units of safetensors with a manifest, each bound to what it was made from. The format's rules: docs/STORE.md.
+
+    manifest.json               {"format": 2}
+    manifest/<name>.json        {"bytes", "sha256", "made_from", "inputs"} of one unit
+    units/<name>.safetensors    its tensors; a name is words joined by "/"
+
+A unit is committed by its tensors first and its entry last, each written, flushed to disk and renamed, so a unit that
+has an entry is whole. `made_from` binds it to what it was computed from; reading it for something else is an error.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from ..errors import StoreError
+from .files import PARTIAL, TensorFile, Tensors, inside, read_json, write_json, write_tensors
+from .lock import Held, hold
+
+FORMAT = 2
+MadeFrom = Mapping[str, Any]
+_ROUNDING = 1e-4
+_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*(/[A-Za-z0-9_-][A-Za-z0-9._-]*)*")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_REPAIR = "Run `segflow store repair` on the store to set it aside, or delete it to have it made anew."
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What the manifest says of a unit.
+
+    bytes, sha256: of its file; made_from: what it was computed from; inputs: the sha256 of the units it was made of.
+    """
+
+    bytes: int
+    sha256: str
+    made_from: dict[str, Any]
+    inputs: dict[str, str]
+
+
+class Store:
+    """A folder of named units, each bound to what it was made from.
+
+    Args:
+        root: the folder; it is created at the first write.
+    """
+
+    def __init__(self, root: str | os.PathLike[str]):
+        self.root = Path(root)
+
+    @contextmanager
+    def locked(self, purpose: str, tidy: bool = True) -> Iterator[Held]:
+        """Keep other runs out, and remove what a killed run left half-written, unless not to `tidy`.
+
+        Raises StoreError, naming the holder, if another run has the store.
+        """
+        with hold(self.root, purpose) as held:
+            self._marker()
+            for leftover in self.leftovers() if tidy else []:
+                with suppress(OSError):
+                    leftover.unlink()
+            yield held
+
+    def names(self) -> list[str]:
+        """The names of all committed units."""
+        return sorted({*self._old(self._marker()), *self._listed("manifest", ".json")})
+
+    def files(self) -> list[str]:
+        """The names under which files of units are there, committed or not."""
+        return sorted(self._listed("units", ".safetensors"))
+
+    def leftovers(self) -> list[Path]:
+        """Files that were never finished."""
+        found = [path for folder in ("manifest", "units") for path in self._walk(folder) if path.name.endswith(PARTIAL)]
+        return sorted([*found, *self.root.glob(f"*{PARTIAL}")])
+
+    def entry(self, name: str) -> Entry | None:
+        """What the manifest says of a unit, None if it has none; StoreError if that is damaged."""
+        marker, path = self._marker(), self.entry_path(name)
+        if not path.exists():
+            return self._old(marker).get(name)
+        return _entry(read_json(path, StoreError), path)
+
+    def __contains__(self, name: str) -> bool:
+        """True if the unit is committed, its file is there whole, and no unit it was made of has changed since."""
+        return self._current(name) is not None
+
+    def _current(self, name: str) -> Entry | None:
+        entry, path = self.entry(name), self.unit_path(name)
+        if entry is None or not path.is_file() or path.stat().st_size != entry.bytes or self.is_stale(entry):
+            return None
+        return entry
+
+    def is_stale(self, entry: Entry) -> bool:
+        """True if a unit that this one was made of is there with other content."""
+        return any((now := self.entry(name)) is not None and now.sha256 != sha for name, sha in entry.inputs.items())
+
+    def holds(self, name: str, made_from: MadeFrom) -> bool:
+        """Whether the unit is in the store; StoreError if it is and was made from something else."""
+        entry = self._current(name)
+        if entry is None:
+            return False
+        self._check(name, entry, made_from)
+        return True
+
+    def open(self, name: str, made_from: MadeFrom) -> TensorFile:
+        """The unit's file, its checksum verified.
+
+        made_from: what the caller would make it from; each key that is given must agree with what was stored.
+        Raises StoreError if the unit is absent, damaged, or was made from something else.
+        """
+        entry = self.entry(name)
+        if entry is None or not self.unit_path(name).exists():
+            raise StoreError(f"{self.root}: no unit {name!r}. Run Analyzer.fit() with this store first.")
+        if self.is_stale(entry):
+            raise StoreError(
+                f"{self.root}: unit {name!r} was made of units that have changed since. "
+                "Run Analyzer.fit() with this store first."
+            )
+        self._check(name, entry, made_from)
+        return TensorFile(self.unit_path(name), entry.sha256, StoreError)
+
+    def write(self, name: str, tensors: Tensors, made_from: MadeFrom, inputs: Iterable[str] = ()) -> dict[str, Any]:
+        """Commit one unit, replacing an older one of that name; returns {"bytes", "sha256"}.
+
+        inputs: the units it was made of.
+        """
+        self._migrate()
+        sources = {source: self.entry(source) for source in inputs}
+        written = write_tensors(self.unit_path(name), tensors)
+        of = {source: entry.sha256 for source, entry in sources.items() if entry is not None}
+        write_json(self.entry_path(name), {**written, "made_from": dict(made_from), "inputs": of})
+        return written
+
+    def unit_path(self, name: str) -> Path:
+        """Where a unit's tensors are."""
+        return self._path("units", name, ".safetensors")
+
+    def entry_path(self, name: str) -> Path:
+        """Where a unit's entry in the manifest is."""
+        return self._path("manifest", name, ".json")
+
+    def _path(self, folder: str, name: str, suffix: str) -> Path:
+        if not _NAME.fullmatch(name):
+            raise StoreError(f"{name!r} is not a unit's name: words of letters, digits, '.', '_', '-' joined by '/'.")
+        return inside(self.root, folder, name + suffix)
+
+    def _walk(self, folder: str) -> Iterator[Path]:
+        for parent, _, names in os.walk(self.root / folder):  # does not follow links
+            yield from (Path(parent, name) for name in names)
+
+    def _listed(self, folder: str, suffix: str) -> set[str]:
+        base = self.root / folder
+        found = (path.relative_to(base).as_posix() for path in self._walk(folder))
+        names = {name.removesuffix(suffix) for name in found if name.endswith(suffix)}
+        return {name for name in names if _NAME.fullmatch(name)}
+
+    def _marker(self) -> dict[str, Any]:
+        """What manifest.json holds; StoreError unless it is of a format that this segflow reads."""
+        path = inside(self.root, "manifest.json")
+        if not path.exists():
+            return {"format": FORMAT}
+        content = read_json(path, StoreError)
+        found = content.get("format") if isinstance(content, dict) else None
+        if found not in (1, FORMAT) or isinstance(found, bool):
+            raise StoreError(
+                f"{path}: store format {found!r}, this segflow reads formats 1 and {FORMAT}. "
+                "Use another store folder, or the segflow version that made this one."
+            )
+        return dict(content)
+
+    def _old(self, marker: Mapping[str, Any]) -> dict[str, Entry]:
+        """The entries of a store of format 1, which had them all in manifest.json."""
+        if marker["format"] == FORMAT:
+            return {}
+        path, units = self.root / "manifest.json", marker.get("units")
+        if not isinstance(units, dict):
+            raise StoreError(f"{path}: damaged. {_REPAIR}")
+        whole = {name: {"inputs": {}, **entry} if isinstance(entry, dict) else entry for name, entry in units.items()}
+        return {name: _entry(entry, path) for name, entry in whole.items()}
+
+    def _migrate(self) -> None:
+        """Bring the store to this format; interrupted, it is done again."""
+        path, marker = self.root / "manifest.json", self._marker()
+        if path.exists() and marker["format"] == FORMAT:
+            return
+        for name, entry in self._old(marker).items():
+            if not self.entry_path(name).exists():
+                write_json(self.entry_path(name), asdict(entry))
+        write_json(path, {"format": FORMAT})
+
+    def _check(self, name: str, entry: Entry, asked: MadeFrom) -> None:
+        """Raise StoreError, naming both sides, unless the unit was made from what is asked."""
+        stored, now = entry.made_from, json.loads(json.dumps(asked))
+        differing = [key for key in now if not _agree(stored.get(key), now[key])]
+        if differing:
+            sides = "; ".join(f"{key}: {_difference(stored.get(key), now[key])}" for key in differing)
+            raise StoreError(
+                f"{self.root}: unit {name!r} was made from something else ({sides}). "
+                "Use another store folder for the new setting, or delete this one to make it anew."
+            )
+
+
+def _entry(content: Any, path: Path) -> Entry:
+    """An entry as it was read; StoreError unless it has the form that rule 5 of docs/STORE.md gives."""
+    kinds = {"bytes": int, "sha256": str, "made_from": dict, "inputs": dict}
+    whole = (
+        isinstance(content, dict)
+        and set(content) == {field.name for field in fields(Entry)}
+        and all(isinstance(content[key], kind) for key, kind in kinds.items())
+        and all(
+            isinstance(sha, str) and _SHA256.fullmatch(sha) for sha in [content["sha256"], *content["inputs"].values()]
+        )
+        and all(_NAME.fullmatch(name) for name in content["inputs"])
+    )
+    if not whole:
+        raise StoreError(f"{path}: damaged, it does not describe a unit. {_REPAIR}")
+    return Entry(**content)
+
+
+def _agree(stored: Any, now: Any) -> bool:
+    """Equal, numbers up to what another machine or thread count may round differently."""
+    if isinstance(now, float) and isinstance(stored, float):
+        return math.isclose(stored, now, rel_tol=_ROUNDING, abs_tol=_ROUNDING)
+    if isinstance(now, list) and isinstance(stored, list) and len(stored) == len(now):
+        return all(_agree(*pair) for pair in zip(stored, now, strict=True))
+    return bool(stored == now)
+
+
+def _difference(stored: Any, now: Any) -> str:
+    """Both sides; of long lists only how many entries differ, and the first that do."""
+    if isinstance(stored, list) and isinstance(now, list) and len(stored) == len(now) > 3:
+        pairs = [pair for pair in zip(stored, now, strict=True) if not _agree(*pair)]
+        return f"{len(pairs)} of {len(now)} differ, the first: {_difference(*pairs[0])}"
+    return f"stored {stored!r}, now {now!r}"

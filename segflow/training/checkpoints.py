@@ -1,0 +1,104 @@
+"""Checkpoint files: what they hold, and whether it is what a trajectory says."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import TrajectoryError
+from ..store.files import TensorFile, read_tensors
+from .optimizers import STATE
+
+
+def check_moment_files(name: str, files: int, checkpoints: int) -> None:
+    """Raise TrajectoryError unless an optimizer has second moments and there is a file of them for each checkpoint."""
+    if name not in STATE or files != checkpoints:
+        raise TrajectoryError(
+            f"{files} files of second moments for {checkpoints} checkpoints of {name}: expected a file for each, and "
+            f"one of {', '.join(STATE)}. Leave second_moments= out otherwise."
+        )
+
+
+def check_moments(
+    where: str,
+    moments: Mapping[str, Tensor],
+    group_of: Callable[[str], int | None],
+    like: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Raise TrajectoryError naming the first parameter whose second moments are not finite numbers >= 0.
+
+    group_of: a parameter's group, which it must have. like: the model's state, whose names and shapes they must have.
+    """
+    for name, values in moments.items():
+        if group_of(name) is None:
+            raise TrajectoryError(
+                f"{where}: second moments of {name!r}, which is in no parameter group. "
+                "Put it into parameter_groups, or leave its second moments out."
+            )
+        if like is not None and (name not in like or like[name].shape != values.shape):
+            expected = "no such parameter" if name not in like else f"of shape {tuple(like[name].shape)}"
+            raise TrajectoryError(
+                f"{where}: second moments of {name!r} have shape {tuple(values.shape)}, but in the checkpoint it is "
+                f"{expected}. Save them under the names of model.named_parameters()."
+            )
+        if not values.is_floating_point():
+            raise TrajectoryError(f"{where}: the second moments of {name!r} are {values.dtype}, expected real numbers.")
+        wrong = values[~((values >= 0) & torch.isfinite(values))]
+        if wrong.numel():
+            raise TrajectoryError(
+                f"{where}: {wrong.numel()} of {values.numel()} second moments of {name!r} are not finite numbers >= 0 "
+                f"(the first is {wrong[0].item():g}). Leave this checkpoint out, or look at why training went wrong."
+            )
+
+
+_PARTS = ("model.", "second_moment.", "optimizer.")  # of a checkpoint by record()
+
+
+def check_checkpoint_files(paths: Sequence[Path], steps: Sequence[int]) -> None:
+    """Raise TrajectoryError unless there is a file for each step, and steps are whole numbers that ascend from 1."""
+    if not paths or len(paths) != len(steps):
+        raise TrajectoryError(f"{len(paths)} checkpoint files for {len(steps)} steps: expected one step for each file.")
+    check_files(paths, "checkpoint file")
+    whole = all(step == int(step) for step in steps)
+    if not whole or steps[0] < 1 or any(later <= earlier for earlier, later in pairwise(steps)):
+        raise TrajectoryError(f"checkpoint steps {list(steps)}: expected ascending whole steps, counted from 1.")
+
+
+def check_files(paths: Sequence[Path], kind: str) -> None:
+    """Raise TrajectoryError for a path that is no file; kind: what it should be."""
+    for path in paths:
+        if not path.is_file():
+            raise TrajectoryError(f"{path}: no such {kind}. Restore it, or leave it out of the trajectory.")
+
+
+def recorded_part(path: Path, sha256: str | None, part: str) -> dict[str, Tensor] | None:
+    """One part of a checkpoint that record() wrote; None if it is somebody else's."""
+    if not re.fullmatch(r"step-\d{8,}\.safetensors", path.name):
+        return None
+    file = TensorFile(path, sha256, TrajectoryError)
+    if not all(name.startswith(_PARTS) for name in file.names()):
+        return None
+    return {name[len(part) :]: file.tensor(name) for name in file.names() if name.startswith(part)}
+
+
+def state_dict_of(path: Path, sha256: str | None) -> dict[str, Tensor]:
+    """The state_dict in a file of safetensors or of torch.save; TrajectoryError where it holds anything else."""
+    if path.suffix == ".safetensors":
+        return read_tensors(path, sha256, TrajectoryError)
+    try:
+        content: Any = torch.load(path, map_location="cpu", weights_only=True)  # noqa: TID251
+    except Exception as problem:  # torch raises many kinds here, none of its own
+        raise TrajectoryError(
+            f"{path}: not readable as a plain state_dict ({type(problem).__name__}: {problem}). "
+            "Save model.state_dict() with torch.save or safetensors."
+        ) from problem
+    state = content.get("state_dict", content) if isinstance(content, Mapping) else None
+    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise TrajectoryError(f"{path}: expected a state_dict of tensors. Save model.state_dict() on its own.")
+    return dict(state)

@@ -1,0 +1,336 @@
+"""SOURCE for preconditioned optimizers: dense formulas, unrolled training, limits, options, estimated moments."""
+
+from __future__ import annotations
+
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+
+import segflow as sf
+
+from ..support import oracles
+from ..support.helpers import FixedLabels, analyzer_of, example_loss, mlp, perturbed_states, trajectory_of, vectors
+from .test_source import DESIGN, FEATURES, QUERY, TRAIN, Linear, _losses, _measure
+from .test_source import GROUPS as LINEAR_GROUPS
+from .test_source import N as LINEAR_N
+
+N, QUERIES, LR, DECAY, EPS = 20, 4, 2e-3, 0.3, 1e-3
+GROUPS = sf.Groups.from_lists([[0, 3, 5], range(6, 20), [1], [2, 4]], N)
+
+
+def _moments(model: nn.Module, count: int) -> list[dict[str, Tensor]]:
+    """Second moments of no particular form, a few zeros among them."""
+    generator = torch.Generator().manual_seed(11)
+    return [
+        {
+            name: 0.02 * torch.rand(value.shape, generator=generator, dtype=torch.float64).square() + 1e-6
+            for name, value in model.named_parameters()
+        }
+        for _ in range(count)
+    ]
+
+
+def _run(folder: Path, method: Any, *, name: str = "AdamW", lr: Any = LR, **constants: Any) -> sf.Scores:
+    model, train, query = mlp(), vectors(N), vectors(QUERIES, seed=5)
+    states, moments = perturbed_states(model, 4), _moments(model, 4)
+    constants = {"weight_decay": DECAY, "eps": EPS, **constants}
+    trajectory = trajectory_of(folder / "run", states, N, lr=lr, second_moments=moments, name=name, **constants)
+    analyzer = analyzer_of(model, trajectory, folder / "store", method=method)
+    analyzer.fit(train, batch_size=7)
+    return analyzer.score(GROUPS, train, query, batch_size=6, keep=("term", "layer"))
+
+
+def _reference(weighting: tuple[float, float], form: str, coupled: bool) -> Tensor:
+    """The dense formulas for two segments of two checkpoints, layer by layer, from naive per-example loops."""
+    model, train, query, task = mlp(), vectors(N), vectors(QUERIES, seed=5), FixedLabels()
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    states, moments = perturbed_states(model, 4), _moments(model, 4)
+    fits, grouped = [], []
+    for state in states:
+        model.load_state_dict(state)
+        sample = example_loss(model, train, task, "sample")
+        cov = oracles.naive_covariances(model, layers, sample, N)
+        fits.append({n: (*cov[n], g) for n, g in oracles.example_gradients(model, layers, sample, N).items()})
+        real = oracles.example_gradients(model, layers, example_loss(model, train, task), N)
+        grouped.append(
+            {n: torch.stack([g[list(m)].flatten(1).sum(0) for m in GROUPS.members]) for n, g in real.items()}
+        )
+    asked = oracles.example_gradients(model, layers, example_loss(model, query, task, "measurement"), QUERIES)
+    total = torch.zeros(QUERIES, len(GROUPS), dtype=torch.float64)
+    for name, layer in layers.items():
+        segments = []
+        for pool in ((0, 1), (2, 3)):
+            v = [oracles.layer_matrix(layer, moments[i][f"{name}.weight"], moments[i][f"{name}.bias"]) for i in pool]
+            P = 1 / sum(w * (moment.sqrt() + EPS) for w, moment in zip(weighting, v, strict=True))
+            plain = [fits[i][name] for i in pool]
+            scaled = oracles.pooled_ekfac([oracles.scaled_fit(fit, P) for fit in plain], weighting)
+            segments.append(
+                {
+                    "P": P.flatten(),
+                    "basis": (scaled[2].flatten(), torch.kron(scaled[1][0], scaled[0][0])),
+                    "curvature": oracles.dense_curvature(*oracles.pooled_ekfac(plain, weighting))[0],
+                    "diagonal": sum(w * f[2].square().mean(0).flatten() for w, f in zip(weighting, plain, strict=True)),
+                    "lr_steps": 20 * LR,
+                    "weight_decay": DECAY,
+                    "coupled": coupled,
+                    "weights": weighting,
+                    "group_gradients": [grouped[i][name] for i in pool],
+                }
+            )
+        formula = {"kronecker": oracles.preconditioned_source_scores, "diagonal": oracles.hybrid_source_scores}[form]
+        total += sum(formula(asked[name].flatten(1), segments, N))
+    return total
+
+
+@pytest.mark.parametrize("form", ["kronecker", "diagonal"])
+@pytest.mark.parametrize("name", ["AdamW", "Adam", "RMSprop"])
+def test_scores_equal_the_dense_formulas(tmp_path: Path, form: str, name: str) -> None:
+    found = _run(tmp_path, sf.Source(segments=2, preconditioner=form), name=name).values
+    expected = _reference((0.75, 0.25), form, coupled=name != "AdamW")
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("coupled", [True, False])
+@pytest.mark.parametrize("decay", [0.0, 0.4])
+def test_scores_converge_to_unrolled_preconditioned_steps_on_a_quadratic(
+    tmp_path: Path, coupled: bool, decay: float
+) -> None:
+    """One output: P is rank one and EK-FAC is exact, so only the step size is left, and the error halves with it.
+
+    From the optimum the gradients are constant. Coupled decay is not diagonal in the eigenbasis, which leaves an error.
+    """
+    P = torch.tensor([0.3, 2.0, 0.7, 1.5, 1.0], dtype=torch.float64)
+    moment = (1 / P - 1e-8).square()
+    identity = torch.eye(FEATURES + 1).double()
+    shift = identity if coupled else torch.diag(1 / P)
+    hessian = 2 * DESIGN.mT @ DESIGN / LINEAR_N
+    start = torch.linalg.solve(hessian + decay * shift, 2 * DESIGN.mT @ TRAIN.tensors[1][:, 0] / LINEAR_N)
+    errors = []
+    for steps in (100, 200, 400):
+        lr = 0.6 / steps
+        state = {"weight": start[None, :-1], "bias": start[-1:]}
+        moments = {"weight": moment[None, :-1], "bias": moment[-1:]}
+        trajectory = trajectory_of(
+            tmp_path / f"{steps}",
+            [state],
+            LINEAR_N,
+            steps=[steps],
+            lr=lr,
+            second_moments=[moments],
+            name="Adam" if coupled else "AdamW",
+            weight_decay=decay,
+        )
+        model = nn.Linear(FEATURES, 1).double()
+        store = tmp_path / f"store-{steps}"
+        analyzer = analyzer_of(model, trajectory, store, task=Linear(), method=sf.Source(segments=1))
+        analyzer.fit(TRAIN)
+        found = analyzer.score(LINEAR_GROUPS, TRAIN, QUERY).values
+        options = {"weight_decay": decay} if coupled else {"decoupled": decay}
+        gradient = oracles.weighted_gradient(_losses)
+        groups = [list(m) for m in LINEAR_GROUPS.members]
+        exact = oracles.unrolled_influence(
+            _measure, start, gradient, groups, LINEAR_N, [lr] * steps, preconditioner=P, **options
+        )
+        errors.append(((found - exact).norm() / exact.norm()).item())
+    if coupled and decay:
+        assert errors[-1] < 0.05
+    else:
+        assert errors[-1] < 0.01
+        assert errors[2] < 0.6 * errors[1] < 0.36 * errors[0]
+
+
+def _flat(model: nn.Module, loss: Tensor) -> Tensor:
+    return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))])
+
+
+def test_small_lr_steps_give_lr_steps_times_the_exact_preconditioner(tmp_path: Path) -> None:
+    found = _run(tmp_path, sf.Source(segments=1, checkpoint_weights="equal"), lr=1e-9, weight_decay=0.0).values
+    model, (x, y), query, task = mlp(), vectors(N).tensors, vectors(QUERIES, seed=5), FixedLabels()
+    mean = [sum(m[name].sqrt() + EPS for m in _moments(model, 4)) / 4 for name, _ in model.named_parameters()]
+    P = torch.cat([(1 / entry).flatten() for entry in mean])
+    gradients = []
+    for state in perturbed_states(model, 4):
+        model.load_state_dict(state)
+        losses = [task.compute_train_loss((x[list(m)], y[list(m)]), model) for m in GROUPS.members]
+        gradients.append(torch.stack([_flat(model, loss) for loss in losses]))
+    asked = torch.stack([_flat(model, task.compute_measurement((a[None], b[None]), model)) for a, b in query])
+    expected = 40e-9 * (asked * P) @ torch.stack(gradients).mean(0).mT / N
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7 * expected.abs().max().item())
+
+
+def test_large_lr_steps_give_the_inverse_of_the_scaled_curvature_whatever_the_learning_rate(tmp_path: Path) -> None:
+    """One output: H~ is exact, and P^1/2 (P^1/2 H P^1/2)^-1 P^1/2 = H^-1: the influence function."""
+    values = []
+    for scale in (1.0, 30.0):
+        moments = {"weight": torch.tensor([[1.0, 0.2, 3.0, 0.5]]).double() * scale, "bias": torch.ones(1).double()}
+        model = nn.Linear(FEATURES, 1).double()
+        state = {"weight": torch.ones(1, FEATURES).double(), "bias": torch.zeros(1).double()}
+        trajectory = trajectory_of(
+            tmp_path / f"{scale}", [state], LINEAR_N, lr=1e6, second_moments=[moments], name="AdamW"
+        )
+        for method in (sf.Source(segments=1), sf.InfluenceFunction(damping=0.0)):
+            store = tmp_path / f"store-{scale}-{type(method).__name__}"
+            analyzer = analyzer_of(model, trajectory, store, task=Linear(), method=method)
+            analyzer.fit(TRAIN)
+            values.append(analyzer.score(LINEAR_GROUPS, TRAIN, QUERY).values)
+    for other in values[1:]:
+        torch.testing.assert_close(other, values[0], rtol=1e-7, atol=1e-10)
+
+
+CHANGES: dict[str, dict[str, Any]] = {
+    "base": {},
+    "diagonal": {"preconditioner": "diagonal"},
+    "none": {"preconditioner": "none"},
+    "fast": {"fast": True},
+    "segments": {"segments": 4},
+    "weights": {"checkpoint_weights": "equal"},
+    "lr": {"lr": 2 * LR},
+    "eps": {"eps": 0.1},
+    "weight decay": {"weight_decay": 0.9},
+    "coupled": {"name": "Adam"},
+    "RMSprop with momentum": {"name": "RMSprop", "momentum": 0.9},
+}
+
+
+def test_every_option_changes_the_scores(tmp_path: Path) -> None:
+    options = {"segments", "preconditioner", "fast", "checkpoint_weights"}
+    found: dict[str, Tensor] = {}
+    for label, change in CHANGES.items():
+        method = sf.Source(**{"segments": 2, **{k: v for k, v in change.items() if k in options}})
+        run = {k: v for k, v in change.items() if k not in options}
+        found[label] = _run(tmp_path / label, method, **run).values
+    for first, second in combinations(found, 2):
+        assert not torch.allclose(found[first], found[second], rtol=1e-3, atol=0), (first, second)
+
+
+def test_adam_with_decoupled_decay_is_adamw(tmp_path: Path) -> None:
+    adamw = _run(tmp_path / "adamw", sf.Source(segments=2)).values
+    adam = _run(tmp_path / "adam", sf.Source(segments=2), name="Adam", decoupled=True).values
+    assert torch.equal(adam, adamw)
+
+
+def test_parts_add_up_by_term_and_by_layer(tmp_path: Path) -> None:
+    scores = _run(tmp_path, sf.Source(segments=2))
+    for parts in (scores.by_term, scores.by_layer):
+        torch.testing.assert_close(torch.stack(list(parts.values())).sum(0), scores.values, rtol=1e-10, atol=1e-12)
+    assert scores.provenance["second_moments"] == "recorded"
+
+
+def test_an_entry_that_never_had_a_gradient_does_not_matter_and_one_that_had_none_yet_does_not_take_over() -> None:
+    from segflow.curvature.preconditioner import Denominator, preconditioner_block
+
+    moments = torch.tensor([[[4.0, 0.0], [16.0, 0.0]]], dtype=torch.float64)
+    dead = preconditioner_block(Denominator().plus(1.0, moments, 1e-8))
+    torch.testing.assert_close(dead.exact_POI[0, :, 0], torch.tensor([0.5, 0.25]).double(), rtol=1e-6, atol=0)
+    assert dead.exact_POI.max() < 10
+    none, one = torch.zeros(1, 1, 1).double(), torch.ones(1, 1, 1).double()
+    later = preconditioner_block(Denominator().plus(0.5, none, 1e-8).plus(0.5, one, 1e-8))
+    torch.testing.assert_close(later.exact_POI.item(), 2.0, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("name", ["AdamW", "Adagrad"])
+def test_second_moments_that_were_not_saved_are_estimated_and_said_to_be(tmp_path: Path, name: str) -> None:
+    model, train, query, B = mlp(), vectors(N), vectors(QUERIES, seed=5), 5
+    states = perturbed_states(model, 2)
+    constants = {"name": name, "eps": EPS, "weight_decay": DECAY}
+    bare = trajectory_of(tmp_path / "bare", states, N, lr=LR, batch_size=B, **constants)
+    estimated = []
+    for index, state in enumerate(states):
+        model.load_state_dict(state)
+        loss = example_loss(model, train, FixedLabels())
+        rows = [torch.autograd.grad(loss(i), list(model.parameters())) for i in range(N)]
+        columns = [torch.stack(column) for column in zip(*rows, strict=True)]
+        moments = [g.mean(0).square() + g.var(0, unbiased=False) / B for g in columns]
+        times = 10 * (index + 1) if name == "Adagrad" else 1
+        names = [name for name, _ in model.named_parameters()]
+        estimated.append({n: times * m.detach() for n, m in zip(names, moments, strict=True)})
+    told = trajectory_of(tmp_path / "told", states, N, lr=LR, second_moments=estimated, **constants)
+    analyzer = analyzer_of(model, bare, tmp_path / "store", method=sf.Source(segments=1))
+    with pytest.warns(UserWarning, match=rf"{name}'s second moments were not saved at 2 checkpoints"):
+        analyzer.fit(train)
+    scores = analyzer.score(GROUPS, train, query)
+    other = analyzer_of(model, told, tmp_path / "other", method=sf.Source(segments=1))
+    other.fit(train)
+    torch.testing.assert_close(scores.values, other.score(GROUPS, train, query).values, rtol=1e-8, atol=1e-12)
+    assert scores.provenance["second_moments"] == "estimated from gradients"
+
+
+def test_moments_that_cannot_be_estimated_say_what_to_give(tmp_path: Path) -> None:
+    model, train = mlp(), vectors(N)
+    trajectory = trajectory_of(tmp_path / "run", perturbed_states(model, 2), N, name="Adam")
+    analyzer = analyzer_of(model, trajectory, tmp_path / "store", method=sf.Source(segments=1))
+    with pytest.raises(sf.TrajectoryError, match=r"OptimizerConstants\(batch_size="):
+        analyzer.fit(train)
+
+
+def test_stored_factors_of_other_second_moments_are_refused(tmp_path: Path) -> None:
+    model, train = mlp(), vectors(N)
+    states, moments = perturbed_states(model, 2), _moments(model, 2)
+    method = sf.Source(segments=1)
+    for eps in (1e-3, 1e-2):
+        trajectory = trajectory_of(tmp_path / "run", states, N, second_moments=moments, name="AdamW", eps=eps)
+        analyzer = analyzer_of(model, trajectory, tmp_path / "store", method=method)
+        if eps == 1e-3:
+            analyzer.fit(train)
+        else:
+            with pytest.raises(sf.StoreError, match="preconditioner"):
+                analyzer.fit(train)
+
+
+def test_an_end_to_end_adamw_run_agrees_with_retraining_without_a_group(tmp_path: Path) -> None:
+    """A live AdamW run from the optimum on small batches, whose noise sets the second moments.
+
+    Without the group the mean loss stays over all examples, and batches stay the same.
+    """
+    n, steps, size = 600, 300, 20
+    order = torch.cat([torch.randperm(n, generator=torch.Generator().manual_seed(i)) for i in range(10)]).split(size)
+    generator = torch.Generator().manual_seed(2)
+    scales = torch.tensor([3.0, 1.0, 0.3, 0.1], dtype=torch.float64)
+    x = torch.randn(n, FEATURES, generator=generator, dtype=torch.float64) * scales
+    y = x @ torch.arange(1.0, FEATURES + 1).double() + 2 * torch.sin(5 * x[:, 0])
+    optimum = torch.linalg.lstsq(torch.cat([x, torch.ones(n, 1).double()], 1), y[:, None]).solution[:, 0]
+    model, groups = nn.Linear(FEATURES, 1).double(), sf.Groups.random(n, size=6)
+    query = TensorDataset(QUERY.tensors[0] * scales, QUERY.tensors[1])
+
+    def trained(kept: Tensor, folder: Path | None) -> Tensor:
+        with torch.no_grad():
+            model.weight.copy_(optimum[None, :-1])
+            model.bias.copy_(optimum[-1:])
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.001, weight_decay=0.1, betas=(0.9, 0.99))
+
+        def train() -> None:
+            for batch in order:
+                optimizer.zero_grad()
+                ((model(x[batch])[:, 0] - y[batch]).square() * kept[batch]).mean().backward()
+                optimizer.step()
+
+        if folder is None:
+            train()
+        else:
+            with sf.record(model, optimizer, folder, dataset_size=n, total_steps=steps, checkpoints=10):
+                train()
+        return model(query.tensors[0])[:, 0].detach()
+
+    everything = torch.ones(n, dtype=torch.float64)
+    before = trained(everything, tmp_path / "run")
+    data = TensorDataset(x, y[:, None])
+    errors, changes = {}, []
+    for members in groups.members[:12]:
+        kept = everything.clone()
+        kept[members] = 0.0
+        changes.append(trained(kept, None) - before)
+    for method in (sf.Source(segments=10), sf.Source(segments=10, preconditioner="none")):
+        trajectory = sf.Trajectory.load(tmp_path / "run")
+        store = tmp_path / method.preconditioner
+        analyzer = analyzer_of(model, trajectory, store, task=Linear(), method=method)
+        analyzer.fit(data)
+        found = analyzer.score(groups, data, query).values
+        exact = torch.stack(changes, 1)
+        errors[method.preconditioner] = ((found[:, :12] - exact).norm() / exact.norm()).item()
+    assert errors["kronecker"] < 0.08
+    assert errors["none"] > 0.15

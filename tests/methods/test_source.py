@@ -1,0 +1,303 @@
+"""SOURCE against unrolled training and real retraining on problems where EK-FAC is exact; its limits and options."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+
+import segflow as sf
+
+from ..support import oracles
+from ..support.helpers import analyzer_of, mlp, perturbed_states, trajectory_of, vectors
+
+N, FEATURES, QUERIES = 30, 4, 3
+GROUPS = sf.Groups.from_lists([[0, 1, 2], range(3, 10), range(10, 30)], N)
+
+
+class Linear(sf.tasks.Regression):
+    """Squared error whose pseudo-residuals are plus or minus the standard deviation, so that EK-FAC is exact."""
+
+    def __init__(self) -> None:
+        super().__init__(reduction="sum", measurement="prediction")
+
+    def compute_train_loss(self, batch: Any, model: nn.Module, sample: bool = False) -> Tensor:
+        if not sample:
+            return super().compute_train_loss(batch, model)
+        prediction = model(batch[0])
+        sign = torch.randint(0, 2, prediction.shape).to(prediction) * 2 - 1
+        return (prediction - (prediction + sign * 0.5**0.5).detach()).square().sum()
+
+
+def _problem() -> tuple[TensorDataset, TensorDataset]:
+    x = vectors(N, features=FEATURES).tensors[0]
+    y = (x @ torch.arange(1.0, FEATURES + 1).double() + 2 * torch.sin(5 * x[:, 0]) + 0.7)[:, None]
+    query = vectors(QUERIES, features=FEATURES, seed=9).tensors[0]
+    return TensorDataset(x, y), TensorDataset(query, torch.zeros(QUERIES, 1).double())
+
+
+TRAIN, QUERY = _problem()
+DESIGN = torch.cat([TRAIN.tensors[0], torch.ones(N, 1).double()], 1)  # theta = (weight, bias)
+
+
+def _losses(theta: Tensor) -> Tensor:
+    return (TRAIN.tensors[1][:, 0] - DESIGN @ theta).square()
+
+
+def _measure(theta: Tensor) -> Tensor:
+    return torch.cat([QUERY.tensors[0], torch.ones(QUERIES, 1).double()], 1) @ theta
+
+
+def _optimum(weight_decay: float) -> Tensor:
+    hessian = 2 * DESIGN.mT @ DESIGN / N + weight_decay * torch.eye(FEATURES + 1).double()
+    return torch.linalg.solve(hessian, 2 * DESIGN.mT @ TRAIN.tensors[1][:, 0] / N)
+
+
+def _path(theta: Tensor, lr: float, steps: int, weights: Tensor | None = None, **sgd: Any) -> list[Tensor]:
+    """theta after every step of full-batch SGD by torch.optim itself."""
+    theta = theta.clone().requires_grad_(True)
+    optimizer = torch.optim.SGD([theta], lr=lr, **sgd)
+    visited = []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        (_losses(theta) * (1.0 if weights is None else weights)).mean().backward()
+        optimizer.step()
+        visited.append(theta.detach().clone())
+    return visited
+
+
+def _scores(
+    folder: Path, visited: dict[int, Tensor], lr: float, method: Any, groups: sf.Groups = GROUPS, **sgd: Any
+) -> Tensor:
+    model = nn.Linear(FEATURES, 1).double()
+    states = [{"weight": theta[None, :-1], "bias": theta[-1:]} for theta in visited.values()]
+    trajectory = trajectory_of(folder / "run", states, N, steps=list(visited), lr=lr, **sgd)
+    analyzer = analyzer_of(model, trajectory, folder / "store", task=Linear(), method=method)
+    analyzer.fit(TRAIN)
+    return analyzer.score(groups, TRAIN, QUERY).values
+
+
+def _unrolled(theta: Tensor, lr: float, steps: int, **sgd: Any) -> Tensor:
+    return oracles.unrolled_influence(
+        _measure,
+        theta,
+        oracles.weighted_gradient(_losses),
+        [list(m) for m in GROUPS.members],
+        N,
+        [lr] * steps,
+        **sgd,
+    )
+
+
+def _error(found: Tensor, expected: Tensor) -> float:
+    return ((found - expected).abs().max() / expected.abs().max()).item()
+
+
+SGD_FORMS = {
+    "plain": {},
+    "weight decay": {"weight_decay": 0.2},
+    "heavy ball": {"momentum": 0.8},
+    "dampened": {"momentum": 0.8, "dampening": 0.5},
+    "nesterov": {"momentum": 0.8, "nesterov": True, "weight_decay": 0.1},
+}
+
+
+@pytest.mark.parametrize("form", SGD_FORMS)
+def test_scores_converge_to_unrolled_sgd_as_the_step_size_goes_to_zero(tmp_path: Path, form: str) -> None:
+    """From the optimum the group gradients are constant, so one segment suffices; the error is of the step's order."""
+    sgd = SGD_FORMS[form]
+    start = _optimum(sgd.get("weight_decay", 0.0))
+    effective = (1 - sgd.get("dampening", 0.0)) / (1 - sgd.get("momentum", 0.0)) if "momentum" in sgd else 1.0
+    errors = []
+    for steps in (200, 400, 800):
+        lr = 0.6 / effective / steps
+        visited = dict.fromkeys((steps // 2, steps), start)
+        found = _scores(tmp_path / str(steps), visited, lr, sf.Source(segments=1), **sgd)
+        errors.append(_error(found, _unrolled(start, lr, steps, **sgd)))
+    assert errors[-1] < 0.03
+    assert errors[2] < 0.6 * errors[1] < 0.36 * errors[0]
+
+
+def test_one_segment_a_step_follows_a_run_from_its_start(tmp_path: Path) -> None:
+    """Far from the optimum the gradients change; with a segment for every step SOURCE is unrolling in the limit."""
+    start, errors = torch.zeros(FEATURES + 1).double(), []
+    for steps in (10, 20, 40):
+        lr = 0.4 / steps
+        visited = dict(enumerate(_path(start, lr, steps), start=1))
+        found = _scores(tmp_path / str(steps), visited, lr, sf.Source(segments=steps))
+        errors.append(_error(found, _unrolled(start, lr, steps)))
+    assert errors[-1] < 0.05
+    assert errors[2] < 0.65 * errors[1] < 0.43 * errors[0]
+
+
+def test_predicted_change_agrees_with_retraining_without_the_group(tmp_path: Path) -> None:
+    """Twenty copies of the data, jittered, so that one group weighs little; the rest is the group's own curvature."""
+    n, lr, steps, weight_decay = 20 * N, 0.005, 400, 0.1
+    x = (
+        TRAIN.tensors[0].repeat(20, 1)
+        + 0.3 * torch.randn(n, FEATURES, generator=torch.Generator().manual_seed(2)).double()
+    )
+    y = x @ torch.arange(1.0, FEATURES + 1).double() + 2 * torch.sin(5 * x[:, 0])
+    model, query = nn.Linear(FEATURES, 1).double(), QUERY.tensors[0]
+    groups = sf.Groups.random(n, size=6)
+
+    def trained(kept: Tensor, folder: Path | None = None) -> Tensor:
+        """The queries' predictions after training from zero on the kept examples, the mean still over all."""
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.zero_()
+        optimizer = torch.optim.SGD(model.parameters(), lr=lr, weight_decay=weight_decay)
+        context = (
+            sf.record(model, optimizer, folder, dataset_size=n, total_steps=steps, checkpoints=20)
+            if folder
+            else nullcontext()
+        )
+        with context:
+            for _ in range(steps):
+                optimizer.zero_grad()
+                ((model(x)[:, 0] - y).square() * kept).mean().backward()
+                optimizer.step()
+        return model(query)[:, 0].detach()
+
+    everything = torch.ones(n).double()
+    before = trained(everything, tmp_path / "run")
+    train = TensorDataset(x, y[:, None])
+    trajectory = sf.Trajectory.load(tmp_path / "run")
+    analyzer = analyzer_of(model, trajectory, tmp_path / "store", task=Linear(), method=sf.Source(segments=20))
+    analyzer.fit(train)
+    found = analyzer.score(groups, train, QUERY).values
+    changes = []
+    for members in groups.members[:20]:
+        kept = everything.clone()
+        kept[members] = 0.0
+        changes.append(trained(kept) - before)
+    assert _error(found[:, :20], torch.stack(changes, 1)) < 0.05
+
+
+def _mlp_scores(folder: Path, method: Any, lr: Any = 0.1, task: Any = None, **sgd: Any) -> Tensor:
+    model, train, query = mlp(), vectors(N), vectors(QUERIES, seed=5)
+    trajectory = trajectory_of(folder / "run", perturbed_states(model, 4), N, lr=lr, **sgd)
+    analyzer = analyzer_of(model, trajectory, folder / "store", task=task, method=method)
+    analyzer.fit(train)
+    return analyzer.score(GROUPS, train, query).values
+
+
+def test_small_lr_steps_give_learning_rates_times_plain_gradients(tmp_path: Path) -> None:
+    lr = 1e-7
+    source = _mlp_scores(tmp_path / "source", sf.Source(segments=1), lr=lr)
+    model, train, query = mlp(), vectors(N), vectors(QUERIES, seed=5)
+    parameters = list(model.parameters())
+
+    def flat(loss: Tensor) -> Tensor:
+        return torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters)])
+
+    states = perturbed_states(model, 4)
+    x, y = train.tensors
+    task, grads = sf.tasks.Classification(), []
+    for state in states:
+        model.load_state_dict(state)
+        grads.append(torch.stack([flat(task.compute_train_loss((x[m], y[m]), model)) for m in GROUPS.members]))
+    asked = torch.stack([flat(task.compute_measurement((a[None], b[None]), model)) for a, b in query])
+    covered = torch.tensor([15.0, 10.0, 10.0, 5.0], dtype=torch.float64)  # steps nearest to each checkpoint
+    expected = lr * asked @ torch.tensordot(covered, torch.stack(grads), 1).mT / N
+    torch.testing.assert_close(source, expected, rtol=1e-5, atol=0)
+
+
+def test_large_lr_steps_give_the_undamped_influence_function(tmp_path: Path) -> None:
+    """With one checkpoint; the objective's weight decay is the only damping."""
+    model, train, query = mlp(), vectors(N), vectors(QUERIES, seed=5)
+    trajectory = trajectory_of(tmp_path / "run", perturbed_states(model, 1), N, lr=1e7, weight_decay=1e-3)
+    values = []
+    for method in (sf.Source(segments=1), sf.InfluenceFunction(damping=1e-3)):
+        analyzer = analyzer_of(model, trajectory, tmp_path / "store", method=method)
+        analyzer.fit(train)
+        values.append(analyzer.score(GROUPS, train, query).values)
+    torch.testing.assert_close(values[0], values[1], rtol=1e-9, atol=0)
+
+
+BASE: dict[str, Any] = {"method": sf.Source(segments=2), "lr": 0.5}
+CHANGES: dict[str, dict[str, Any]] = {
+    "segments": {"method": sf.Source(segments=4)},
+    "cut points": {"method": sf.Source(segments=[30])},
+    "learning rate": {"lr": 0.6},
+    "a schedule": {"lr": [0.5] * 20 + [0.25] * 20},
+    "momentum": {"momentum": 0.5},
+    "dampening": {"momentum": 0.5, "dampening": 0.3},
+    "weight decay": {"weight_decay": 0.05},
+    "influence function": {"method": sf.InfluenceFunction()},
+    "damping": {"method": sf.InfluenceFunction(damping=0.01)},
+    "more damping": {"method": sf.InfluenceFunction(damping=0.02)},
+    "TracIn": {"method": sf.TracIn()},
+    "measurement": {"task": sf.tasks.Classification("margin")},
+}
+
+
+def test_every_option_changes_the_scores(tmp_path: Path) -> None:
+    task = sf.tasks.Classification()
+    results = {"base": _mlp_scores(tmp_path / "base", **{"task": task, **BASE})}
+    for name, change in CHANGES.items():
+        results[name] = _mlp_scores(tmp_path / name, **{"task": task, **BASE, **change})
+    names = list(results)
+    for place, first in enumerate(names):
+        for second in names[:place]:
+            assert not torch.allclose(results[first], results[second], rtol=1e-3, atol=0), (first, second)
+
+
+def test_cut_points_equal_the_count_that_they_spell_out(tmp_path: Path) -> None:
+    counted = _mlp_scores(tmp_path / "a", sf.Source(segments=2))
+    cut = _mlp_scores(tmp_path / "b", sf.Source(segments=[20]))
+    assert torch.equal(counted, cut)
+
+
+def test_parameter_groups_have_their_own_learning_rate_and_weight_decay(tmp_path: Path) -> None:
+    """A layer in a group of its own is scored as if the whole model were trained with that group's constants."""
+    model, train, query = mlp(), vectors(N), vectors(QUERIES, seed=5)
+    states = perturbed_states(model, 4)
+    groups = {name: int(name.startswith("4")) for name in model.state_dict()}
+    by_layer: dict[str, dict[str, Tensor]] = {}
+    rates, decays = (torch.tensor([pair], dtype=torch.float64).expand(40, 2) for pair in ([0.5, 0.05], [0.01, 0.2]))
+    for name, (lr, decay, of) in {
+        "both": (rates, decays, groups),
+        "first": (0.5, 0.01, None),
+        "second": (0.05, 0.2, None),
+    }.items():
+        made = trajectory_of(tmp_path / name, states, N)
+        trajectory = sf.Trajectory(made.checkpoints, made.steps, lr, N, sf.OptimizerConstants(weight_decay=decay), of)
+        analyzer = analyzer_of(model, trajectory, tmp_path / f"{name}-store")
+        analyzer.fit(train)
+        by_layer[name] = dict(analyzer.score(GROUPS, train, query, keep=("layer",)).by_layer)
+    for layer, expected in {"0": "first", "2": "first", "4": "second"}.items():
+        torch.testing.assert_close(by_layer["both"][layer], by_layer[expected][layer], rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("what", ["learning rate", "momentum", "dampening", "weight decay"])
+def test_a_bias_trained_otherwise_than_its_weight_is_left_out_by_name(tmp_path: Path, what: str) -> None:
+    model, train = mlp(), vectors(N)
+    groups = {name: int(name.endswith("bias")) for name in model.state_dict()}
+    same, pair = (torch.tensor([[0.1, second]], dtype=torch.float64).expand(10, 2) for second in (0.1, 0.2))
+    given = dict.fromkeys(("learning rate", "momentum", "dampening", "weight decay"), same) | {what: pair}
+    rates, momentum, dampening, decay = given.values()
+    files = trajectory_of(tmp_path, [model.state_dict()], N).checkpoints
+    optimizer = sf.OptimizerConstants("SGD", momentum, dampening, decay)
+
+    def analyzed(constants: sf.OptimizerConstants, learning_rates: Tensor, of: dict[str, int]) -> sf.Analyzer:
+        trajectory = sf.Trajectory(files, [10], learning_rates, N, constants, of)
+        return analyzer_of(model, trajectory, tmp_path / "store", method=sf.Source(segments=1))
+
+    analyzer = analyzed(optimizer, rates, groups)
+    report = str(analyzer.check(train, curvature_tolerance=float("inf")))
+    assert f"not attributed: 0.bias: it was trained with another {what} than the weight" in report
+    weights = 5 * 6 + 6 * 4 + 4 * 3
+    assert f"attributed: {weights} of {weights + 13} parameters" in report
+    analyzer.fit(train)
+    scores = analyzer.score(GROUPS, train, vectors(QUERIES))
+    assert set(scores.provenance["not_attributed"]) == {"0.bias", "2.bias", "4.bias"}
+    alone = {name: 0 for name in groups if name.endswith("weight")}  # the weights' group, biases not trained
+    plain = sf.OptimizerConstants("SGD", momentum[:, :1], dampening[:, :1], decay[:, :1])
+    expected = analyzed(plain, rates[:, :1], alone).score(GROUPS, train, vectors(QUERIES))
+    torch.testing.assert_close(scores.values, expected.values, rtol=1e-12, atol=0)

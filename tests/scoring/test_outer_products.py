@@ -1,0 +1,147 @@
+"""Queries kept as outer products: the same numbers as formed gradients, without forming them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import segflow as sf
+from segflow.curvature.kronecker import Eigenbasis
+from segflow.model.tokens import Tokens
+from segflow.scoring import outer_products as outer
+from segflow.scoring import query_operators as queries
+from segflow.scoring.outer_products import Outer, formed, products, squared_norms, together, token_products
+
+from ..support.helpers import ConvNet, analyzer_of, images, mlp, perturbed_states, trajectory_of, vectors
+
+P, Q, K, O, I = 2, 5, 4, 3, 6
+N = 12
+
+
+def _random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def _outer(scale: tuple[int, ...] | None) -> Outer:
+    return Outer(_random(P, Q, O), _random(P, Q, I, seed=1), None if scale is None else _random(*scale, seed=2))
+
+
+def _naive(stack: Outer) -> Tensor:
+    rows = [[torch.outer(stack.g_PQO[p, q], stack.a_PQI[p, q]) for p in range(P)] for q in range(Q)]
+    plain = torch.stack([torch.stack(row) for row in rows])
+    return plain if stack.scale_POI is None else plain * stack.scale_POI
+
+
+@pytest.mark.parametrize("scale", [None, (P, O, I), ()], ids=["plain", "scaled", "by a number"])
+@pytest.mark.parametrize("budget", [1, 1 << 20])
+def test_products_and_norms_are_those_of_formed_gradients(scale: Any, budget: int) -> None:
+    stack = _outer(scale)
+    naive = _naive(stack)
+    torch.testing.assert_close(stack.formed(), naive)
+    assert len(stack) == Q and stack.shape == tuple(naive.shape)
+    torch.testing.assert_close(squared_norms(stack), naive.flatten(1).square().sum(1))
+    sums = _random(K, P, O, I, seed=3)
+    expected = torch.einsum("qpoi,kpoi->qk", naive, sums)
+    torch.testing.assert_close(products(stack, sums, budget), expected)
+    torch.testing.assert_close(products(naive, sums, budget), expected)
+    for positions in (1, 3):
+        tokens = Tokens(_random(P, K, positions, I, seed=4), _random(P, K, positions, O, seed=5))
+        examples = torch.einsum("pkso,pksi->kpoi", tokens.g_PBSO, tokens.a_PBSI)
+        expected = torch.einsum("qpoi,kpoi->qk", naive, examples)
+        torch.testing.assert_close(token_products(stack, tokens, budget), expected)
+        torch.testing.assert_close(token_products(naive, tokens, budget), expected)
+
+
+def test_factors_for_all_queries_and_for_each() -> None:
+    stack, shared, own = _outer((P, O, I)), _random(P, O, I, seed=6), _random(Q, 1, 1, 1, seed=7)
+    torch.testing.assert_close(formed(stack * shared * own), _naive(stack) * shared * own)
+    torch.testing.assert_close(formed(stack.rows(1, 3)), _naive(stack)[1:3])
+
+
+def test_stacks_are_put_together_formed_or_not() -> None:
+    one, none = _outer(None), Outer.zeros(0, (P, O, I), torch.float64, torch.device("cpu"))
+    twice = together([none, one, one], form=False)
+    assert isinstance(twice, Outer)
+    torch.testing.assert_close(formed(twice), torch.cat([_naive(one)] * 2))
+    mixed = together([none, one, _naive(one)], form=True)
+    assert isinstance(mixed, Tensor)
+    torch.testing.assert_close(mixed, formed(twice))
+    assert formed(together([none], form=True)).shape == (0, P, O, I)
+
+
+def test_a_basis_turns_the_two_sides() -> None:
+    basis = Eigenbasis(torch.linalg.qr(_random(P, I, I))[0], torch.linalg.qr(_random(P, O, O))[0])
+    stack = _outer(None)
+    torch.testing.assert_close(formed(stack.rotated(basis)), basis.rotate(_naive(stack)))
+
+
+METHODS: dict[str, tuple[Any, bool]] = {  # and whether queries stay outer products all the way
+    "one segment": (sf.Source(), True),
+    "two segments": (sf.Source(segments=2), False),
+    "influence": (sf.InfluenceFunction(), True),
+    "diagonal": (sf.InfluenceFunction(curvature="diagonal"), True),
+    "tracin": (sf.TracIn(), True),
+    "cosine": (sf.GradientCosine(), True),
+    "trak": (sf.TRAK(6, 0.02), False),
+}
+
+
+@pytest.mark.parametrize("size", [1, 3, 12])
+@pytest.mark.parametrize("name", METHODS)
+def test_scores_do_not_depend_on_whether_queries_are_formed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, size: int
+) -> None:
+    model, (method, stays) = mlp(), METHODS[name]
+    trajectory = trajectory_of(tmp_path / "run", perturbed_states(model, 2), N, lr=0.3)
+    plan = method.plan(trajectory)
+    lens: Any = type("Lens", (), {"layers": {"0": None}, "positions": lambda _self, _name: 1})()
+    assert (queries.outer_layers(plan, lens, fits=True) == {"0"}) is stays
+    values, forms = [], []
+    for force in (False, True):
+        with monkeypatch.context() as patched:
+            if force:
+                patched.setattr(queries.Outer, "of", queries.example_gradients)
+            real = Outer.formed
+            patched.setattr(Outer, "formed", lambda self, real=real: (forms.append(len(self)), real(self))[1])
+            analyzer = analyzer_of(model, trajectory, tmp_path / f"store-{force}", method=method)
+            analyzer.fit(vectors(N))
+            groups = sf.Groups.random(N, size)
+            forms.clear()
+            values.append(analyzer.score(groups, vectors(N), vectors(30, seed=3)).values)
+            if stays and not force and size > 1:
+                assert not any(forms), "a query's gradient was formed"
+    torch.testing.assert_close(values[0], values[1], rtol=1e-9, atol=1e-12)
+
+
+def test_more_queries_fit_the_memory_as_outer_products(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Formed, these would be taken in blocks, each with a walk over the training data."""
+    monkeypatch.setattr(outer, "_QUICK", 64)
+    wide = nn.Sequential(nn.Linear(5, 40), nn.Tanh(), nn.Linear(40, 3)).double()
+    trajectory = trajectory_of(tmp_path / "run", perturbed_states(wide, 2), N, lr=0.3)
+    walks = []
+    for method in (sf.Source(), sf.Source(segments=2)):
+        analyzer = analyzer_of(wide, trajectory, tmp_path / str(method.segments), method=method, memory=400_000)
+        analyzer.fit(vectors(N))
+        analyzer.score(sf.Groups.random(N, 6), vectors(N), vectors(60, seed=3))
+        walks += [row.made for row in analyzer.summary().rows if row.kind == "groups"]
+    assert walks[0] == 2 and walks[1] > 2
+
+
+def test_layers_with_positions_form_their_queries(tmp_path: Path) -> None:
+    model = ConvNet()
+    trajectory = trajectory_of(tmp_path / "run", perturbed_states(model, 2), N, lr=0.3)
+    analyzer = analyzer_of(model, trajectory, tmp_path / "store", method=sf.InfluenceFunction())
+    analyzer.fit(images(N))
+    with analyzer._stage("score"):
+        lens = analyzer.work.lens("measurement", images(4, seed=3))
+        data = analyzer.work.walk(lens, images(4, seed=3), [range(4)], "queries")
+        found = queries.query_gradients(lens, data, {}, analyzer.work.ranks, "here")
+    assert {name: isinstance(stack, Outer) for name, stack in found.items()} == {
+        "first": False,
+        "second": False,
+        "head": True,
+    }

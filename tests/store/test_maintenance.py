@@ -1,0 +1,157 @@
+"""`segflow store`: what is there, whether it is whole, and nothing removed that must stay."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import segflow as sf
+from segflow import cli
+from segflow.store.maintenance import collect_garbage, repair, survey
+from segflow.store.store import Store
+
+from .test_store import MADE, as_format_1, read, same, tensors, written
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def _mixed(root: Path) -> Store:
+    """A store with a unit in every state."""
+    store = written(root, ("fine", "input", "hurt", "short", "gone"))
+    store.write("derived", tensors(), MADE, ("input",))
+    store.write("scores/x/step-1", tensors(), MADE, ("derived",))
+    store.write("input", tensors(1), MADE)
+    store.write("orphan", tensors(), MADE)
+    store.entry_path("orphan").unlink()
+    for name, change in (("hurt", lambda c: c[:-1] + bytes([c[-1] ^ 1])), ("short", lambda c: c[:-1])):
+        store.unit_path(name).write_bytes(change(store.unit_path(name).read_bytes()))
+    store.unit_path("gone").unlink()
+    (root / "units" / "x.safetensors.0a.partial").write_bytes(b"half")
+    (root / "notes.txt").write_text("mine")
+    return store
+
+
+STATES = {
+    "derived": "stale",
+    "fine": "ok",
+    "gone": "missing",
+    "hurt": "damaged",
+    "input": "ok",
+    "scores/x/step-1": "ok",
+    "short": "damaged",
+    "orphan": "orphan",
+    "units/x.safetensors.0a.partial": "leftover",
+}
+
+
+def test_every_state_is_found_and_hidden_damage_only_by_reading(tmp_path: Path) -> None:
+    store = _mixed(tmp_path)
+    assert {f.name: f.state for f in survey(store, thorough=True)} == STATES
+    assert {f.name: f.state for f in survey(store)} == STATES | {"hurt": "ok"}
+
+
+def test_garbage_goes_and_nothing_else(tmp_path: Path) -> None:
+    store = _mixed(tmp_path)
+    going = {"derived", "orphan", "units/x.safetensors.0a.partial"}
+    assert {f.name for f in collect_garbage(store, dry_run=True)} == going
+    assert {f.name for f in survey(store)} == set(STATES)
+    assert {f.name for f in collect_garbage(store)} == going
+    assert {f.name for f in survey(store)} == set(STATES) - going
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+    assert {f.name for f in collect_garbage(store, scores=True)} == {"scores/x/step-1"}
+    assert same(read(store, "fine"), tensors())
+
+
+def test_repair_sets_the_broken_aside_and_leaves_the_rest(tmp_path: Path) -> None:
+    store = _mixed(tmp_path)
+    hurt = store.unit_path("hurt").read_bytes()
+    assert {f.name for f in repair(store)} == {"hurt", "short", "gone"}
+    assert {f.name for f in survey(store, thorough=True)} == set(STATES) - {"hurt", "short", "gone"}
+    assert not store.holds("hurt", MADE) and (tmp_path / "quarantine/units/hurt.safetensors").read_bytes() == hurt
+    assert same(read(store, "fine"), tensors())
+
+
+def test_repair_restores_a_format_marker_that_cannot_be_read_but_not_another_format(tmp_path: Path) -> None:
+    store = written(tmp_path)
+    (tmp_path / "manifest.json").write_bytes(b"\xff")
+    repair(store)
+    assert same(read(store), tensors())
+    (tmp_path / "manifest.json").write_text('{"format": 9}')
+    with pytest.raises(sf.StoreError, match="store format 9"):
+        repair(store)
+
+
+def test_a_damaged_entry_is_set_aside(tmp_path: Path) -> None:
+    store = written(tmp_path, ("unit", "other"))
+    store.entry_path("unit").write_text('{"bytes": "many"}')
+    assert {f.name: f.state for f in survey(store)} == {"unit": "damaged", "other": "ok"}
+    repair(store)
+    assert "unit" not in store and "other" in store
+
+
+def _run(capsys: Any, *arguments: str) -> tuple[int, str, str]:
+    status = cli.main(["store", *arguments])
+    printed = capsys.readouterr()
+    return status, printed.out, printed.err
+
+
+def test_the_command_line_shows_and_cleans(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _mixed(tmp_path)
+    status, out, _ = _run(capsys, "ls", str(tmp_path))
+    assert status == 0 and "stale" in out and "9 in all" in out
+    status, out, _ = _run(capsys, "verify", str(tmp_path), "--json")
+    assert status == 1
+    assert {line["name"]: line["state"] for line in map(json.loads, out.splitlines())} == STATES
+    assert "3 would be removed" in _run(capsys, "gc", "--dry-run", str(tmp_path))[1]
+    assert "3 removed" in _run(capsys, "gc", str(tmp_path))[1]
+    assert "3 set aside in quarantine/" in _run(capsys, "repair", str(tmp_path))[1]
+    assert _run(capsys, "verify", str(tmp_path))[0] == 0
+    status, _, err = _run(capsys, "ls", str(tmp_path / "nowhere"))
+    assert status == 1 and "no such folder" in err and err.count("\n") == 1
+
+
+def test_tools_that_change_a_store_wait_for_nobody(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    store = written(tmp_path)
+    with store.locked("fit"):
+        for tool in ("gc", "repair"):
+            status, _, err = _run(capsys, tool, str(tmp_path))
+            assert status == 1 and "in use by process" in err
+        assert "in use by process" in _run(capsys, "ls", str(tmp_path))[1]
+
+
+# Golden files
+
+
+def _files(root: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(root)): p.read_bytes() for p in sorted(root.rglob("*")) if p.is_file()}
+
+
+def golden(root: Path) -> Store:
+    store = written(root, ("covariance/step-10",))
+    store.write("eigenbasis/steps-10", tensors(1), MADE, ("covariance/step-10",))
+    return store
+
+
+def test_the_format_on_disk_is_byte_for_byte_the_golden_one(tmp_path: Path) -> None:
+    golden(tmp_path)
+    assert _files(tmp_path) == _files(GOLDEN / "format-2")
+
+
+def test_the_golden_store_of_format_1_is_read_and_brought_up(tmp_path: Path) -> None:
+    for name, content in _files(GOLDEN / "format-1").items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(content)
+    store = Store(tmp_path)
+    assert same(read(store, "covariance/step-10"), tensors())
+    store.write("new", tensors(), MADE)
+    assert json.loads((tmp_path / "manifest.json").read_text()) == {"format": 2}
+    assert [f.state for f in survey(store, thorough=True)] == ["ok"] * 3
+
+
+if __name__ == "__main__":  # makes the golden files
+    golden(GOLDEN / "format-2")
+    golden(GOLDEN / "format-1")
+    as_format_1(GOLDEN / "format-1")
