@@ -72,8 +72,8 @@ def main() -> None:
     figures: dict[str, Figure] = {}
     with TemporaryDirectory() as folder:
         stages(f"{folder}/warm-up", examples(BATCH, seed=3), query)["covariance"]()
-        for name, work in stages(folder, train, query).items():
-            figures |= interleaved(epoch, {name: work}, given.repetitions)
+        for name, context in stages(folder, train, query).items():
+            figures |= interleaved(epoch, {name: context}, given.repetitions)
         scores = Analyzer.load_file(Path(folder) / "mlp" / "scores_scores" / "pairwise_scores.safetensors")
         assert scores["all_modules"].shape == (given.queries, given.examples)
     answer = {name: figure.as_lists() for name, figure in figures.items()}

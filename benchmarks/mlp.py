@@ -28,9 +28,9 @@ from segflow.data.batches import batches, in_order
 from segflow.groups.groups import Groups
 from segflow.model.capture import observing
 from segflow.model.layers import choose_layers
-from segflow.model.loss_view import make_lens
+from segflow.model.loss_view import make_loss_view
 from segflow.runtime.ranks import Ranks
-from segflow.scoring.group_gradients import MetQueries, TrainSide, tile_scores
+from segflow.scoring.group_gradients import GroupGradients, MetQueries, tile_scores
 from segflow.scoring.outer_products import formed
 from segflow.scoring.query_gradients import query_gradients
 from segflow.scoring.query_operators import Stacks
@@ -55,7 +55,7 @@ class Ours:
         self.layers = choose_layers(self.model).tracked
         with observing(self.model):
             self.sample, self.plain, self.measurement = (
-                make_lens(self.model, Classification(), kind, self.layers, data, None)
+                make_loss_view(self.model, Classification(), kind, self.layers, data, None)
                 for kind, data in (("sample", self.train), ("train", self.train), ("measurement", self.query))
             )
         self.sums = self.covariance()
@@ -98,7 +98,7 @@ class Ours:
             [tile] = tiles(pieces, BATCH, len(groups))
             data = self.walk(self.train, [batch.examples for batch in tile.batches])
             met = MetQueries(queries, bases, 1, ALONE)
-            return tile_scores(self.plain, data, tile, TrainSide(met, len(groups), BUDGET), "the benchmark")
+            return tile_scores(self.plain, data, tile, GroupGradients(met, len(groups), BUDGET), "the benchmark")
 
     def product(self, count: int) -> Callable[[], object]:
         """All queries [Q, D] times `count` summed gradients [K, D], for each layer; in slices of at most 128."""
@@ -136,8 +136,8 @@ def worker(threads: int, train_size: int, query_count: int, repetitions: int, pe
     figures = interleaved(epoch, quick, repetitions) | interleaved(epoch, slow, repetitions)
     if peer:
         ours = Ours(train_size, PEER_QUERIES)
-        work: Works = {"peer: singletons": lambda: ours.scores(singletons, ours.query_side(), ours.bases)}
-        figures |= interleaved(epoch, work, min(repetitions, 3))
+        context: Works = {"peer: singletons": lambda: ours.scores(singletons, ours.query_side(), ours.bases)}
+        figures |= interleaved(epoch, context, min(repetitions, 3))
     return figures
 
 

@@ -87,22 +87,24 @@ def plain_epoch(model: nn.Module, data: TensorDataset) -> Callable[[], None]:
     return run
 
 
-def timed(work: Callable[[], object]) -> Seconds:
+def timed(context: Callable[[], object]) -> Seconds:
     process, wall = time.process_time(), time.perf_counter()
-    work()
+    context()
     return Seconds(time.process_time() - process, time.perf_counter() - wall)
 
 
-def interleaved(epoch: Callable[[], object], works: dict[str, Callable[[], object]], rounds: int) -> dict[str, Figure]:
+def interleaved(
+    epoch: Callable[[], object], contexts: dict[str, Callable[[], object]], rounds: int
+) -> dict[str, Figure]:
     """Measure each work `rounds` times, an epoch before each: epoch, first, epoch, second, ..., epoch, first, ..."""
-    runs: dict[str, list[Seconds]] = {name: [] for name in works}
-    epochs: dict[str, list[Seconds]] = {name: [] for name in works}
+    runs: dict[str, list[Seconds]] = {name: [] for name in contexts}
+    epochs: dict[str, list[Seconds]] = {name: [] for name in contexts}
     timed(epoch)  # warm up
     for _ in range(rounds):
-        for name, work in works.items():
+        for name, context in contexts.items():
             epochs[name].append(timed(epoch))
-            runs[name].append(timed(work))
-    return {name: Figure(tuple(runs[name]), tuple(epochs[name])) for name in works}
+            runs[name].append(timed(context))
+    return {name: Figure(tuple(runs[name]), tuple(epochs[name])) for name in contexts}
 
 
 def in_own_process(python: str, script: str, threads: int, arguments: list[str]) -> Any:

@@ -13,8 +13,8 @@ import numpy as np
 from torch import nn
 
 from . import checks
-from .curvature.fitting import Fitting, Needs, check_needs, fitting_needs
-from .curvature.stored import Fitted, checkpoint_statistics
+from .curvature.fitting import FactorFitter, Needs, check_needs, fitting_needs
+from .curvature.stored import FittedFactors, checkpoint_statistics
 from .data.batches import Collate, dataset_length
 from .errors import ScoreError, SegflowError, check_choice
 from .groups.features import Asked, example_features
@@ -30,11 +30,11 @@ from .runtime.ranks import current
 from .runtime.sharding import unwrap
 from .runtime.signals import orderly
 from .scoring.plan_walk import Scoring, score_parts
-from .scoring.provenance import RunParts, labelled
-from .stage.context import Workspace
-from .stage.opening import Settings, check_alike, check_arguments, stage_place, training_data, workspaces
+from .scoring.provenance import RunParts, labelled_scores
+from .stage.context import StageContext
+from .stage.opening import Settings, check_alike, check_arguments, open_stages, stage_place, training_data
 from .store.journal import Journal, Summary
-from .store.shared import Units
+from .store.shared import SharedStore
 from .store.store import MadeFrom, Store
 from .training.trajectory import Trajectory
 
@@ -85,19 +85,19 @@ class Analyzer:
         check_arguments(runs, method, memory, curvature_examples)
         self.method = method if method is not None else Source()
         ranks = current()
-        units = Units(Store(store), ranks, Journal(Path(store) / "events.jsonl", ranks, progress))
-        settings = Settings(unwrap(model), units, seed, memory, collate_fn, progress, curvature_examples)
+        shared = SharedStore(Store(store), ranks, Journal(Path(store) / "events.jsonl", ranks, progress))
+        settings = Settings(unwrap(model), shared, seed, memory, collate_fn, progress, curvature_examples)
         self.runs = [
-            workspaces(settings, task, run, f"runs/{number}/" if len(runs) > 1 else "")
+            open_stages(settings, task, run, f"runs/{number}/" if len(runs) > 1 else "")
             for number, run in enumerate(runs, start=1)
         ]
         check_alike(self.runs)
         if not self._automatic:
-            for works in self.runs:  # refuses now what does not fit
-                self._plan(works, len(works) - 1, None)
+            for contexts in self.runs:  # refuses now what does not fit
+                self._plan(contexts, len(contexts) - 1, None)
 
     @property
-    def work(self) -> Workspace:
+    def context(self) -> StageContext:
         """The last stage of the first run."""
         return self.runs[0][-1]
 
@@ -124,15 +124,15 @@ class Analyzer:
         given = [place for place, data in enumerate(trains) if data is not None]
         reports: dict[str, checks.CheckReport] = {}
         with self._stage("check", store=False):
-            for works in self.runs:
-                checks.check_checkpoints(works[given[0] :])
+            for contexts in self.runs:
+                checks.check_checkpoints(contexts[given[0] :])
                 if not self._automatic:
-                    self._check_needs(works, trains, None)
-            for work, data in zip(self.runs[0], trains, strict=True):
+                    self._check_needs(contexts, trains, None)
+            for context, data in zip(self.runs[0], trains, strict=True):
                 if data is not None:
-                    scale = checks.check_stage(work, data, query if work is self.work else None)
-                    checks.require_scale(scale, curvature_tolerance, work.task)
-                    reports[work.trajectory.stage] = checks.report(work.model, work.layers, scale)
+                    scale = checks.check_stage(context, data, query if context is self.context else None)
+                    checks.require_scale(scale, curvature_tolerance, context.task)
+                    reports[context.trajectory.stage] = checks.report(context.model, context.layers, scale)
         *earlier, last = reports.items()
         return replace(last[1], earlier=dict(earlier))
 
@@ -155,32 +155,36 @@ class Analyzer:
         """
         batch_size = _batch_size(batch_size)
         trains = self._by_stage(train)
-        if not self._automatic and not any(fitting_needs(self._plans(works, trains, None)) for works in self.runs):
+        if not self._automatic and not any(
+            fitting_needs(self._plans(contexts, trains, None)) for contexts in self.runs
+        ):
             return
         with self._stage("fit", batch_size=batch_size):
             if not self._automatic:  # before hours are spent
-                for works in self.runs:
-                    self._check_needs(works, trains, None)
-            for works in self.runs:
-                self._fit(works, trains, batch_size)
+                for contexts in self.runs:
+                    self._check_needs(contexts, trains, None)
+            for contexts in self.runs:
+                self._fit(contexts, trains, batch_size)
 
-    def _fit(self, works: Sequence[Workspace], trains: Sequence[Any], batch_size: int) -> None:
+    def _fit(self, contexts: Sequence[StageContext], trains: Sequence[Any], batch_size: int) -> None:
         """Fit one run."""
-        fittings = {
-            place: Fitting(works[place], data, batch_size) for place, data in enumerate(trains) if data is not None
+        fitters = {
+            place: FactorFitter(contexts[place], data, batch_size)
+            for place, data in enumerate(trains)
+            if data is not None
         }
         cuts = None
         if self._automatic:
-            for fitting in fittings.values():
-                fitting.run(Needs(statistics=True))
-            cuts = self._cuts(works, {place: fitting.train_from for place, fitting in fittings.items()})
-            self._check_needs(works, trains, cuts)
-        for place, needs in fitting_needs(self._plans(works, trains, cuts)).items():
-            fittings[place].run(needs)
+            for fitter in fitters.values():
+                fitter.run(Needs(statistics=True))
+            cuts = self._cuts(contexts, {place: fitter.train_from for place, fitter in fitters.items()})
+            self._check_needs(contexts, trains, cuts)
+        for place, needs in fitting_needs(self._plans(contexts, trains, cuts)).items():
+            fitters[place].run(needs)
 
-    def _check_needs(self, works: Sequence[Workspace], trains: Sequence[Any], cuts: Cuts | None) -> None:
-        for place, needs in fitting_needs(self._plans(works, trains, cuts)).items():
-            check_needs(works[place], needs)
+    def _check_needs(self, contexts: Sequence[StageContext], trains: Sequence[Any], cuts: Cuts | None) -> None:
+        for place, needs in fitting_needs(self._plans(contexts, trains, cuts)).items():
+            check_needs(contexts[place], needs)
 
     def score(
         self,
@@ -217,7 +221,7 @@ class Analyzer:
             check_choice("keep", part, ("term", "layer", "run"), ScoreError)
         batch_size, trains = _batch_size(batch_size), self._by_stage(train)
         place = stage_place(self.runs[0], stage, trains)
-        check_groups(groups, self.work.run.stages[place].dataset_size)
+        check_groups(groups, self.context.run.stages[place].dataset_size)
         properties = as_properties(query)
         query = query if properties is None else properties
         count = dataset_length(query, "query")
@@ -227,14 +231,14 @@ class Analyzer:
             raise ScoreError(f"{len(labels)} query labels for {count} queries: expected one for each.")
         found: list[RunParts] = []
         with self._stage("score", batch_size=batch_size, groups=len(groups), queries=count):
-            for works in self.runs:
-                fitted = Fitted(works, trains)
+            for contexts in self.runs:
+                fitted = FittedFactors(contexts, trains)
                 given = [p for p, data in enumerate(trains) if data is not None]
-                cuts = self._cuts(works, {p: fitted.train_from(p) for p in given}) if self._automatic else None
-                plan = self._plan(works, place, cuts)
+                cuts = self._cuts(contexts, {p: fitted.train_from(p) for p in given}) if self._automatic else None
+                plan = self._plan(contexts, place, cuts)
                 scoring = Scoring(fitted, place, plan, groups, batch_size, "layer" in keep)
-                found.append(RunParts(works, plan, cuts, score_parts(scoring, query), fitted.batching_error(plan)))
-            return labelled(found, self.method, groups, place, labels, keep, properties is not None)
+                found.append(RunParts(contexts, plan, cuts, score_parts(scoring, query), fitted.batching_error(plan)))
+            return labelled_scores(found, self.method, groups, place, labels, keep, properties is not None)
 
     def features(
         self,
@@ -267,7 +271,7 @@ class Analyzer:
         batch_size, asked = _batch_size(batch_size), Asked(of, layer)
         data = self._by_stage(train)[-1]
         with self._stage("features", store=False, batch_size=batch_size, asked=[of, layer]):
-            return example_features(self.work, data, asked, batch_size, out)
+            return example_features(self.context, data, asked, batch_size, out)
 
     def refine(
         self,
@@ -302,39 +306,39 @@ class Analyzer:
 
     def summary(self) -> Summary:
         """What was done so far: units made and found, time and peak memory, for each stage and kind of work."""
-        return self.work.units.journal.summary()
+        return self.context.store.journal.summary()
 
     @contextmanager
     def _stage(self, name: str, store: bool = True, **facts: Any) -> Iterator[None]:
         """One stage of work on all ranks: the store locked, the work logged, the model left as it was."""
-        work, units = self.work, self.work.units
+        context, shared = self.context, self.context.store
         with ExitStack() as stack:
             stack.enter_context(orderly())
-            stack.enter_context(work.ranks.together(name))
-            held = stack.enter_context(units.store.locked(name)) if store and work.ranks.main else None
-            stack.enter_context(units.journal.stage(name, ranks=work.ranks.count, **describe(self.method), **facts))
+            stack.enter_context(context.ranks.together(name))
+            held = stack.enter_context(shared.local.locked(name)) if store and context.ranks.main else None
+            stack.enter_context(shared.journal.stage(name, ranks=context.ranks.count, **describe(self.method), **facts))
             if held is not None and held.took_over:
-                units.journal.event("took_over", holder=held.took_over)
-            settings = [own.settings() for works in self.runs for own in works]
-            work.ranks.agree("the model, task and settings", [settings, facts])
-            stack.enter_context(observing(work.model))
+                shared.journal.event("took_over", holder=held.took_over)
+            settings = [own.settings() for contexts in self.runs for own in contexts]
+            context.ranks.agree("the model, task and settings", [settings, facts])
+            stack.enter_context(observing(context.model))
             yield
 
-    def _plan(self, works: Sequence[Workspace], place: int, cuts: Cuts | None) -> Plan:
+    def _plan(self, contexts: Sequence[StageContext], place: int, cuts: Cuts | None) -> Plan:
         """The method's plan for one stage's data."""
         extra = {"cuts": cuts} if self._automatic else {}
-        return self.method.plan(works[-1].run, place, **extra)
+        return self.method.plan(contexts[-1].run, place, **extra)
 
-    def _plans(self, works: Sequence[Workspace], trains: Sequence[Any], cuts: Cuts | None) -> list[Plan]:
+    def _plans(self, contexts: Sequence[StageContext], trains: Sequence[Any], cuts: Cuts | None) -> list[Plan]:
         """The plans for every stage whose training data is given."""
-        return [self._plan(works, place, cuts) for place, data in enumerate(trains) if data is not None]
+        return [self._plan(contexts, place, cuts) for place, data in enumerate(trains) if data is not None]
 
-    def _cuts(self, works: Sequence[Workspace], trains_from: Mapping[int, MadeFrom]) -> Cuts | None:
+    def _cuts(self, contexts: Sequence[StageContext], trains_from: Mapping[int, MadeFrom]) -> Cuts | None:
         """For segments="auto": where the stages are cut, from the statistics that `fit` left in the store."""
         if not isinstance(self.method, Source):
             return None
-        statistics = {place: checkpoint_statistics(works[place], of) for place, of in trains_from.items()}
-        return self.method.cuts(works[-1].run, statistics)
+        statistics = {place: checkpoint_statistics(contexts[place], of) for place, of in trains_from.items()}
+        return self.method.cuts(contexts[-1].run, statistics)
 
     def _by_stage(self, train: Any) -> list[Any]:
         """The training data of each stage, None where it is not given."""

@@ -15,16 +15,16 @@ from .data.batches import Batch, batches, dataset_length, in_order
 from .errors import LayerError, TaskError
 from .methods.plan import Point
 from .model.capture import requiring_grad
-from .model.finite import FiniteWatch
+from .model.finite import FiniteCheck
 from .model.layers import LayerChoice, TrackedLayer
-from .model.loss_view import Lens
+from .model.loss_view import LossView
 from .model.tokens import Tokens
 from .properties.property import as_properties
 from .runtime.progress import track
 from .runtime.ranks import Ranks
 from .runtime.sharding import is_sharded
 from .scoring.property_gradients import property_gradient
-from .stage.context import Workspace
+from .stage.context import StageContext
 from .tasks.task import defines_output
 
 _FEW = 16  # examples of a batch
@@ -72,47 +72,49 @@ class CheckReport:
     __repr__ = __str__
 
 
-def check_checkpoints(works: Sequence[Workspace]) -> None:
+def check_checkpoints(contexts: Sequence[StageContext]) -> None:
     """Every checkpoint of these stages fits the model; TrajectoryError for one that does not."""
-    points = [(work, Point.at(work.stage, index)) for work in works for index in range(len(work.trajectory))]
-    for work, point in track(points, "checkpoints fit the model", enabled=works[-1].progress):
-        work.load(point)
+    points = [
+        (context, Point.at(context.stage, index)) for context in contexts for index in range(len(context.trajectory))
+    ]
+    for context, point in track(points, "checkpoints fit the model", enabled=contexts[-1].progress):
+        context.load(point)
 
 
-def check_stage(work: Workspace, train: Any, query: Any | None) -> CurvatureScale:
+def check_stage(context: StageContext, train: Any, query: Any | None) -> CurvatureScale:
     """The training loss of one stage, and the measurement where queries are given; how far its curvature is off."""
-    work.load(work.last)
-    lens = work.lens("train", train)
-    _check_loss(work, lens, train)
+    context.load(context.last)
+    view = context.loss_view("train", train)
+    _check_loss(context, view, train)
     properties = as_properties(query)
     for one in properties or ():
-        property_gradient(work, lens.layers, one, work.where(work.last), _FEW)
+        property_gradient(context, view.layers, one, context.where(context.last), _FEW)
     if query is not None and properties is None:
         dataset_length(query, "query")
-        _check_loss(work, work.lens("measurement", query), query)
-    if defines_output(work.task):
-        _check_loss(work, work.lens("output", train), train)
-    sample = replace(lens, kind="sample", seed=work.seed)
-    covariances(sample, _few(work, train), Ranks(), f"check, {work.where(work.last)}")
-    work.load(Point.at(work.stage, 0))  # the least converged checkpoint: pseudo-labels still vary there
-    return curvature_scale(lens, sample, next(_few(work, train)))
+        _check_loss(context, context.loss_view("measurement", query), query)
+    if defines_output(context.task):
+        _check_loss(context, context.loss_view("output", train), train)
+    sample = replace(view, kind="sample", seed=context.seed)
+    covariances(sample, _few(context, train), Ranks(), f"check, {context.where(context.last)}")
+    context.load(Point.at(context.stage, 0))  # the least converged checkpoint: pseudo-labels still vary there
+    return curvature_scale(view, sample, next(_few(context, train)))
 
 
-def _few(work: Workspace, dataset: Any, size: int = _FEW) -> Iterator[Batch]:
-    device = next(work.model.parameters()).device
+def _few(context: StageContext, dataset: Any, size: int = _FEW) -> Iterator[Batch]:
+    device = next(context.model.parameters()).device
     lists = in_order(min(len(dataset), 4 * size), size)
-    return batches(dataset, lists, work.collate_fn, device)
+    return batches(dataset, lists, context.collate_fn, device)
 
 
-def _check_loss(work: Workspace, lens: Lens, dataset: Any) -> None:
+def _check_loss(context: StageContext, view: LossView, dataset: Any) -> None:
     count = min(len(dataset), 16)
     lists = [range(count), *in_order(count, max(1, (count + 1) // 2))]
-    whole, *halves = batches(dataset, lists, work.collate_fn, lens.device)
-    check_sum(lens, whole, halves)
+    whole, *halves = batches(dataset, lists, context.collate_fn, view.device)
+    check_sum(view, whole, halves)
     some = range(min(count, 4))
-    together, *alone = batches(dataset, [some, *([index] for index in some)], work.collate_fn, lens.device)
-    check_examples(lens, together, alone)
-    check_reached(lens, _few(work, dataset), work.where(work.last))
+    together, *alone = batches(dataset, [some, *([index] for index in some)], context.collate_fn, view.device)
+    check_examples(view, together, alone)
+    check_reached(view, _few(context, dataset), context.where(context.last))
 
 
 def report(model: nn.Module, choice: LayerChoice, curvature: CurvatureScale) -> CheckReport:
@@ -122,26 +124,26 @@ def report(model: nn.Module, choice: LayerChoice, curvature: CurvatureScale) -> 
     return CheckReport(attributed, total, choice.skipped, curvature)
 
 
-def check_sum(lens: Lens, whole: Batch, halves: Iterable[Batch]) -> None:
+def check_sum(view: LossView, whole: Batch, halves: Iterable[Batch]) -> None:
     """The loss repeats itself, leaves buffers alone, is finite, and adds up over the halves of a batch."""
-    name = type(lens.task).__name__
-    before = {key: buffer.clone() for key, buffer in lens.model.named_buffers()}
+    name = type(view.task).__name__
+    before = {key: buffer.clone() for key, buffer in view.model.named_buffers()}
     with torch.enable_grad():  # parameters are frozen; a task may differentiate by itself
-        first, second = (lens.loss(whole).detach().double() for _ in range(2))
-        parts = torch.stack([lens.loss(half).detach().double() for half in halves])
+        first, second = (view.loss(whole).detach().double() for _ in range(2))
+        parts = torch.stack([view.loss(half).detach().double() for half in halves])
     total, size = parts.sum(), torch.maximum(first.abs(), parts.abs().sum()).clamp_min(1e-12)
-    moved = [key for key, buffer in lens.model.named_buffers() if not torch.equal(before[key], buffer)]
+    moved = [key for key, buffer in view.model.named_buffers() if not torch.equal(before[key], buffer)]
     if moved:
         raise TaskError(
             f"{name}: the forward changes the buffer {moved[0]!r} although the model is in eval mode. A module runs in "
             "train mode (batch norm?) or keeps state; leave the mode alone inside the task."
         )
     if not torch.isfinite(first):
-        raise TaskError(f"{name}: the {lens.kind} loss of the first batch is {first.item()}, not finite.")
-    tolerance = 1e-2 if lens.coarse else 1e-9 if lens.dtype == torch.float64 else 1e-4
+        raise TaskError(f"{name}: the {view.kind} loss of the first batch is {first.item()}, not finite.")
+    tolerance = 1e-2 if view.coarse else 1e-9 if view.dtype == torch.float64 else 1e-4
     if (first - second).abs() > tolerance * size:
         raise TaskError(
-            f"{name}: the {lens.kind} loss of one batch was {first.item():.6g}, then {second.item():.6g}. Something is "
+            f"{name}: the {view.kind} loss of one batch was {first.item():.6g}, then {second.item():.6g}. Something is "
             "random: dropout left on, or noise in the task. Make compute_train_loss(sample=False) repeat itself."
         )
     if (first - total).abs() <= 10 * tolerance * size:
@@ -149,41 +151,41 @@ def check_sum(lens: Lens, whole: Batch, halves: Iterable[Batch]) -> None:
     ratio = (first / total).item()
     if abs(ratio - 0.5) < 0.05:
         raise TaskError(
-            f"{name}: the {lens.kind} loss is a mean over the batch: a batch has {ratio:.3g} times the sum of its "
+            f"{name}: the {view.kind} loss is a mean over the batch: a batch has {ratio:.3g} times the sum of its "
             "halves' losses. Return the sum over the batch (reduction='sum')."
         )
     raise TaskError(
-        f"{name}: the {lens.kind} loss of a batch is {first.item():.6g}, but its halves' losses add up to "
+        f"{name}: the {view.kind} loss of a batch is {first.item():.6g}, but its halves' losses add up to "
         f"{total.item():.6g}. The loss must be a sum over examples that do not interact (no batch statistics)."
     )
 
 
-def check_reached(lens: Lens, data: Iterable[Batch], where: str) -> None:
+def check_reached(view: LossView, data: Iterable[Batch], where: str) -> None:
     """Every tracked layer is reached by a training loss (one by a measurement), and all that passes is finite."""
-    watch = FiniteWatch(f"check, {lens.kind} loss, {where}")
+    finite = FiniteCheck(f"check, {view.kind} loss, {where}")
     for batch in data:
-        lens.capture(batch, lambda _layer, _tokens: None, watch)
-    watch.finish(lens.axes, Ranks(), every=lens.kind == "train")
+        view.capture(batch, lambda _layer, _tokens: None, finite)
+    finite.finish(view.axes, Ranks(), every=view.kind == "train")
 
 
-def check_examples(lens: Lens, batch: Batch, alone: Iterable[Batch]) -> None:
+def check_examples(view: LossView, batch: Batch, alone: Iterable[Batch]) -> None:
     """Every layer's rows stand in the batch's order: an example's gradient is the same alone and in a batch."""
-    directions = _directions(lens)
-    together = _slopes(lens, batch, directions)
-    singles = [_slopes(lens, one, directions) for one in alone]
+    directions = _directions(view)
+    together = _slopes(view, batch, directions)
+    singles = [_slopes(view, one, directions) for one in alone]
     for name, found_RB in together.items():
         none = torch.zeros_like(found_RB[:, :1])
         expected_RB = torch.cat([single.get(name, none) for single in singles], 1)
         off = torch.linalg.vector_norm(found_RB - expected_RB)
-        if off > lens.tolerance * torch.linalg.vector_norm(expected_RB):
+        if off > view.tolerance * torch.linalg.vector_norm(expected_RB):
             raise LayerError(
-                f"layer {name!r}: an example's gradient of the {lens.kind} loss differs alone and in a batch, as where "
+                f"layer {name!r}: an example's gradient of the {view.kind} loss differs alone and in a batch, as where "
                 "the model sorts or mixes the examples of a batch, or padding is not masked. Keep examples in order "
                 "in front of the layer and mask what pads them, or leave it out of get_influence_tracked_modules()."
             )
 
 
-def curvature_scale(train: Lens, sample: Lens, batch: Batch) -> CurvatureScale:
+def curvature_scale(train: LossView, sample: LossView, batch: Batch) -> CurvatureScale:
     """Second moment of sampled gradients over the exact Gauss-Newton curvature, along random directions."""
     if is_sharded(train.model):
         return CurvatureScale(None, note="the model is sharded; check the task on a small unsharded model")
@@ -223,16 +225,16 @@ def require_scale(scale: CurvatureScale, tolerance: float, task: Any) -> None:
     )
 
 
-def _directions(lens: Lens) -> dict[str, Tensor]:
+def _directions(view: LossView) -> dict[str, Tensor]:
     """Random directions [R, P, O, I] for each layer, the same in every run."""
     generator = torch.Generator().manual_seed(0)
     return {
-        name: torch.randn(_DIRECTIONS, *layer.shape, generator=generator, dtype=lens.dtype).to(lens.device)
-        for name, layer in lens.layers.items()
+        name: torch.randn(_DIRECTIONS, *layer.shape, generator=generator, dtype=view.dtype).to(view.device)
+        for name, layer in view.layers.items()
     }
 
 
-def _slopes(lens: Lens, batch: Batch, directions: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _slopes(view: LossView, batch: Batch, directions: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """<G_b, V> for each layer, [R, B]: how each example's loss changes along each direction V."""
     slopes: dict[str, Tensor] = {}
 
@@ -240,24 +242,24 @@ def _slopes(lens: Lens, batch: Batch, directions: Mapping[str, Tensor]) -> dict[
         projected = torch.einsum("pbsi,rpoi->rpbso", tokens.a_PBSI, directions[layer.name])
         slopes[layer.name] = torch.einsum("rpbso,pbso->rb", projected, tokens.g_PBSO).double()
 
-    lens.capture(batch, consume, FiniteWatch("check, slopes"))
+    view.capture(batch, consume, FiniteCheck("check, slopes"))
     return slopes
 
 
-def _gauss_newton_forms(lens: Lens, batch: Batch, directions: Mapping[str, Tensor]) -> Tensor | None:
+def _gauss_newton_forms(view: LossView, batch: Batch, directions: Mapping[str, Tensor]) -> Tensor | None:
     """sum over directions v of (J v)^T H (J v): J of the model's outputs, H the loss's Hessian in the outputs."""
     pairs = [
         pair
-        for name, layer in lens.layers.items()
+        for name, layer in view.layers.items()
         for pair in zip(layer.parameters, layer.by_parameter(directions[name]), strict=True)
     ]
     parameters = [parameter for parameter, _ in pairs]
     math_only = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
     with torch.enable_grad(), requiring_grad(parameters), math_only:
         outputs: list[Tensor] = []
-        handle = lens.model.register_forward_hook(lambda _m, _i, out: _handed_on(out, outputs))
+        handle = view.model.register_forward_hook(lambda _m, _i, out: _handed_on(out, outputs))
         try:
-            loss = lens.loss(batch)
+            loss = view.loss(batch)
         finally:
             handle.remove()
         if not outputs:
@@ -266,7 +268,7 @@ def _gauss_newton_forms(lens: Lens, batch: Batch, directions: Mapping[str, Tenso
         used = [(z, s) for z, s in zip(outputs, slopes, strict=True) if s is not None and s.requires_grad]
         if not used:
             return None
-        form = torch.zeros((), dtype=torch.float64, device=lens.device)
+        form = torch.zeros((), dtype=torch.float64, device=view.device)
         for r in range(_DIRECTIONS):
             form += _one_form(used, parameters, [direction[r] for _, direction in pairs])
     return form

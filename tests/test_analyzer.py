@@ -351,7 +351,7 @@ def test_a_measurement_of_a_hidden_layer_gives_the_layers_behind_it_no_influence
 
 def test_arguments_of_another_kind_are_named(tmp_path: Path) -> None:
     good = _setting(tmp_path)
-    trajectory, model = good.work.trajectory, good.work.model
+    trajectory, model = good.context.trajectory, good.context.model
     cases: list[tuple[type[Exception], str, tuple[Any, Any], dict[str, Any]]] = [
         (sf.TrajectoryError, "expected a segflow.Trajectory", (FixedLabels(), "run"), {}),
         (

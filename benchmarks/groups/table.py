@@ -84,8 +84,8 @@ def _detection(setting: Setting) -> Iterator[str]:
             cells = [_plus_minus(by[grouping][size]) for size in sizes]
             yield f"| {name} | {TITLES.get(grouping, grouping)} | {' | '.join(cells)} |"
     for name, errors in found.get("batching_error", {}).items():
-        told = ", ".join(f"{error:.0%}" for error in errors)
-        yield from ("", f"{name}: batches of 64; relative error of the projected Fisher in the runs: {told}.")
+        from_rank = ", ".join(f"{error:.0%}" for error in errors)
+        yield from ("", f"{name}: batches of 64; relative error of the projected Fisher in the runs: {from_rank}.")
     for name, by in found["methods"].items():
         if "refused" in by:
             yield from ("", f"{name}: {by['refused']}")

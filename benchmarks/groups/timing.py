@@ -34,8 +34,8 @@ def measure(setting: Setting) -> Path:
     found: dict[str, Any] = json.loads(path.read_text())["times"] if path.exists() else {}
     epoch = plain_epoch(setting)
     with tempfile.TemporaryDirectory() as scratch:
-        for works in _stages(setting, Path(scratch)):
-            missing = {key: work for key, work in works.items() if key not in found}
+        for contexts in _stages(setting, Path(scratch)):
+            missing = {key: context for key, context in contexts.items() if key not in found}
             if not missing:
                 continue
             for key, figure in interleaved(epoch, missing, setting.rounds).items():

@@ -1,4 +1,4 @@
-"""Fitting: what a plan needs of the training data as units of the store, each made once, from the units below it.
+"""What a plan needs of the training data as units of the store, each made once, from the units below it.
 
 Each rank walks its share of the data, and the sums are reduced once for each unit. `names` lists the units.
 """
@@ -28,11 +28,11 @@ from ..methods.plan import (
     preconditioners,
     projected,
 )
-from ..model.loss_view import Lens
+from ..model.loss_view import LossView
 from ..runtime.ranks import balanced
-from ..stage.context import Workspace
+from ..stage.context import StageContext
 from ..store.files import Tensors
-from ..store.shared import Planned, Unit
+from ..store.shared import StoredUnit, UnitRecipe
 from .kronecker import Eigenbasis, eigenvectors, kfac_eigenvalues, mean_over
 from .names import (
     basis_unit,
@@ -80,71 +80,71 @@ def _of_stage(needed: Iterable[Any], stage: int) -> list[Any]:
     return [of for of in needed if of.stage == stage]
 
 
-def _needed(planned: Mapping[str, Planned], targets: Iterable[str], held: set[str]) -> list[Planned]:
+def _needed(recipes: Mapping[str, UnitRecipe], targets: Iterable[str], held: set[str]) -> list[UnitRecipe]:
     """The targets and whatever is missing below those that are not held, in the order of planning."""
     chosen: set[str] = set()
 
     def choose(name: str) -> None:
         if name not in chosen:
             chosen.add(name)
-            for source in () if name in held else planned[name].inputs:
+            for source in () if name in held else recipes[name].inputs:
                 choose(source)
 
     for name in targets:
         choose(name)
-    return [unit for name, unit in planned.items() if name in chosen]
+    return [unit for name, unit in recipes.items() if name in chosen]
 
 
-def check_needs(work: Workspace, needs: Needs) -> None:
+def check_needs(context: StageContext, needs: Needs) -> None:
     """Raise TrajectoryError if a preconditioner can be neither read nor estimated; warn if one must be estimated."""
-    missing = {index for of in needs.preconditioners for index in unsaved(work, of)}
+    missing = {index for of in needs.preconditioners for index in unsaved(context, of)}
     for of in needs.preconditioners:
-        preconditioner_from(work, of)
+        preconditioner_from(context, of)
     if missing:
         warnings.warn(
-            f"{work.trajectory.optimizer.name}'s second moments were not saved at {len(missing)} checkpoints, "
+            f"{context.trajectory.optimizer.name}'s second moments were not saved at {len(missing)} checkpoints, "
             "so they are estimated from gradients there (see the scores' provenance).",
             stacklevel=3,
         )
 
 
-class Fitting:
-    """One fitting run of one stage: plans units and makes them; only inside `observing(model)`."""
+class FactorFitter:
+    """One fitting run of one stage: lists the units that are needed and makes them; only inside `observing(model)`."""
 
-    def __init__(self, work: Workspace, train: Any, batch_size: int):
-        self.work, self.train, self.batch_size = work, train, batch_size
-        work.load(work.last)
-        self.own = work.lens("train", train)  # checked with labels that repeat themselves
-        self.sample = replace(self.own, kind="sample", seed=work.seed, place=work.trajectory.total_steps)
-        drawn = np.random.default_rng(work.seed).permutation(len(train))
-        self.drawn = drawn[: work.curvature_examples]
-        self.train_from = work.made_from(train, self.own)
+    def __init__(self, context: StageContext, train: Any, batch_size: int):
+        self.context, self.train, self.batch_size = context, train, batch_size
+        context.load(context.last)
+        self.own = context.loss_view("train", train)  # checked with labels that repeat themselves
+        self.sample = replace(self.own, kind="sample", seed=context.seed, place=context.trajectory.total_steps)
+        drawn = np.random.default_rng(context.seed).permutation(len(train))
+        self.drawn = drawn[: context.curvature_examples]
+        self.train_from = context.made_from(train, self.own)
         self.sampled_from = {
             **self.train_from,
-            **work.sampling_needs(train, self.sample, batch_size),
+            **context.sampling_needs(train, self.sample, batch_size),
             "dtype": str(self.own.dtype),
         }
-        self.blocks = lru_cache(2)(lambda of: preconditioner_blocks(work, of, self.train_from, self.own))
+        self.blocks = lru_cache(2)(lambda of: preconditioner_blocks(context, of, self.train_from, self.own))
         self.bases = lru_cache(1)(self._read_bases)
-        self._planned: dict[str, Planned] = {}
+        self._recipes: dict[str, UnitRecipe] = {}
 
     def run(self, needs: Needs) -> None:
         """Make every unit that is needed and that the store does not hold.
 
         A unit whose only use is in units that are there is not made.
         """
-        units, planned, targets = self.work.units, *self.planned(needs)
+        store, (recipes, targets) = self.context.store, self.recipes(needs)
         while True:  # a covariance made anew may make another pool's eigenbasis stale
-            held = units.held(planned.values())
-            needed = _needed(planned, targets, held)
+            held = store.held(recipes.values())
+            needed = _needed(recipes, targets, held)
             expected: Counter[str] = Counter()
             for unit in needed:
                 expected[unit.kind] += unit.examples
-            units.journal.expect(expected)
-            if not units.settle(needed, held):
+            store.journal.expect(expected)
+            if not store.settle(needed, held):
                 return
 
-    def planned(self, needs: Needs) -> tuple[dict[str, Planned], list[str]]:
+    def recipes(self, needs: Needs) -> tuple[dict[str, UnitRecipe], list[str]]:
         """Units by name in the order of making, and the names of those that must be there in the end."""
         missing = dict.fromkeys(point for of in needs.preconditioners for point in self._unsaved(of))
         targets = [self._moments(point) for point in missing]
@@ -152,53 +152,53 @@ class Fitting:
             targets += self._curvature(curvature)
         targets += [self._kernel(inverse) for inverse in needs.kernels]
         if needs.statistics:
-            stage = self.work.stage
-            targets += [self._statistics(Point.at(stage, index)) for index in range(len(self.work.trajectory))]
-        return self._planned, targets
+            stage = self.context.stage
+            targets += [self._statistics(Point.at(stage, index)) for index in range(len(self.context.trajectory))]
+        return self._recipes, targets
 
     def _unsaved(self, of: Preconditioner) -> list[Point]:
-        return [Point.at(of.stage, index) for index in unsaved(self.work, of)]
+        return [Point.at(of.stage, index) for index in unsaved(self.context, of)]
 
-    def _plan(self, kind: str, name: str, made_from: Mapping[str, Any], make: Any, inputs: Sequence[str] = ()) -> str:
+    def _add(self, kind: str, name: str, made_from: Mapping[str, Any], make: Any, inputs: Sequence[str] = ()) -> str:
         examples = 0 if kind in ("eigenbasis", "kfac", "statistics") else sum(map(len, self._lists(1)))
-        self._planned.setdefault(name, Planned(kind, name, dict(made_from), tuple(inputs), examples, make))
+        self._recipes.setdefault(name, UnitRecipe(kind, name, dict(made_from), tuple(inputs), examples, make))
         return name
 
     def _curvature(self, curvature: Curvature) -> list[str]:
-        """Plan a curvature's units: a covariance for each point, the eigenbasis, the eigenvalues."""
-        work, points = self.work, curvature.points
-        digests = [work.checkpoint_digest(point) for point in points]
+        """Recipes for a curvature's units: a covariance for each point, the eigenbasis, the eigenvalues."""
+        context, points = self.context, curvature.points
+        digests = [context.checkpoint_digest(point) for point in points]
         if curvature.kind == "diagonal":
             return [
-                self._plan(
+                self._add(
                     "diagonal",
-                    eigenvalues_unit(work, curvature, point),
+                    eigenvalues_unit(context, curvature, point),
                     self.sampled_from | {"checkpoint": digest},
                     partial(self._make_eigenvalues, point, None, curvature.batch),
                 )
                 for point, digest in zip(points, digests, strict=True)
             ]
         sources = [
-            self._plan(
+            self._add(
                 "covariance",
-                covariance_unit(work, point),
+                covariance_unit(context, point),
                 self.sampled_from | {"checkpoint": digest},
                 partial(self._make_covariance, point),
             )
             for point, digest in zip(points, digests, strict=True)
         ]
-        made_from = self.sampled_from | pool_from(work, curvature, {}, self.own)
+        made_from = self.sampled_from | pool_from(context, curvature, {}, self.own)
         make = partial(self._make_bases, curvature, sources)
         moments = [] if curvature.scaled is None else [self._moments(p) for p in self._unsaved(curvature.scaled)]
-        basis = self._plan("eigenbasis", basis_unit(work, curvature), made_from, make, [*sources, *moments])
+        basis = self._add("eigenbasis", basis_unit(context, curvature), made_from, make, [*sources, *moments])
         if curvature.kind == "kfac":
             make = partial(self._make_kfac, curvature, sources)
-            name = eigenvalues_unit(work, curvature, points[0])
-            return [basis, self._plan("kfac", name, made_from, make, [*sources, basis])]
+            name = eigenvalues_unit(context, curvature, points[0])
+            return [basis, self._add("kfac", name, made_from, make, [*sources, basis])]
         return [basis] + [
-            self._plan(
+            self._add(
                 "eigenvalues",
-                eigenvalues_unit(work, curvature, point),
+                eigenvalues_unit(context, curvature, point),
                 made_from | {"checkpoint": digest},
                 partial(self._make_eigenvalues, point, curvature, curvature.batch),
                 [basis],
@@ -213,31 +213,31 @@ class Fitting:
         """
         walked = np.sort(self.drawn) if batch == 1 else self.drawn
         size = self.batch_size if batch == 1 else max(1, self.batch_size // batch) * batch
-        return self.work.ranks.share([walked[part.start : part.stop] for part in in_order(len(walked), size)])
+        return self.context.ranks.share([walked[part.start : part.stop] for part in in_order(len(walked), size)])
 
     def _moments(self, point: Point) -> str:
-        made_from = self.train_from | {"checkpoint": self.work.checkpoint_digest(point)}
-        return self._plan("moments", moments_unit(self.work, point), made_from, partial(self._make_moments, point))
+        made_from = self.train_from | {"checkpoint": self.context.checkpoint_digest(point)}
+        return self._add("moments", moments_unit(self.context, point), made_from, partial(self._make_moments, point))
 
     def _kernel(self, inverse: ProjectedInverse) -> str:
-        made_from = kernel_from(self.work, inverse, self.train_from, self.own, self.train)
-        return self._plan("kernel", kernel_unit(self.work, inverse), made_from, partial(self._make_kernel, inverse))
+        made_from = kernel_from(self.context, inverse, self.train_from, self.own, self.train)
+        return self._add("kernel", kernel_unit(self.context, inverse), made_from, partial(self._make_kernel, inverse))
 
     def _statistics(self, point: Point) -> str:
-        made_from = self.sampled_from | {"checkpoint": self.work.checkpoint_digest(point)}
-        name = statistics_unit(self.work, point)
-        return self._plan("statistics", name, made_from, partial(self._make_statistics, point))
+        made_from = self.sampled_from | {"checkpoint": self.context.checkpoint_digest(point)}
+        name = statistics_unit(self.context, point)
+        return self._add("statistics", name, made_from, partial(self._make_statistics, point))
 
-    def _pass(self, point: Point, lens: Lens, kind: str, batch: int = 1) -> tuple[Lens, Iterator[Batch], str]:
-        """The lens and the data for one pass at a point, and the point's name; batch: see `_lists`."""
-        self.work.load(point)
-        steps = self.work.run.stages[point.stage].steps
-        lens, where = replace(lens, place=steps[point.weights[-1][0]]), self.work.where(point)
-        return lens, self.work.walk(lens, self.train, self._lists(batch), f"{kind}, {where}"), where
+    def _pass(self, point: Point, view: LossView, kind: str, batch: int = 1) -> tuple[LossView, Iterator[Batch], str]:
+        """The view and the data for one pass at a point, and the point's name; batch: see `_lists`."""
+        self.context.load(point)
+        steps = self.context.run.stages[point.stage].steps
+        view, where = replace(view, place=steps[point.weights[-1][0]]), self.context.where(point)
+        return view, self.context.walk(view, self.train, self._lists(batch), f"{kind}, {where}"), where
 
     def _make_covariance(self, point: Point) -> Tensors:
-        lens, data, where = self._pass(point, self.sample, "covariance")
-        found = covariances(lens, data, self.work.ranks, where)
+        view, data, where = self._pass(point, self.sample, "covariance")
+        found = covariances(view, data, self.context.ranks, where)
         return {f"{name}.{key}": value for name, sums in found.items() for key, value in vars(sums).items()}
 
     def _make_eigenvalues(self, point: Point, curvature: Curvature | None, batch: int) -> Tensors:
@@ -245,18 +245,18 @@ class Fitting:
         if bases and curvature is not None and curvature.scaled is not None:
             blocks = self.blocks(curvature.scaled)
             bases = {name: basis.scaled(blocks[name].part) for name, basis in bases.items()}
-        lens, data, where = self._pass(point, self.sample, "eigenvalues", batch)
-        return corrected_eigenvalues(lens, data, bases, self.work.ranks, where, self.work.memory // 8, batch)
+        view, data, where = self._pass(point, self.sample, "eigenvalues", batch)
+        return corrected_eigenvalues(view, data, bases, self.context.ranks, where, self.context.memory // 8, batch)
 
     def _make_moments(self, point: Point) -> Tensors:
-        lens, data, where = self._pass(point, self.own, "moments")
-        return gradient_moments(lens, data, self.work.ranks, where, self.work.memory // 8)
+        view, data, where = self._pass(point, self.own, "moments")
+        return gradient_moments(view, data, self.context.ranks, where, self.context.memory // 8)
 
     def _make_kernel(self, inverse: ProjectedInverse) -> Tensors:
-        self.work.load(inverse.point)
-        own = self.own if inverse.features == "train" else self.work.lens(inverse.features, self.train)
-        lens, data, where = self._pass(inverse.point, own, "projection", inverse.batch)
-        return projected_kernel(lens, data, inverse.projection, self.work.ranks, where, inverse.batch)
+        self.context.load(inverse.point)
+        own = self.own if inverse.features == "train" else self.context.loss_view(inverse.features, self.train)
+        view, data, where = self._pass(inverse.point, own, "projection", inverse.batch)
+        return projected_kernel(view, data, inverse.projection, self.context.ranks, where, inverse.batch)
 
     def _make_statistics(self, point: Point) -> Tensors:
         """Sketches of some examples' training gradients (`gradients`) and pseudo-gradients (`curvature`)."""
@@ -264,15 +264,15 @@ class Fitting:
         lists = [chosen[part.start : part.stop] for part in in_order(len(chosen), self.batch_size)]
         found: Tensors = {}
         for kind, own in (("gradients", self.own), ("curvature", self.sample)):
-            lens, _, where = self._pass(point, own, "statistics")
-            data = self.work.walk(lens, self.train, self.work.ranks.share(lists), f"statistics, {where}")
-            rows = sketches(lens, data, _SKETCH, self.work.ranks, where)
+            view, _, where = self._pass(point, own, "statistics")
+            data = self.context.walk(view, self.train, self.context.ranks.share(lists), f"statistics, {where}")
+            rows = sketches(view, data, _SKETCH, self.context.ranks, where)
             found |= {f"{name}.{kind}": value for name, value in rows.items()}
         return found
 
     def _make_kfac(self, curvature: Curvature, sources: list[str]) -> Tensors:
         bases = self.bases(curvature)
-        units = [self.work.units.open(source, self._planned[source].made_from) for source in sources]
+        units = [self.context.store.open(source, self._recipes[source].made_from) for source in sources]
         made = {}
         for name, layer in self.own.layers.items():
             inputs, outputs = (_pooled(units, _Side(name, *of), curvature.weights) for of in _shapes(*layer.shape))
@@ -284,8 +284,8 @@ class Fitting:
 
     def _make_bases(self, curvature: Curvature, sources: list[str]) -> Tensors:
         """Eigenvectors of the pooled covariances in float64, each side of each layer on one rank."""
-        ranks, where = self.work.ranks, [self.work.where(point) for point in curvature.points]
-        units = [self.work.units.open(source, self._planned[source].made_from) for source in sources]
+        ranks, where = self.context.ranks, [self.context.where(point) for point in curvature.points]
+        units = [self.context.store.open(source, self._recipes[source].made_from) for source in sources]
         sides, scales = _sides(self.own), self.blocks(curvature.scaled) if curvature.scaled else None
         owners = balanced([shape[0] * shape[1] ** 3 for _, _, shape in sides], ranks.count)
         hands = [
@@ -308,7 +308,7 @@ class Fitting:
         return made
 
     def _read_bases(self, curvature: Curvature) -> dict[str, Any]:
-        basis = self.work.units.open(basis_unit(self.work, curvature), self.sampled_from)
+        basis = self.context.store.open(basis_unit(self.context, curvature), self.sampled_from)
         return {name: stored_basis(basis, name, self.own) for name in self.own.layers}
 
 
@@ -324,11 +324,11 @@ def _shapes(P: int, O: int, I: int) -> tuple[tuple[str, tuple[int, int, int]], .
     return ("inputs", (P, I, I)), ("outputs", (P, O, O))
 
 
-def _sides(lens: Lens) -> list[_Side]:
-    return [_Side(name, *of) for name, layer in lens.layers.items() for of in _shapes(*layer.shape)]
+def _sides(view: LossView) -> list[_Side]:
+    return [_Side(name, *of) for name, layer in view.layers.items() for of in _shapes(*layer.shape)]
 
 
-def _pooled(units: Sequence[Unit], side: _Side, weights: Sequence[float]) -> Tensor | None:
+def _pooled(units: Sequence[StoredUnit], side: _Side, weights: Sequence[float]) -> Tensor | None:
     """A layer's A or S averaged over the units' points, on rank 0."""
     total, rows = ("a_PII", "a_rows") if side.name == "inputs" else ("g_POO", "g_rows")
     names = [(f"{side.layer}.{total}", side.shape), (f"{side.layer}.{rows}", ())]
@@ -342,7 +342,7 @@ def _scaled(matrix_PDD: Tensor, side: _Side, part: RankOne) -> Tensor:
     return root_PD[:, :, None] * matrix_PDD * root_PD[:, None, :]
 
 
-def _positions(units: Sequence[Unit], layer: str, examples: int, weights: Sequence[float]) -> float:
+def _positions(units: Sequence[StoredUnit], layer: str, examples: int, weights: Sequence[float]) -> float:
     """How many positions an example has in a layer, on average; on rank 0."""
     rows = [unit.file.tensor(f"{layer}.g_rows", ()).item() for unit in units if unit.file is not None]
     return sum(weight * row for weight, row in zip(weights, rows, strict=False)) / examples

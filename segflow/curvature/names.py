@@ -24,8 +24,8 @@ from weakref import WeakKeyDictionary
 from ..data.fingerprints import output_fingerprint
 from ..errors import TrajectoryError
 from ..methods.plan import Curvature, Point, Preconditioner, ProjectedInverse
-from ..model.loss_view import Lens
-from ..stage.context import Workspace
+from ..model.loss_view import LossView
+from ..stage.context import StageContext
 from ..stage.identity import rounded, short
 from ..store.store import MadeFrom
 from ..training.trajectory import Trajectory
@@ -34,67 +34,69 @@ from ..training.trajectory import Trajectory
 _SAVED: WeakKeyDictionary[Trajectory, dict[str, frozenset[str] | None]] = WeakKeyDictionary()
 
 
-def covariance_unit(work: Workspace, point: Point) -> str:
+def covariance_unit(context: StageContext, point: Point) -> str:
     """A point's covariances."""
-    return f"{work.prefix}covariance/{work.name(point)}"
+    return f"{context.prefix}covariance/{context.name(point)}"
 
 
-def basis_unit(work: Workspace, curvature: Curvature) -> str:
+def basis_unit(context: StageContext, curvature: Curvature) -> str:
     """A pool's eigenbasis."""
-    return f"{work.prefix}eigenbasis/{_pool(work, curvature)}"
+    return f"{context.prefix}eigenbasis/{_pool(context, curvature)}"
 
 
-def eigenvalues_unit(work: Workspace, curvature: Curvature, point: Point) -> str:
+def eigenvalues_unit(context: StageContext, curvature: Curvature, point: Point) -> str:
     """Eigenvalues at a point, of the curvature's kind (K-FAC's: of all points)."""
     if curvature.kind == "diagonal":
-        return f"{work.prefix}diagonal{_batched(curvature)}/{work.name(point)}"
+        return f"{context.prefix}diagonal{_batched(curvature)}/{context.name(point)}"
     if curvature.kind == "kfac":
-        return f"{work.prefix}kfac/{_pool(work, curvature)}"
-    return f"{work.prefix}eigenvalues/{_pool(work, curvature)}{_batched(curvature)}/{work.name(point)}"
+        return f"{context.prefix}kfac/{_pool(context, curvature)}"
+    return f"{context.prefix}eigenvalues/{_pool(context, curvature)}{_batched(curvature)}/{context.name(point)}"
 
 
-def moments_unit(work: Workspace, point: Point) -> str:
+def moments_unit(context: StageContext, point: Point) -> str:
     """Moments of training gradients at a point."""
-    return f"{work.prefix}moments/{work.name(point)}"
+    return f"{context.prefix}moments/{context.name(point)}"
 
 
-def statistics_unit(work: Workspace, point: Point) -> str:
+def statistics_unit(context: StageContext, point: Point) -> str:
     """What tells a checkpoint from others."""
-    return f"{work.prefix}statistics/{work.name(point)}"
+    return f"{context.prefix}statistics/{context.name(point)}"
 
 
-def kernel_unit(work: Workspace, inverse: ProjectedInverse) -> str:
+def kernel_unit(context: StageContext, inverse: ProjectedInverse) -> str:
     """A projected second moment at a point; damping is applied when it is read."""
     of = inverse.projection
     name = f"{inverse.features}-{of.dimension or 'all'}-{of.seed}{_batched(inverse)}"
-    return f"{work.prefix}kernel/{name}/{work.name(inverse.point)}"
+    return f"{context.prefix}kernel/{name}/{context.name(inverse.point)}"
 
 
-def kernel_from(work: Workspace, inverse: ProjectedInverse, train_from: MadeFrom, own: Lens, train: Any) -> MadeFrom:
-    """What binds a kernel's unit; own: the lens of the training loss. As a loss is, an output is told by its values."""
-    made = {**train_from, "dtype": str(own.dtype), "checkpoint": work.checkpoint_digest(inverse.point)}
+def kernel_from(
+    context: StageContext, inverse: ProjectedInverse, train_from: MadeFrom, own: LossView, train: Any
+) -> MadeFrom:
+    """What binds a kernel's unit; own: the view of the training loss. As a loss is, an output is told by its values."""
+    made = {**train_from, "dtype": str(own.dtype), "checkpoint": context.checkpoint_digest(inverse.point)}
     if inverse.features == "output":
         made |= {
-            "output": output_fingerprint(work.task),
-            "outputs": work.steady_losses(train, replace(own, kind="output")),
+            "output": output_fingerprint(context.task),
+            "outputs": context.steady_losses(train, replace(own, kind="output")),
         }
     return made
 
 
-def pool_from(work: Workspace, curvature: Curvature, train_from: MadeFrom, lens: Lens) -> dict[str, Any]:
+def pool_from(context: StageContext, curvature: Curvature, train_from: MadeFrom, view: LossView) -> dict[str, Any]:
     """What binds a pool's units."""
-    made: dict[str, Any] = {**train_from, "dtype": str(lens.dtype)}
-    made["checkpoints"] = [work.checkpoint_digest(point) for point in curvature.points]
+    made: dict[str, Any] = {**train_from, "dtype": str(view.dtype)}
+    made["checkpoints"] = [context.checkpoint_digest(point) for point in curvature.points]
     if len(set(curvature.weights)) > 1:
         made["weights"] = list(curvature.weights)
     if curvature.scaled is not None and curvature.kind != "diagonal":
-        made["preconditioner"] = preconditioner_from(work, curvature.scaled)
+        made["preconditioner"] = preconditioner_from(context, curvature.scaled)
     return made
 
 
-def preconditioner_from(work: Workspace, of: Preconditioner) -> dict[str, Any]:
+def preconditioner_from(context: StageContext, of: Preconditioner) -> dict[str, Any]:
     """What a preconditioner is made of; TrajectoryError if it was not saved and cannot be estimated either."""
-    trajectory, missing = work.run.stages[of.stage], unsaved(work, of)
+    trajectory, missing = context.run.stages[of.stage], unsaved(context, of)
     if missing and trajectory.optimizer.batch_size is None:
         raise TrajectoryError(
             f"{trajectory.optimizer.name}'s second moments were not saved at the checkpoints of steps "
@@ -102,36 +104,36 @@ def preconditioner_from(work: Workspace, of: Preconditioner) -> dict[str, Any]:
             "OptimizerConstants(batch_size=...) to have them estimated from gradients."
         )
     return {
-        "checkpoints": [work.checkpoint_digest(Point.at(of.stage, index)) for index, _ in of.weights],
+        "checkpoints": [context.checkpoint_digest(Point.at(of.stage, index)) for index, _ in of.weights],
         "weights": [weight for _, weight in of.weights],
         "eps": list(trajectory.eps),
         "moments": f"estimated for batches of {trajectory.optimizer.batch_size}" if missing else "recorded",
     }
 
 
-def unsaved(work: Workspace, of: Preconditioner) -> list[int]:
+def unsaved(context: StageContext, of: Preconditioner) -> list[int]:
     """The checkpoints whose second moments must be estimated.
 
     TrajectoryError where a checkpoint has those of some tracked parameters only.
     """
-    found = [index for index, _ in of.weights if not _saved(work, index)] if work.ranks.main else None
-    return list(work.ranks.same(found))
+    found = [index for index, _ in of.weights if not _saved(context, index)] if context.ranks.main else None
+    return list(context.ranks.same(found))
 
 
-def _saved(work: Workspace, index: int) -> bool:
+def _saved(context: StageContext, index: int) -> bool:
     """Whether second moments were saved at a checkpoint, looked up once for each content of its file."""
-    known = _SAVED.setdefault(work.trajectory, {})
-    digest = work.trajectory.digest(index)
+    known = _SAVED.setdefault(context.trajectory, {})
+    digest = context.trajectory.digest(index)
     if digest not in known:
-        known[digest] = None if (found := work.trajectory.second_moments(index)) is None else frozenset(found)
+        known[digest] = None if (found := context.trajectory.second_moments(index)) is None else frozenset(found)
     names = known[digest]
     if names is None:
         return False
-    needed = {name for layer in work.layers.tracked.values() for name in layer.parameter_names}
+    needed = {name for layer in context.layers.tracked.values() for name in layer.parameter_names}
     if needed - names:
         raise TrajectoryError(
-            f"{work.where(Point.at(work.stage, index))}: no second moments of {sorted(needed - names)[:4]}, which "
-            "other parameters have. Were they frozen or unused until then? Leave their layers out of "
+            f"{context.where(Point.at(context.stage, index))}: no second moments of {sorted(needed - names)[:4]}, "
+            "which other parameters have. Were they frozen or unused until then? Leave their layers out of "
             "get_influence_tracked_modules()."
         )
     return True
@@ -142,13 +144,13 @@ def _batched(of: Curvature | ProjectedInverse) -> str:
     return f"-batches-of-{of.batch}" if of.batch > 1 else ""
 
 
-def _pool(work: Workspace, curvature: Curvature) -> str:
+def _pool(context: StageContext, curvature: Curvature) -> str:
     points = curvature.points
-    if all(len(point.weights) == 1 and point.stage == work.stage for point in points):
-        steps = [str(work.trajectory.steps[point.weights[0][0]]) for point in points]
+    if all(len(point.weights) == 1 and point.stage == context.stage for point in points):
+        steps = [str(context.trajectory.steps[point.weights[0][0]]) for point in points]
         name = "steps-" + short(steps)
     else:
-        name = "at-" + "-".join(work.name(point) for point in points)
+        name = "at-" + "-".join(context.name(point) for point in points)
     if len(set(curvature.weights)) > 1:
         name += f"-w{rounded(curvature.weights)}"
     if curvature.scaled is not None:

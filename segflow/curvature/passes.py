@@ -14,9 +14,9 @@ from torch import Tensor
 from ..data.batches import Batch
 from ..errors import FactorError, TaskError
 from ..methods.plan import Projection
-from ..model.finite import FiniteWatch
+from ..model.finite import FiniteCheck
 from ..model.layers import TrackedLayer
-from ..model.loss_view import Lens
+from ..model.loss_view import LossView
 from ..model.tokens import Tokens, joined_examples
 from ..runtime.ranks import Ranks
 from ..store.files import Tensors
@@ -28,17 +28,17 @@ BATCHING_ERROR = "error of batching"  # beside second moments of batches, by wha
 _COMPARED = 2048  # examples on each rank that tell it
 
 
-def covariances(lens: Lens, data: Iterable[Batch], ranks: Ranks, where: str) -> dict[str, Covariance]:
+def covariances(view: LossView, data: Iterable[Batch], ranks: Ranks, where: str) -> dict[str, Covariance]:
     """Covariance sums of every layer over one pass with pseudo-labels, of what all `ranks` walk.
 
     where: names the checkpoint in errors.
     """
-    totals = {name: Covariance.zeros(layer.shape, lens.dtype, lens.device) for name, layer in lens.layers.items()}
-    watch = FiniteWatch(f"covariance pass, {where}")
+    totals = {name: Covariance.zeros(layer.shape, view.dtype, view.device) for name, layer in view.layers.items()}
+    finite = FiniteCheck(f"covariance pass, {where}")
     masks = used = 0
     for batch in data:
-        mask = attention_mask(lens.task, batch.content)
-        _check_mask(mask, lens)
+        mask = attention_mask(view.task, batch.content)
+        _check_mask(mask, view)
         masks += mask is not None and not batch.idle
 
         def consume(layer: TrackedLayer, tokens: Tokens, mask: Any = mask) -> None:
@@ -47,12 +47,12 @@ def covariances(lens: Lens, data: Iterable[Batch], ranks: Ranks, where: str) -> 
             used += own is not None
             totals[layer.name].add_(tokens, own)
 
-        lens.capture(batch, consume, watch)
-    watch.finish(lens.layers, ranks)
+        view.capture(batch, consume, finite)
+    finite.finish(view.layers, ranks)
     of_ranks = ranks.gather([masks, used])
     if any(masks for masks, _ in of_ranks) and not any(used for _, used in of_ranks):
         raise TaskError(
-            f"{watch.where}: get_attention_mask() fits no tracked layer's [examples, positions], so it would be "
+            f"{finite.where}: get_attention_mask() fits no tracked layer's [examples, positions], so it would be "
             "ignored. Return the mask of the positions that the layers see (shifted as the inputs are), or None."
         )
     ranks.sum_([total for sums in totals.values() for total in vars(sums).values()])
@@ -60,7 +60,7 @@ def covariances(lens: Lens, data: Iterable[Batch], ranks: Ranks, where: str) -> 
 
 
 def corrected_eigenvalues(
-    lens: Lens,
+    view: LossView,
     data: Iterable[Batch],
     bases: Mapping[str, Eigenbasis] | None,
     ranks: Ranks,
@@ -75,9 +75,9 @@ def corrected_eigenvalues(
     are counted at once; with what this changes, on some examples, as BATCHING_ERROR. Pseudo-gradients have mean zero,
     so that the squares have the same expectation.
     """
-    totals = _zeros(lens)
+    totals = _zeros(view)
     compared = _Compared(totals, batch)
-    watch = FiniteWatch(f"{'corrected-eigenvalue' if bases else 'diagonal'} pass, {where}")
+    finite = FiniteCheck(f"{'corrected-eigenvalue' if bases else 'diagonal'} pass, {where}")
 
     def consume(layer: TrackedLayer, tokens: Tokens) -> None:
         basis = bases[layer.name] if bases else None
@@ -88,42 +88,42 @@ def corrected_eigenvalues(
         add_(totals[layer.name], batch)
         compared.see(layer.name, tokens.a_PBSI.shape[1], add_)
 
-    examples = _walked(lens, data, consume, watch)
-    watch.finish(lens.layers, ranks)
-    return _means(totals, examples, "corrected eigenvalues", watch, ranks) | compared.error(ranks)
+    examples = _walked(view, data, consume, finite)
+    finite.finish(view.layers, ranks)
+    return _means(totals, examples, "corrected eigenvalues", finite, ranks) | compared.error(ranks)
 
 
-def gradient_moments(lens: Lens, data: Iterable[Batch], ranks: Ranks, where: str, budget: int) -> Tensors:
+def gradient_moments(view: LossView, data: Iterable[Batch], ranks: Ranks, where: str, budget: int) -> Tensors:
     """Each layer's mean training gradient and mean squared gradient, `<layer>.mean` and `.square` [P, O, I]."""
-    means, squares = _zeros(lens), _zeros(lens)
-    watch = FiniteWatch(f"gradient moments, {where}")
+    means, squares = _zeros(view), _zeros(view)
+    finite = FiniteCheck(f"gradient moments, {where}")
 
     def consume(layer: TrackedLayer, tokens: Tokens) -> None:
         means[layer.name] += torch.einsum("pbso,pbsi->poi", tokens.g_PBSO, tokens.a_PBSI)
         add_squared_projections_(squares[layer.name], tokens, None, budget)
 
-    examples = _walked(lens, data, consume, watch)
-    watch.finish(lens.layers, ranks)
+    examples = _walked(view, data, consume, finite)
+    finite.finish(view.layers, ranks)
     both = {f"{n}.mean": t for n, t in means.items()} | {f"{n}.square": t for n, t in squares.items()}
-    return _means(both, examples, "moments", watch, ranks)
+    return _means(both, examples, "moments", finite, ranks)
 
 
 def projected_kernel(
-    lens: Lens, data: Iterable[Batch], projection: Projection, ranks: Ranks, where: str, batch: int = 1
+    view: LossView, data: Iterable[Batch], projection: Projection, ranks: Ranks, where: str, batch: int = 1
 ) -> Tensors:
     """`kernel` [k, k]: the mean over examples of the outer product of their projected gradients.
 
     batch: outer products are those of so many examples' sums, counted as so many; with what this changes, on some
     examples, as BATCHING_ERROR (a mean gradient m adds (batch - 1) m m^T).
     """
-    shapes = {name: layer.shape for name, layer in lens.layers.items()}
-    probes_of = probes(projection, shapes, lens.dtype, lens.device)
-    watch = FiniteWatch(f"projected gradients, {where}")
+    shapes = {name: layer.shape for name, layer in view.layers.items()}
+    probes_of = probes(projection, shapes, view.dtype, view.device)
+    finite = FiniteCheck(f"projected gradients, {where}")
     k = projection.dimension or sum(probe.features for probe in probes_of.values())
-    total = torch.zeros(k, k, dtype=lens.dtype, device=lens.device)
-    examples = torch.zeros((), dtype=torch.float64, device=lens.device)
+    total = torch.zeros(k, k, dtype=view.dtype, device=view.device)
+    examples = torch.zeros((), dtype=torch.float64, device=view.device)
     compared = _Compared({"kernel": total}, batch)
-    for of, rows in _projected(lens, data, probes_of, watch, lambda: 1 if compared.open("kernel") else batch):
+    for of, rows in _projected(view, data, probes_of, finite, lambda: 1 if compared.open("kernel") else batch):
         features = joined(rows, projection)
         alone = len(features) == of.size  # a row for each example
 
@@ -134,20 +134,20 @@ def projected_kernel(
         add_(total, batch)
         compared.see("kernel", of.size, add_)
         examples += of.size
-    watch.finish(lens.layers, ranks, every=lens.kind != "output")
-    return _means({"kernel": total}, examples, "projected gradients", watch, ranks) | compared.error(ranks)
+    finite.finish(view.layers, ranks, every=view.kind != "output")
+    return _means({"kernel": total}, examples, "projected gradients", finite, ranks) | compared.error(ranks)
 
 
-def sketches(lens: Lens, data: Iterable[Batch], projection: Projection, ranks: Ranks, where: str) -> Tensors:
+def sketches(view: LossView, data: Iterable[Batch], projection: Projection, ranks: Ranks, where: str) -> Tensors:
     """Each layer's projected gradients of every example that all `ranks` walk, in the dataset's order, [B, k]."""
-    shapes = {name: layer.shape for name, layer in lens.layers.items()}
-    probes_of = probes(projection, shapes, lens.dtype, lens.device)
-    watch = FiniteWatch(f"sketches of gradients, {where}")
+    shapes = {name: layer.shape for name, layer in view.layers.items()}
+    probes_of = probes(projection, shapes, view.dtype, view.device)
+    finite = FiniteCheck(f"sketches of gradients, {where}")
     own: dict[int, dict[str, list[float]]] = {}
-    for batch, found in _projected(lens, data, probes_of, watch):
+    for batch, found in _projected(view, data, probes_of, finite):
         rows = {name: part.cpu().double().tolist() for name, part in found.items()}
         own |= {example: {n: rows[n][place] for n in rows} for place, example in enumerate(batch.examples)}
-    watch.finish(lens.layers, ranks)
+    finite.finish(view.layers, ranks)
     every = {example: rows for of_rank in ranks.gather(own) for example, rows in of_rank.items()}
     return {
         name: torch.tensor([every[example][name] for example in sorted(every)], dtype=torch.float64) for name in shapes
@@ -155,10 +155,10 @@ def sketches(lens: Lens, data: Iterable[Batch], projection: Projection, ranks: R
 
 
 def _projected(
-    lens: Lens,
+    view: LossView,
     data: Iterable[Batch],
     probes_of: Mapping[str, Probes],
-    watch: FiniteWatch,
+    finite: FiniteCheck,
     joins: Callable[[], int] = lambda: 1,
 ) -> Iterator[tuple[Batch, dict[str, Tensor]]]:
     """Each batch that counts, with the features [B, k] of every layer; zeros where its loss does not reach a layer.
@@ -172,9 +172,9 @@ def _projected(
         def consume(layer: TrackedLayer, tokens: Tokens, found: Any = found, size: int = size) -> None:
             found[layer.name] = probes_of[layer.name].of_tokens(joined_examples(tokens, size))
 
-        lens.capture(batch, consume, watch)
+        view.capture(batch, consume, finite)
         if not batch.idle:
-            none = torch.zeros((), dtype=lens.dtype, device=lens.device)
+            none = torch.zeros((), dtype=view.dtype, device=view.device)
             rows = -(-batch.size // size)
             yield batch, {n: found.get(n, none.expand(rows, of.features)) for n, of in probes_of.items()}
 
@@ -215,41 +215,41 @@ class _Compared:
         return {BATCHING_ERROR: ((batched - exact).norm() / exact.norm().clamp_min(1e-300))}
 
 
-def _zeros(lens: Lens) -> dict[str, Tensor]:
-    return {name: torch.zeros(layer.shape, dtype=lens.dtype, device=lens.device) for name, layer in lens.layers.items()}
+def _zeros(view: LossView) -> dict[str, Tensor]:
+    return {name: torch.zeros(layer.shape, dtype=view.dtype, device=view.device) for name, layer in view.layers.items()}
 
 
-def _walked(lens: Lens, data: Iterable[Batch], consume: Any, watch: FiniteWatch) -> Tensor:
+def _walked(view: LossView, data: Iterable[Batch], consume: Any, finite: FiniteCheck) -> Tensor:
     """Walk the data; how many examples this rank saw."""
-    examples = torch.zeros((), dtype=torch.float64, device=lens.device)
+    examples = torch.zeros((), dtype=torch.float64, device=view.device)
     for batch in data:
-        lens.capture(batch, consume, watch)
+        view.capture(batch, consume, finite)
         examples += 0 if batch.idle else batch.size
     return examples
 
 
 def _means(
-    totals: dict[str, Tensor], examples: Tensor, what: str, watch: FiniteWatch, ranks: Ranks
+    totals: dict[str, Tensor], examples: Tensor, what: str, finite: FiniteCheck, ranks: Ranks
 ) -> dict[str, Tensor]:
     """Sums over all ranks divided by the number of examples; FactorError where one is not finite."""
     ranks.sum_([*totals.values(), examples])
-    finite = torch.stack([torch.isfinite(total).all() for total in totals.values()]).tolist()
-    if not all(finite):
+    are_finite = torch.stack([torch.isfinite(total).all() for total in totals.values()]).tolist()
+    if not all(are_finite):
         raise FactorError(
-            f"{watch.where}: the {what} of layer {list(totals)[finite.index(False)]!r} are not finite. "
+            f"{finite.where}: the {what} of layer {list(totals)[are_finite.index(False)]!r} are not finite. "
             "Their sum over the data overflows; use a model in float64."
         )
     return {name: total / examples.to(total.dtype) for name, total in totals.items()}
 
 
-def _check_mask(mask: Any, lens: Lens) -> None:
+def _check_mask(mask: Any, view: LossView) -> None:
     """Raise TaskError unless the mask is None, a tensor, or a mapping from tracked layers' names to tensors."""
-    masks = mask if isinstance(mask, Mapping) else {} if mask is None else {next(iter(lens.layers)): mask}
-    unknown = sorted(set(masks) - set(lens.layers))
+    masks = mask if isinstance(mask, Mapping) else {} if mask is None else {next(iter(view.layers)): mask}
+    unknown = sorted(set(masks) - set(view.layers))
     if unknown or not all(isinstance(one, Tensor) for one in masks.values()):
         raise TaskError(
             f"get_attention_mask(): expected a tensor [examples, positions], or a mapping to such tensors from names "
-            f"of {list(lens.layers)[:8]}, found {f'names {unknown[:4]}' if unknown else type(mask).__name__}."
+            f"of {list(view.layers)[:8]}, found {f'names {unknown[:4]}' if unknown else type(mask).__name__}."
         )
 
 

@@ -8,34 +8,34 @@ from torch import Tensor
 
 from ..methods.plan import Point, Preconditioner
 from ..model.layers import TrackedLayer
-from ..model.loss_view import Lens
-from ..stage.context import Workspace
+from ..model.loss_view import LossView
+from ..stage.context import StageContext
 from ..store.store import MadeFrom
 from .names import moments_unit, unsaved
 from .preconditioner import Denominator, PreconditionerBlock, preconditioner_block
 
 
 def preconditioner_blocks(
-    work: Workspace, of: Preconditioner, train_from: MadeFrom, lens: Lens
+    context: StageContext, of: Preconditioner, train_from: MadeFrom, view: LossView
 ) -> dict[str, PreconditionerBlock]:
     """P of each layer over checkpoints, one read after the other: recorded, or estimated from `fit`'s units."""
-    sums = {name: Denominator() for name in lens.layers}
-    missing = unsaved(work, of)
+    sums = {name: Denominator() for name in view.layers}
+    missing = unsaved(context, of)
     for index, weight in of.weights:
-        find = _estimates(work, index, train_from) if index in missing else _records(work, index)
-        for name, layer in lens.layers.items():
-            eps = work.trajectory.eps[work.parameter_groups[name]]
+        find = _estimates(context, index, train_from) if index in missing else _records(context, index)
+        for name, layer in view.layers.items():
+            eps = context.trajectory.eps[context.parameter_groups[name]]
             sums[name] = sums[name].plus(weight, find(layer).double(), eps)
-    return {name: _placed(preconditioner_block(total), lens) for name, total in sums.items()}
+    return {name: _placed(preconditioner_block(total), view) for name, total in sums.items()}
 
 
-def _placed(block: PreconditionerBlock, lens: Lens) -> PreconditionerBlock:
-    part = type(block.part)(*(side.to(lens.device, lens.dtype) for side in vars(block.part).values()))
-    return PreconditionerBlock(block.exact_POI.to(lens.device, lens.dtype), part)
+def _placed(block: PreconditionerBlock, view: LossView) -> PreconditionerBlock:
+    part = type(block.part)(*(side.to(view.device, view.dtype) for side in vars(block.part).values()))
+    return PreconditionerBlock(block.exact_POI.to(view.device, view.dtype), part)
 
 
-def _records(work: Workspace, index: int) -> Callable[[TrackedLayer], Tensor]:
-    moments = work.trajectory.second_moments(index) or {}
+def _records(context: StageContext, index: int) -> Callable[[TrackedLayer], Tensor]:
+    moments = context.trajectory.second_moments(index) or {}
 
     def find(layer: TrackedLayer) -> Tensor:
         weight, *bias = (moments[name] for name in layer.parameter_names)
@@ -44,10 +44,12 @@ def _records(work: Workspace, index: int) -> Callable[[TrackedLayer], Tensor]:
     return find
 
 
-def _estimates(work: Workspace, index: int, train_from: MadeFrom) -> Callable[[TrackedLayer], Tensor]:
+def _estimates(context: StageContext, index: int, train_from: MadeFrom) -> Callable[[TrackedLayer], Tensor]:
     """E of a batch's squared gradient: squared mean plus variance over the batch size (Adagrad: times steps)."""
-    trajectory, point = work.trajectory, Point.at(work.stage, index)
-    unit = work.units.open(moments_unit(work, point), {**train_from, "checkpoint": work.checkpoint_digest(point)})
+    trajectory, point = context.trajectory, Point.at(context.stage, index)
+    unit = context.store.open(
+        moments_unit(context, point), {**train_from, "checkpoint": context.checkpoint_digest(point)}
+    )
     times = trajectory.steps[index] if trajectory.optimizer.name == "Adagrad" else 1
 
     def find(layer: TrackedLayer) -> Tensor:

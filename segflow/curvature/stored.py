@@ -25,9 +25,9 @@ from ..methods.plan import (
     projected,
 )
 from ..methods.spectra import damped_inverse
-from ..model.loss_view import Lens
-from ..stage.context import Workspace
-from ..store.shared import Unit
+from ..model.loss_view import LossView
+from ..stage.context import StageContext
+from ..store.shared import StoredUnit
 from ..store.store import MadeFrom
 from .kronecker import Eigenbasis, KroneckerBlock, weighted_mean
 from .names import (
@@ -55,125 +55,125 @@ class StoredCurvature(Mapping[str, KroneckerBlock]):
     were not fitted, or from something else.
 
     Args:
-        work: the workspace of the curvature's stage.
-        train_from: `Workspace.made_from` of the stage's training data.
+        context: that of the curvature's stage.
+        train_from: `StageContext.made_from` of the stage's training data.
         blocks: the preconditioner that the curvature is scaled with, of each layer.
     """
 
     def __init__(
         self,
-        work: Workspace,
+        context: StageContext,
         curvature: Curvature,
         train_from: MadeFrom,
-        lens: Lens,
+        view: LossView,
         blocks: Mapping[str, PreconditionerBlock] | None = None,
     ):
-        self.lens, self.curvature, self._scaled = lens, curvature, blocks
-        made_from = pool_from(work, curvature, train_from, lens)
+        self.view, self.curvature, self._scaled = view, curvature, blocks
+        made_from = pool_from(context, curvature, train_from, view)
         points = curvature.points[:1] if curvature.kind == "kfac" else curvature.points
-        values = [eigenvalues_unit(work, curvature, point) for point in points]
-        bases = [] if curvature.kind == "diagonal" else [basis_unit(work, curvature)]
+        values = [eigenvalues_unit(context, curvature, point) for point in points]
+        bases = [] if curvature.kind == "diagonal" else [basis_unit(context, curvature)]
         if curvature.kind == "diagonal":
-            of_points = [{**train_from, "checkpoint": work.checkpoint_digest(point)} for point in points]
+            of_points = [{**train_from, "checkpoint": context.checkpoint_digest(point)} for point in points]
         else:
             of_points = [made_from] * len(points)
-        self.units = [*bases, *values]
-        self._basis = work.units.open(bases[0], made_from) if bases else None
-        self.eigenvalue_units = [work.units.open(unit, of) for unit, of in zip(values, of_points, strict=True)]
+        self.unit_names = [*bases, *values]
+        self._basis = context.store.open(bases[0], made_from) if bases else None
+        self.eigenvalue_units = [context.store.open(unit, of) for unit, of in zip(values, of_points, strict=True)]
         self._weights = (1.0,) if curvature.kind == "kfac" else curvature.weights
-        numbers = sum(P * (O * O + I * I + O * I) for P, O, I in (layer.shape for layer in lens.layers.values()))
-        self.fits = numbers * lens.dtype.itemsize <= work.memory // _KEPT_SHARE
+        numbers = sum(P * (O * O + I * I + O * I) for P, O, I in (layer.shape for layer in view.layers.values()))
+        self.fits = numbers * view.dtype.itemsize <= context.memory // _KEPT_SHARE
         self._kept: dict[str, KroneckerBlock] = {}
 
     def __getitem__(self, name: str) -> KroneckerBlock:
         if name in self._kept:
             return self._kept[name]
-        if name not in self.lens.layers:
+        if name not in self.view.layers:
             raise KeyError(name)
-        shape, device = self.lens.layers[name].shape, self.lens.device
+        shape, device = self.view.layers[name].shape, self.view.device
         total = weighted_mean([unit.tensor(name, shape, device) for unit in self.eigenvalue_units], self._weights)
         if self._scaled is not None and self._basis is None:
             total = total * self._scaled[name].exact_POI
-        basis = None if self._basis is None else stored_basis(self._basis, name, self.lens)
+        basis = None if self._basis is None else stored_basis(self._basis, name, self.view)
         block = KroneckerBlock(basis, total)
         if self.fits:
             self._kept[name] = block
         return block
 
     def __contains__(self, name: object) -> bool:
-        return name in self.lens.layers
+        return name in self.view.layers
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.lens.layers)
+        return iter(self.view.layers)
 
     def __len__(self) -> int:
-        return len(self.lens.layers)
+        return len(self.view.layers)
 
 
-def stored_basis(unit: Unit, name: str, lens: Lens) -> Eigenbasis:
-    """One layer's eigenbasis, in the lens's precision."""
-    P, O, I = lens.layers[name].shape
-    inputs = unit.tensor(f"{name}.inputs", (P, I, I), lens.device)
-    return Eigenbasis(inputs.to(lens.dtype), unit.tensor(f"{name}.outputs", (P, O, O), lens.device).to(lens.dtype))
+def stored_basis(unit: StoredUnit, name: str, view: LossView) -> Eigenbasis:
+    """One layer's eigenbasis, in the view's precision."""
+    P, O, I = view.layers[name].shape
+    inputs = unit.tensor(f"{name}.inputs", (P, I, I), view.device)
+    return Eigenbasis(inputs.to(view.dtype), unit.tensor(f"{name}.outputs", (P, O, O), view.device).to(view.dtype))
 
 
-def checkpoint_statistics(work: Workspace, train_from: MadeFrom) -> Tensor:
+def checkpoint_statistics(context: StageContext, train_from: MadeFrom) -> Tensor:
     """[C, F]: what tells a stage's checkpoints apart, from the units that `fit` made.
 
     Half of it are training gradients of the same examples, half the curvature's second moments, both sketched and
     brought to a mean square norm of 1 over the checkpoints, so that squared distances are relative changes.
     """
     gradients, second_moments = [], []
-    for index in range(len(work.trajectory)):
-        point = Point.at(work.stage, index)
-        made_from = {**train_from, "checkpoint": work.checkpoint_digest(point)}
-        unit = work.units.open(statistics_unit(work, point), made_from)
-        rows = {kind: [unit.tensor(f"{n}.{kind}", None) for n in work.layers.tracked] for kind in _STATISTICS}
+    for index in range(len(context.trajectory)):
+        point = Point.at(context.stage, index)
+        made_from = {**train_from, "checkpoint": context.checkpoint_digest(point)}
+        unit = context.store.open(statistics_unit(context, point), made_from)
+        rows = {kind: [unit.tensor(f"{n}.{kind}", None) for n in context.layers.tracked] for kind in _STATISTICS}
         gradients.append(torch.cat([part.flatten() for part in rows["gradients"]]))
         second_moments.append(torch.cat([(part.mT @ part).flatten() for part in rows["curvature"]]))
     halves = (torch.stack(part) for part in (gradients, second_moments))
     return torch.cat([half / half.square().sum(1).mean().sqrt().clamp_min(1e-300) for half in halves], 1) / 2**0.5
 
 
-class Fitted:
+class FittedFactors:
     """What `fit` left in the store for every stage, read when asked for; only inside `observing(model)`.
 
     Args:
-        works: the workspace of each stage; trains: their training data.
+        contexts: one for each stage; trains: their training data.
     """
 
-    def __init__(self, works: Sequence[Workspace], trains: Sequence[Any]):
-        self.works, self.trains = works, trains
-        self.lens = lru_cache(None)(self._lens)
+    def __init__(self, contexts: Sequence[StageContext], trains: Sequence[Any]):
+        self.contexts, self.trains = contexts, trains
+        self.loss_view = lru_cache(None)(self._loss_view)
         self.train_from = lru_cache(None)(self._train_from)
         self.curvature = lru_cache(2)(self._curvature)
         self.preconditioner = lru_cache(4)(self._preconditioner)
         self.kernel = lru_cache(1)(self._kernel)
 
-    def _lens(self, stage: int) -> Lens:
+    def _loss_view(self, stage: int) -> LossView:
         """A stage's model seen through its training loss."""
-        self.works[stage].load(self.works[stage].last)
-        return self.works[stage].lens("train", self.trains[stage])
+        self.contexts[stage].load(self.contexts[stage].last)
+        return self.contexts[stage].loss_view("train", self.trains[stage])
 
     def _train_from(self, stage: int) -> dict[str, Any]:
         """What binds a stage's units."""
-        return self.works[stage].made_from(self.trains[stage], self.lens(stage))
+        return self.contexts[stage].made_from(self.trains[stage], self.loss_view(stage))
 
     def _curvature(self, of: Curvature) -> StoredCurvature:
         blocks = self.preconditioner(of.scaled) if of.scaled is not None else None
-        return StoredCurvature(self.works[of.stage], of, self.train_from(of.stage), self.lens(of.stage), blocks)
+        return StoredCurvature(self.contexts[of.stage], of, self.train_from(of.stage), self.loss_view(of.stage), blocks)
 
     def _preconditioner(self, of: Preconditioner) -> Mapping[str, PreconditionerBlock]:
-        return preconditioner_blocks(self.works[of.stage], of, self.train_from(of.stage), self.lens(of.stage))
+        return preconditioner_blocks(self.contexts[of.stage], of, self.train_from(of.stage), self.loss_view(of.stage))
 
-    def _kernel_unit(self, of: ProjectedInverse) -> Unit:
-        work, lens = self.works[of.stage], self.lens(of.stage)
-        made_from = kernel_from(work, of, self.train_from(of.stage), lens, self.trains[of.stage])
-        return work.units.open(kernel_unit(work, of), made_from)
+    def _kernel_unit(self, of: ProjectedInverse) -> StoredUnit:
+        context, view = self.contexts[of.stage], self.loss_view(of.stage)
+        made_from = kernel_from(context, of, self.train_from(of.stage), view, self.trains[of.stage])
+        return context.store.open(kernel_unit(context, of), made_from)
 
     def _kernel(self, of: ProjectedInverse) -> tuple[Tensor, Tensor]:
         """The eigenvectors of a projected second moment [k, k], and the damped inverse of its eigenvalues [k]."""
-        kernel = self._kernel_unit(of).tensor("kernel", None, self.lens(of.stage).device)
+        kernel = self._kernel_unit(of).tensor("kernel", None, self.loss_view(of.stage).device)
         sigma, vectors = torch.linalg.eigh(kernel.double())
         damping = HEURISTIC_SHARE * sigma.mean() if of.damping is None else of.damping
         rounding = len(sigma) * torch.finfo(kernel.dtype).eps  # of a sum of outer products in the kernel's precision
@@ -188,14 +188,14 @@ class Fitted:
     def described(self, operator: Operator) -> dict[str, Any]:
         """What an operator does, without reference to where its checkpoints stand in a trajectory."""
         described = {"operator": type(operator).__name__, **asdict(operator)}  # type: ignore[call-overload]
-        work = self.works[getattr(operator, "stage", -1)]
+        context = self.contexts[getattr(operator, "stage", -1)]
         for name, value in vars(operator).items():
             if isinstance(value, Curvature):
-                described[name] |= {"points": [work.checkpoint_digest(point) for point in value.points]}
+                described[name] |= {"points": [context.checkpoint_digest(point) for point in value.points]}
                 if value.scaled is not None:
-                    described[name]["scaled"] = preconditioner_from(self.works[value.stage], value.scaled)
+                    described[name]["scaled"] = preconditioner_from(self.contexts[value.stage], value.scaled)
             elif isinstance(value, Preconditioner):
-                described[name] = preconditioner_from(self.works[value.stage], value)
+                described[name] = preconditioner_from(self.contexts[value.stage], value)
             elif isinstance(value, Point):
-                described[name] = work.checkpoint_digest(value)
+                described[name] = context.checkpoint_digest(value)
         return described

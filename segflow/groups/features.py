@@ -23,14 +23,14 @@ from ..data.batches import Batch, in_order
 from ..errors import LayerError, SegflowError, StoreError, TaskError, check_choice
 from ..methods.plan import Projection
 from ..model.capture import Consumer
-from ..model.finite import FiniteWatch
+from ..model.finite import FiniteCheck
 from ..model.layers import TrackedLayer
-from ..model.loss_view import Lens
-from ..model.representation_view import RepresentationLens
+from ..model.loss_view import LossView
+from ..model.representation_view import RepresentationView
 from ..model.tokens import Tokens
 from ..runtime.ranks import Ranks
 from ..runtime.sharding import whole
-from ..stage.context import Workspace
+from ..stage.context import StageContext
 from ..store.files import writing_array
 
 KINDS = ("gradient", "weight gradient", "representation", "input")
@@ -52,20 +52,20 @@ class Asked:
             raise SegflowError(f'layer={self.layer!r}: the model\'s input is of no layer. Ask for of="representation".')
 
 
-def example_features(work: Workspace, train: Any, asked: Asked, batch_size: int, out: Path_ | None) -> np.ndarray:
+def example_features(context: StageContext, train: Any, asked: Asked, batch_size: int, out: Path_ | None) -> np.ndarray:
     """Features [N, D] of the training examples at the stage's last checkpoint, in single precision and their order.
 
     Inside `observing(model)`; the ranks share the pass, and all get all features. out: a file to write instead.
     """
-    work.load(work.last)
-    path, ranks = None if out is None else Path(out), work.ranks
-    where = f"features, {work.where(work.last)}"
-    watch = FiniteWatch(where)
-    with _seeing(work, train, asked, watch) as (lens, see):
+    context.load(context.last)
+    path, ranks = None if out is None else Path(out), context.ranks
+    where = f"features, {context.where(context.last)}"
+    finite = FiniteCheck(where)
+    with _seeing(context, train, asked, finite) as (view, see):
         lists = in_order(len(train), batch_size)
-        data = work.walk(lens, train, ranks.share(lists), where)
+        data = context.walk(view, train, ranks.share(lists), where)
         parts = _parts(data, see.rows, ranks, -(-len(lists) // ranks.count))
-        checked = _finished(parts, watch, () if asked.of == "input" else lens.layers, ranks)
+        checked = _finished(parts, finite, () if asked.of == "input" else view.layers, ranks)
         found = _gathered(checked, (len(train), see.width), path, ranks)
     return found if path is None else _opened(path, ranks)
 
@@ -79,8 +79,8 @@ class _See:
 
 
 @contextmanager
-def _seeing(work: Workspace, train: Any, asked: Asked, watch: FiniteWatch) -> Iterator[tuple[Lens, _See]]:
-    tracked = work.layers.tracked
+def _seeing(context: StageContext, train: Any, asked: Asked, finite: FiniteCheck) -> Iterator[tuple[LossView, _See]]:
+    tracked = context.layers.tracked
     name = list(tracked)[-1] if asked.layer is None else asked.layer
     if name not in tracked:
         raise LayerError(f"layer={name!r} is not tracked. Choose one of {list(tracked)[:8]}.")
@@ -90,59 +90,59 @@ def _seeing(work: Workspace, train: Any, asked: Asked, watch: FiniteWatch) -> It
             f"layer {name!r} is a {type(layer.module).__name__}: gradients with respect to its input are known for "
             'nn.Linear only. Name a linear layer with layer=, or take of="representation".'
         )
-    lens = work.lens("train", train, {name: layer})
+    view = context.loss_view("train", train, {name: layer})
     if asked.of != "input":
         see = {"gradient": _gradients, "weight gradient": _weight_gradients, "representation": _representations}
-        yield lens, see[asked.of](lens, watch)
+        yield view, see[asked.of](view, finite)
         return
-    with _Inputs(work.model).watching() as inputs:
-        [first] = work.walk(lens, train, [[0]], "the first example")
-        yield lens, _See(inputs.rows(lens, first, watch).shape[1], lambda batch: inputs.rows(lens, batch, watch))
+    with _Inputs(context.model).watching() as inputs:
+        [first] = context.walk(view, train, [[0]], "the first example")
+        yield view, _See(inputs.rows(view, first, finite).shape[1], lambda batch: inputs.rows(view, batch, finite))
 
 
-def _only(lens: Lens) -> TrackedLayer:
-    return next(iter(lens.layers.values()))
+def _only(view: LossView) -> TrackedLayer:
+    return next(iter(view.layers.values()))
 
 
-def _weight_gradients(lens: Lens, watch: FiniteWatch) -> _See:
+def _weight_gradients(view: LossView, finite: FiniteCheck) -> _See:
     """Random projections of the gradient of the layer's weight and bias; all of it where it has few numbers."""
-    layer = _only(lens)
+    layer = _only(view)
     projection = Projection(_SKETCH if layer.size > _SKETCH else None, 0)
-    probe = probes(projection, {layer.name: layer.shape}, lens.dtype, lens.device)[layer.name]
-    none_D = torch.zeros(probe.features, dtype=lens.dtype, device=lens.device)
-    return _See(probe.features, _captured(lens.capture, probe.of_tokens, none_D, watch))
+    probe = probes(projection, {layer.name: layer.shape}, view.dtype, view.device)[layer.name]
+    none_D = torch.zeros(probe.features, dtype=view.dtype, device=view.device)
+    return _See(probe.features, _captured(view.capture, probe.of_tokens, none_D, finite))
 
 
-def _gradients(lens: Lens, watch: FiniteWatch) -> _See:
+def _gradients(view: LossView, finite: FiniteCheck) -> _See:
     """g W of each example, summed over positions: the backward ends at the layer's output."""
-    layer = _only(lens)
-    weight_OD = whole(layer.module.get_parameter("weight")).detach().to(lens.dtype)
+    layer = _only(view)
+    weight_OD = whole(layer.module.get_parameter("weight")).detach().to(view.dtype)
 
     def of_tokens(tokens: Tokens) -> Tensor:
         return tokens.g_PBSO[0].sum(1) @ weight_OD
 
-    return _See(weight_OD.shape[1], _captured(lens.capture, of_tokens, weight_OD.new_zeros(weight_OD.shape[1]), watch))
+    return _See(weight_OD.shape[1], _captured(view.capture, of_tokens, weight_OD.new_zeros(weight_OD.shape[1]), finite))
 
 
-def _representations(lens: Lens, watch: FiniteWatch) -> _See:
+def _representations(view: LossView, finite: FiniteCheck) -> _See:
     """The layer's input, averaged over positions."""
-    seen = RepresentationLens(lens, normalized=False)
+    seen = RepresentationView(view, normalized=False)
     width = next(iter(seen.layers.values())).shape[-1]
-    none_D = torch.zeros(width, dtype=lens.dtype, device=lens.device)
-    return _See(width, _captured(seen.capture, lambda tokens: tokens.a_PBSI[0, :, 0], none_D, watch))
+    none_D = torch.zeros(width, dtype=view.dtype, device=view.device)
+    return _See(width, _captured(seen.capture, lambda tokens: tokens.a_PBSI[0, :, 0], none_D, finite))
 
 
 def _captured(
-    capture: Callable[[Batch, Consumer, FiniteWatch], Tensor],
+    capture: Callable[[Batch, Consumer, FiniteCheck], Tensor],
     of_tokens: Callable[[Tokens], Tensor],
     none_D: Tensor,
-    watch: FiniteWatch,
+    finite: FiniteCheck,
 ) -> Callable[[Batch], Tensor]:
     """A batch's features from the layer's tokens; zeros where its loss does not reach the layer."""
 
     def rows(batch: Batch) -> Tensor:
         found: list[Tensor] = []
-        capture(batch, lambda _, tokens: found.append(of_tokens(tokens)), watch)
+        capture(batch, lambda _, tokens: found.append(of_tokens(tokens)), finite)
         return found[0] if found else none_D.expand(batch.size, -1)
 
     return rows
@@ -168,11 +168,11 @@ class _Inputs:
         tensor = next(tensors, None)
         self.given.append(None if tensor is None else tensor.detach().clone())  # a model may work in place
 
-    def rows(self, lens: Lens, batch: Batch, watch: FiniteWatch) -> Tensor:
+    def rows(self, view: LossView, batch: Batch, finite: FiniteCheck) -> Tensor:
         """The inputs [B, D] of a batch."""
         self.given.clear()
         with torch.enable_grad():  # a loss may differentiate by itself
-            watch.see_loss(batch, lens.loss(batch).detach())
+            finite.see_loss(batch, view.loss(batch).detach())
         value = self.given[0] if self.given else None
         if value is None or not value.is_floating_point() or value.ndim < 2 or len(value) != batch.size:
             what = "no tensor" if value is None else f"{value.dtype} of shape {tuple(value.shape)}"
@@ -196,11 +196,11 @@ def _parts(
 
 
 def _finished(
-    parts: Iterator[list[Tensor | None]], watch: FiniteWatch, layers: Iterable[str], ranks: Ranks
+    parts: Iterator[list[Tensor | None]], finite: FiniteCheck, layers: Iterable[str], ranks: Ranks
 ) -> Iterator[list[Tensor | None]]:
     """The same; whether all was finite is known before they end, so that nothing else is ever committed."""
     yield from parts
-    watch.finish(layers, ranks)
+    finite.finish(layers, ranks)
 
 
 def _gathered(

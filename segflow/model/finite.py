@@ -16,7 +16,7 @@ _DRAIN_EVERY = 64  # batches between two looks at the device for non-finite numb
 
 
 @dataclass
-class FiniteWatch:
+class FiniteCheck:
     """Collects one number for each layer and batch, and looks at them only now and then.
 
     where: what the pass is, for errors (a checkpoint and a pass's name).

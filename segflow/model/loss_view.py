@@ -15,14 +15,14 @@ from ..errors import LayerError
 from ..runtime.sharding import is_sharded
 from ..tasks.task import summed_loss
 from .capture import Consumer, called_parameters, capture, example_axes, requiring_grad
-from .finite import FiniteWatch
+from .finite import FiniteCheck
 from .label_draws import drawing
 from .layers import TrackedLayer
 from .tokens import Tokens
 
 
 @dataclass(frozen=True)
-class Lens:
+class LossView:
     """What a pass needs to look at the model with one of the task's losses.
 
     kind: "train", "sample" (pseudo-labels) or "measurement"; axes: the example axis of each reached layer;
@@ -63,7 +63,7 @@ class Lens:
         with drawing(self.seed, self.place, batch.examples):
             return summed_loss(self.task, batch.content, self.model, kind=self.kind)
 
-    def capture(self, batch: Batch, consume: Consumer, watch: FiniteWatch) -> Tensor:
+    def capture(self, batch: Batch, consume: Consumer, finite: FiniteCheck) -> Tensor:
         """Walk one batch, handing tokens to `consume` and their finiteness to `watch`; returns the loss.
 
         Of an idle batch nothing is handed on. Raises LayerError where a layer's input does not have one row (or slice)
@@ -77,24 +77,24 @@ class Lens:
                     "each example. Give it inputs [examples, ..., features] (not flattened, routed or repeated), or "
                     "leave it out of get_influence_tracked_modules()."
                 )
-            watch.see(layer.name, _magnitude(tokens))
+            finite.see(layer.name, _magnitude(tokens))
             consume(layer, tokens)
 
         receive = _ignore if batch.idle else checked
         loss = capture(self.layers, self.axes, lambda: self.loss(batch), receive, self.dtype)
         if not batch.idle:
-            watch.see_loss(batch, loss)
+            finite.see_loss(batch, loss)
         return loss
 
 
-def make_lens(
+def make_loss_view(
     model: nn.Module,
     task: Any,
     kind: str,
     layers: Mapping[str, TrackedLayer],
     dataset: Any,
     collate_fn: Collate | None,
-) -> Lens:
+) -> LossView:
     """Find each layer's example axis with the dataset's first example; call it inside `observing(model)`.
 
     Raises LayerError where a layer is not reached by a training loss (a measurement may leave layers out: their part
@@ -115,14 +115,14 @@ def make_lens(
             f"{f' (nor {unreached[1:]})' if unreached[1:] else ''}. Leave it out with get_influence_tracked_modules()."
         )
     dtype = reference.dtype if reference.dtype in (torch.float32, torch.float64) else torch.float32
-    lens = Lens(model, task, kind, layers, axes, shapes, dtype, device, coarse)
+    view = LossView(model, task, kind, layers, axes, shapes, dtype, device, coarse)
     if kind != "sample":  # pseudo-labels may differ between two evaluations
         [batch] = batches(dataset, [[0, 0]], collate_fn, device)
-        _require_whole_gradients(lens, batch)
-    return lens
+        _require_whole_gradients(view, batch)
+    return view
 
 
-def _require_whole_gradients(lens: Lens, batch: Batch) -> None:
+def _require_whole_gradients(view: LossView, batch: Batch) -> None:
     """Raise LayerError unless each layer's tokens make up autograd's gradient of its parameters.
 
     They do not where the loss uses a weight outside the layer's own calls, as in F.linear(x, self.head.weight).
@@ -135,35 +135,35 @@ def _require_whole_gradients(lens: Lens, batch: Batch) -> None:
         scales[layer.name] = _magnitude(tokens).sqrt().item()
 
     torch.manual_seed(0)
-    lens.capture(batch, consume, FiniteWatch(""))
-    exact = _autograd_gradients(lens, batch)
-    relative, rounding = lens.tolerance, 0.01 * lens.tolerance
+    view.capture(batch, consume, FiniteCheck(""))
+    exact = _autograd_gradients(view, batch)
+    relative, rounding = view.tolerance, 0.01 * view.tolerance
     for name, gradient in exact.items():
         norm = torch.linalg.vector_norm(gradient).item()
         off = torch.linalg.vector_norm(gradient - found.get(name, 0.0)).item()
         if off > relative * norm + rounding * scales.get(name, 0.0):
             raise LayerError(
-                f"layer {name!r}: its calls do not make up its gradient of the {lens.kind} loss (they differ by "
+                f"layer {name!r}: its calls do not make up its gradient of the {view.kind} loss (they differ by "
                 f"{off / max(norm, 1e-300):.1%}), so the loss uses its weight outside of them. Call the module "
                 "wherever its weight is used, or leave it out of get_influence_tracked_modules()."
             )
 
 
-def _autograd_gradients(lens: Lens, batch: Batch) -> dict[str, Tensor]:
+def _autograd_gradients(view: LossView, batch: Batch) -> dict[str, Tensor]:
     """The gradient of a batch's loss in each layer's [P, O, I], by autograd; inside `observing(model)`."""
     torch.manual_seed(0)
-    held = {} if is_sharded(lens.model) else {name: layer.parameters for name, layer in lens.layers.items()}
+    held = {} if is_sharded(view.model) else {name: layer.parameters for name, layer in view.layers.items()}
     with ExitStack() as stack:
         stack.enter_context(requiring_grad([parameter for own in held.values() for parameter in own]))
-        held = held or stack.enter_context(called_parameters(lens.layers))
+        held = held or stack.enter_context(called_parameters(view.layers))
         stack.enter_context(torch.enable_grad())
-        loss = lens.loss(batch)
+        loss = view.loss(batch)
         parameters = [parameter for own in held.values() for parameter in own]
         found = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
-    gradients = iter(gradient.to(lens.dtype) for gradient in found)
+    gradients = iter(gradient.to(view.dtype) for gradient in found)
     return {
-        name: lens.layers[name].gradient_matrix(
-            next(gradients), next(gradients) if lens.layers[name].has_bias else None
+        name: view.layers[name].gradient_matrix(
+            next(gradients), next(gradients) if view.layers[name].has_bias else None
         )
         for name in held
     }

@@ -11,9 +11,9 @@ from torch import Tensor
 from ..data.batches import Batch
 from ..errors import LayerError
 from .capture import Consumer
-from .finite import FiniteWatch
+from .finite import FiniteCheck
 from .layers import TrackedLayer
-from .loss_view import Lens
+from .loss_view import LossView
 from .tokens import Tokens
 
 
@@ -26,19 +26,19 @@ class FeatureLayer:
 
 
 @dataclass(frozen=True)
-class RepresentationLens:
-    """Walks batches as a Lens does, and hands on each example's representation h as the tokens of a gradient h.
+class RepresentationView:
+    """Walks batches as a view does, and hands on each example's representation h as the tokens of a gradient h.
 
-    lens: of a loss that depends on the layer, with that layer alone; normalized: brings each h to norm 1.
+    view: of a loss that depends on the layer, with that layer alone; normalized: brings each h to norm 1.
     """
 
-    lens: Lens
+    view: LossView
     normalized: bool
 
     @property
     def layer(self) -> TrackedLayer:
         """The layer whose input is the representation."""
-        return next(iter(self.lens.layers.values()))
+        return next(iter(self.view.layers.values()))
 
     @property
     def layers(self) -> Mapping[str, FeatureLayer]:
@@ -49,24 +49,24 @@ class RepresentationLens:
 
     @property
     def axes(self) -> Mapping[str, int]:
-        """As the lens's."""
-        return self.lens.axes
+        """As the view's."""
+        return self.view.axes
 
     @property
     def dtype(self) -> torch.dtype:
-        """As the lens's."""
-        return self.lens.dtype
+        """As the view's."""
+        return self.view.dtype
 
     @property
     def device(self) -> torch.device:
-        """As the lens's."""
-        return self.lens.device
+        """As the view's."""
+        return self.view.device
 
     def positions(self, _name: str) -> int:
         """A representation is one token."""
         return 1
 
-    def capture(self, batch: Batch, consume: Consumer, watch: FiniteWatch) -> Tensor:
+    def capture(self, batch: Batch, consume: Consumer, finite: FiniteCheck) -> Tensor:
         """Walk one batch, handing each example's representation to `consume`."""
         feature = self.layers[self.layer.name]
 
@@ -78,18 +78,18 @@ class RepresentationLens:
             ones = h_BI.new_ones(1, len(h_BI), 1, 1)
             consume(feature, Tokens(h_BI[None, :, None, :], ones))  # type: ignore[arg-type]
 
-        return self.lens.capture(batch, see, watch)
+        return self.view.capture(batch, see, finite)
 
 
-def representation_lens(lens: Lens, name: str | None, normalized: bool) -> RepresentationLens:
-    """A lens restricted to one layer (None: the last); LayerError if it is not tracked."""
-    chosen = list(lens.layers)[-1] if name is None else name
-    if chosen not in lens.layers:
-        raise LayerError(f"layer={name!r} is not tracked. Choose one of {list(lens.layers)[:8]}.")
-    if chosen not in lens.axes:
+def representation_view(view: LossView, name: str | None, normalized: bool) -> RepresentationView:
+    """A view restricted to one layer (None: the last); LayerError if it is not tracked."""
+    chosen = list(view.layers)[-1] if name is None else name
+    if chosen not in view.layers:
+        raise LayerError(f"layer={name!r} is not tracked. Choose one of {list(view.layers)[:8]}.")
+    if chosen not in view.axes:
         raise LayerError(
-            f"layer {chosen!r}: the {lens.kind} loss does not reach it, so it has no representation there. Name "
-            f"another one with RepresentationSimilarity(layer=...): {list(lens.axes)[:8]}."
+            f"layer {chosen!r}: the {view.kind} loss does not reach it, so it has no representation there. Name "
+            f"another one with RepresentationSimilarity(layer=...): {list(view.axes)[:8]}."
         )
-    kept = {what: {chosen: of[chosen]} for what, of in (("layers", lens.layers), ("axes", lens.axes))}
-    return RepresentationLens(replace(lens, **kept), normalized)  # type: ignore[arg-type]
+    kept = {what: {chosen: of[chosen]} for what, of in (("layers", view.layers), ("axes", view.axes))}
+    return RepresentationView(replace(view, **kept), normalized)  # type: ignore[arg-type]

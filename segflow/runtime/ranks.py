@@ -87,7 +87,7 @@ class Ranks:
 
     def same(self, value: Any = None) -> Any:
         """Rank 0's value, as JSON can hold it, on every rank; what the others give is ignored."""
-        return value if self.count == 1 else self._told(value, 0)
+        return value if self.count == 1 else self._from_source(value, 0)
 
     def gather(self, value: Any) -> list[Any]:
         """Every rank's value, as JSON can hold it, in rank order, on every rank."""
@@ -128,7 +128,7 @@ class Ranks:
         if self.count == 1 and tensor is not None:
             return tensor if device is None else tensor.to(device)
         own = tensor if self.index == source else None
-        header = self._told(_header(own), source)
+        header = self._from_source(_header(own), source)
         content = self._room(_length(header)) if own is None else self._bytes(own)
         if len(content):
             self._run(dist.broadcast, content, source)
@@ -154,14 +154,14 @@ class Ranks:
         """Rank 0 gives a tensor (or None) for every rank; each gets its own, on its device."""
         if self.count == 1:
             return None if tensors[0] is None else tensors[0].to(device)
-        headers = self._told([_header(tensor) for tensor in tensors], 0)
+        headers = self._from_source([_header(tensor) for tensor in tensors], 0)
         length = max(map(_length, headers))
         content = self._room(length)
         if length:
             self._run(dist.scatter, content, [self._padded(one, length) for one in tensors] if self.main else None, 0)
         return _tensor(content, headers[self.index], device)
 
-    def _told(self, value: Any, source: int) -> Any:
+    def _from_source(self, value: Any, source: int) -> Any:
         content = json.dumps(value).encode() if self.index == source else b""
         packet = self._packet(content)
         self._run(dist.broadcast, packet, source)

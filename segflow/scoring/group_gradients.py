@@ -15,17 +15,17 @@ from torch import Tensor
 
 from ..curvature.kronecker import Eigenbasis, Gradients
 from ..data.batches import Batch
-from ..model.finite import FiniteWatch
+from ..model.finite import FiniteCheck
 from ..model.layers import TrackedLayer
-from ..model.loss_view import Lens
-from ..model.representation_view import FeatureLayer, RepresentationLens
+from ..model.loss_view import LossView
+from ..model.representation_view import FeatureLayer, RepresentationView
 from ..model.tokens import Tokens
 from ..runtime.ranks import Ranks
-from .outer_products import Outer, Stack, example, products, token_cost, token_products
+from .outer_products import OuterProducts, Stack, example, products, token_cost, token_products
 from .query_operators import Stacks
 from .tiles import GroupBatch, Tile
 
-AnyLens = Lens | RepresentationLens
+AnyView = LossView | RepresentationView
 
 
 @dataclass(frozen=True)
@@ -54,20 +54,20 @@ class MetQueries:
             yield self.values
             return
         for source in range(self.holders):
-            yield {name: told(value, source, self.ranks) for name, value in self.values.items()}
+            yield {name: from_rank(value, source, self.ranks) for name, value in self.values.items()}
 
 
-def told(stack: Stack, source: int, ranks: Ranks) -> Stack:
+def from_rank(stack: Stack, source: int, ranks: Ranks) -> Stack:
     """The stack of rank `source` on every rank; each gives its own. An outer product's scale is the same on all."""
     own = source == ranks.index
-    if isinstance(stack, Outer):
+    if isinstance(stack, OuterProducts):
         g, a = (ranks.broadcast(side if own else None, source, side.device) for side in (stack.g_PQO, stack.a_PQI))
         return replace(stack, g_PQO=g, a_PQI=a)
     return ranks.broadcast(stack if own else None, source, stack.device)
 
 
 @dataclass
-class TrainSide:
+class GroupGradients:
     """Summed gradients of a tile's pieces of groups, met with a query side: scores [Q, K] for each layer.
 
     queries: the query side; count: K, the tile's pieces; budget: bytes for what is formed on the way; normalized: bring
@@ -152,9 +152,9 @@ def _by_group(side_PBSD: Tensor, sizes: Sequence[int]) -> Tensor:
     return rearrange(side_PBSD, "p (k n) s d -> (k p) (n s) d", k=K)
 
 
-def tile_scores(lens: AnyLens, data: Iterable[Batch], tile: Tile, side: TrainSide, where: str) -> Tensor:
+def tile_scores(view: AnyView, data: Iterable[Batch], tile: Tile, side: GroupGradients, where: str) -> Tensor:
     """Scores [L, Q, K] of one tile's pieces: <query side, summed training gradients>, for each layer in order."""
-    watch = FiniteWatch(f"training gradients, {where}")
+    finite = FiniteCheck(f"training gradients, {where}")
     plans = iter(tile.batches)
     for batch in data:
         plan = None if batch.idle else next(plans)
@@ -162,6 +162,6 @@ def tile_scores(lens: AnyLens, data: Iterable[Batch], tile: Tile, side: TrainSid
         def consume(layer: TrackedLayer, tokens: Tokens, plan: Any = plan) -> None:
             side.add(layer, tokens, plan)
 
-        lens.capture(batch, consume, watch)
-    watch.drain()
+        view.capture(batch, consume, finite)
+    finite.drain()
     return side.scores()

@@ -8,18 +8,18 @@ from typing import NamedTuple
 from ..curvature.kronecker import Eigenbasis
 from ..curvature.stored import StoredCurvature
 from ..methods.plan import Curvature, IterativeInverse, Operator, Plan, ProjectedInverse, Scale, Spectral
-from ..model.loss_view import Lens
-from .outer_products import Outer, formed
+from ..model.loss_view import LossView
+from .outer_products import OuterProducts, formed
 from .query_operators import Stacks, basis_of
 
 
-def outer_layers(plan: Plan, lens: Lens, fits: bool) -> set[str]:
+def outer_layers(plan: Plan, view: LossView, fits: bool) -> set[str]:
     """The layers whose queries stay outer products all the way: those of one token, if every operator allows it.
 
     fits: whether eigenbases fit the memory, so that queries need not leave them.
     """
     stay = all(_stays_outer(term.operators, fits) for term in plan)
-    return {name for name in lens.layers if stay and lens.positions(name) == 1}
+    return {name for name in view.layers if stay and view.positions(name) == 1}
 
 
 def _stays_outer(operators: Sequence[Operator], fits: bool) -> bool:
@@ -68,7 +68,7 @@ def meeting(
         _, _, O, I = queries_QPOI.shape
         costs = {"tokens": tokens[name] * (I * I + O * O), "sums": rows * O * I * (O + I)}
         cheaper = min(costs, key=lambda way: costs[way])
-        forms = not isinstance(queries_QPOI, Outer) or len(queries_QPOI) <= room
+        forms = not isinstance(queries_QPOI, OuterProducts) or len(queries_QPOI) <= room
         if not blocks.fits or (forms and count * O * I * (O + I) <= costs[cheaper]):
             met.values[name] = basis.unrotate(formed(queries_QPOI))
         else:

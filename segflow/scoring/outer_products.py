@@ -20,7 +20,7 @@ _QUICK = 8 << 20  # bytes of temporaries that stay in a processor's caches
 
 
 @dataclass(frozen=True)
-class Outer:
+class OuterProducts:
     """Gradients scale * (g a^T), [Q, P, O, I]; scale_POI: what all share, None for 1."""
 
     g_PQO: Tensor
@@ -28,21 +28,21 @@ class Outer:
     scale_POI: Tensor | None = None
 
     @classmethod
-    def of(cls, tokens: Tokens, basis: Eigenbasis | None) -> Outer:
+    def of(cls, tokens: Tokens, basis: Eigenbasis | None) -> OuterProducts:
         """Of examples of one token, in a basis where one is given."""
         a, g = tokens if basis is None else basis.rotate_tokens(tokens)
         return cls(g.squeeze(2), a.squeeze(2))
 
     @classmethod
-    def zeros(cls, count: int, shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -> Outer:
+    def zeros(cls, count: int, shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -> OuterProducts:
         """Gradients that are zero."""
         P, O, I = shape
         sides = (torch.zeros(P, count, D, dtype=dtype, device=device) for D in (O, I))
         return cls(*sides)
 
-    def rotated(self, basis: Eigenbasis) -> Outer:
+    def rotated(self, basis: Eigenbasis) -> OuterProducts:
         """In an eigenbasis; only where nothing is scaled yet."""
-        return Outer.of(Tokens(self.a_PQI[:, :, None], self.g_PQO[:, :, None]), basis)
+        return OuterProducts.of(Tokens(self.a_PQI[:, :, None], self.g_PQO[:, :, None]), basis)
 
     def __len__(self) -> int:
         """Q."""
@@ -54,13 +54,13 @@ class Outer:
         P, Q, O = self.g_PQO.shape
         return Q, P, O, self.a_PQI.shape[2]
 
-    def __mul__(self, factor: Tensor) -> Outer:
+    def __mul__(self, factor: Tensor) -> OuterProducts:
         """Elementwise by what all queries share, or by a number for each where it is [Q, 1, 1, 1]."""
         if factor.ndim == 4:
             return replace(self, g_PQO=self.g_PQO * factor[None, :, 0, 0])
         return replace(self, scale_POI=factor if self.scale_POI is None else self.scale_POI * factor)
 
-    def rows(self, start: int, stop: int) -> Outer:
+    def rows(self, start: int, stop: int) -> OuterProducts:
         """Some of the queries."""
         return replace(self, g_PQO=self.g_PQO[:, start:stop], a_PQI=self.a_PQI[:, start:stop])
 
@@ -98,27 +98,27 @@ def _quick(budget: int, on: Tensor) -> int:
     return min(budget, _QUICK) if on.device.type == "cpu" else budget
 
 
-Stack = Tensor | Outer  # gradients of several queries, formed or not
+Stack = Tensor | OuterProducts  # gradients of several queries, formed or not
 
 
 def example(stack: Stack) -> Tensor:
     """A tensor of the stack's precision on its device."""
-    return stack.g_PQO if isinstance(stack, Outer) else stack
+    return stack.g_PQO if isinstance(stack, OuterProducts) else stack
 
 
 def formed(stack: Stack) -> Tensor:
     """[Q, P, O, I]."""
-    return stack.formed() if isinstance(stack, Outer) else stack
+    return stack.formed() if isinstance(stack, OuterProducts) else stack
 
 
 def squared_norms(stack: Stack) -> Tensor:
     """[Q]."""
-    return stack.squared_norms() if isinstance(stack, Outer) else stack.flatten(1).square().sum(1)
+    return stack.squared_norms() if isinstance(stack, OuterProducts) else stack.flatten(1).square().sum(1)
 
 
 def products(stack: Stack, sums_KPOI: Tensor, budget: int) -> Tensor:
     """[Q, K]: <query, sum>."""
-    if isinstance(stack, Outer):
+    if isinstance(stack, OuterProducts):
         return stack.products(sums_KPOI, budget)
     return stack.flatten(1) @ sums_KPOI.flatten(1).mT
 
@@ -127,7 +127,7 @@ def token_products(stack: Stack, tokens: Tokens, budget: int) -> Tensor:
     """[Q, B]: <query, gradient of each example>, g^T R a summed over its positions: no example's gradient is formed."""
     P, B, S, _ = tokens.a_PBSI.shape
     a_PTI, g_PTO = tokens.a_PBSI.flatten(1, 2), tokens.g_PBSO.flatten(1, 2)
-    if isinstance(stack, Outer) and stack.scale_POI is None:
+    if isinstance(stack, OuterProducts) and stack.scale_POI is None:
         products_QT = (torch.bmm(stack.g_PQO, g_PTO.mT) * torch.bmm(stack.a_PQI, a_PTI.mT)).sum(0)
         return products_QT.unflatten(1, (B, S)).sum(2)
     O, room = g_PTO.shape[2], _quick(budget, g_PTO) // g_PTO.element_size()
@@ -136,7 +136,11 @@ def token_products(stack: Stack, tokens: Tokens, budget: int) -> Tensor:
         a_PtI, g_PtO = a_PTI[:, at : at + most], g_PTO[:, at : at + most]
         step = max(1, room // (P * O * (a_PtI.shape[1] + a_PtI.shape[2])))
         for first in range(0, len(stack), step):
-            some = stack.rows(first, first + step).formed() if isinstance(stack, Outer) else stack[first : first + step]
+            some = (
+                stack.rows(first, first + step).formed()
+                if isinstance(stack, OuterProducts)
+                else stack[first : first + step]
+            )
             answered_PQOt = torch.bmm(some.movedim(1, 0).flatten(1, 2), a_PtI.mT).unflatten(1, (-1, O))
             found_QT[first : first + step, at : at + most] = answered_PQOt.mul_(g_PtO.mT[:, None]).sum((0, 2))
     return found_QT.unflatten(1, (B, S)).sum(2)
@@ -145,12 +149,12 @@ def token_products(stack: Stack, tokens: Tokens, budget: int) -> Tensor:
 def token_cost(stack: Stack) -> int:
     """Multiplications that one training token costs in `token_products`."""
     Q, _, O, I = stack.shape
-    return Q * (O + I if isinstance(stack, Outer) and stack.scale_POI is None else O * I)
+    return Q * (O + I if isinstance(stack, OuterProducts) and stack.scale_POI is None else O * I)
 
 
 def together(stacks: Sequence[Stack], form: bool) -> Stack:
     """Stacks after one another; form: as formed gradients. Outer products must have no scale."""
     if form:
         return torch.cat([formed(stack) for stack in stacks if len(stack)] or [formed(stacks[0])])
-    outer = [stack for stack in stacks if isinstance(stack, Outer)]
-    return Outer(torch.cat([one.g_PQO for one in outer], 1), torch.cat([one.a_PQI for one in outer], 1))
+    outer = [stack for stack in stacks if isinstance(stack, OuterProducts)]
+    return OuterProducts(torch.cat([one.g_PQO for one in outer], 1), torch.cat([one.a_PQI for one in outer], 1))

@@ -21,25 +21,25 @@ from torch import Tensor
 from torch.utils.data import Subset
 
 from ..curvature.kronecker import weighted_mean
-from ..curvature.stored import Fitted
+from ..curvature.stored import FittedFactors
 from ..data.batches import in_order
 from ..data.fingerprints import dataset_fingerprint, digest, measurement_fingerprint
 from ..errors import ScoreError
 from ..groups.groups import Groups
 from ..methods.plan import Plan, Point, Term, curvatures
-from ..model.representation_view import representation_lens
+from ..model.representation_view import representation_view
 from ..properties.property import as_properties
 from ..runtime.ranks import Ranks
-from ..stage.context import Workspace
+from ..stage.context import StageContext
 from ..store.files import Tensors
-from ..store.shared import Planned
-from .group_gradients import AnyLens, MetQueries, TrainSide, tile_scores, told
+from ..store.shared import UnitRecipe
+from .group_gradients import AnyView, GroupGradients, MetQueries, from_rank, tile_scores
 from .meeting import meeting, outer_layers
 from .names import ROUNDED, sketch
-from .outer_products import Outer, Stack, formed, together
+from .outer_products import OuterProducts, Stack, formed, together
 from .property_gradients import property_fingerprint
 from .query_gradients import AskedQueries
-from .query_operators import Queries, QuerySide
+from .query_operators import Queries, QueryOperators
 from .tiles import Tile, shares, tiles
 
 # Shares of the memory budget: a half for queries, a quarter for groups, an eighth for what is formed on the way.
@@ -57,7 +57,7 @@ class Scoring:
     fitted: what `fit` left for every stage; stage: whose data.
     """
 
-    fitted: Fitted
+    fitted: FittedFactors
     stage: int
     plan: Plan
     groups: Groups
@@ -65,9 +65,9 @@ class Scoring:
     per_layer: bool
 
     @property
-    def work(self) -> Workspace:
-        """The workspace of the stage whose data is scored."""
-        return self.fitted.works[self.stage]
+    def context(self) -> StageContext:
+        """The context of the stage whose data is scored."""
+        return self.fitted.contexts[self.stage]
 
     @property
     def train(self) -> Any:
@@ -78,16 +78,16 @@ class Scoring:
 def score_parts(asked: Scoring, query: Any) -> Tensor:
     """Scores [T, L, Q, K] of a plan's terms (L = 1, the layers' sum, unless per_layer); inside `observing(model)`.
 
-    Queries and groups are taken in blocks and tiles that fit the workspace's memory; each term, checkpoint and block of
+    Queries and groups are taken in blocks and tiles that fit the memory budget; each term, checkpoint and block of
     queries is a unit of the store, so that a run that was stopped goes on where it was, on any number of ranks.
     """
-    work = asked.work
+    context = asked.context
     stage = _Stage(asked)
     blocks = in_order(len(query), stage.room(stage.query_bytes(query)))
-    together = work.ranks.count if len(blocks) > 1 else 1  # blocks that are on their ranks at a time
+    together = context.ranks.count if len(blocks) > 1 else 1  # blocks that are on their ranks at a time
     rounds = [blocks[start : start + together] for start in range(0, len(blocks), together)]
     passes = len(rounds) * sum(len(term.train) for term in asked.plan)
-    work.units.journal.expect({"groups": stage.examples * passes})
+    context.store.journal.expect({"groups": stage.examples * passes})
     return torch.cat([stage.run(query, some) for some in rounds], 2)
 
 
@@ -95,44 +95,44 @@ class _Stage:
     """One scoring run: walks the plan for some blocks of queries."""
 
     def __init__(self, asked: Scoring):
-        self.asked, self.work, self.plan, self.groups = asked, asked.work, asked.plan, asked.groups
-        work = self.work
+        self.asked, self.context, self.plan, self.groups = asked, asked.context, asked.plan, asked.groups
+        context = self.context
         chosen = digest([self.groups.members])
-        work.ranks.agree("the groups (made with the same seed on every rank?)", chosen)
+        context.ranks.agree("the groups (made with the same seed on every rank?)", chosen)
         self.resources = asked.fitted
-        self.lens = self.resources.lens(asked.stage)
+        self.view = self.resources.loss_view(asked.stage)
         self.scored_from = {
             **self.resources.train_from(asked.stage),
-            "dtype": str(self.lens.dtype),
+            "dtype": str(self.view.dtype),
             "groups": chosen,
             "per_layer": asked.per_layer,
-            "measurement": measurement_fingerprint(asked.fitted.works[-1].task),
+            "measurement": measurement_fingerprint(asked.fitted.contexts[-1].task),
         }
-        self.gradient_bytes = work.parameters * self.lens.dtype.itemsize
-        size = max(1, min(len(self.groups), work.memory // _GROUP_SHARE // self.gradient_bytes))
+        self.gradient_bytes = context.parameters * self.view.dtype.itemsize
+        size = max(1, min(len(self.groups), context.memory // _GROUP_SHARE // self.gradient_bytes))
         size = size - size % asked.batch_size if size > asked.batch_size else size
         self.tiles = {
-            whole: [tiles(pieces, asked.batch_size, size) for pieces in shares(self.groups, work.ranks.count, whole)]
+            whole: [tiles(pieces, asked.batch_size, size) for pieces in shares(self.groups, context.ranks.count, whole)]
             for whole in {term.normalized for term in self.plan}
         }
-        own = next(iter(self.tiles.values()))[work.ranks.index]
+        own = next(iter(self.tiles.values()))[context.ranks.index]
         self.examples = sum(len(batch.examples) for tile in own for batch in tile.batches)
 
     def room(self, query_bytes: int) -> int:
         """How many queries of so many bytes may be held at a time."""
-        return max(1, self.work.memory // _QUERY_SHARE // (_QUERY_COPIES * query_bytes))
+        return max(1, self.context.memory // _QUERY_SHARE // (_QUERY_COPIES * query_bytes))
 
     def query_bytes(self, query: Any) -> int:
         """What one query's gradient takes: of a layer where it stays an outer product, its two sides only."""
         fits = all(self.resources.curvature(of).fits for of in curvatures(self.plan))
-        outer = set() if as_properties(query) else outer_layers(self.plan, self.lens, fits)
-        sizes = {name: (layer.shape, layer.size) for name, layer in self.lens.layers.items()}
+        outer = set() if as_properties(query) else outer_layers(self.plan, self.view, fits)
+        sizes = {name: (layer.shape, layer.size) for name, layer in self.view.layers.items()}
         numbers = sum(P * (O + I) if name in outer else size for name, ((P, O, I), size) in sizes.items())
-        return numbers * self.lens.dtype.itemsize
+        return numbers * self.view.dtype.itemsize
 
     def run(self, query: Any, blocks: Sequence[range]) -> Tensor:
         """Scores [T, L, Q, K] of these queries: one block for each rank, or one block that all ranks share."""
-        ranks = self.work.ranks
+        ranks = self.context.ranks
         rows = blocks if len(blocks) > 1 else _split(blocks[0], ranks.count)
         own = rows[ranks.index] if ranks.index < len(rows) else range(0)
         asked = _Asked(
@@ -140,27 +140,27 @@ class _Stage:
             [self._identified(query, block) for block in blocks],
         )
         whole = range(blocks[0].start, blocks[-1].stop)
-        queries = AskedQueries(self.resources, query, whole, own, self.asked.batch_size, self.plan[0], self.lens.layers)
+        queries = AskedQueries(self.resources, query, whole, own, self.asked.batch_size, self.plan[0], self.view.layers)
         parts: dict[int, Tensor] = {}
-        for place, found in QuerySide(self.plan, queries).walk():
+        for place, found in QueryOperators(self.plan, queries).walk():
             term = self.plan[place]
             met = self._met(found, asked, len(term.train))
-            parts[place] = self._term(term, met, asked, queries.units(term))
+            parts[place] = self._term(term, met, asked, queries.unit_names(term))
         return torch.stack([parts[place] for place in range(len(self.plan))])
 
     def _identified(self, query: Any, block: range) -> dict[str, Any]:
         """What identifies a block of queries."""
-        properties, last = as_properties(query), self.asked.fitted.works[-1]
+        properties, last = as_properties(query), self.asked.fitted.contexts[-1]
         if properties is None:
-            return dataset_fingerprint(Subset(query, block), "query", self.work.ranks, self.work.progress)
+            return dataset_fingerprint(Subset(query, block), "query", self.context.ranks, self.context.progress)
         return {"properties": [property_fingerprint(properties[place], last) for place in block]}
 
     def _met(self, queries: Queries, asked: _Asked, points: int) -> MetQueries:
         """The query side where training gradients will meet it; one block becomes known to every rank."""
-        ranks = self.work.ranks
+        ranks = self.context.ranks
         blocks = self.resources.curvature(queries.basis) if queries.basis else None
         examples = int(self.groups.sizes.sum()) * points
-        tokens = {name: examples * self.lens.positions(name) for name in queries.values}
+        tokens = {name: examples * self.view.positions(name) for name in queries.values}
         rows, room = len(self.groups) * points, self.room(self.gradient_bytes)
         values, bases, sum_bases = meeting(queries.values, blocks, sum(asked.sizes), rows, tokens, room)
         if len(asked.sizes) == 1 and ranks.count > 1:
@@ -169,53 +169,55 @@ class _Stage:
 
     def _term(self, term: Term, met: MetQueries, asked: _Asked, inputs: tuple[str, ...]) -> Tensor:
         """One term's scores [L, Q, K] on every rank, from the store or computed into it."""
-        work, units, starts = self.work, self.work.units, np.cumsum([0, *asked.sizes]).tolist()
+        context, store, starts = self.context, self.context.store, np.cumsum([0, *asked.sizes]).tolist()
         term_from = {
             **self.scored_from,
             "operators": [self.resources.described(operator) for operator in term.operators],
-            "query checkpoint": work.checkpoint_digest(term.query),
+            "query checkpoint": context.checkpoint_digest(term.query),
         }
         if term.side != "gradient" or term.normalized:
             term_from["side"] = [term.side, term.normalized, *met.values]
         layers = len(met.values) if self.asked.per_layer else 1
-        sketches = work.ranks.gather(sketch(met.values))
+        sketches = context.ranks.gather(sketch(met.values))
         at_points = []
         for point in term.train:
             compute = lru_cache(1)(partial(self._scores, term, point, met))
-            at_point = term_from | {"checkpoint": work.checkpoint_digest(point)}
-            planned = []
+            at_point = term_from | {"checkpoint": context.checkpoint_digest(point)}
+            recipes = []
             for block, size in enumerate(asked.sizes):
                 made_from = at_point | {"queries": asked.fingerprints[block], "sketch": sketches[block]}
                 make = partial(_rows, compute, starts[block], size)
-                planned.append(Planned("groups", self._name(made_from, point), made_from, inputs, self.examples, make))
-            units.settle(planned, units.held(planned))
-            found = [units.open(unit.name, unit.made_from) for unit in planned]
+                recipes.append(
+                    UnitRecipe("groups", self._name(made_from, point), made_from, inputs, self.examples, make)
+                )
+            store.settle(recipes, store.held(recipes))
+            found = [store.open(recipe.name, recipe.made_from) for recipe in recipes]
             shapes = [(layers, size, len(self.groups)) for size in asked.sizes]
             of_blocks = [unit.tensor("scores", shape) for unit, shape in zip(found, shapes, strict=True)]
             at_points.append(torch.cat(of_blocks, 1))
         total = weighted_mean(at_points, term.weights)
-        return total if term.normalized else total / work.trajectory.dataset_size
+        return total if term.normalized else total / context.trajectory.dataset_size
 
     def _name(self, made_from: Mapping[str, Any], point: Point) -> str:
         exact = {key: value for key, value in made_from.items() if key not in ROUNDED}
         hashed = digest(json.dumps(exact, sort_keys=True))[:16]
-        return f"{self.work.prefix}scores/{hashed}/{self.work.name(point)}"
+        return f"{self.context.prefix}scores/{hashed}/{self.context.name(point)}"
 
     def _scores(self, term: Term, point: Point, met: MetQueries) -> Tensor | None:
         """<query side, group gradients at a point>, [L, Q, K] on rank 0: each rank's groups, tile by tile."""
-        work, ranks, where = self.work, self.work.ranks, self.work.where(point)
-        work.load(point)
-        lens: AnyLens = self.lens
+        context, ranks, where = self.context, self.context.ranks, self.context.where(point)
+        context.load(point)
+        view: AnyView = self.view
         if term.side == "representation":
-            lens = representation_lens(self.lens, term.layer, term.normalized)
+            view = representation_view(self.view, term.layer, term.normalized)
         normalized = term.normalized and term.side == "gradient"
         shared, scores = self.tiles[term.normalized], None
         for number in range(max(map(len, shared))):
             in_turn = [of_rank[number] if number < len(of_rank) else _NO_TILE for of_rank in shared]
             tile = in_turn[ranks.index]
-            data = work.walk(self.lens, self.asked.train, [b.examples for b in tile.batches], f"groups, {where}")
-            side = TrainSide(met, len(tile.groups), work.memory // _PASSING_SHARE, normalized)
-            part_LQK = tile_scores(lens, data, tile, side, where)
+            data = context.walk(self.view, self.asked.train, [b.examples for b in tile.batches], f"groups, {where}")
+            side = GroupGradients(met, len(tile.groups), context.memory // _PASSING_SHARE, normalized)
+            part_LQK = tile_scores(view, data, tile, side, where)
             part_LQK = part_LQK if self.asked.per_layer else part_LQK.sum(0, keepdim=True)
             if scores is None and ranks.main:
                 scores = part_LQK.new_zeros(*part_LQK.shape[:2], len(self.groups))
@@ -245,10 +247,10 @@ def _split(block: range, count: int) -> list[range]:
 
 def _from_all(stack: Stack, ranks: Ranks) -> Stack:
     """Every rank's queries, in rank order, on every rank."""
-    parts = [told(stack, rank, ranks) for rank in range(ranks.count)]
-    if not isinstance(stack, Outer):
+    parts = [from_rank(stack, rank, ranks) for rank in range(ranks.count)]
+    if not isinstance(stack, OuterProducts):
         return torch.cat([formed(part) for part in parts])
-    every = together([replace(part, scale_POI=None) for part in parts if isinstance(part, Outer)], False)
+    every = together([replace(part, scale_POI=None) for part in parts if isinstance(part, OuterProducts)], False)
     return every if stack.scale_POI is None else every * stack.scale_POI
 
 

@@ -17,12 +17,12 @@ from ..curvature.kronecker import Gradients
 from ..data.batches import in_order
 from ..data.fingerprints import dataset_fingerprint
 from ..errors import TaskError
-from ..model.finite import FiniteWatch
+from ..model.finite import FiniteCheck
 from ..model.layers import TrackedLayer
-from ..model.loss_view import Lens, make_lens
+from ..model.loss_view import LossView, make_loss_view
 from ..model.tokens import Tokens
 from ..properties.property import Property
-from ..stage.context import Workspace
+from ..stage.context import StageContext
 
 
 class _Indexed(Dataset[Any]):
@@ -53,9 +53,9 @@ class _Streamed:
         return self.of.part(content, model, slopes_B)
 
 
-def property_fingerprint(of: Property, work: Workspace) -> dict[str, Any]:
+def property_fingerprint(of: Property, context: StageContext) -> dict[str, Any]:
     """What identifies a property and its data; TaskError where reading the data is random."""
-    data = dataset_fingerprint(of.data, "property's", work.ranks, work.progress)
+    data = dataset_fingerprint(of.data, "property's", context.ranks, context.progress)
     if data["examples"] == "random" and of.needs_outputs:
         raise TaskError(
             f"{of.name}: reading its data twice gives different examples (augmentation?), but a property is "
@@ -65,42 +65,42 @@ def property_fingerprint(of: Property, work: Workspace) -> dict[str, Any]:
 
 
 def property_gradient(
-    work: Workspace, layers: Mapping[str, TrackedLayer], of: Property, where: str, batch_size: int
+    context: StageContext, layers: Mapping[str, TrackedLayer], of: Property, where: str, batch_size: int
 ) -> Gradients:
     """A property's gradient at the parameters that are loaded, for each layer [P, O, I], the same on every rank.
 
     Only inside `observing(model)`. where: names the parameters in errors.
     """
-    collate = of.collate_fn or work.collate_fn or default_collate
+    collate = of.collate_fn or context.collate_fn or default_collate
     data = _Indexed(of.data)
 
     def joined(items: list[tuple[int, Any]]) -> tuple[Tensor, Any]:
         return torch.tensor([index for index, _ in items]), collate([example for _, example in items])
 
-    lens = make_lens(work.model, _Streamed(of), "measurement", layers, data, joined)
+    view = make_loss_view(context.model, _Streamed(of), "measurement", layers, data, joined)
     every = in_order(len(of.data), batch_size)
     if of.needs_outputs:
-        lens = replace(lens, task=_Streamed(of, _slopes(work, lens, of, every)))
-    totals = {name: torch.zeros(*layer.shape, dtype=lens.dtype, device=lens.device) for name, layer in layers.items()}
-    watch = FiniteWatch(f"{of.name}, {where}")
+        view = replace(view, task=_Streamed(of, _slopes(context, view, of, every)))
+    totals = {name: torch.zeros(*layer.shape, dtype=view.dtype, device=view.device) for name, layer in layers.items()}
+    finite = FiniteCheck(f"{of.name}, {where}")
 
     def consume(layer: TrackedLayer, tokens: Tokens) -> None:
         a, g = (side.flatten(1, 2) for side in tokens)
         totals[layer.name].baddbmm_(g.mT, a)
 
-    for batch in work.walk(lens, data, work.ranks.share(every), f"{of.name}, {where}", joined):
-        lens.capture(batch, consume, watch)
-    watch.finish(lens.axes, work.ranks, every=False)
-    work.ranks.sum_(list(totals.values()))
+    for batch in context.walk(view, data, context.ranks.share(every), f"{of.name}, {where}", joined):
+        view.capture(batch, consume, finite)
+    finite.finish(view.axes, context.ranks, every=False)
+    context.ranks.sum_(list(totals.values()))
     return totals
 
 
-def _slopes(work: Workspace, lens: Lens, of: Property, every: Sequence[range]) -> Tensor:
+def _slopes(context: StageContext, view: LossView, of: Property, every: Sequence[range]) -> Tensor:
     """The property's slopes in all outputs, [N, ...]: a pass without a graph, then autograd on the outputs alone."""
     own: list[tuple[Tensor, Tensor]] = []
     with torch.no_grad():
-        for batch in work.walk(lens, of.data, work.ranks.share(every), f"{of.name}'s outputs", of.collate_fn):
-            outputs_B, targets_B = of.outputs(batch.content, work.model), of.targets_of(batch.content)
+        for batch in context.walk(view, of.data, context.ranks.share(every), f"{of.name}'s outputs", of.collate_fn):
+            outputs_B, targets_B = of.outputs(batch.content, context.model), of.targets_of(batch.content)
             if {outputs_B.shape[:1], targets_B.shape[:1]} != {(batch.size,)} and not batch.idle:
                 raise TaskError(
                     f"{of.name}: outputs {tuple(outputs_B.shape)} and targets {tuple(targets_B.shape)} of {batch}: "
@@ -108,8 +108,8 @@ def _slopes(work: Workspace, lens: Lens, of: Property, every: Sequence[range]) -
                 )
             if not batch.idle:
                 own.append((outputs_B, targets_B))
-    outputs_N = _of_all_ranks(work, [outputs_B for outputs_B, _ in own], every)
-    targets_N = _of_all_ranks(work, [targets_B for _, targets_B in own], every)
+    outputs_N = _of_all_ranks(context, [outputs_B for outputs_B, _ in own], every)
+    targets_N = _of_all_ranks(context, [targets_B for _, targets_B in own], every)
     with torch.enable_grad():
         outputs_N.requires_grad_()
         value = of.number(outputs_N, targets_N)
@@ -118,9 +118,9 @@ def _slopes(work: Workspace, lens: Lens, of: Property, every: Sequence[range]) -
         return torch.autograd.grad(value, outputs_N)[0]
 
 
-def _of_all_ranks(work: Workspace, own: list[Tensor], every: Sequence[range]) -> Tensor:
+def _of_all_ranks(context: StageContext, own: list[Tensor], every: Sequence[range]) -> Tensor:
     """Rows of all ranks in the data's order; each rank gives those of its share of `every`."""
-    ranks = work.ranks
+    ranks = context.ranks
     mine = torch.cat(own) if own else None
     parts = []
     for rank in range(min(ranks.count, len(every))):
@@ -128,5 +128,5 @@ def _of_all_ranks(work: Workspace, own: list[Tensor], every: Sequence[range]) ->
         found = mine if ranks.count == 1 else ranks.broadcast(mine if rank == ranks.index else None, rank)
         parts.append((torch.tensor(rows), found))
     order = torch.argsort(torch.cat([rows for rows, _ in parts]))
-    device = next(work.model.parameters()).device
+    device = next(context.model.parameters()).device
     return torch.cat([found.to(device) for _, found in parts if found is not None])[order.to(device)]

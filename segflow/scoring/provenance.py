@@ -16,23 +16,23 @@ from ..groups.groups import Groups
 from ..methods.method import Cuts, Method, describe
 from ..methods.plan import Plan, Point, preconditioners
 from ..results.scores import Scores
-from ..stage.context import Workspace
+from ..stage.context import StageContext
 
 
 class RunParts(NamedTuple):
-    """One run's workspaces (one for each stage), plan, automatic cuts, and scores [T, L, Q, K].
+    """One run's stage contexts, plan, automatic cuts, and scores [T, L, Q, K].
 
     batching_error: of the plan's batched second moments (see passes.BATCHING_ERROR); None where nothing is batched.
     """
 
-    works: Sequence[Workspace]
+    contexts: Sequence[StageContext]
     plan: Plan
     cuts: Cuts | None
     parts_TLQK: Tensor
     batching_error: float | None
 
 
-def labelled(
+def labelled_scores(
     runs: Sequence[RunParts],
     method: Method,
     groups: Groups,
@@ -43,7 +43,7 @@ def labelled(
 ) -> Scores:
     """The mean over the runs, with the parts that are to be kept; of_properties: the queries are such."""
     first = runs[0]
-    work = first.works[stage]
+    context = first.contexts[stage]
     terms = [term.label for term in first.plan]
     differing = next(([t.label for t in run.plan] for run in runs if [t.label for t in run.plan] != terms), None)
     if "term" in keep and differing:
@@ -53,7 +53,7 @@ def labelled(
         )
     values_RQK = torch.stack([run.parts_TLQK.sum((0, 1)) for run in runs])
     by_term = torch.stack([run.parts_TLQK.sum(1) for run in runs]).mean(0) if "term" in keep else ()
-    layers = _parts_of(first, work)
+    layers = _parts_of(first, context)
     by_layer = torch.stack([run.parts_TLQK.sum(0) for run in runs]).mean(0)
     return Scores(
         values_RQK.mean(0),
@@ -68,48 +68,48 @@ def labelled(
     )
 
 
-def _parts_of(run: RunParts, work: Workspace) -> list[str]:
+def _parts_of(run: RunParts, context: StageContext) -> list[str]:
     """What the scores' layers are."""
-    tracked = list(work.layers.tracked)
+    tracked = list(context.layers.tracked)
     term = run.plan[0]
     return [term.layer or tracked[-1]] if term.side == "representation" else tracked
 
 
 def _provenance(runs: Sequence[RunParts], method: Method, stage: int, of_properties: bool) -> dict[str, Any]:
     first = runs[0]
-    work, last = first.works[stage], first.works[-1]
+    context, last = first.contexts[stage], first.contexts[-1]
     found = {
         **describe(method),
-        "terms": {term.label: [_named(work, point) for point in term.train] for term in first.plan},
-        "optimizer": work.trajectory.optimizer.name,
-        "attributed_layers": _parts_of(first, work),
-        "seed": work.seed,
-        "not_attributed": dict(work.layers.skipped),
-        "task": {key: task_fingerprint(work.task)[key] for key in ("class", "options")},
+        "terms": {term.label: [_named(context, point) for point in term.train] for term in first.plan},
+        "optimizer": context.trajectory.optimizer.name,
+        "attributed_layers": _parts_of(first, context),
+        "seed": context.seed,
+        "not_attributed": dict(context.layers.skipped),
+        "task": {key: task_fingerprint(context.task)[key] for key in ("class", "options")},
         "measurement": "properties" if of_properties else str(getattr(last.task, "measurement", "compute_measurement")),
         "segflow": metadata.version("segflow"),
     }
-    if work.curvature_examples is not None:
-        found["curvature_examples"] = min(work.curvature_examples, work.trajectory.dataset_size)
+    if context.curvature_examples is not None:
+        found["curvature_examples"] = min(context.curvature_examples, context.trajectory.dataset_size)
     if first.batching_error is not None:
         found["batching_error"] = [run.batching_error for run in runs]
-    if len(first.works) > 1:
-        found["stage"] = work.trajectory.stage
+    if len(first.contexts) > 1:
+        found["stage"] = context.trajectory.stage
     if len(runs) > 1:
         found["runs"] = len(runs)
     wanted = [(run, of) for run in runs for of in preconditioners(run.plan)]
     if wanted:
-        estimated = any(unsaved(run.works[of.stage], of) for run, of in wanted)
+        estimated = any(unsaved(run.contexts[of.stage], of) for run, of in wanted)
         found["second_moments"] = "estimated from gradients" if estimated else "recorded"
     if first.cuts is not None:
         found["segmentation"] = [
-            {first.works[place].trajectory.stage: cut.explained() for place, cut in (run.cuts or {}).items()}
+            {first.contexts[place].trajectory.stage: cut.explained() for place, cut in (run.cuts or {}).items()}
             for run in runs
         ]
     return found
 
 
-def _named(work: Workspace, point: Point) -> Any:
+def _named(context: StageContext, point: Point) -> Any:
     """The step of a checkpoint, or a word for another point."""
-    alone = len(point.weights) == 1 and point.stage == work.stage
-    return work.trajectory.steps[point.weights[0][0]] if alone else work.where(point)
+    alone = len(point.weights) == 1 and point.stage == context.stage
+    return context.trajectory.steps[point.weights[0][0]] if alone else context.where(point)

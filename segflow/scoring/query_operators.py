@@ -30,7 +30,7 @@ from ..methods.plan import (
     Spectral,
     UnitNorm,
 )
-from .outer_products import Outer, Stack, example, formed, squared_norms
+from .outer_products import OuterProducts, Stack, example, formed, squared_norms
 
 Stacks = dict[str, Stack]
 
@@ -71,7 +71,7 @@ def basis_of(curvature: Curvature | None) -> Curvature | None:
 
 
 @dataclass
-class QuerySide:
+class QueryOperators:
     """Query gradients under a plan's operators; what two terms share of their operators is computed once."""
 
     plan: Plan
@@ -164,7 +164,7 @@ def _changed(values_QPOI: Stack, old: Eigenbasis | None, new: Eigenbasis | None)
     """Gradients taken from one basis to another; None stands for the parameters' own axes."""
     if old is None and new is None:
         return values_QPOI
-    if old is None and isinstance(values_QPOI, Outer) and values_QPOI.scale_POI is None:
+    if old is None and isinstance(values_QPOI, OuterProducts) and values_QPOI.scale_POI is None:
         return values_QPOI.rotated(new)  # type: ignore[arg-type]
     gradients_QPOI = formed(values_QPOI)
     if old is None:

@@ -1,4 +1,4 @@
-"""Workspace: what all work on one stage of training shares - model, task, trajectory, store, and how to walk data."""
+"""What all work on one stage of training shares - model, task, trajectory, store, and how to walk data."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from ..data.fingerprints import dataset_fingerprint, digest, task_fingerprint
 from ..errors import TaskError, TrajectoryError
 from ..methods.plan import Point
 from ..model.layers import LayerChoice, TrackedLayer
-from ..model.loss_view import Lens, make_lens
+from ..model.loss_view import LossView, make_loss_view
 from ..runtime.ranks import Ranks
-from ..store.shared import Units
+from ..store.shared import SharedStore
 from ..training.trajectory import Trajectory
 from .identity import PROBES, rounded, short
 
 
 @dataclass(frozen=True)
-class Workspace:
+class StageContext:
     """Everything but the data and the method, for one stage of training; see Analyzer for the fields.
 
     run: the whole run's trajectory, of whose stages `stage` is one. layers: those that the stage trained;
@@ -35,7 +35,7 @@ class Workspace:
     task: Any
     run: Trajectory
     stage: int
-    units: Units
+    store: SharedStore
     layers: LayerChoice
     parameter_groups: Mapping[str, int]
     seed: int
@@ -59,7 +59,7 @@ class Workspace:
     @property
     def ranks(self) -> Ranks:
         """The processes that share the work."""
-        return self.units.ranks
+        return self.store.ranks
 
     @property
     def shapes(self) -> dict[str, list[int]]:
@@ -91,9 +91,9 @@ class Workspace:
         chosen = weights if len(weights) > 1 else next(iter(weights))
         self.run.stages[point.stage].load_into(self.model, chosen)
 
-    def lens(self, kind: str, dataset: Any, layers: Mapping[str, TrackedLayer] | None = None) -> Lens:
+    def loss_view(self, kind: str, dataset: Any, layers: Mapping[str, TrackedLayer] | None = None) -> LossView:
         """The model seen through one of the task's losses (see `summed_loss`) on this dataset; layers: other ones."""
-        return make_lens(self.model, self.task, kind, layers or self.layers.tracked, dataset, self.collate_fn)
+        return make_loss_view(self.model, self.task, kind, layers or self.layers.tracked, dataset, self.collate_fn)
 
     def checkpoint_digest(self, point: Point) -> str:
         """sha256 of a checkpoint's file (of several: of their digests and weights), the same on every rank."""
@@ -105,16 +105,16 @@ class Workspace:
         return str(self.ranks.same(found))
 
     def walk(
-        self, lens: Lens, dataset: Any, lists: Sequence[Indices], label: str, collate_fn: Collate | None = None
+        self, view: LossView, dataset: Any, lists: Sequence[Indices], label: str, collate_fn: Collate | None = None
     ) -> Iterator[Batch]:
         """One batch for each of this rank's lists of example indices, behind a progress bar; collate_fn: another one.
 
         Where the model is sharded, ranks with fewer batches than another run idle ones at the end.
         """
         idle = max(self.ranks.gather(len(lists))) - len(lists) if self.sharded else 0
-        data = batches(dataset, lists, collate_fn or self.collate_fn, lens.device, idle)
+        data = batches(dataset, lists, collate_fn or self.collate_fn, view.device, idle)
         examples = sum(map(len, lists))
-        return self.units.journal.walk(data, label, examples, lambda b: 0 if b.idle else b.size)
+        return self.store.journal.walk(data, label, examples, lambda b: 0 if b.idle else b.size)
 
     def settings(self) -> dict[str, Any]:
         """What must be the same on every rank."""
@@ -145,7 +145,7 @@ class Workspace:
     def _named(self) -> str:
         return f"stage {self.trajectory.stage!r}" if len(self.run.stages) > 1 else "run"
 
-    def made_from(self, train: Any, lens: Lens) -> dict[str, Any]:
+    def made_from(self, train: Any, view: LossView) -> dict[str, Any]:
         """What binds a unit of the store to this model, training dataset and task.
 
         Besides names and shapes these are the training losses of some examples at the last checkpoint, which change
@@ -159,25 +159,25 @@ class Workspace:
             "model": self.shapes,
             "dataset": dataset,
             "task": task_fingerprint(self.task),
-            "training losses": "random" if random else self.steady_losses(train, replace(lens, kind="train")),
+            "training losses": "random" if random else self.steady_losses(train, replace(view, kind="train")),
             "seed": self.seed,
         }
 
-    def steady_losses(self, train: Any, lens: Lens) -> list[float] | str:
-        """The lens's losses of some examples at the last checkpoint; "random" where they do not repeat themselves."""
-        first, second = (self.probe_losses(train, lens) for _ in range(2))
+    def steady_losses(self, train: Any, view: LossView) -> list[float] | str:
+        """The view's losses of some examples at the last checkpoint; "random" where they do not repeat themselves."""
+        first, second = (self.probe_losses(train, view) for _ in range(2))
         return first if first == second else "random"
 
-    def probe_losses(self, train: Any, lens: Lens) -> list[float]:
-        """The lens's loss of evenly spaced examples, each a batch of its own, at the last checkpoint."""
+    def probe_losses(self, train: Any, view: LossView) -> list[float]:
+        """The view's loss of evenly spaced examples, each a batch of its own, at the last checkpoint."""
         self.load(self.last)
         chosen = [[index] for index in evenly_spaced(len(train), PROBES)]
         torch.manual_seed(self.seed)
         with torch.enable_grad():  # parameters are frozen; a task may differentiate by itself
-            losses = [lens.loss(batch).detach() for batch in batches(train, chosen, self.collate_fn, lens.device)]
+            losses = [view.loss(batch).detach() for batch in batches(train, chosen, self.collate_fn, view.device)]
         return torch.stack(losses).tolist()
 
-    def sampling_needs(self, train: Any, sample: Lens, batch_size: int) -> dict[str, Any]:
+    def sampling_needs(self, train: Any, sample: LossView, batch_size: int) -> dict[str, Any]:
         """What pseudo-labels depend on besides seed, checkpoint and example, and what they are for some examples.
 
         Measured: if some examples' sampled losses alone do not add up to their loss in one batch, the task draws in a

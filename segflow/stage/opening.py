@@ -1,4 +1,4 @@
-"""From what the user gives to one workspace for each stage of each run."""
+"""From what the user gives to one stage context for each stage of each run."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from ..data.batches import Collate
 from ..errors import MethodError, SegflowError, TrajectoryError, check_choice
 from ..model.layers import LayerChoice, choose_layers
 from ..runtime.sharding import is_sharded
-from ..store.shared import Units
+from ..store.shared import SharedStore
 from ..tasks.task import check_task, tracked_module_names
 from ..training.trajectory import Trajectory
-from .context import Workspace
+from .context import StageContext
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What all workspaces of an analyzer share."""
+    """What all stage contexts of an analyzer share."""
 
     model: nn.Module
-    units: Units
+    store: SharedStore
     seed: int
     memory: int
     collate_fn: Collate | Mapping[str, Collate] | None
@@ -31,8 +31,8 @@ class Settings:
     curvature_examples: int | None = None
 
 
-def workspaces(settings: Settings, task: Any, run: Trajectory, prefix: str) -> list[Workspace]:
-    """One workspace for each stage of a run, whose units' names begin with `prefix`.
+def open_stages(settings: Settings, task: Any, run: Trajectory, prefix: str) -> list[StageContext]:
+    """One stage context for each stage of a run, whose units' names begin with `prefix`.
 
     Raises TaskError, LayerError or TrajectoryError where task, model and trajectory do not fit together.
     """
@@ -42,12 +42,12 @@ def workspaces(settings: Settings, task: Any, run: Trajectory, prefix: str) -> l
     found = []
     for place, (stage, (layers, groups)) in enumerate(zip(run.stages, _agreed(settled), strict=True)):
         found.append(
-            Workspace(
+            StageContext(
                 settings.model,
                 tasks[place],
                 run,
                 place,
-                settings.units,
+                settings.store,
                 layers,
                 groups,
                 settings.seed,
@@ -90,8 +90,12 @@ def by_stage(given: Any, names: Sequence[str], what: str) -> list[Any]:
 
     Datasets that are mappings themselves are told apart by their keys. TrajectoryError for an unknown stage.
     """
-    told = list(names) != ["train"]  # the name of a stage that was given none: a mapping is then a dataset by itself
-    stages = told and isinstance(given, Mapping) and bool({key for key in given if isinstance(key, str)} & set(names))
+    from_rank = list(names) != [
+        "train"
+    ]  # the name of a stage that was given none: a mapping is then a dataset by itself
+    stages = (
+        from_rank and isinstance(given, Mapping) and bool({key for key in given if isinstance(key, str)} & set(names))
+    )
     if not stages:
         if what == "train" and len(names) > 1:
             raise TrajectoryError(
@@ -127,7 +131,7 @@ def check_arguments(runs: Sequence[Any], method: Any, memory: Any, curvature_exa
         raise SegflowError(f"memory={memory!r}: expected a whole number of bytes, such as 2 << 30.")
 
 
-def check_alike(runs: Sequence[Sequence[Workspace]]) -> None:
+def check_alike(runs: Sequence[Sequence[StageContext]]) -> None:
     """Raise TrajectoryError unless the runs of an ensemble attribute the same layers."""
     for run in runs[1:]:
         for first, other in zip(runs[0], run, strict=True):
@@ -138,27 +142,27 @@ def check_alike(runs: Sequence[Sequence[Workspace]]) -> None:
                 )
 
 
-def training_data(runs: Sequence[Sequence[Workspace]], train: Any) -> list[Any]:
+def training_data(runs: Sequence[Sequence[StageContext]], train: Any) -> list[Any]:
     """The training data of each stage, None where it is not given; it must fit the stages of every run."""
-    works = runs[0]
-    trains = by_stage(train, [work.trajectory.stage for work in works], "train")
+    contexts = runs[0]
+    trains = by_stage(train, [context.trajectory.stage for context in contexts], "train")
     given = [data is not None for data in trains]
     if not given[-1] or given != sorted(given):
         raise TrajectoryError(
-            f"training data is given for {[w.trajectory.stage for w, ok in zip(works, given, strict=True) if ok]}: "
+            f"training data is given for {[w.trajectory.stage for w, ok in zip(contexts, given, strict=True) if ok]}: "
             "expected it for the stage to attribute and for all later ones, which let it decay."
         )
     for run in runs:
-        for work, data in zip(run, trains, strict=True):
+        for context, data in zip(run, trains, strict=True):
             if data is not None:
-                work.require_task()
-                work.require_training_data(data)
+                context.require_task()
+                context.require_training_data(data)
     return trains
 
 
-def stage_place(works: Sequence[Workspace], stage: str | None, trains: Sequence[Any]) -> int:
+def stage_place(contexts: Sequence[StageContext], stage: str | None, trains: Sequence[Any]) -> int:
     """The place of the stage to score, by default the last; TrajectoryError if its data is not given."""
-    names = [work.trajectory.stage for work in works]
+    names = [context.trajectory.stage for context in contexts]
     if stage is None:
         return len(names) - 1
     check_choice("stage", stage, names, TrajectoryError)

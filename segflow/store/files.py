@@ -66,25 +66,25 @@ def writing_array(
     size = dtype.itemsize * int(np.prod(shape))
 
     @contextmanager
-    def told() -> Iterator[None]:
+    def from_rank() -> Iterator[None]:
         try:
             yield
         except OSError as problem:
             raise error(_reason(path, size, problem)) from problem
 
     def write(rows: np.ndarray) -> None:
-        with told():
+        with from_rank():
             file.write(np.ascontiguousarray(rows, dtype).tobytes())
 
     try:
-        with told():
+        with from_rank():
             path.parent.mkdir(parents=True, exist_ok=True)
             file = open(partial, "wb")  # noqa: SIM115
         with file:
             header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
             np.lib.format.write_array_header_2_0(file, header)
             yield write
-        with told():
+        with from_rank():
             _flush(partial)
             os.replace(partial, path)
             _flush(path.parent)

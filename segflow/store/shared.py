@@ -17,7 +17,7 @@ from .store import MadeFrom, Store
 
 
 @dataclass(frozen=True)
-class Unit:
+class StoredUnit:
     """One committed unit, read tensor by tensor.
 
     file: on rank 0 only.
@@ -32,7 +32,7 @@ class Unit:
         return self.ranks.broadcast(tensor, device=device)
 
 
-class Planned(NamedTuple):
+class UnitRecipe(NamedTuple):
     """A unit that can be made: its kind and name, what binds it, the units it is made of, and how to make it.
 
     examples: how many of them this rank walks to make it. make: runs on every rank; rank 0's result counts.
@@ -47,32 +47,32 @@ class Planned(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Units:
+class SharedStore:
     """The store's units, shared by all ranks; every rank must make the same calls in the same order."""
 
-    store: Store
+    local: Store
     ranks: Ranks
     journal: Journal
 
-    def held(self, planned: Iterable[Planned]) -> set[str]:
+    def held(self, planned: Iterable[UnitRecipe]) -> set[str]:
         """The names of those units that the store holds; StoreError for one that was made from something else."""
-        found = [u.name for u in planned if self.store.holds(u.name, u.made_from)] if self.ranks.main else None
+        found = [u.name for u in planned if self.local.holds(u.name, u.made_from)] if self.ranks.main else None
         return set(self.ranks.same(found))
 
-    def open(self, name: str, made_from: MadeFrom) -> Unit:
+    def open(self, name: str, made_from: MadeFrom) -> StoredUnit:
         """A committed unit; StoreError (on rank 0) if it is absent, damaged, or was made from something else."""
-        return Unit(self.store.open(name, made_from) if self.ranks.main else None, self.ranks)
+        return StoredUnit(self.local.open(name, made_from) if self.ranks.main else None, self.ranks)
 
-    def make(self, planned: Planned) -> None:
+    def make(self, planned: UnitRecipe) -> None:
         """Make and commit a unit."""
         with self.journal.unit(planned.kind, planned.name) as facts:
             tensors = planned.make()
             if self.ranks.main:
                 with shielded():
-                    written = self.store.write(planned.name, tensors, planned.made_from, planned.inputs)
+                    written = self.local.write(planned.name, tensors, planned.made_from, planned.inputs)
                 facts.update(written)
 
-    def settle(self, planned: Sequence[Planned], held: Container[str]) -> bool:
+    def settle(self, planned: Sequence[UnitRecipe], held: Container[str]) -> bool:
         """Make, in order, those units that are not among the `held`; True if there were any."""
         missing = [unit for unit in planned if unit.name not in held]
         for unit in planned:

@@ -59,11 +59,11 @@ CASES = {"linear": (mlp, vectors), "conv": (ConvNet, images), "sequence": (Atten
 
 def _fitted(analyzer: sf.Analyzer, train: Any) -> dict[str, KroneckerBlock]:
     """The pooled curvature of the method's first pool, as scoring reads it."""
-    work = analyzer.work
-    [curvature, *_] = curvatures(analyzer.method.plan(work.run))
-    with observing(work.model):
-        lens = work.lens("train", train)
-        return dict(StoredCurvature(work, curvature, work.made_from(train, lens), lens))
+    context = analyzer.context
+    [curvature, *_] = curvatures(analyzer.method.plan(context.run))
+    with observing(context.model):
+        view = context.loss_view("train", train)
+        return dict(StoredCurvature(context, curvature, context.made_from(train, view), view))
 
 
 def _dense(block: KroneckerBlock) -> Tensor:
@@ -82,7 +82,7 @@ def test_pooled_factors_equal_a_naive_per_example_loop(tmp_path: Path, case: str
     analyzer.fit(train, batch_size=5)
     found = _fitted(analyzer, train)
 
-    layers = {name: layer.module for name, layer in analyzer.work.layers.tracked.items()}
+    layers = {name: layer.module for name, layer in analyzer.context.layers.tracked.items()}
     per_checkpoint = []
     for state in states:
         model.load_state_dict(state)
@@ -205,10 +205,10 @@ def test_attention_mask_keeps_padding_out_of_the_input_covariance(tmp_path: Path
         analyzer = analyzer_of(
             model, trajectory, tmp_path / type(task).__name__, task=task, method=sf.InfluenceFunction()
         )
-        work = analyzer.work
+        context = analyzer.context
         with observing(model):
-            lens = work.lens("sample", train)
-            sums = covariances(lens, work.walk(lens, train, [range(N)], "test"), Ranks(), "here")
+            view = context.loss_view("sample", train)
+            sums = covariances(view, context.walk(view, train, [range(N)], "test"), Ranks(), "here")
         tokens = torch.cat([rows.reshape(-1, 5), torch.ones(rows.shape[0] * rows.shape[1], 1).double()], 1)
         torch.testing.assert_close(sums["up"].a_PII[0] / sums["up"].a_rows, tokens.mT @ tokens / len(tokens))
 

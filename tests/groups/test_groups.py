@@ -18,8 +18,8 @@ import segflow as sf
 from segflow.model.layers import TrackedLayer
 from segflow.model.tokens import Tokens
 from segflow.runtime.ranks import Ranks
-from segflow.scoring.group_gradients import MetQueries, TrainSide
-from segflow.scoring.outer_products import Outer
+from segflow.scoring.group_gradients import GroupGradients, MetQueries
+from segflow.scoring.outer_products import OuterProducts
 from segflow.scoring.tiles import GroupBatch, shares, tiles
 
 from ..support.helpers import ConvNet, FixedLabels, analyzer_of, images, mlp, perturbed_states, trajectory_of, vectors
@@ -326,12 +326,12 @@ def test_one_token_singletons_take_the_fast_path_and_equal_the_general_one(
     )
     examples = np.arange(K)
     for budget in (1, 1 << 20):  # queries one at a time, and all at once
-        fast = TrainSide(MetQueries({"layer": queries}, {}, 1, Ranks()), K, budget)
+        fast = GroupGradients(MetQueries({"layer": queries}, {}, 1, Ranks()), K, budget)
         fast.add(layer, Tokens(a, g), GroupBatch(examples, (1,) * K, 0))
         assert not fast._sums, "no gradient of an example was formed"
-        general = TrainSide(MetQueries({"layer": queries}, {}, 1, Ranks()), K, budget)
+        general = GroupGradients(MetQueries({"layer": queries}, {}, 1, Ranks()), K, budget)
         with monkeypatch.context() as patched:
-            patched.setattr(TrainSide, "_meets_tokens", lambda *_: False)
+            patched.setattr(GroupGradients, "_meets_tokens", lambda *_: False)
             for k in range(K):
                 general.add(layer, Tokens(a[:, [k]], g[:, [k]]), GroupBatch(examples[[k]], (1,), k))
         assert general._sums
@@ -358,8 +358,8 @@ def test_few_queries_meet_tokens_and_many_meet_sums_with_the_same_products(
     summed = [False, False]
     for place, Q in enumerate((1, 40)):
         sides = [torch.randn(P, Q, D, generator=generator, dtype=torch.float64) for D in (O, I)]
-        stack = Outer(*sides, scale_POI=torch.rand(P, O, I, generator=generator, dtype=torch.float64))
-        side = TrainSide(MetQueries({"layer": stack if outer else stack.formed()}, {}, 1, Ranks()), len(sizes), 99)
+        stack = OuterProducts(*sides, scale_POI=torch.rand(P, O, I, generator=generator, dtype=torch.float64))
+        side = GroupGradients(MetQueries({"layer": stack if outer else stack.formed()}, {}, 1, Ranks()), len(sizes), 99)
         side.add(layer, Tokens(a, g), GroupBatch(np.arange(B), sizes, 0))
         summed[place] = bool(side._sums)
         of = torch.einsum("qpoi,pbso,pbsi->qb", stack.formed(), g, a).split(sizes, 1)

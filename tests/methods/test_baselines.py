@@ -305,7 +305,7 @@ def test_fast_source_evaluates_gradients_and_curvature_at_the_mean_parameters(tm
         analyzer = analyzer_of(model, trajectory, tmp_path / f"{folder}-store", method=method)
         analyzer.fit(train)
         constant = ConstantQueries()
-        analyzer.work.task.compute_measurement = constant  # type: ignore[method-assign]
+        analyzer.context.task.compute_measurement = constant  # type: ignore[method-assign]
         values.append(analyzer.score(GROUPS, train, vectors(QUERIES, seed=5)).values)
     _close(values[0], values[1])
 

@@ -249,12 +249,12 @@ def test_second_moments_that_were_not_saved_are_estimated_and_said_to_be(tmp_pat
         times = 10 * (index + 1) if name == "Adagrad" else 1
         names = [name for name, _ in model.named_parameters()]
         estimated.append({n: times * m.detach() for n, m in zip(names, moments, strict=True)})
-    told = trajectory_of(tmp_path / "told", states, N, lr=LR, second_moments=estimated, **constants)
+    from_rank = trajectory_of(tmp_path / "told", states, N, lr=LR, second_moments=estimated, **constants)
     analyzer = analyzer_of(model, bare, tmp_path / "store", method=sf.Source(segments=1))
     with pytest.warns(UserWarning, match=rf"{name}'s second moments were not saved at 2 checkpoints"):
         analyzer.fit(train)
     scores = analyzer.score(GROUPS, train, query)
-    other = analyzer_of(model, told, tmp_path / "other", method=sf.Source(segments=1))
+    other = analyzer_of(model, from_rank, tmp_path / "other", method=sf.Source(segments=1))
     other.fit(train)
     torch.testing.assert_close(scores.values, other.score(GROUPS, train, query).values, rtol=1e-8, atol=1e-12)
     assert scores.provenance["second_moments"] == "estimated from gradients"

@@ -20,11 +20,11 @@ import segflow as sf
 from segflow.curvature.kronecker import Eigenbasis, eigenvectors
 from segflow.curvature.passes import corrected_eigenvalues, covariances
 from segflow.data.batches import Batch, batches, in_order
-from segflow.model import loss_view as lens_module
+from segflow.model import loss_view as loss_view_module
 from segflow.model.capture import capture, example_axes, observing
-from segflow.model.finite import FiniteWatch
+from segflow.model.finite import FiniteCheck
 from segflow.model.layers import choose_layers
-from segflow.model.loss_view import make_lens
+from segflow.model.loss_view import make_loss_view
 from segflow.runtime.ranks import Ranks
 
 from ..support import oracles
@@ -354,8 +354,10 @@ class Loss(sf.Task):
         return self.measure(batch, model)
 
 
-def _lens(model: nn.Module, task: sf.Task, data: Any, kind: str = "train", collate: Any = None) -> lens_module.Lens:
-    return make_lens(model, task, kind, choose_layers(model, None, lambda _name: True).tracked, data, collate)
+def _lens(
+    model: nn.Module, task: sf.Task, data: Any, kind: str = "train", collate: Any = None
+) -> loss_view_module.LossView:
+    return make_loss_view(model, task, kind, choose_layers(model, None, lambda _name: True).tracked, data, collate)
 
 
 def _ignore(_layer: Any, _tokens: Any) -> None:
@@ -366,13 +368,13 @@ def test_examples_of_several_lengths_flattened_together_are_refused_though_the_f
     data = [normal(length, 3, seed=length) for length in (1, 2, 3)]
     model = nn.Linear(3, 2)
     with observing(model):
-        lens = _lens(model, Loss(lambda x, m: m(x).sin().sum()), data, collate=torch.cat)
+        view = _lens(model, Loss(lambda x, m: m(x).sin().sum()), data, collate=torch.cat)
         [batch] = batches(data, [[0, 1, 2]], torch.cat, CPU)
         with pytest.raises(
             sf.LayerError,
             match=r"layer '': its input has 6 rows in the batch of 3 examples from 0 to 2, expected one for each",
         ):
-            lens.capture(batch, _ignore, FiniteWatch("pass"))
+            view.capture(batch, _ignore, FiniteCheck("pass"))
 
 
 def test_examples_routed_to_different_layers_are_refused() -> None:
@@ -387,10 +389,10 @@ def test_examples_routed_to_different_layers_are_refused() -> None:
             _lens(model, Loss(lambda b, m: m(b[0]).sum()), TensorDataset(x))
         model.run = lambda m, x: m.left(x[x[:, 0] > 0])
         tracked = choose_layers(model, ["left"], is_trained=lambda _name: True).tracked
-        lens = make_lens(model, Loss(lambda b, m: m(b[0]).sum()), "train", tracked, TensorDataset(x), None)
+        view = make_loss_view(model, Loss(lambda b, m: m(b[0]).sum()), "train", tracked, TensorDataset(x), None)
         [batch] = batches(TensorDataset(x), [[0, 1, 2]], None, CPU)
         with pytest.raises(sf.LayerError, match=r"layer 'left': its input has 2 rows in the batch of 3 examples from"):
-            lens.capture(batch, _ignore, FiniteWatch("pass"))
+            view.capture(batch, _ignore, FiniteCheck("pass"))
 
 
 def test_calls_that_see_different_numbers_of_examples_are_refused() -> None:
@@ -434,9 +436,9 @@ def test_a_lens_takes_layers_with_and_without_a_trained_bias() -> None:
     assert [layer.has_bias for layer in tracked.values()] == [False, False, True]
     with observing(model):
         loss = Loss(lambda batch, m: m(batch[0]).sin().sum())
-        lens = make_lens(model, loss, "train", tracked, TensorDataset(normal(4, 3)), None)
-    assert lens.axes == {"0": 0, "2": 0, "4": 0}
-    assert lens.shapes["4"] == (2, 3)
+        view = make_loss_view(model, loss, "train", tracked, TensorDataset(normal(4, 3)), None)
+    assert view.axes == {"0": 0, "2": 0, "4": 0}
+    assert view.shapes["4"] == (2, 3)
 
 
 def test_a_half_precision_model_is_not_taken_for_one_that_uses_weights_elsewhere() -> None:
@@ -468,21 +470,21 @@ def test_a_layer_that_no_loss_depends_on_is_refused_by_name_and_pass() -> None:
     model = Calls(lambda m, x: m.a(x) + m.b(x).detach(), a=nn.Linear(3, 2), b=nn.Linear(3, 2))
     data = TensorDataset(normal(4, 3))
     with observing(model):
-        lens = _lens(model, Loss(lambda batch, m: m(batch[0]).sum()), data, "sample")
+        view = _lens(model, Loss(lambda batch, m: m(batch[0]).sum()), data, "sample")
         with pytest.raises(
             sf.LayerError, match=r"covariance pass, checkpoint at step 7: layer 'b' was never reached: no batch's loss"
         ):
-            covariances(lens, batches(data, in_order(4, 2), None, CPU), Ranks(), "checkpoint at step 7")
+            covariances(view, batches(data, in_order(4, 2), None, CPU), Ranks(), "checkpoint at step 7")
 
 
 def test_a_layer_that_only_some_batches_reach_is_fine() -> None:
     model = Calls(lambda m, x: m.a(x) + (m.b(x) if x[0, 0] > 0 else 0), a=nn.Linear(1, 2), b=nn.Linear(1, 2))
-    data, watch = TensorDataset(torch.tensor([[1.0], [-1.0]])), FiniteWatch("pass")
+    data, finite = TensorDataset(torch.tensor([[1.0], [-1.0]])), FiniteCheck("pass")
     with observing(model):
-        lens = _lens(model, Loss(lambda batch, m: m(batch[0]).sum()), data)
+        view = _lens(model, Loss(lambda batch, m: m(batch[0]).sum()), data)
         for batch in batches(data, [[1], [0]], None, CPU):
-            lens.capture(batch, _ignore, watch)
-    watch.finish(lens.layers, Ranks())
+            view.capture(batch, _ignore, finite)
+    finite.finish(view.layers, Ranks())
 
 
 def _spoilt_pass(dtype: torch.dtype, loss: Callable[[Tensor, nn.Module], Tensor], bad: float, at: int = 5) -> None:
@@ -492,8 +494,8 @@ def _spoilt_pass(dtype: torch.dtype, loss: Callable[[Tensor, nn.Module], Tensor]
     x[at] = bad
     data = TensorDataset(x)
     with observing(model):
-        lens = _lens(model, Loss(lambda batch, m: loss(batch[0], m)), data, "sample")
-        covariances(lens, batches(data, in_order(8, 2), None, CPU), Ranks(), "checkpoint at step 7")
+        view = _lens(model, Loss(lambda batch, m: loss(batch[0], m)), data, "sample")
+        covariances(view, batches(data, in_order(8, 2), None, CPU), Ranks(), "checkpoint at step 7")
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -522,23 +524,23 @@ def test_tokens_whose_squares_overflow_are_refused() -> None:
 
 
 def test_the_first_bad_batch_is_named() -> None:
-    watch = FiniteWatch("some pass")
+    finite = FiniteCheck("some pass")
     for batch in range(5):
-        watch.see("a", torch.tensor(1.0))
-        watch.see("b", torch.tensor(float("nan") if batch >= 2 else 1.0))
-        watch.see_loss(Batch([batch], None), torch.tensor(1.0))
+        finite.see("a", torch.tensor(1.0))
+        finite.see("b", torch.tensor(float("nan") if batch >= 2 else 1.0))
+        finite.see_loss(Batch([batch], None), torch.tensor(1.0))
     with pytest.raises(
         sf.LayerError, match=r"some pass: the gradient or input of layer 'b' of example 2 is not finite"
     ):
-        watch.finish(["a", "b"], Ranks())
+        finite.finish(["a", "b"], Ranks())
 
 
 def test_a_long_pass_stops_soon_after_a_bad_number_not_at_its_end() -> None:
-    watch = FiniteWatch("some pass")
+    finite = FiniteCheck("some pass")
     with pytest.raises(sf.TaskError, match="loss of example 3 is not finite"):
         for batch in range(1000):
-            watch.see_loss(Batch([batch], None), torch.tensor(float("inf") if batch == 3 else 1.0))
-    assert batch == lens_module._DRAIN_EVERY - 1
+            finite.see_loss(Batch([batch], None), torch.tensor(float("inf") if batch == 3 else 1.0))
+    assert batch == loss_view_module._DRAIN_EVERY - 1
 
 
 # ---- factor passes compute no weight gradients ----
@@ -564,12 +566,12 @@ def test_factor_passes_compute_no_weight_gradients() -> None:
         return total
 
     with observing(model):
-        lens = _lens(model, Loss(loss), data, "sample")
+        view = _lens(model, Loss(loss), data, "sample")
         walk = lambda: batches(data, in_order(12, 5), None, CPU)  # noqa: E731
         leaves.clear()
-        sums = covariances(lens, walk(), Ranks(), "here")
+        sums = covariances(view, walk(), Ranks(), "here")
         bases = {n: Eigenbasis(eigenvectors(s.a_PII, n), eigenvectors(s.g_POO, n)) for n, s in sums.items()}
-        corrected_eigenvalues(lens, walk(), bases, Ranks(), "here", 1 << 20)
+        corrected_eigenvalues(view, walk(), bases, Ranks(), "here", 1 << 20)
     assert leaves == [[torch.Size([])]] * 6
     assert all(parameter.grad is None for parameter in model.parameters())
 

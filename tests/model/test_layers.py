@@ -342,11 +342,11 @@ def test_every_parametrised_module_is_either_tracked_or_reported() -> None:
     layers += [nn.BatchNorm1d(6, affine=False), nn.ReLU(), parametrizations.orthogonal(nn.Linear(2, 2))]
     model = nn.Sequential(*layers)
     choice = choose_layers(model)
-    told = {*choice.tracked, *choice.skipped}
+    from_rank = {*choice.tracked, *choice.skipped}
     holders = {name.rpartition(".")[0] for name, _ in model.named_parameters()}
-    assert holders <= told
+    assert holders <= from_rank
     assert set(choice.tracked) == {"1.linear1", "1.linear2", "4"}
-    assert choose_layers(model, ["4"]).skipped.keys() == told - {"4"}
+    assert choose_layers(model, ["4"]).skipped.keys() == from_rank - {"4"}
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import segflow as sf
-from segflow.scoring.group_gradients import TrainSide
+from segflow.scoring.group_gradients import GroupGradients
 
 from ..support.helpers import ConvNet, analyzer_of, images, mlp, perturbed_states, trajectory_of, vectors
 
@@ -61,14 +61,14 @@ def test_queries_meet_groups_and_never_examples(tmp_path: Path, monkeypatch: pyt
     """What is multiplied with the queries has one row for each group, whatever the number of examples."""
     analyzer, train, query = _analyzer(tmp_path, sf.InfluenceFunction(), "mlp")
     rows: list[int] = []
-    real = TrainSide._product
+    real = GroupGradients._product
 
-    def product(self: TrainSide, name: str, queries_QPOI: Tensor) -> Tensor:
+    def product(self: GroupGradients, name: str, queries_QPOI: Tensor) -> Tensor:
         rows.append(len(self._sums[name]))
         assert not self._scores, "single examples met the queries"
         return real(self, name, queries_QPOI)
 
-    monkeypatch.setattr(TrainSide, "_product", product)
+    monkeypatch.setattr(GroupGradients, "_product", product)
     for size in (2, 6, 18):
         rows.clear()
         analyzer.score(sf.Groups.random(N, size), train, query, batch_size=50)

@@ -83,8 +83,8 @@ def test_the_meeting_place_changes_no_score(
     for rows, tokens in ((10**9, 0), (10**9, 10**9), (0, 10**9), (None, None)):
 
         def forced(queries: Any, blocks: Any, count: int, *counted: Any, rows: Any = rows, tokens: Any = tokens) -> Any:
-            told = counted if rows is None else (rows, dict.fromkeys(blocks, tokens), counted[2])
-            found = meeting(queries, blocks, count, *told)
+            from_rank = counted if rows is None else (rows, dict.fromkeys(blocks, tokens), counted[2])
+            found = meeting(queries, blocks, count, *from_rank)
             met.append((len(found.tokens), len(found.sums)))
             return found
 

@@ -14,7 +14,7 @@ from segflow.curvature.kronecker import Eigenbasis
 from segflow.model.tokens import Tokens
 from segflow.scoring import outer_products as outer
 from segflow.scoring import query_operators as queries
-from segflow.scoring.outer_products import Outer, formed, products, squared_norms, together, token_products
+from segflow.scoring.outer_products import OuterProducts, formed, products, squared_norms, together, token_products
 
 from ..support.helpers import ConvNet, analyzer_of, images, mlp, perturbed_states, trajectory_of, vectors
 
@@ -26,11 +26,11 @@ def _random(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def _outer(scale: tuple[int, ...] | None) -> Outer:
-    return Outer(_random(P, Q, O), _random(P, Q, I, seed=1), None if scale is None else _random(*scale, seed=2))
+def _outer(scale: tuple[int, ...] | None) -> OuterProducts:
+    return OuterProducts(_random(P, Q, O), _random(P, Q, I, seed=1), None if scale is None else _random(*scale, seed=2))
 
 
-def _naive(stack: Outer) -> Tensor:
+def _naive(stack: OuterProducts) -> Tensor:
     rows = [[torch.outer(stack.g_PQO[p, q], stack.a_PQI[p, q]) for p in range(P)] for q in range(Q)]
     plain = torch.stack([torch.stack(row) for row in rows])
     return plain if stack.scale_POI is None else plain * stack.scale_POI
@@ -63,9 +63,9 @@ def test_factors_for_all_queries_and_for_each() -> None:
 
 
 def test_stacks_are_put_together_formed_or_not() -> None:
-    one, none = _outer(None), Outer.zeros(0, (P, O, I), torch.float64, torch.device("cpu"))
+    one, none = _outer(None), OuterProducts.zeros(0, (P, O, I), torch.float64, torch.device("cpu"))
     twice = together([none, one, one], form=False)
-    assert isinstance(twice, Outer)
+    assert isinstance(twice, OuterProducts)
     torch.testing.assert_close(formed(twice), torch.cat([_naive(one)] * 2))
     mixed = together([none, one, _naive(one)], form=True)
     assert isinstance(mixed, Tensor)
@@ -98,15 +98,15 @@ def test_scores_do_not_depend_on_whether_queries_are_formed(
     model, (method, stays) = mlp(), METHODS[name]
     trajectory = trajectory_of(tmp_path / "run", perturbed_states(model, 2), N, lr=0.3)
     plan = method.plan(trajectory)
-    lens: Any = type("Lens", (), {"layers": {"0": None}, "positions": lambda _self, _name: 1})()
-    assert (queries.outer_layers(plan, lens, fits=True) == {"0"}) is stays
+    view: Any = type("view", (), {"layers": {"0": None}, "positions": lambda _self, _name: 1})()
+    assert (queries.outer_layers(plan, view, fits=True) == {"0"}) is stays
     values, forms = [], []
     for force in (False, True):
         with monkeypatch.context() as patched:
             if force:
-                patched.setattr(queries.Outer, "of", queries.example_gradients)
-            real = Outer.formed
-            patched.setattr(Outer, "formed", lambda self, real=real: (forms.append(len(self)), real(self))[1])
+                patched.setattr(queries.OuterProducts, "of", queries.example_gradients)
+            real = OuterProducts.formed
+            patched.setattr(OuterProducts, "formed", lambda self, real=real: (forms.append(len(self)), real(self))[1])
             analyzer = analyzer_of(model, trajectory, tmp_path / f"store-{force}", method=method)
             analyzer.fit(vectors(N))
             groups = sf.Groups.random(N, size)
@@ -137,10 +137,10 @@ def test_layers_with_positions_form_their_queries(tmp_path: Path) -> None:
     analyzer = analyzer_of(model, trajectory, tmp_path / "store", method=sf.InfluenceFunction())
     analyzer.fit(images(N))
     with analyzer._stage("score"):
-        lens = analyzer.work.lens("measurement", images(4, seed=3))
-        data = analyzer.work.walk(lens, images(4, seed=3), [range(4)], "queries")
-        found = queries.query_gradients(lens, data, {}, analyzer.work.ranks, "here")
-    assert {name: isinstance(stack, Outer) for name, stack in found.items()} == {
+        view = analyzer.context.loss_view("measurement", images(4, seed=3))
+        data = analyzer.context.walk(view, images(4, seed=3), [range(4)], "queries")
+        found = queries.query_gradients(view, data, {}, analyzer.context.ranks, "here")
+    assert {name: isinstance(stack, OuterProducts) for name, stack in found.items()} == {
         "first": False,
         "second": False,
         "head": True,

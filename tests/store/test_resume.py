@@ -385,11 +385,11 @@ def test_a_dataset_of_another_length_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("step", [10, 30])
 def test_a_checkpoint_with_other_content_is_refused(tmp_path: Path, same_analyzer: bool, step: int) -> None:
     found = fitted(tmp_path)
-    index = found.work.trajectory.steps.index(step)
-    path = found.work.trajectory.checkpoints[index]
+    index = found.context.trajectory.steps.index(step)
+    path = found.context.trajectory.checkpoints[index]
     save_file({name: value * 1.01 for name, value in load_file(path).items()}, path)
     if not same_analyzer:
-        trajectory = sf.Trajectory(found.work.trajectory.checkpoints, (10, 20, 30), 0.3, N)
+        trajectory = sf.Trajectory(found.context.trajectory.checkpoints, (10, 20, 30), 0.3, N)
         found = analyzer_of(mlp(), trajectory, tmp_path / "store", Drawn(), method=sf.Source(segments=2))
     with pytest.raises(sf.StoreError, match=rf"unit 'covariance/step-{step}' .*checkpoint: stored '\w+', now '\w+'"):
         found.fit(vectors(N), batch_size=BATCH)
@@ -458,7 +458,7 @@ def test_another_measurement_scores_as_in_a_new_store(tmp_path: Path) -> None:
 
     for name, value in (("measurement", "margin"), ("compute_measurement", first_logit)):
         for one in (found, clean):
-            setattr(one.work.task, name, value)
+            setattr(one.context.task, name, value)
         changed = scored(found).values
         assert torch.equal(changed, scored(clean).values) and not torch.equal(changed, first)
 
@@ -481,7 +481,7 @@ def test_another_method_or_option_scores_as_in_a_new_store(tmp_path: Path, befor
 def test_other_learning_rates_score_as_in_a_new_store(tmp_path: Path) -> None:
     first = scored(fitted(tmp_path)).values
     found = fitted(tmp_path)
-    faster = sf.Trajectory(found.work.trajectory.checkpoints, (10, 20, 30), 0.6, N)
+    faster = sf.Trajectory(found.context.trajectory.checkpoints, (10, 20, 30), 0.6, N)
 
     def at(store: str) -> sf.Scores:
         other = analyzer_of(mlp(), faster, tmp_path / store, Drawn(), method=sf.Source(segments=2))
@@ -497,9 +497,9 @@ def test_another_training_checkpoint_scores_as_in_a_new_store(tmp_path: Path, sa
     """The method needs no factors and queries another checkpoint: only the scores' own binding prevents stale ones."""
     found = fitted(tmp_path, method=sf.Hydra())
     first = scored(found).values
-    path = found.work.trajectory.checkpoints[0]
+    path = found.context.trajectory.checkpoints[0]
     save_file({name: value * 1.5 for name, value in load_file(path).items()}, path)
-    trajectory = found.work.trajectory
+    trajectory = found.context.trajectory
     if not same_analyzer:
         trajectory = sf.Trajectory(trajectory.checkpoints, (10, 20, 30), 0.3, N)
         found = analyzer_of(mlp(), trajectory, tmp_path / "store", Drawn(), method=sf.Hydra())
