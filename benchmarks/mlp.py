@@ -27,7 +27,7 @@ from segflow.curvature.passes import corrected_eigenvalues, covariances
 from segflow.data.batches import batches, in_order
 from segflow.groups.groups import Groups
 from segflow.model.capture import observing
-from segflow.model.layers import choose_layers
+from segflow.model.layers.registry import choose_layers
 from segflow.model.loss_view import make_loss_view
 from segflow.runtime.ranks import Ranks
 from segflow.scoring.group_gradients import GroupGradients, MetQueries, tile_scores

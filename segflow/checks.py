@@ -16,7 +16,8 @@ from .errors import LayerError, TaskError
 from .methods.plan import Point
 from .model.capture import requiring_grad
 from .model.finite import FiniteCheck
-from .model.layers import LayerChoice, TrackedLayer
+from .model.layers.registry import LayerChoice
+from .model.layers.tracked import TrackedLayer
 from .model.loss_view import LossView
 from .model.tokens import Tokens
 from .properties.property import as_properties

@@ -15,7 +15,7 @@ from ..data.batches import Batch
 from ..errors import FactorError, TaskError
 from ..methods.plan import Projection
 from ..model.finite import FiniteCheck
-from ..model.layers import TrackedLayer
+from ..model.layers.tracked import TrackedLayer
 from ..model.loss_view import LossView
 from ..model.tokens import Tokens, joined_examples
 from ..runtime.ranks import Ranks

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from ..methods.plan import Point, Preconditioner
-from ..model.layers import TrackedLayer
+from ..model.layers.tracked import TrackedLayer
 from ..model.loss_view import LossView
 from ..stage.context import StageContext
 from ..store.store import MadeFrom

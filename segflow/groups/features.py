@@ -24,7 +24,7 @@ from ..errors import LayerError, SegflowError, StoreError, TaskError, check_choi
 from ..methods.plan import Projection
 from ..model.capture import Consumer
 from ..model.finite import FiniteCheck
-from ..model.layers import TrackedLayer
+from ..model.layers.tracked import TrackedLayer
 from ..model.loss_view import LossView
 from ..model.representation_view import RepresentationView
 from ..model.tokens import Tokens

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ..errors import LayerError, TaskError
-from .layers import TrackedLayer
+from .layers.tracked import TrackedLayer
 from .tokens import Tokens
 
 _COARSE = {torch.bfloat16, torch.float16}
@@ -286,8 +286,7 @@ def example_axes(layers: Mapping[str, TrackedLayer], run: Callable[[int], Any]) 
         three = shapes[1].get(name, [])
         axis_of_calls = {_example_axis(a, b) for a, b in zip(two, three, strict=False)}
         axis = axis_of_calls.pop() if len(axis_of_calls) == 1 and len(two) == len(three) else None
-        convolution = not isinstance(layers[name].module, nn.Linear)
-        if axis is None or (convolution and axis != 0):
+        if axis is None or (layers[name].examples_first and axis != 0):
             raise LayerError(
                 f"layer {name!r}: its input has shape {tuple(two[0])} for 2 examples and "
                 f"{tuple(three[0]) if three else 'nothing'} for 3, so no axis of it counts the examples in every call. "

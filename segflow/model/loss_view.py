@@ -17,7 +17,7 @@ from ..tasks.task import summed_loss
 from .capture import Consumer, called_parameters, capture, example_axes, requiring_grad
 from .finite import FiniteCheck
 from .label_draws import drawing
-from .layers import TrackedLayer
+from .layers.tracked import TrackedLayer
 from .tokens import Tokens
 
 
@@ -52,9 +52,7 @@ class LossView:
 
     def positions(self, name: str) -> int:
         """About how many positions a layer has for an example (the first example's, a convolution's of its input)."""
-        shape, layer = self.shapes[name], self.layers[name]
-        features = shape[-1] if isinstance(layer.module, nn.Linear) else shape[1]
-        return max(1, shape.numel() // (2 * features))
+        return self.layers[name].positions(self.shapes[name])
 
     def loss(self, batch: Batch) -> Tensor:
         """The summed loss of one batch."""

@@ -12,7 +12,7 @@ from ..data.batches import Batch
 from ..errors import LayerError
 from .capture import Consumer
 from .finite import FiniteCheck
-from .layers import TrackedLayer
+from .layers.tracked import TrackedLayer
 from .loss_view import LossView
 from .tokens import Tokens
 

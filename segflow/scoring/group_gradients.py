@@ -16,7 +16,7 @@ from torch import Tensor
 from ..curvature.kronecker import Eigenbasis, Gradients
 from ..data.batches import Batch
 from ..model.finite import FiniteCheck
-from ..model.layers import TrackedLayer
+from ..model.layers.tracked import TrackedLayer
 from ..model.loss_view import LossView
 from ..model.representation_view import FeatureLayer, RepresentationView
 from ..model.tokens import Tokens

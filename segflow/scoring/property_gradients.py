@@ -18,7 +18,7 @@ from ..data.batches import in_order
 from ..data.fingerprints import dataset_fingerprint
 from ..errors import TaskError
 from ..model.finite import FiniteCheck
-from ..model.layers import TrackedLayer
+from ..model.layers.tracked import TrackedLayer
 from ..model.loss_view import LossView, make_loss_view
 from ..model.tokens import Tokens
 from ..properties.property import Property

@@ -18,7 +18,7 @@ from ..data.batches import Batch, in_order
 from ..errors import MethodError
 from ..methods.plan import Curvature, IterativeInverse, Point, ProjectedInverse, Term, curvatures, projected
 from ..model.finite import FiniteCheck
-from ..model.layers import TrackedLayer
+from ..model.layers.tracked import TrackedLayer
 from ..model.loss_view import LossView
 from ..model.representation_view import RepresentationView, representation_view
 from ..model.tokens import Tokens

@@ -13,7 +13,8 @@ from ..data.batches import Batch, Collate, Indices, batches, dataset_length, eve
 from ..data.fingerprints import dataset_fingerprint, digest, task_fingerprint
 from ..errors import TaskError, TrajectoryError
 from ..methods.plan import Point
-from ..model.layers import LayerChoice, TrackedLayer
+from ..model.layers.registry import LayerChoice
+from ..model.layers.tracked import TrackedLayer
 from ..model.loss_view import LossView, make_loss_view
 from ..runtime.ranks import Ranks
 from ..store.shared import SharedStore

@@ -10,7 +10,7 @@ from torch import nn
 
 from ..data.batches import Collate
 from ..errors import MethodError, SegflowError, TrajectoryError, check_choice
-from ..model.layers import LayerChoice, choose_layers
+from ..model.layers.registry import LayerChoice, choose_layers
 from ..runtime.sharding import is_sharded
 from ..store.shared import SharedStore
 from ..tasks.task import check_task, tracked_module_names

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import Subset, TensorDataset
 
 import segflow as sf
-from segflow.model.layers import TrackedLayer
+from segflow.model.layers.registry import track
 from segflow.model.tokens import Tokens
 from segflow.runtime.ranks import Ranks
 from segflow.scoring.group_gradients import GroupGradients, MetQueries
@@ -316,7 +316,7 @@ def test_queries_fewer_than_the_batch_score_as_queries_one_at_a_time(case: Case,
 def test_one_token_singletons_take_the_fast_path_and_equal_the_general_one(
     module: nn.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    layer = TrackedLayer("layer", module, module.bias is not None)
+    layer = track("layer", module, module.bias is not None)
     P, O, I = layer.shape
     generator = torch.Generator().manual_seed(0)
     K, Q = 6, 4
@@ -352,7 +352,7 @@ def test_one_token_singletons_take_the_fast_path_and_equal_the_general_one(
 def test_few_queries_meet_tokens_and_many_meet_sums_with_the_same_products(
     sizes: tuple[int, ...], positions: int, outer: bool
 ) -> None:
-    layer, B, (P, O, I) = TrackedLayer("layer", nn.Linear(5, 3), True), sum(sizes), (1, 3, 6)
+    layer, B, (P, O, I) = track("layer", nn.Linear(5, 3), True), sum(sizes), (1, 3, 6)
     generator = torch.Generator().manual_seed(0)
     a, g = (torch.randn(P, B, positions, D, generator=generator, dtype=torch.float64) for D in (I, O))
     summed = [False, False]

@@ -23,7 +23,7 @@ from segflow.data.batches import Batch, batches, in_order
 from segflow.model import loss_view as loss_view_module
 from segflow.model.capture import capture, example_axes, observing
 from segflow.model.finite import FiniteCheck
-from segflow.model.layers import choose_layers
+from segflow.model.layers.registry import choose_layers
 from segflow.model.loss_view import make_loss_view
 from segflow.runtime.ranks import Ranks
 

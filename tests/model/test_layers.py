@@ -17,7 +17,8 @@ from torch.nn.utils import parametrizations, prune
 
 import segflow as sf
 from segflow.model.capture import capture, example_axes, observing
-from segflow.model.layers import LayerChoice, TrackedLayer, choose_layers
+from segflow.model.layers.registry import LayerChoice, choose_layers, track
+from segflow.model.layers.tracked import TrackedLayer
 from segflow.model.tokens import Tokens
 
 from ..support import oracles
@@ -249,7 +250,7 @@ def test_the_layout_of_a_layers_gradient_is_the_oracles() -> None:
         layer = choose_layers(module).tracked[""]
         weight, bias = torch.randn_like(module.weight), None if module.bias is None else torch.randn_like(module.bias)
         torch.testing.assert_close(layer.gradient_matrix(weight, bias), oracles.layer_matrix(module, weight, bias))
-        frozen = TrackedLayer("", module, has_bias=False).gradient_matrix(weight, bias)
+        frozen = track("", module, has_bias=False).gradient_matrix(weight, bias)
         assert frozen.shape[-1] == weight[0].numel()
 
 

@@ -1,0 +1,160 @@
+"""Which kind of layer a module is, and which layers of a model are attributed."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Collection, Hashable
+from typing import NamedTuple, TypeVar
+
+from torch import nn
+
+from ...errors import LayerError
+from .tracked import TrackedLayer
+
+Kind = TypeVar("Kind", bound=type[TrackedLayer])
+_KINDS: list[type[TrackedLayer]] = []  # the latest first, so that a kind of the user's own comes before ours
+
+
+def register(kind: Kind) -> Kind:
+    """Have modules of a kind attributed; use it as a decorator of a subclass of `TrackedLayer`.
+
+    A module that two kinds claim is taken by the one registered last. LayerError where the kind names no modules.
+    """
+    if not kind.modules:
+        raise LayerError(f"{kind.__name__}: expected the module types of this kind in `modules`, found none.")
+    if kind not in _KINDS:
+        _KINDS.insert(0, kind)
+    return kind
+
+
+def kind_of(module: nn.Module) -> type[TrackedLayer] | None:
+    """The kind of layer that a module is; None where no kind claims it."""
+    return next((kind for kind in _KINDS if isinstance(module, kind.modules)), None)
+
+
+def track(name: str, module: nn.Module, has_bias: bool) -> TrackedLayer:
+    """A module as a layer to attribute; LayerError where no kind claims it."""
+    kind = kind_of(module)
+    if kind is None:
+        raise LayerError(f"module {name!r}: {type(module).__name__} is not supported. Supported: {_supported()}.")
+    return kind(name, module, has_bias)
+
+
+def _supported() -> str:
+    return ", ".join(module.__name__ for kind in reversed(_KINDS) for module in kind.modules)
+
+
+class LayerChoice(NamedTuple):
+    """The tracked layers by name, and why every other parametrised module is not attributed."""
+
+    tracked: dict[str, TrackedLayer]
+    skipped: dict[str, str]
+
+
+def choose_layers(
+    model: nn.Module, names: Collection[str] | None = None, is_trained: Callable[[str], bool] | None = None
+) -> LayerChoice:
+    """The layers to attribute.
+
+    Args:
+        names: the modules asked for; None takes every supported one.
+        is_trained: tells for a parameter's name whether training changed it; None asks `requires_grad`.
+
+    Raises:
+        LayerError: a module asked for is unknown or not supported, or nothing is left to attribute.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    _check_names(names, modules)
+    first_name = {module: name for name, module in reversed(modules.items())}
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    trained = is_trained or (lambda name: parameters[name].requires_grad)
+    wanted = None if names is None else {first_name[modules[name]] for name in names}
+    owners = _owners(model)
+    tracked, skipped = {}, {}
+    for name, module in model.named_modules():
+        if not _has_parameters(module):
+            continue
+        prefix = f"{name}." if name else ""
+        reason = _why_not(module, name, modules, prefix, trained) or _shared(module, name, owners)
+        if wanted is not None and name not in wanted:
+            reason = "not among the tracked modules that the task names"
+        elif wanted is not None and reason:
+            raise LayerError(f"module {name!r} ({type(module).__name__}) cannot be attributed: {reason}.")
+        if reason:
+            skipped[name] = reason
+        else:
+            has_bias = module.bias is not None and trained(f"{prefix}bias")
+            tracked[name] = track(name, module, has_bias)
+    if not tracked:
+        found = "; ".join(f"{name}: {reason}" for name, reason in skipped.items()) or "no module has parameters"
+        raise LayerError(f"no layer can be attributed ({found}). Supported: {_supported()}.")
+    return LayerChoice(tracked, skipped)
+
+
+def _check_names(names: Collection[str] | None, modules: dict[str, nn.Module]) -> None:
+    for name in names or ():
+        if name not in modules:
+            close = difflib.get_close_matches(name, modules, n=3)
+            raise LayerError(f"the model has no module {name!r}. Did you mean one of {close or sorted(modules)[1:9]}?")
+        if not _has_parameters(modules[name]):
+            inside = [inner for inner in modules if inner.startswith(f"{name}.")][:4]
+            advice = f"Name the layers inside it: {inside}" if inside else "There is nothing in it to attribute"
+            raise LayerError(f"module {name!r} has no parameters of its own. {advice}.")
+    if names is not None and not names:
+        raise LayerError("get_influence_tracked_modules() returned no names. Return None to track every layer.")
+
+
+def _has_parameters(module: nn.Module) -> bool:
+    """Whether the module has parameters of its own, or computes its own from others (a parametrization)."""
+    return kind_of(module) is not None or any(p is not None for p in module._parameters.values())
+
+
+def _why_not(
+    module: nn.Module, name: str, modules: dict[str, nn.Module], prefix: str, trained: Callable[[str], bool]
+) -> str | None:
+    """Why this module cannot be tracked, judged by itself; None if it can."""
+    kind = kind_of(module)
+    if kind is None:
+        return f"{type(module).__name__} is not supported"
+    actual, base = type(module), next(one for one in kind.modules if isinstance(module, one))
+    overridden = [m for m in kind.methods if m in vars(module) or getattr(actual, m, 0) is not getattr(base, m, 0)]
+    extra = sorted(set(module._parameters) - {"weight", "bias"})
+    weight = module._parameters.get("weight")
+    reasons = {
+        f"{actual.__name__} is a {base.__name__} with its own {''.join(overridden[:1])}()": bool(overridden),
+        "nn.MultiheadAttention uses its weight without calling it": isinstance(
+            modules.get(name.rpartition(".")[0]), nn.MultiheadAttention
+        ),
+        "its weight is computed from other tensors (a parametrization, weight norm, ...)": weight is None
+        or "bias" not in module._parameters,
+        f"it has extra parameters {extra}": bool(extra),
+        "it is lazy and not initialised yet": isinstance(weight, nn.UninitializedParameter),
+    }
+    first = next((reason for reason, holds in reasons.items() if holds), None)
+    return first or (None if trained(f"{prefix}weight") else "its weight was not trained")
+
+
+def _identity(parameter: nn.Parameter) -> Hashable:
+    """Equal for parameters that share memory (also under two Parameter objects)."""
+    if isinstance(parameter, nn.UninitializedParameter) or parameter.data_ptr() == 0:
+        return id(parameter)
+    return parameter.device, parameter.data_ptr()
+
+
+def _owners(model: nn.Module) -> dict[Hashable, list[str]]:
+    """The modules that hold each parameter, by the parameter's identity."""
+    owners: dict[Hashable, list[str]] = {}
+    for name, module in model.named_modules():
+        for parameter in filter(lambda p: p is not None, module._parameters.values()):
+            owners.setdefault(_identity(parameter), []).append(name)
+    return owners
+
+
+def _shared(module: nn.Module, name: str, owners: dict[Hashable, list[str]]) -> str | None:
+    """Names another module that holds one of this module's parameters, if there is one."""
+    held = [_identity(p) for p in module._parameters.values() if p is not None]
+    others = [other for key in held for other in owners[key] if other != name]
+    if not others:
+        return None
+    other = others[0] or "the model itself"
+    return f"it shares a tensor with {other!r}, so its own calls do not make up the tensor's gradient"
