@@ -31,8 +31,8 @@ from .runtime.sharding import unwrap
 from .runtime.signals import orderly
 from .scoring.plan_walk import Scoring, score_parts
 from .scoring.provenance import RunParts, labelled_scores
-from .stage.context import StageContext
-from .stage.opening import Settings, check_alike, check_arguments, open_stages, stage_place, training_data
+from .stage.context import Settings, StageContext
+from .stage.opening import check_alike, check_arguments, open_stages, stage_place, training_data
 from .store.journal import Journal, Summary
 from .store.shared import SharedStore
 from .store.store import MadeFrom, Store
@@ -319,7 +319,7 @@ class Analyzer:
             stack.enter_context(shared.journal.stage(name, ranks=context.ranks.count, **describe(self.method), **facts))
             if held is not None and held.took_over:
                 shared.journal.event("took_over", holder=held.took_over)
-            settings = [own.settings() for contexts in self.runs for own in contexts]
+            settings = [own.agreement() for contexts in self.runs for own in contexts]
             context.ranks.agree("the model, task and settings", [settings, facts])
             stack.enter_context(observing(context.model))
             yield

@@ -78,7 +78,7 @@ def check_checkpoints(contexts: Sequence[StageContext]) -> None:
     points = [
         (context, Point.at(context.stage, index)) for context in contexts for index in range(len(context.trajectory))
     ]
-    for context, point in track(points, "checkpoints fit the model", enabled=contexts[-1].progress):
+    for context, point in track(points, "checkpoints fit the model", enabled=contexts[-1].settings.progress):
         context.load(point)
 
 
@@ -95,7 +95,7 @@ def check_stage(context: StageContext, train: Any, query: Any | None) -> Curvatu
         _check_loss(context, context.loss_view("measurement", query), query)
     if defines_output(context.task):
         _check_loss(context, context.loss_view("output", train), train)
-    sample = replace(view, kind="sample", seed=context.seed)
+    sample = replace(view, kind="sample", seed=context.settings.seed)
     covariances(sample, _few(context, train), Ranks(), f"check, {context.where(context.last)}")
     context.load(Point.at(context.stage, 0))  # the least converged checkpoint: pseudo-labels still vary there
     return curvature_scale(view, sample, next(_few(context, train)))
@@ -141,7 +141,7 @@ def check_sum(view: LossView, whole: Batch, halves: Iterable[Batch]) -> None:
         )
     if not torch.isfinite(first):
         raise TaskError(f"{name}: the {view.kind} loss of the first batch is {first.item()}, not finite.")
-    tolerance = 1e-2 if view.coarse else 1e-9 if view.dtype == torch.float64 else 1e-4
+    tolerance = 1e-2 if view.layout.coarse else 1e-9 if view.dtype == torch.float64 else 1e-4
     if (first - second).abs() > tolerance * size:
         raise TaskError(
             f"{name}: the {view.kind} loss of one batch was {first.item():.6g}, then {second.item():.6g}. Something is "
@@ -166,7 +166,7 @@ def check_reached(view: LossView, data: Iterable[Batch], where: str) -> None:
     finite = FiniteCheck(f"check, {view.kind} loss, {where}")
     for batch in data:
         view.capture(batch, lambda _layer, _tokens: None, finite)
-    finite.finish(view.axes, Ranks(), every=view.kind == "train")
+    finite.finish(view.layout.axes, Ranks(), every=view.kind == "train")
 
 
 def check_examples(view: LossView, batch: Batch, alone: Iterable[Batch]) -> None:

@@ -31,6 +31,7 @@ from ..methods.plan import (
 from ..model.loss_view import LossView
 from ..runtime.ranks import balanced
 from ..stage.context import StageContext
+from ..stage.identity import checkpoint_digest, sampling_identity, training_identity
 from ..store.files import Tensors
 from ..store.shared import StoredUnit, UnitRecipe
 from .kronecker import Eigenbasis, eigenvectors, kfac_eigenvalues, mean_over
@@ -115,13 +116,13 @@ class FactorFitter:
         self.context, self.train, self.batch_size = context, train, batch_size
         context.load(context.last)
         self.own = context.loss_view("train", train)  # checked with labels that repeat themselves
-        self.sample = replace(self.own, kind="sample", seed=context.seed, place=context.trajectory.total_steps)
-        drawn = np.random.default_rng(context.seed).permutation(len(train))
-        self.drawn = drawn[: context.curvature_examples]
-        self.train_from = context.made_from(train, self.own)
+        self.sample = replace(self.own, kind="sample", seed=context.settings.seed, place=context.trajectory.total_steps)
+        drawn = np.random.default_rng(context.settings.seed).permutation(len(train))
+        self.drawn = drawn[: context.settings.curvature_examples]
+        self.train_from = training_identity(context, train, self.own)
         self.sampled_from = {
             **self.train_from,
-            **context.sampling_needs(train, self.sample, batch_size),
+            **sampling_identity(context, train, self.sample, batch_size),
             "dtype": str(self.own.dtype),
         }
         self.blocks = lru_cache(2)(lambda of: preconditioner_blocks(context, of, self.train_from, self.own))
@@ -167,7 +168,7 @@ class FactorFitter:
     def _curvature(self, curvature: Curvature) -> list[str]:
         """Recipes for a curvature's units: a covariance for each point, the eigenbasis, the eigenvalues."""
         context, points = self.context, curvature.points
-        digests = [context.checkpoint_digest(point) for point in points]
+        digests = [checkpoint_digest(context, point) for point in points]
         if curvature.kind == "diagonal":
             return [
                 self._add(
@@ -216,7 +217,7 @@ class FactorFitter:
         return self.context.ranks.share([walked[part.start : part.stop] for part in in_order(len(walked), size)])
 
     def _moments(self, point: Point) -> str:
-        made_from = self.train_from | {"checkpoint": self.context.checkpoint_digest(point)}
+        made_from = self.train_from | {"checkpoint": checkpoint_digest(self.context, point)}
         return self._add("moments", moments_unit(self.context, point), made_from, partial(self._make_moments, point))
 
     def _kernel(self, inverse: ProjectedInverse) -> str:
@@ -224,7 +225,7 @@ class FactorFitter:
         return self._add("kernel", kernel_unit(self.context, inverse), made_from, partial(self._make_kernel, inverse))
 
     def _statistics(self, point: Point) -> str:
-        made_from = self.sampled_from | {"checkpoint": self.context.checkpoint_digest(point)}
+        made_from = self.sampled_from | {"checkpoint": checkpoint_digest(self.context, point)}
         name = statistics_unit(self.context, point)
         return self._add("statistics", name, made_from, partial(self._make_statistics, point))
 

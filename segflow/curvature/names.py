@@ -26,7 +26,7 @@ from ..errors import TrajectoryError
 from ..methods.plan import Curvature, Point, Preconditioner, ProjectedInverse
 from ..model.loss_view import LossView
 from ..stage.context import StageContext
-from ..stage.identity import rounded, short
+from ..stage.identity import checkpoint_digest, point_name, rounded, short, steady_losses
 from ..store.store import MadeFrom
 from ..training.trajectory import Trajectory
 
@@ -36,7 +36,7 @@ _SAVED: WeakKeyDictionary[Trajectory, dict[str, frozenset[str] | None]] = WeakKe
 
 def covariance_unit(context: StageContext, point: Point) -> str:
     """A point's covariances."""
-    return f"{context.prefix}covariance/{context.name(point)}"
+    return f"{context.prefix}covariance/{point_name(context, point)}"
 
 
 def basis_unit(context: StageContext, curvature: Curvature) -> str:
@@ -47,38 +47,38 @@ def basis_unit(context: StageContext, curvature: Curvature) -> str:
 def eigenvalues_unit(context: StageContext, curvature: Curvature, point: Point) -> str:
     """Eigenvalues at a point, of the curvature's kind (K-FAC's: of all points)."""
     if curvature.kind == "diagonal":
-        return f"{context.prefix}diagonal{_batched(curvature)}/{context.name(point)}"
+        return f"{context.prefix}diagonal{_batched(curvature)}/{point_name(context, point)}"
     if curvature.kind == "kfac":
         return f"{context.prefix}kfac/{_pool(context, curvature)}"
-    return f"{context.prefix}eigenvalues/{_pool(context, curvature)}{_batched(curvature)}/{context.name(point)}"
+    return f"{context.prefix}eigenvalues/{_pool(context, curvature)}{_batched(curvature)}/{point_name(context, point)}"
 
 
 def moments_unit(context: StageContext, point: Point) -> str:
     """Moments of training gradients at a point."""
-    return f"{context.prefix}moments/{context.name(point)}"
+    return f"{context.prefix}moments/{point_name(context, point)}"
 
 
 def statistics_unit(context: StageContext, point: Point) -> str:
     """What tells a checkpoint from others."""
-    return f"{context.prefix}statistics/{context.name(point)}"
+    return f"{context.prefix}statistics/{point_name(context, point)}"
 
 
 def kernel_unit(context: StageContext, inverse: ProjectedInverse) -> str:
     """A projected second moment at a point; damping is applied when it is read."""
     of = inverse.projection
     name = f"{inverse.features}-{of.dimension or 'all'}-{of.seed}{_batched(inverse)}"
-    return f"{context.prefix}kernel/{name}/{context.name(inverse.point)}"
+    return f"{context.prefix}kernel/{name}/{point_name(context, inverse.point)}"
 
 
 def kernel_from(
     context: StageContext, inverse: ProjectedInverse, train_from: MadeFrom, own: LossView, train: Any
 ) -> MadeFrom:
     """What binds a kernel's unit; own: the view of the training loss. As a loss is, an output is told by its values."""
-    made = {**train_from, "dtype": str(own.dtype), "checkpoint": context.checkpoint_digest(inverse.point)}
+    made = {**train_from, "dtype": str(own.dtype), "checkpoint": checkpoint_digest(context, inverse.point)}
     if inverse.features == "output":
         made |= {
             "output": output_fingerprint(context.task),
-            "outputs": context.steady_losses(train, replace(own, kind="output")),
+            "outputs": steady_losses(context, train, replace(own, kind="output")),
         }
     return made
 
@@ -86,7 +86,7 @@ def kernel_from(
 def pool_from(context: StageContext, curvature: Curvature, train_from: MadeFrom, view: LossView) -> dict[str, Any]:
     """What binds a pool's units."""
     made: dict[str, Any] = {**train_from, "dtype": str(view.dtype)}
-    made["checkpoints"] = [context.checkpoint_digest(point) for point in curvature.points]
+    made["checkpoints"] = [checkpoint_digest(context, point) for point in curvature.points]
     if len(set(curvature.weights)) > 1:
         made["weights"] = list(curvature.weights)
     if curvature.scaled is not None and curvature.kind != "diagonal":
@@ -104,7 +104,7 @@ def preconditioner_from(context: StageContext, of: Preconditioner) -> dict[str, 
             "OptimizerConstants(batch_size=...) to have them estimated from gradients."
         )
     return {
-        "checkpoints": [context.checkpoint_digest(Point.at(of.stage, index)) for index, _ in of.weights],
+        "checkpoints": [checkpoint_digest(context, Point.at(of.stage, index)) for index, _ in of.weights],
         "weights": [weight for _, weight in of.weights],
         "eps": list(trajectory.eps),
         "moments": f"estimated for batches of {trajectory.optimizer.batch_size}" if missing else "recorded",
@@ -150,7 +150,7 @@ def _pool(context: StageContext, curvature: Curvature) -> str:
         steps = [str(context.trajectory.steps[point.weights[0][0]]) for point in points]
         name = "steps-" + short(steps)
     else:
-        name = "at-" + "-".join(context.name(point) for point in points)
+        name = "at-" + "-".join(point_name(context, point) for point in points)
     if len(set(curvature.weights)) > 1:
         name += f"-w{rounded(curvature.weights)}"
     if curvature.scaled is not None:

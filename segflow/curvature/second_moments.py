@@ -10,6 +10,7 @@ from ..methods.plan import Point, Preconditioner
 from ..model.layers.tracked import TrackedLayer
 from ..model.loss_view import LossView
 from ..stage.context import StageContext
+from ..stage.identity import checkpoint_digest
 from ..store.store import MadeFrom
 from .names import moments_unit, unsaved
 from .preconditioner import Denominator, PreconditionerBlock, preconditioner_block
@@ -48,7 +49,7 @@ def _estimates(context: StageContext, index: int, train_from: MadeFrom) -> Calla
     """E of a batch's squared gradient: squared mean plus variance over the batch size (Adagrad: times steps)."""
     trajectory, point = context.trajectory, Point.at(context.stage, index)
     unit = context.store.open(
-        moments_unit(context, point), {**train_from, "checkpoint": context.checkpoint_digest(point)}
+        moments_unit(context, point), {**train_from, "checkpoint": checkpoint_digest(context, point)}
     )
     times = trajectory.steps[index] if trajectory.optimizer.name == "Adagrad" else 1
 

@@ -27,6 +27,7 @@ from ..methods.plan import (
 from ..methods.spectra import damped_inverse
 from ..model.loss_view import LossView
 from ..stage.context import StageContext
+from ..stage.identity import checkpoint_digest, training_identity
 from ..store.shared import StoredUnit
 from ..store.store import MadeFrom
 from .kronecker import Eigenbasis, KroneckerBlock, weighted_mean
@@ -74,7 +75,7 @@ class StoredCurvature(Mapping[str, KroneckerBlock]):
         values = [eigenvalues_unit(context, curvature, point) for point in points]
         bases = [] if curvature.kind == "diagonal" else [basis_unit(context, curvature)]
         if curvature.kind == "diagonal":
-            of_points = [{**train_from, "checkpoint": context.checkpoint_digest(point)} for point in points]
+            of_points = [{**train_from, "checkpoint": checkpoint_digest(context, point)} for point in points]
         else:
             of_points = [made_from] * len(points)
         self.unit_names = [*bases, *values]
@@ -126,7 +127,7 @@ def checkpoint_statistics(context: StageContext, train_from: MadeFrom) -> Tensor
     gradients, second_moments = [], []
     for index in range(len(context.trajectory)):
         point = Point.at(context.stage, index)
-        made_from = {**train_from, "checkpoint": context.checkpoint_digest(point)}
+        made_from = {**train_from, "checkpoint": checkpoint_digest(context, point)}
         unit = context.store.open(statistics_unit(context, point), made_from)
         rows = {kind: [unit.tensor(f"{n}.{kind}", None) for n in context.layers.tracked] for kind in _STATISTICS}
         gradients.append(torch.cat([part.flatten() for part in rows["gradients"]]))
@@ -157,7 +158,7 @@ class FittedFactors:
 
     def _train_from(self, stage: int) -> dict[str, Any]:
         """What binds a stage's units."""
-        return self.contexts[stage].made_from(self.trains[stage], self.loss_view(stage))
+        return training_identity(self.contexts[stage], self.trains[stage], self.loss_view(stage))
 
     def _curvature(self, of: Curvature) -> StoredCurvature:
         blocks = self.preconditioner(of.scaled) if of.scaled is not None else None
@@ -191,11 +192,11 @@ class FittedFactors:
         context = self.contexts[getattr(operator, "stage", -1)]
         for name, value in vars(operator).items():
             if isinstance(value, Curvature):
-                described[name] |= {"points": [context.checkpoint_digest(point) for point in value.points]}
+                described[name] |= {"points": [checkpoint_digest(context, point) for point in value.points]}
                 if value.scaled is not None:
                     described[name]["scaled"] = preconditioner_from(self.contexts[value.stage], value.scaled)
             elif isinstance(value, Preconditioner):
                 described[name] = preconditioner_from(self.contexts[value.stage], value)
             elif isinstance(value, Point):
-                described[name] = context.checkpoint_digest(value)
+                described[name] = checkpoint_digest(context, value)
         return described

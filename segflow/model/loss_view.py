@@ -1,4 +1,4 @@
-"""A model seen through its task: the tracked layers, and passes over data that are watched for non-finite numbers."""
+"""A model seen through one of its task's losses: its tracked layers, and one watched forward and backward."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..data.batches import Batch, Collate, batches
 from ..errors import LayerError
 from ..runtime.sharding import is_sharded
 from ..tasks.task import summed_loss
-from .capture import Consumer, called_parameters, capture, example_axes, requiring_grad
+from .capture import Consumer, Layout, called_parameters, capture, example_axes, requiring_grad
 from .finite import FiniteCheck
 from .label_draws import drawing
 from .layers.tracked import TrackedLayer
@@ -25,8 +25,7 @@ from .tokens import Tokens
 class LossView:
     """What a pass needs to look at the model with one of the task's losses.
 
-    kind: "train", "sample" (pseudo-labels) or "measurement"; axes: the example axis of each reached layer;
-    shapes: each reached layer's input shape for two examples; coarse: True where a layer computes in 16 bits.
+    kind: "train", "sample" (pseudo-labels), "measurement" or "output"; layout: how the layers see a batch.
     seed, place: with an example's index, what its pseudo-labels depend on.
     """
 
@@ -34,25 +33,32 @@ class LossView:
     task: Any
     kind: str
     layers: Mapping[str, TrackedLayer]
-    axes: Mapping[str, int]
-    shapes: Mapping[str, torch.Size]
-    dtype: torch.dtype
-    device: torch.device
-    coarse: bool
+    layout: Layout
     seed: int = 0
     place: int = 0
 
     @property
+    def device(self) -> torch.device:
+        """Where the layers are."""
+        return _reference(self.layers).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of tokens and whatever is made of them: the layers' own, single precision where they have 16 bits."""
+        own = _reference(self.layers).dtype
+        return own if own in (torch.float32, torch.float64) else torch.float32
+
+    @property
     def tolerance(self) -> float:
         """Relative difference that rounding may make between two ways to compute one gradient."""
-        if self.coarse:
+        if self.layout.coarse:
             return 0.1
         exact = self.device.type == "cpu"  # accelerators may multiply in reduced precision
         return 1e-6 if self.dtype == torch.float64 else 1e-3 if exact else 1e-2
 
     def positions(self, name: str) -> int:
         """About how many positions a layer has for an example (the first example's, a convolution's of its input)."""
-        return self.layers[name].positions(self.shapes[name])
+        return self.layers[name].positions(self.layout.shapes[name])
 
     def loss(self, batch: Batch) -> Tensor:
         """The summed loss of one batch."""
@@ -62,7 +68,7 @@ class LossView:
             return summed_loss(self.task, batch.content, self.model, kind=self.kind)
 
     def capture(self, batch: Batch, consume: Consumer, finite: FiniteCheck) -> Tensor:
-        """Walk one batch, handing tokens to `consume` and their finiteness to `watch`; returns the loss.
+        """Walk one batch, handing tokens to `consume` and their finiteness to `finite`; returns the loss.
 
         Of an idle batch nothing is handed on. Raises LayerError where a layer's input does not have one row (or slice)
         for each example.
@@ -79,7 +85,7 @@ class LossView:
             consume(layer, tokens)
 
         receive = _ignore if batch.idle else checked
-        loss = capture(self.layers, self.axes, lambda: self.loss(batch), receive, self.dtype)
+        loss = capture(self.layers, self.layout.axes, lambda: self.loss(batch), receive, self.dtype)
         if not batch.idle:
             finite.see_loss(batch, loss)
         return loss
@@ -98,26 +104,29 @@ def make_loss_view(
     Raises LayerError where a layer is not reached by a training loss (a measurement may leave layers out: their part
     of it is zero), its input has no axis of examples, or its weight is also used outside its calls.
     """
-    reference = next(iter(layers.values())).module.get_parameter("weight")
-    device = reference.device
+    device = _reference(layers).device
 
     def run(copies: int) -> None:
         [batch] = batches(dataset, [[0] * copies], collate_fn, device)
         summed_loss(task, batch.content, model, kind=kind)
 
-    axes, shapes, coarse = example_axes(layers, run)
-    unreached = [name for name in layers if name not in axes]
-    if unreached and (kind != "measurement" or not axes):
+    layout = example_axes(layers, run)
+    unreached = [name for name in layers if name not in layout.axes]
+    if unreached and (kind != "measurement" or not layout.axes):
         raise LayerError(
             f"layer {unreached[0]!r}: never reached by the {kind} loss's forward"
             f"{f' (nor {unreached[1:]})' if unreached[1:] else ''}. Leave it out with get_influence_tracked_modules()."
         )
-    dtype = reference.dtype if reference.dtype in (torch.float32, torch.float64) else torch.float32
-    view = LossView(model, task, kind, layers, axes, shapes, dtype, device, coarse)
+    view = LossView(model, task, kind, layers, layout)
     if kind != "sample":  # pseudo-labels may differ between two evaluations
         [batch] = batches(dataset, [[0, 0]], collate_fn, device)
         _require_whole_gradients(view, batch)
     return view
+
+
+def _reference(layers: Mapping[str, TrackedLayer]) -> Tensor:
+    """The weight whose precision and device are the view's."""
+    return next(iter(layers.values())).module.get_parameter("weight")
 
 
 def _require_whole_gradients(view: LossView, batch: Batch) -> None:

@@ -1,4 +1,4 @@
-"""A model seen through one layer's input: representations take the place of gradients in every later stage."""
+"""A model seen through one layer's input: representations take the place of gradients in all that follows."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..data.batches import Batch
 from ..errors import LayerError
-from .capture import Consumer
+from .capture import Consumer, Layout
 from .finite import FiniteCheck
 from .layers.tracked import TrackedLayer
 from .loss_view import LossView
@@ -48,9 +48,9 @@ class RepresentationView:
         return {self.layer.name: FeatureLayer(self.layer.name, (1, 1, width))}
 
     @property
-    def axes(self) -> Mapping[str, int]:
+    def layout(self) -> Layout:
         """As the view's."""
-        return self.view.axes
+        return self.view.layout
 
     @property
     def dtype(self) -> torch.dtype:
@@ -86,10 +86,10 @@ def representation_view(view: LossView, name: str | None, normalized: bool) -> R
     chosen = list(view.layers)[-1] if name is None else name
     if chosen not in view.layers:
         raise LayerError(f"layer={name!r} is not tracked. Choose one of {list(view.layers)[:8]}.")
-    if chosen not in view.axes:
+    if chosen not in view.layout.axes:
         raise LayerError(
             f"layer {chosen!r}: the {view.kind} loss does not reach it, so it has no representation there. Name "
-            f"another one with RepresentationSimilarity(layer=...): {list(view.axes)[:8]}."
+            f"another one with RepresentationSimilarity(layer=...): {list(view.layout.axes)[:8]}."
         )
-    kept = {what: {chosen: of[chosen]} for what, of in (("layers", view.layers), ("axes", view.axes))}
-    return RepresentationView(replace(view, **kept), normalized)  # type: ignore[arg-type]
+    layout = view.layout._replace(axes={chosen: view.layout.axes[chosen]})
+    return RepresentationView(replace(view, layers={chosen: view.layers[chosen]}, layout=layout), normalized)

@@ -31,6 +31,7 @@ from ..model.representation_view import representation_view
 from ..properties.property import as_properties
 from ..runtime.ranks import Ranks
 from ..stage.context import StageContext
+from ..stage.identity import checkpoint_digest, point_name
 from ..store.files import Tensors
 from ..store.shared import UnitRecipe
 from .group_gradients import AnyView, GroupGradients, MetQueries, from_rank, tile_scores
@@ -152,7 +153,9 @@ class _Stage:
         """What identifies a block of queries."""
         properties, last = as_properties(query), self.asked.fitted.contexts[-1]
         if properties is None:
-            return dataset_fingerprint(Subset(query, block), "query", self.context.ranks, self.context.progress)
+            return dataset_fingerprint(
+                Subset(query, block), "query", self.context.ranks, self.context.settings.progress
+            )
         return {"properties": [property_fingerprint(properties[place], last) for place in block]}
 
     def _met(self, queries: Queries, asked: _Asked, points: int) -> MetQueries:
@@ -173,7 +176,7 @@ class _Stage:
         term_from = {
             **self.scored_from,
             "operators": [self.resources.described(operator) for operator in term.operators],
-            "query checkpoint": context.checkpoint_digest(term.query),
+            "query checkpoint": checkpoint_digest(context, term.query),
         }
         if term.side != "gradient" or term.normalized:
             term_from["side"] = [term.side, term.normalized, *met.values]
@@ -182,7 +185,7 @@ class _Stage:
         at_points = []
         for point in term.train:
             compute = lru_cache(1)(partial(self._scores, term, point, met))
-            at_point = term_from | {"checkpoint": context.checkpoint_digest(point)}
+            at_point = term_from | {"checkpoint": checkpoint_digest(context, point)}
             recipes = []
             for block, size in enumerate(asked.sizes):
                 made_from = at_point | {"queries": asked.fingerprints[block], "sketch": sketches[block]}
@@ -201,7 +204,7 @@ class _Stage:
     def _name(self, made_from: Mapping[str, Any], point: Point) -> str:
         exact = {key: value for key, value in made_from.items() if key not in ROUNDED}
         hashed = digest(json.dumps(exact, sort_keys=True))[:16]
-        return f"{self.context.prefix}scores/{hashed}/{self.context.name(point)}"
+        return f"{self.context.prefix}scores/{hashed}/{point_name(self.context, point)}"
 
     def _scores(self, term: Term, point: Point, met: MetQueries) -> Tensor | None:
         """<query side, group gradients at a point>, [L, Q, K] on rank 0: each rank's groups, tile by tile."""

@@ -55,7 +55,7 @@ class _Streamed:
 
 def property_fingerprint(of: Property, context: StageContext) -> dict[str, Any]:
     """What identifies a property and its data; TaskError where reading the data is random."""
-    data = dataset_fingerprint(of.data, "property's", context.ranks, context.progress)
+    data = dataset_fingerprint(of.data, "property's", context.ranks, context.settings.progress)
     if data["examples"] == "random" and of.needs_outputs:
         raise TaskError(
             f"{of.name}: reading its data twice gives different examples (augmentation?), but a property is "
@@ -90,7 +90,7 @@ def property_gradient(
 
     for batch in context.walk(view, data, context.ranks.share(every), f"{of.name}, {where}", joined):
         view.capture(batch, consume, finite)
-    finite.finish(view.axes, context.ranks, every=False)
+    finite.finish(view.layout.axes, context.ranks, every=False)
     context.ranks.sum_(list(totals.values()))
     return totals
 

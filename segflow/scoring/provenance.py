@@ -83,14 +83,14 @@ def _provenance(runs: Sequence[RunParts], method: Method, stage: int, of_propert
         "terms": {term.label: [_named(context, point) for point in term.train] for term in first.plan},
         "optimizer": context.trajectory.optimizer.name,
         "attributed_layers": _parts_of(first, context),
-        "seed": context.seed,
+        "seed": context.settings.seed,
         "not_attributed": dict(context.layers.skipped),
         "task": {key: task_fingerprint(context.task)[key] for key in ("class", "options")},
         "measurement": "properties" if of_properties else str(getattr(last.task, "measurement", "compute_measurement")),
         "segflow": metadata.version("segflow"),
     }
-    if context.curvature_examples is not None:
-        found["curvature_examples"] = min(context.curvature_examples, context.trajectory.dataset_size)
+    if context.settings.curvature_examples is not None:
+        found["curvature_examples"] = min(context.settings.curvature_examples, context.trajectory.dataset_size)
     if first.batching_error is not None:
         found["batching_error"] = [run.batching_error for run in runs]
     if len(first.contexts) > 1:

@@ -139,7 +139,7 @@ def query_gradients(
         for name, layer in view.layers.items():
             if len(pieces[name]) == before[name] and not batch.idle:  # the measurement does not depend on the layer
                 pieces[name].append(OuterProducts.zeros(batch.size, layer.shape, view.dtype, view.device))
-    finite.finish(view.axes, ranks, every=False)
+    finite.finish(view.layout.axes, ranks, every=False)
     longer = {name for name, parts in pieces.items() if not all(isinstance(part, OuterProducts) for part in parts)}
     longer = longer.union(*ranks.gather(sorted(longer)))
     none = {name: OuterProducts.zeros(0, layer.shape, view.dtype, view.device) for name, layer in view.layers.items()}

@@ -1,16 +1,94 @@
-"""What every unit of a stage is made of, as the store compares it."""
+"""What every unit of a stage is made of, as the store compares it, and how points are called in units' names.
+
+A unit is bound to the model's shapes, the dataset, the task and the checkpoint; where two functions cannot be told
+apart by reading their code, their values on some examples tell.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import torch
 
-from ..data.fingerprints import digest
+from ..data.batches import batches, evenly_spaced
+from ..data.fingerprints import dataset_fingerprint, digest, task_fingerprint
+from ..methods.plan import Point
+from ..model.loss_view import LossView
+from .context import StageContext
 
-_NAMED = 6  # steps that a unit's name spells out
-PROBES = 16  # training examples whose losses tell one task from another
+_SPELLED_OUT = 6  # steps in a unit's name
+_PROBES = 16  # training examples whose losses tell one task from another
+
+
+def training_identity(context: StageContext, train: Any, view: LossView) -> dict[str, Any]:
+    """What binds every unit of a stage: model, training dataset and task.
+
+    Besides names and shapes these are the training losses of some examples at the last checkpoint, which change with
+    whatever the loss depends on: the task's tensors and helpers, the collate function.
+    """
+    settings = context.settings
+    dataset = dataset_fingerprint(train, "training", context.ranks, settings.progress)
+    random = dataset["examples"] == "random"
+    fewer = settings.curvature_examples is not None and settings.curvature_examples < len(train)
+    examples = {"curvature examples": settings.curvature_examples} if fewer else {}
+    return examples | {
+        "model": context.shapes,
+        "dataset": dataset,
+        "task": task_fingerprint(context.task),
+        "training losses": "random" if random else steady_losses(context, train, replace(view, kind="train")),
+        "seed": settings.seed,
+    }
+
+
+def sampling_identity(context: StageContext, train: Any, sample: LossView, batch_size: int) -> dict[str, Any]:
+    """What pseudo-labels depend on besides seed, checkpoint and example, and what they are for some examples.
+
+    Measured: if some examples' sampled losses alone do not add up to their loss in one batch, the task draws in a way
+    that mixes examples (for a selection of rows, say), and a store keeps its batch size.
+    """
+    alone = _probe_losses(context, train, sample)
+    chosen = evenly_spaced(len(train), _PROBES)
+    with torch.enable_grad():
+        [together] = [sample.loss(batch) for batch in batches(train, [chosen], context.collate_fn, sample.device)]
+    off = abs(sum(alone) - together.item())
+    mixes = off > max(1e-4, sample.tolerance) * sum(map(abs, alone))
+    return {"sampled losses": alone, "batch_size": batch_size if mixes else "any"}
+
+
+def steady_losses(context: StageContext, train: Any, view: LossView) -> list[float] | str:
+    """The view's losses of some examples at the last checkpoint; "random" where they do not repeat themselves."""
+    first, second = (_probe_losses(context, train, view) for _ in range(2))
+    return first if first == second else "random"
+
+
+def _probe_losses(context: StageContext, train: Any, view: LossView) -> list[float]:
+    """The view's loss of evenly spaced examples, each a batch of its own, at the last checkpoint."""
+    context.load(context.last)
+    chosen = [[index] for index in evenly_spaced(len(train), _PROBES)]
+    torch.manual_seed(context.settings.seed)
+    with torch.enable_grad():  # parameters are frozen; a task may differentiate by itself
+        losses = [view.loss(batch).detach() for batch in batches(train, chosen, context.collate_fn, view.device)]
+    return torch.stack(losses).tolist()
+
+
+def checkpoint_digest(context: StageContext, point: Point) -> str:
+    """sha256 of a checkpoint's file (of several: of their digests and weights), the same on every rank."""
+    trajectory, found = context.run.stages[point.stage], None
+    if context.ranks.main:
+        digests = [[trajectory.digest(index), weight] for index, weight in point.weights]
+        found = digests[0][0] if len(digests) == 1 else digest(digests)
+    return str(context.ranks.same(found))
+
+
+def point_name(context: StageContext, point: Point) -> str:
+    """The point in a unit's name: the steps of its checkpoints, and their stage where that is another one."""
+    trajectory = context.run.stages[point.stage]
+    steps = [str(trajectory.steps[index]) for index, _ in point.weights]
+    words = ["step", *steps] if len(steps) == 1 else ["mean", short(steps), rounded(point.weights)]
+    return "-".join(([] if point.stage == context.stage else [trajectory.stage]) + words)
 
 
 def rounded(weights: Sequence[Any]) -> str:
@@ -20,6 +98,6 @@ def rounded(weights: Sequence[Any]) -> str:
 
 def short(steps: Sequence[str]) -> str:
     """Steps joined for a unit's name: all of a few, else the first and the last with a digest of all."""
-    if len(steps) <= _NAMED:
+    if len(steps) <= _SPELLED_OUT:
         return "-".join(steps)
     return f"{steps[0]}-to-{steps[-1]}-{digest(list(steps))[:12]}"

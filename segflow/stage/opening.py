@@ -3,32 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
-from ..data.batches import Collate
 from ..errors import MethodError, SegflowError, TrajectoryError, check_choice
 from ..model.layers.registry import LayerChoice, choose_layers
-from ..runtime.sharding import is_sharded
-from ..store.shared import SharedStore
 from ..tasks.task import check_task, tracked_module_names
 from ..training.trajectory import Trajectory
-from .context import StageContext
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What all stage contexts of an analyzer share."""
-
-    model: nn.Module
-    store: SharedStore
-    seed: int
-    memory: int
-    collate_fn: Collate | Mapping[str, Collate] | None
-    progress: bool | None
-    curvature_examples: int | None = None
+from .context import Settings, StageContext
 
 
 def open_stages(settings: Settings, task: Any, run: Trajectory, prefix: str) -> list[StageContext]:
@@ -39,27 +23,19 @@ def open_stages(settings: Settings, task: Any, run: Trajectory, prefix: str) -> 
     names = [stage.stage for stage in run.stages]
     tasks, collates = by_stage(task, names, "task"), by_stage(settings.collate_fn, names, "collate_fn")
     settled = [_layers(settings.model, *of) for of in zip(tasks, run.stages, strict=True)]
-    found = []
-    for place, (stage, (layers, groups)) in enumerate(zip(run.stages, _agreed(settled), strict=True)):
-        found.append(
-            StageContext(
-                settings.model,
-                tasks[place],
-                run,
-                place,
-                settings.store,
-                layers,
-                groups,
-                settings.seed,
-                settings.memory,
-                collates[place],
-                settings.progress,
-                is_sharded(settings.model),
-                prefix + (f"stages/{stage.stage}/" if len(names) > 1 else ""),
-                settings.curvature_examples,
-            )
+    return [
+        StageContext(
+            settings,
+            run,
+            place,
+            tasks[place],
+            layers,
+            parameter_groups,
+            collates[place],
+            prefix + (f"stages/{names[place]}/" if len(names) > 1 else ""),
         )
-    return found
+        for place, (layers, parameter_groups) in enumerate(_agreed(settled))
+    ]
 
 
 def _layers(model: nn.Module, task: Any, stage: Trajectory) -> tuple[LayerChoice, dict[str, int]]:
@@ -90,13 +66,9 @@ def by_stage(given: Any, names: Sequence[str], what: str) -> list[Any]:
 
     Datasets that are mappings themselves are told apart by their keys. TrajectoryError for an unknown stage.
     """
-    from_rank = list(names) != [
-        "train"
-    ]  # the name of a stage that was given none: a mapping is then a dataset by itself
-    stages = (
-        from_rank and isinstance(given, Mapping) and bool({key for key in given if isinstance(key, str)} & set(names))
-    )
-    if not stages:
+    named = list(names) != ["train"]  # what a stage is called that was given no name: a mapping is then a dataset
+    keys = {key for key in given if isinstance(key, str)} if isinstance(given, Mapping) else set()
+    if not named or not keys & set(names):
         if what == "train" and len(names) > 1:
             raise TrajectoryError(
                 f"the run has the stages {list(names)}: give training data as {{stage: dataset}}, for the stage to "

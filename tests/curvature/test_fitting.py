@@ -17,6 +17,7 @@ from segflow.curvature.stored import StoredCurvature
 from segflow.methods.plan import curvatures
 from segflow.model.capture import observing
 from segflow.runtime.ranks import Ranks
+from segflow.stage.identity import training_identity
 
 from ..support import oracles
 from ..support.helpers import (
@@ -63,7 +64,7 @@ def _fitted(analyzer: sf.Analyzer, train: Any) -> dict[str, KroneckerBlock]:
     [curvature, *_] = curvatures(analyzer.method.plan(context.run))
     with observing(context.model):
         view = context.loss_view("train", train)
-        return dict(StoredCurvature(context, curvature, context.made_from(train, view), view))
+        return dict(StoredCurvature(context, curvature, training_identity(context, train, view), view))
 
 
 def _dense(block: KroneckerBlock) -> Tensor:

@@ -20,11 +20,11 @@ import segflow as sf
 from segflow.curvature.kronecker import Eigenbasis, eigenvectors
 from segflow.curvature.passes import corrected_eigenvalues, covariances
 from segflow.data.batches import Batch, batches, in_order
-from segflow.model import loss_view as loss_view_module
+from segflow.model import finite as finite_module
 from segflow.model.capture import capture, example_axes, observing
 from segflow.model.finite import FiniteCheck
 from segflow.model.layers.registry import choose_layers
-from segflow.model.loss_view import make_loss_view
+from segflow.model.loss_view import LossView, make_loss_view
 from segflow.runtime.ranks import Ranks
 
 from ..support import oracles
@@ -354,9 +354,7 @@ class Loss(sf.Task):
         return self.measure(batch, model)
 
 
-def _lens(
-    model: nn.Module, task: sf.Task, data: Any, kind: str = "train", collate: Any = None
-) -> loss_view_module.LossView:
+def _lens(model: nn.Module, task: sf.Task, data: Any, kind: str = "train", collate: Any = None) -> LossView:
     return make_loss_view(model, task, kind, choose_layers(model, None, lambda _name: True).tracked, data, collate)
 
 
@@ -437,8 +435,8 @@ def test_a_lens_takes_layers_with_and_without_a_trained_bias() -> None:
     with observing(model):
         loss = Loss(lambda batch, m: m(batch[0]).sin().sum())
         view = make_loss_view(model, loss, "train", tracked, TensorDataset(normal(4, 3)), None)
-    assert view.axes == {"0": 0, "2": 0, "4": 0}
-    assert view.shapes["4"] == (2, 3)
+    assert view.layout.axes == {"0": 0, "2": 0, "4": 0}
+    assert view.layout.shapes["4"] == (2, 3)
 
 
 def test_a_half_precision_model_is_not_taken_for_one_that_uses_weights_elsewhere() -> None:
@@ -540,7 +538,7 @@ def test_a_long_pass_stops_soon_after_a_bad_number_not_at_its_end() -> None:
     with pytest.raises(sf.TaskError, match="loss of example 3 is not finite"):
         for batch in range(1000):
             finite.see_loss(Batch([batch], None), torch.tensor(float("inf") if batch == 3 else 1.0))
-    assert batch == loss_view_module._DRAIN_EVERY - 1
+    assert batch == finite_module._DRAIN_EVERY - 1
 
 
 # ---- factor passes compute no weight gradients ----
