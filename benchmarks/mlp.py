@@ -30,10 +30,10 @@ from segflow.model.capture import observing
 from segflow.model.layers.registry import choose_layers
 from segflow.model.loss_view import make_loss_view
 from segflow.runtime.ranks import Ranks
-from segflow.scoring.group_gradients import GroupGradients, MetQueries, tile_scores
-from segflow.scoring.outer_products import formed
+from segflow.scoring.group_gradients import GroupGradients, tile_scores
+from segflow.scoring.meeting import MetQueries
+from segflow.scoring.outer_products import Stacks, formed
 from segflow.scoring.query_gradients import query_gradients
-from segflow.scoring.query_operators import Stacks
 from segflow.scoring.tiles import shares, tiles
 from segflow.tasks.ready_made import Classification
 

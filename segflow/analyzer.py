@@ -15,7 +15,7 @@ from torch import nn
 from . import checks
 from .curvature.fitting import FactorFitter, Needs, check_needs, fitting_needs
 from .curvature.stored import FittedFactors, checkpoint_statistics
-from .data.batches import Collate, dataset_length
+from .data.batches import Collate
 from .errors import ScoreError, SegflowError, check_choice
 from .groups.features import Asked, example_features
 from .groups.groups import Groups, check_groups
@@ -23,14 +23,14 @@ from .methods.method import Cuts, Method, describe
 from .methods.plan import Plan
 from .methods.source import Source
 from .model.capture import observing
-from .properties.property import as_properties
 from .results.refinement import Refinement, Refiner
 from .results.scores import Scores
 from .runtime.ranks import current
 from .runtime.sharding import unwrap
 from .runtime.signals import orderly
-from .scoring.plan_walk import Scoring, score_parts
+from .scoring.plan_walk import ScoringRequest, score_parts
 from .scoring.provenance import RunParts, labelled_scores
+from .scoring.query_sets import query_set
 from .stage.context import Settings, StageContext
 from .stage.opening import check_alike, check_arguments, open_stages, stage_place, training_data
 from .store.journal import Journal, Summary
@@ -222,23 +222,20 @@ class Analyzer:
         batch_size, trains = _batch_size(batch_size), self._by_stage(train)
         place = stage_place(self.runs[0], stage, trains)
         check_groups(groups, self.context.run.stages[place].dataset_size)
-        properties = as_properties(query)
-        query = query if properties is None else properties
-        count = dataset_length(query, "query")
-        names = range(count) if properties is None else [one.name for one in properties]
-        labels = tuple(map(str, names if query_labels is None else query_labels))
-        if len(labels) != count:
-            raise ScoreError(f"{len(labels)} query labels for {count} queries: expected one for each.")
-        found: list[RunParts] = []
-        with self._stage("score", batch_size=batch_size, groups=len(groups), queries=count):
+        queries = query_set(query)
+        labels = queries.labels if query_labels is None else tuple(map(str, query_labels))
+        if len(labels) != len(queries):
+            raise ScoreError(f"{len(labels)} query labels for {len(queries)} queries: expected one for each.")
+        of_runs: list[RunParts] = []
+        with self._stage("score", batch_size=batch_size, groups=len(groups), queries=len(queries)):
             for contexts in self.runs:
                 fitted = FittedFactors(contexts, trains)
                 given = [p for p, data in enumerate(trains) if data is not None]
                 cuts = self._cuts(contexts, {p: fitted.train_from(p) for p in given}) if self._automatic else None
                 plan = self._plan(contexts, place, cuts)
-                scoring = Scoring(fitted, place, plan, groups, batch_size, "layer" in keep)
-                found.append(RunParts(contexts, plan, cuts, score_parts(scoring, query), fitted.batching_error(plan)))
-            return labelled_scores(found, self.method, groups, place, labels, keep, properties is not None)
+                request = ScoringRequest(fitted, place, plan, groups, queries, batch_size, "layer" in keep)
+                of_runs.append(RunParts(contexts, plan, cuts, score_parts(request), fitted.batching_error(plan)))
+            return labelled_scores(of_runs, self.method, groups, place, labels, keep, queries)
 
     def features(
         self,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .curvature.passes import covariances
-from .data.batches import Batch, batches, dataset_length, in_order
+from .data.batches import Batch, batches, in_order
 from .errors import LayerError, TaskError
 from .methods.plan import Point
 from .model.capture import requiring_grad
@@ -20,11 +20,10 @@ from .model.layers.registry import LayerChoice
 from .model.layers.tracked import TrackedLayer
 from .model.loss_view import LossView
 from .model.tokens import Tokens
-from .properties.property import as_properties
 from .runtime.progress import track
 from .runtime.ranks import Ranks
 from .runtime.sharding import is_sharded
-from .scoring.property_gradients import property_gradient
+from .scoring.query_sets import query_set
 from .stage.context import StageContext
 from .tasks.task import defines_output
 
@@ -87,12 +86,10 @@ def check_stage(context: StageContext, train: Any, query: Any | None) -> Curvatu
     context.load(context.last)
     view = context.loss_view("train", train)
     _check_loss(context, view, train)
-    properties = as_properties(query)
-    for one in properties or ():
-        property_gradient(context, view.layers, one, context.where(context.last), _FEW)
-    if query is not None and properties is None:
-        dataset_length(query, "query")
-        _check_loss(context, context.loss_view("measurement", query), query)
+    if query is not None:
+        query_set(query).check(
+            context, view.layers, lambda data: _check_loss(context, context.loss_view("measurement", data), data)
+        )
     if defines_output(context.task):
         _check_loss(context, context.loss_view("output", train), train)
     sample = replace(view, kind="sample", seed=context.settings.seed)

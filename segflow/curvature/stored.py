@@ -16,11 +16,13 @@ from torch import Tensor
 from ..methods.plan import (
     HEURISTIC_SHARE,
     Curvature,
+    IterativeInverse,
     Operator,
     Plan,
     Point,
     Preconditioner,
     ProjectedInverse,
+    Term,
     curvatures,
     projected,
 )
@@ -30,7 +32,8 @@ from ..stage.context import StageContext
 from ..stage.identity import checkpoint_digest, training_identity
 from ..store.shared import StoredUnit
 from ..store.store import MadeFrom
-from .kronecker import Eigenbasis, KroneckerBlock, weighted_mean
+from .kronecker import Eigenbasis, Gradients, KroneckerBlock, weighted_mean
+from .lissa import lissa
 from .names import (
     basis_unit,
     eigenvalues_unit,
@@ -42,6 +45,7 @@ from .names import (
 )
 from .passes import BATCHING_ERROR
 from .preconditioner import PreconditionerBlock
+from .projection import joined, parted, probes
 from .second_moments import preconditioner_blocks
 
 _KEPT_SHARE = 8  # of the memory budget, for a pool's blocks
@@ -200,3 +204,30 @@ class FittedFactors:
             elif isinstance(value, Point):
                 described[name] = checkpoint_digest(context, value)
         return described
+
+    def parameter_group(self, stage: int, layer: str) -> int | None:
+        """The layer's parameter group in a stage; None if the stage did not train it."""
+        return self.contexts[stage].parameter_groups.get(layer)
+
+    def inverse(self, of: ProjectedInverse | IterativeInverse, values: Gradients) -> Gradients:
+        """An inverse that mixes the layers, applied to gradients."""
+        view = self.loss_view(of.stage)
+        if isinstance(of, ProjectedInverse):
+            return self._projected(of, view, values)
+        context = self.contexts[of.stage]
+        context.load(of.point)
+        return lissa(view, self.trains[of.stage], context.collate_fn, of, values)
+
+    def _projected(self, of: ProjectedInverse, view: LossView, values: Gradients) -> Gradients:
+        """R (R^T F R + damping)^-1 R^T of each query."""
+        probes_of = probes(of.projection, {n: layer.shape for n, layer in view.layers.items()}, view.dtype, view.device)
+        features_Qk = joined({n: probes_of[n].of_gradients(v) for n, v in values.items()}, of.projection)
+        vectors, inverse = self.kernel(of)
+        solved = (features_Qk.double() @ vectors * inverse) @ vectors.mT
+        by_layer = parted(solved.to(view.dtype), probes_of, of.projection)
+        return {name: probe.gradients(by_layer[name]) for name, probe in probes_of.items()}
+
+    def unit_names(self, term: Term) -> tuple[str, ...]:
+        """The names of the units that a term's operators are made of."""
+        pools = dict.fromkeys(unit for of in curvatures((term,)) for unit in self.curvature(of).unit_names)
+        return (*pools, *(kernel_unit(self.contexts[of.stage], of) for of in projected((term,))))

@@ -111,20 +111,3 @@ class Property(ABC):
                 options[key] = digest(value)
         code = code_digest(self, "outputs", "targets_of", "value", "part", "total")
         return {"property": type(self).__qualname__, "options": options, "code": code}
-
-
-def as_properties(query: Any) -> tuple[Property, ...] | None:
-    """The properties that are given as a query, one or several; None for a dataset of examples.
-
-    Raises TaskError for a list that mixes both.
-    """
-    if isinstance(query, Property):
-        return (query,)
-    if not isinstance(query, list | tuple) or not any(isinstance(one, Property) for one in query):
-        return None
-    if not all(isinstance(one, Property) for one in query):
-        raise TaskError(
-            "query: a list of both properties and examples. Score them in two calls, or make a property of the "
-            "examples: properties.MeanMeasurement(examples, task)."
-        )
-    return tuple(query)

@@ -1,69 +1,30 @@
-"""The train side: summed gradients of groups, and the product where they meet the query side.
+"""Summed training gradients of groups, and the product where they meet the queries.
 
 Axes: Q queries, K groups, P parts, O outputs, I inputs, L layers; a block of gradients is [Q or K, P, O, I].
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from einops import rearrange
 from torch import Tensor
 
-from ..curvature.kronecker import Eigenbasis, Gradients
+from ..curvature.kronecker import Gradients
 from ..data.batches import Batch
 from ..model.finite import FiniteCheck
 from ..model.layers.tracked import TrackedLayer
 from ..model.loss_view import LossView
 from ..model.representation_view import FeatureLayer, RepresentationView
 from ..model.tokens import Tokens
-from ..runtime.ranks import Ranks
-from .outer_products import OuterProducts, Stack, example, products, token_cost, token_products
-from .query_operators import Stacks
+from .meeting import MetQueries
+from .outer_products import Stack, products, reference, token_cost, token_products
 from .tiles import GroupBatch, Tile
 
 AnyView = LossView | RepresentationView
-
-
-@dataclass(frozen=True)
-class MetQueries:
-    """Queries that are ready to meet training gradients.
-
-    values: what this rank holds, for each layer; bases, sum_bases: the eigenbases of layers whose tokens, or whose
-    summed gradients, are rotated to meet the queries there;
-    holders: how many ranks hold a block of the queries; 1 where every rank holds all of them.
-    """
-
-    values: Stacks
-    bases: Mapping[str, Eigenbasis]
-    holders: int
-    ranks: Ranks
-    sum_bases: Mapping[str, Eigenbasis] = field(default_factory=dict)
-
-    @property
-    def here(self) -> bool:
-        """True if this rank holds all queries."""
-        return self.holders == 1
-
-    def blocks(self) -> Iterator[Stacks]:
-        """All queries, in order, block by block; where they stay apart every rank must take part."""
-        if self.here:
-            yield self.values
-            return
-        for source in range(self.holders):
-            yield {name: from_rank(value, source, self.ranks) for name, value in self.values.items()}
-
-
-def from_rank(stack: Stack, source: int, ranks: Ranks) -> Stack:
-    """The stack of rank `source` on every rank; each gives its own. An outer product's scale is the same on all."""
-    own = source == ranks.index
-    if isinstance(stack, OuterProducts):
-        g, a = (ranks.broadcast(side if own else None, source, side.device) for side in (stack.g_PQO, stack.a_PQI))
-        return replace(stack, g_PQO=g, a_PQI=a)
-    return ranks.broadcast(stack if own else None, source, stack.device)
 
 
 @dataclass
@@ -135,7 +96,7 @@ class GroupGradients:
         return product_LQK / square_K.sqrt().clamp_min(torch.finfo(square_K.dtype).tiny)
 
     def _product(self, name: str, queries_QPOI: Stack) -> Tensor:
-        product_QK = self._scores.get(name, example(queries_QPOI).new_zeros(len(queries_QPOI), self.count))
+        product_QK = self._scores.get(name, reference(queries_QPOI).new_zeros(len(queries_QPOI), self.count))
         if name in self._sums:
             product_QK += products(queries_QPOI, self._sums[name], self.budget)
         return product_QK

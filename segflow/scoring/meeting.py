@@ -1,16 +1,105 @@
-"""Where queries meet training gradients: in which basis, decided by counting multiplications."""
+"""Where queries meet training gradients: in which basis, and on which ranks; decided by counting multiplications.
+
+Axes: Q queries, P parts, O outputs, I inputs.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
+
+import torch
 
 from ..curvature.kronecker import Eigenbasis
 from ..curvature.stored import StoredCurvature
 from ..methods.plan import Curvature, IterativeInverse, Operator, Plan, ProjectedInverse, Scale, Spectral
 from ..model.loss_view import LossView
-from .outer_products import OuterProducts, formed
-from .query_operators import Stacks, basis_of
+from ..runtime.ranks import Ranks
+from .outer_products import OuterProducts, Stack, Stacks, formed, together
+from .query_operators import basis_of
+
+
+@dataclass(frozen=True)
+class MetQueries:
+    """Queries that are ready to meet training gradients.
+
+    values: what this rank holds, for each layer; bases, sum_bases: the eigenbases of layers whose tokens, or whose
+    summed gradients, are rotated to meet the queries there;
+    holders: how many ranks hold a block of the queries; 1 where every rank holds all of them.
+    """
+
+    values: Stacks
+    bases: Mapping[str, Eigenbasis]
+    holders: int
+    ranks: Ranks
+    sum_bases: Mapping[str, Eigenbasis] = field(default_factory=dict)
+
+    @property
+    def here(self) -> bool:
+        """True if this rank holds all queries."""
+        return self.holders == 1
+
+    def blocks(self) -> Iterator[Stacks]:
+        """All queries, in order, block by block; where they stay apart every rank must take part."""
+        if self.here:
+            yield self.values
+            return
+        for source in range(self.holders):
+            yield {name: _from_rank(value, source, self.ranks) for name, value in self.values.items()}
+
+
+class Traffic(NamedTuple):
+    """What will meet: queries on all ranks, groups that are summed at all points, and training tokens of each layer."""
+
+    queries: int
+    groups: int
+    tokens: Mapping[str, int]
+
+
+class MeetingPlaces(NamedTuple):
+    """The queries where they will be met, and the eigenbases for what comes to them.
+
+    tokens: of the layers whose training tokens are rotated; sums: of those whose summed gradients are.
+    """
+
+    values: Stacks
+    tokens: dict[str, Eigenbasis]
+    sums: dict[str, Eigenbasis]
+
+
+def meeting_places(values: Stacks, blocks: StoredCurvature | None, traffic: Traffic, room: int) -> MeetingPlaces:
+    """Where each layer's queries meet the training tokens, by counting multiplications.
+
+    Rotating training tokens into the eigenbasis, or few groups' summed gradients, costs less than taking many queries
+    out of it; queries leave it where the bases do not fit the memory budget.
+
+    Args:
+        values: this rank's queries in the eigenbases of `blocks` (None where they stand in none).
+        room: how many queries may be formed that are outer products.
+    """
+    places = MeetingPlaces(dict(values), {}, {})
+    for name, queries_QPOI in values.items():
+        basis = blocks[name].basis if blocks is not None and name in blocks else None
+        if blocks is None or basis is None:
+            continue
+        _, _, O, I = queries_QPOI.shape
+        token_cost, sum_cost = traffic.tokens[name] * (I * I + O * O), traffic.groups * O * I * (O + I)
+        may_form = not isinstance(queries_QPOI, OuterProducts) or len(queries_QPOI) <= room
+        leaves = may_form and traffic.queries * O * I * (O + I) <= min(token_cost, sum_cost)
+        if leaves or not blocks.fits:
+            places.values[name] = basis.unrotate(formed(queries_QPOI))
+        else:
+            (places.tokens if token_cost <= sum_cost else places.sums)[name] = basis
+    return places
+
+
+def met_queries(places: MeetingPlaces, blocks: int, ranks: Ranks) -> MetQueries:
+    """Queries on the ranks that hold them: each its own of several blocks; one block becomes known to every rank."""
+    values = places.values
+    if blocks == 1 and ranks.count > 1:
+        values = {name: _from_all(value_QPOI, ranks) for name, value_QPOI in values.items()}
+    return MetQueries(values, places.tokens, blocks, ranks, places.sums)
 
 
 def outer_layers(plan: Plan, view: LossView, fits: bool) -> set[str]:
@@ -36,41 +125,19 @@ def _stays_outer(operators: Sequence[Operator], fits: bool) -> bool:
     return True
 
 
-class Meeting(NamedTuple):
-    """Where queries meet training tokens: the queries, and the eigenbases for what comes to them.
-
-    tokens: of the layers whose training tokens are rotated; sums: of those whose summed gradients are.
-    """
-
-    values: Stacks
-    tokens: dict[str, Eigenbasis]
-    sums: dict[str, Eigenbasis]
+def _from_rank(stack: Stack, source: int, ranks: Ranks) -> Stack:
+    """The stack of rank `source` on every rank; each gives its own. An outer product's scale is the same on all."""
+    mine = source == ranks.index
+    if isinstance(stack, OuterProducts):
+        g, a = (ranks.broadcast(side if mine else None, source, side.device) for side in (stack.g_PQO, stack.a_PQI))
+        return replace(stack, g_PQO=g, a_PQI=a)
+    return ranks.broadcast(stack if mine else None, source, stack.device)
 
 
-def meeting(
-    values: Stacks, blocks: StoredCurvature | None, count: int, rows: int, tokens: Mapping[str, int], room: int
-) -> Meeting:
-    """Where each layer's queries meet the training tokens, by counting multiplications.
-
-    Rotating training tokens into the eigenbasis, or few groups' summed gradients, costs less than taking many queries
-    out of it; queries leave it where the bases do not fit the memory budget.
-
-    Args:
-        values: this rank's queries in the eigenbases of `blocks` (None where they stand in none).
-        count: queries on all ranks; rows: groups that are summed, at all points; tokens: how many training tokens each
-            layer will see on all ranks; room: how many queries may be formed that are outer products.
-    """
-    met = Meeting(dict(values), {}, {})
-    for name, queries_QPOI in values.items():
-        basis = blocks[name].basis if blocks is not None and name in blocks else None
-        if blocks is None or basis is None:
-            continue
-        _, _, O, I = queries_QPOI.shape
-        costs = {"tokens": tokens[name] * (I * I + O * O), "sums": rows * O * I * (O + I)}
-        cheaper = min(costs, key=lambda way: costs[way])
-        forms = not isinstance(queries_QPOI, OuterProducts) or len(queries_QPOI) <= room
-        if not blocks.fits or (forms and count * O * I * (O + I) <= costs[cheaper]):
-            met.values[name] = basis.unrotate(formed(queries_QPOI))
-        else:
-            (met.tokens if cheaper == "tokens" else met.sums)[name] = basis
-    return met
+def _from_all(stack: Stack, ranks: Ranks) -> Stack:
+    """Every rank's queries, in rank order, on every rank."""
+    stacks = [_from_rank(stack, rank, ranks) for rank in range(ranks.count)]
+    if not isinstance(stack, OuterProducts):
+        return torch.cat([formed(one) for one in stacks])
+    every = together([replace(one, scale_POI=None) for one in stacks if isinstance(one, OuterProducts)], False)
+    return every if stack.scale_POI is None else every * stack.scale_POI

@@ -2,13 +2,51 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 
-from .outer_products import example, products, squared_norms
-from .query_operators import Stacks
+from ..curvature.stored import FittedFactors
+from ..data.fingerprints import digest, measurement_fingerprint
+from ..methods.plan import Point, Term
+from ..stage.context import StageContext
+from ..stage.identity import checkpoint_digest, point_name
+from .outer_products import Stacks, products, reference, squared_norms
 
 _SKETCHING = 1 << 28  # bytes
-ROUNDED = ("training losses", "outputs")  # differs slightly on another machine: compared, but not in a unit's name
+# What may differ slightly on another machine: the store compares it, and a unit's name leaves it out.
+_ROUNDED = ("training losses", "outputs")
+
+
+def groups_identity(fitted: FittedFactors, stage: int, groups: str, per_layer: bool) -> dict[str, Any]:
+    """What binds all units of one call: the stage's training data and task, the groups' digest, the measurement."""
+    return {
+        **fitted.train_from(stage),
+        "dtype": str(fitted.loss_view(stage).dtype),
+        "groups": groups,
+        "per_layer": per_layer,
+        "measurement": measurement_fingerprint(fitted.contexts[-1].task),
+    }
+
+
+def term_identity(fitted: FittedFactors, context: StageContext, term: Term, layers: list[str]) -> dict[str, Any]:
+    """What binds a term's units besides; layers: those in which its queries have values."""
+    identity: dict[str, Any] = {
+        "operators": [fitted.described(operator) for operator in term.operators],
+        "query checkpoint": checkpoint_digest(context, term.query),
+    }
+    if term.side != "gradient" or term.normalized:
+        identity["side"] = [term.side, term.normalized, *layers]
+    return identity
+
+
+def score_unit(context: StageContext, made_from: Mapping[str, Any], point: Point) -> str:
+    """One term's scores of a block of queries at a point."""
+    exact = {key: value for key, value in made_from.items() if key not in _ROUNDED}
+    hashed = digest(json.dumps(exact, sort_keys=True))[:16]
+    return f"{context.prefix}scores/{hashed}/{point_name(context, point)}"
 
 
 def sketch(values: Stacks) -> list[str]:
@@ -19,7 +57,7 @@ def sketch(values: Stacks) -> list[str]:
     norm = torch.stack([squared_norms(value).double().sum() for value in values.values()]).sum().sqrt().item()
     projected = 0.0
     for value_QPOI in values.values():
-        weights_1POI = torch.randn(1, *value_QPOI.shape[1:], generator=generator).to(example(value_QPOI))
+        weights_1POI = torch.randn(1, *value_QPOI.shape[1:], generator=generator).to(reference(value_QPOI))
         rows = torch.linspace(1, 2, len(value_QPOI)).to(weights_1POI)
         projected += (rows @ products(value_QPOI, weights_1POI, _SKETCHING)).sum().item()
     return [f"{norm:.3e}", f"{projected / max(norm, 1e-300):.2f}"]

@@ -99,9 +99,10 @@ def _quick(budget: int, on: Tensor) -> int:
 
 
 Stack = Tensor | OuterProducts  # gradients of several queries, formed or not
+Stacks = dict[str, Stack]  # by layer
 
 
-def example(stack: Stack) -> Tensor:
+def reference(stack: Stack) -> Tensor:
     """A tensor of the stack's precision on its device."""
     return stack.g_PQO if isinstance(stack, OuterProducts) else stack
 

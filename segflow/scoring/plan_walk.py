@@ -1,4 +1,4 @@
-"""Scoring: walks a plan, term by term and checkpoint by checkpoint, and lets queries meet groups.
+"""Walks a plan, term by term and checkpoint by checkpoint, and lets queries meet groups.
 
 Groups are dealt out to the ranks. Queries that fit one rank are worked on in shares and then held by every rank;
 others stay apart, a block on each rank, and go round when a tile of groups is ready to meet them.
@@ -8,9 +8,8 @@ Axes: Q queries, K groups, P parts, O outputs, I inputs, L layers, T terms.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -18,50 +17,44 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Subset
 
 from ..curvature.kronecker import weighted_mean
 from ..curvature.stored import FittedFactors
 from ..data.batches import in_order
-from ..data.fingerprints import dataset_fingerprint, digest, measurement_fingerprint
+from ..data.fingerprints import digest
 from ..errors import ScoreError
 from ..groups.groups import Groups
 from ..methods.plan import Plan, Point, Term, curvatures
 from ..model.representation_view import representation_view
-from ..properties.property import as_properties
-from ..runtime.ranks import Ranks
 from ..stage.context import StageContext
-from ..stage.identity import checkpoint_digest, point_name
+from ..stage.identity import checkpoint_digest
 from ..store.files import Tensors
 from ..store.shared import UnitRecipe
-from .group_gradients import AnyView, GroupGradients, MetQueries, from_rank, tile_scores
-from .meeting import meeting, outer_layers
-from .names import ROUNDED, sketch
-from .outer_products import OuterProducts, Stack, formed, together
-from .property_gradients import property_fingerprint
-from .query_gradients import AskedQueries
+from .group_gradients import AnyView, GroupGradients, tile_scores
+from .meeting import MetQueries, Traffic, meeting_places, met_queries, outer_layers
+from .names import groups_identity, score_unit, sketch, term_identity
 from .query_operators import Queries, QueryOperators
+from .query_sets import QuerySet, QueryShare
 from .tiles import Tile, shares, tiles
 
 # Shares of the memory budget: a half for queries, a quarter for groups, an eighth for what is formed on the way.
 _QUERY_SHARE, _GROUP_SHARE, _PASSING_SHARE = 2, 4, 8
-
-
 _QUERY_COPIES = 4  # the gradients, those of two operators, and a temporary (or a block that passes by)
 _NO_TILE = Tile(np.arange(0), ())
 
 
 @dataclass(frozen=True)
-class Scoring:
-    """What is scored: groups of a stage's training data, queries, and the plan.
+class ScoringRequest:
+    """What is scored: groups of a stage's training data against queries, by a plan.
 
-    fitted: what `fit` left for every stage; stage: whose data.
+    fitted: what `fit` left for every stage; stage: whose data; per_layer: keep the layers' scores apart.
     """
 
     fitted: FittedFactors
     stage: int
     plan: Plan
     groups: Groups
+    queries: QuerySet
     batch_size: int
     per_layer: bool
 
@@ -70,163 +63,151 @@ class Scoring:
         """The context of the stage whose data is scored."""
         return self.fitted.contexts[self.stage]
 
-    @property
-    def train(self) -> Any:
-        """The training data that is scored."""
-        return self.fitted.trains[self.stage]
+
+class QueryBlocks(NamedTuple):
+    """Blocks of queries that are worked on at a time: how many queries each holds, and what identifies them."""
+
+    sizes: tuple[int, ...]
+    identities: list[dict[str, Any]]
 
 
-def score_parts(asked: Scoring, query: Any) -> Tensor:
+def score_parts(request: ScoringRequest) -> Tensor:
     """Scores [T, L, Q, K] of a plan's terms (L = 1, the layers' sum, unless per_layer); inside `observing(model)`.
 
     Queries and groups are taken in blocks and tiles that fit the memory budget; each term, checkpoint and block of
     queries is a unit of the store, so that a run that was stopped goes on where it was, on any number of ranks.
     """
-    context = asked.context
-    stage = _Stage(asked)
-    blocks = in_order(len(query), stage.room(stage.query_bytes(query)))
-    together = context.ranks.count if len(blocks) > 1 else 1  # blocks that are on their ranks at a time
-    rounds = [blocks[start : start + together] for start in range(0, len(blocks), together)]
-    passes = len(rounds) * sum(len(term.train) for term in asked.plan)
-    context.store.journal.expect({"groups": stage.examples * passes})
-    return torch.cat([stage.run(query, some) for some in rounds], 2)
+    context, walk = request.context, _PlanWalk(request)
+    blocks = in_order(len(request.queries), walk.room(walk.query_bytes()))
+    at_a_time = context.ranks.count if len(blocks) > 1 else 1  # blocks that are on their ranks together
+    rounds = [blocks[start : start + at_a_time] for start in range(0, len(blocks), at_a_time)]
+    passes = len(rounds) * sum(len(term.train) for term in request.plan)
+    context.store.journal.expect({"groups": walk.examples * passes})
+    return torch.cat([walk.scores(some) for some in rounds], 2)
 
 
-class _Stage:
+class _PlanWalk:
     """One scoring run: walks the plan for some blocks of queries."""
 
-    def __init__(self, asked: Scoring):
-        self.asked, self.context, self.plan, self.groups = asked, asked.context, asked.plan, asked.groups
-        context = self.context
-        chosen = digest([self.groups.members])
-        context.ranks.agree("the groups (made with the same seed on every rank?)", chosen)
-        self.resources = asked.fitted
-        self.view = self.resources.loss_view(asked.stage)
-        self.scored_from = {
-            **self.resources.train_from(asked.stage),
-            "dtype": str(self.view.dtype),
-            "groups": chosen,
-            "per_layer": asked.per_layer,
-            "measurement": measurement_fingerprint(asked.fitted.contexts[-1].task),
-        }
+    def __init__(self, request: ScoringRequest):
+        self.request, self.context, self.fitted = request, request.context, request.fitted
+        self.plan, self.groups = request.plan, request.groups
+        context, batch_size = self.context, request.batch_size
+        members = digest([self.groups.members])
+        context.ranks.agree("the groups (made with the same seed on every rank?)", members)
+        if request.per_layer and len({(term.side, term.layer) for term in self.plan}) > 1:
+            raise ScoreError(
+                'keep=("layer",): the method\'s terms compare gradients and representations, or those of different '
+                "layers, whose parts do not belong together. Leave it out."
+            )
+        self.view = self.fitted.loss_view(request.stage)
+        self.scored_from = groups_identity(self.fitted, request.stage, members, request.per_layer)
         self.gradient_bytes = context.parameters * self.view.dtype.itemsize
         size = max(1, min(len(self.groups), context.memory // _GROUP_SHARE // self.gradient_bytes))
-        size = size - size % asked.batch_size if size > asked.batch_size else size
+        size = size - size % batch_size if size > batch_size else size
         self.tiles = {
-            whole: [tiles(pieces, asked.batch_size, size) for pieces in shares(self.groups, context.ranks.count, whole)]
+            whole: [tiles(pieces, batch_size, size) for pieces in shares(self.groups, context.ranks.count, whole)]
             for whole in {term.normalized for term in self.plan}
         }
-        own = next(iter(self.tiles.values()))[context.ranks.index]
-        self.examples = sum(len(batch.examples) for tile in own for batch in tile.batches)
+        on_this_rank = next(iter(self.tiles.values()))[context.ranks.index]
+        self.examples = sum(len(batch.examples) for tile in on_this_rank for batch in tile.batches)
 
     def room(self, query_bytes: int) -> int:
         """How many queries of so many bytes may be held at a time."""
         return max(1, self.context.memory // _QUERY_SHARE // (_QUERY_COPIES * query_bytes))
 
-    def query_bytes(self, query: Any) -> int:
+    def query_bytes(self) -> int:
         """What one query's gradient takes: of a layer where it stays an outer product, its two sides only."""
-        fits = all(self.resources.curvature(of).fits for of in curvatures(self.plan))
-        outer = set() if as_properties(query) else outer_layers(self.plan, self.view, fits)
+        fits = all(self.fitted.curvature(of).fits for of in curvatures(self.plan))
+        outer = outer_layers(self.plan, self.view, fits) if self.request.queries.made_of_tokens else set()
         sizes = {name: (layer.shape, layer.size) for name, layer in self.view.layers.items()}
         numbers = sum(P * (O + I) if name in outer else size for name, ((P, O, I), size) in sizes.items())
         return numbers * self.view.dtype.itemsize
 
-    def run(self, query: Any, blocks: Sequence[range]) -> Tensor:
+    def scores(self, blocks: Sequence[range]) -> Tensor:
         """Scores [T, L, Q, K] of these queries: one block for each rank, or one block that all ranks share."""
-        ranks = self.context.ranks
+        ranks, queries = self.context.ranks, self.request.queries
         rows = blocks if len(blocks) > 1 else _split(blocks[0], ranks.count)
-        own = rows[ranks.index] if ranks.index < len(rows) else range(0)
-        asked = _Asked(
-            tuple(map(len, blocks)),
-            [self._identified(query, block) for block in blocks],
-        )
-        whole = range(blocks[0].start, blocks[-1].stop)
-        queries = AskedQueries(self.resources, query, whole, own, self.asked.batch_size, self.plan[0], self.view.layers)
-        parts: dict[int, Tensor] = {}
-        for place, found in QueryOperators(self.plan, queries).walk():
-            term = self.plan[place]
-            met = self._met(found, asked, len(term.train))
-            parts[place] = self._term(term, met, asked, queries.unit_names(term))
-        return torch.stack([parts[place] for place in range(len(self.plan))])
+        here = rows[ranks.index] if ranks.index < len(rows) else range(0)
+        identities = [queries.identity(block, self.fitted.contexts[-1]) for block in blocks]
+        asked = QueryBlocks(tuple(map(len, blocks)), identities)
+        every = range(blocks[0].start, blocks[-1].stop)
+        share = QueryShare(queries, every, here, self.view.layers, self.request.batch_size)
+        by_place: dict[int, Tensor] = {}
+        for place, operated in QueryOperators(self.plan, self.fitted, share).walk():
+            met = self._met(operated, asked, len(self.plan[place].train))
+            by_place[place] = self._term(self.plan[place], met, asked)
+        return torch.stack([by_place[place] for place in range(len(self.plan))])
 
-    def _identified(self, query: Any, block: range) -> dict[str, Any]:
-        """What identifies a block of queries."""
-        properties, last = as_properties(query), self.asked.fitted.contexts[-1]
-        if properties is None:
-            return dataset_fingerprint(
-                Subset(query, block), "query", self.context.ranks, self.context.settings.progress
-            )
-        return {"properties": [property_fingerprint(properties[place], last) for place in block]}
-
-    def _met(self, queries: Queries, asked: _Asked, points: int) -> MetQueries:
-        """The query side where training gradients will meet it; one block becomes known to every rank."""
-        ranks = self.context.ranks
-        blocks = self.resources.curvature(queries.basis) if queries.basis else None
+    def _met(self, queries: Queries, asked: QueryBlocks, points: int) -> MetQueries:
+        """The query side where training gradients will meet it, at so many points."""
+        blocks = self.fitted.curvature(queries.basis) if queries.basis else None
         examples = int(self.groups.sizes.sum()) * points
         tokens = {name: examples * self.view.positions(name) for name in queries.values}
-        rows, room = len(self.groups) * points, self.room(self.gradient_bytes)
-        values, bases, sum_bases = meeting(queries.values, blocks, sum(asked.sizes), rows, tokens, room)
-        if len(asked.sizes) == 1 and ranks.count > 1:
-            values = {name: _from_all(value_QPOI, ranks) for name, value_QPOI in values.items()}
-        return MetQueries(values, bases, len(asked.sizes), ranks, sum_bases)
+        traffic = Traffic(sum(asked.sizes), len(self.groups) * points, tokens)
+        places = meeting_places(queries.values, blocks, traffic, self.room(self.gradient_bytes))
+        return met_queries(places, len(asked.sizes), self.context.ranks)
 
-    def _term(self, term: Term, met: MetQueries, asked: _Asked, inputs: tuple[str, ...]) -> Tensor:
+    def _term(self, term: Term, met: MetQueries, asked: QueryBlocks) -> Tensor:
         """One term's scores [L, Q, K] on every rank, from the store or computed into it."""
-        context, store, starts = self.context, self.context.store, np.cumsum([0, *asked.sizes]).tolist()
-        term_from = {
-            **self.scored_from,
-            "operators": [self.resources.described(operator) for operator in term.operators],
-            "query checkpoint": checkpoint_digest(context, term.query),
-        }
-        if term.side != "gradient" or term.normalized:
-            term_from["side"] = [term.side, term.normalized, *met.values]
-        layers = len(met.values) if self.asked.per_layer else 1
-        sketches = context.ranks.gather(sketch(met.values))
+        context = self.context
+        identity = self.scored_from | term_identity(self.fitted, context, term, list(met.values))
+        inputs, sketches = self.fitted.unit_names(term), context.ranks.gather(sketch(met.values))
+        layers = len(met.values) if self.request.per_layer else 1
         at_points = []
         for point in term.train:
-            compute = lru_cache(1)(partial(self._scores, term, point, met))
-            at_point = term_from | {"checkpoint": checkpoint_digest(context, point)}
-            recipes = []
-            for block, size in enumerate(asked.sizes):
-                made_from = at_point | {"queries": asked.fingerprints[block], "sketch": sketches[block]}
-                make = partial(_rows, compute, starts[block], size)
-                recipes.append(
-                    UnitRecipe("groups", self._name(made_from, point), made_from, inputs, self.examples, make)
-                )
-            store.settle(recipes, store.held(recipes))
-            found = [store.open(recipe.name, recipe.made_from) for recipe in recipes]
+            recipes = self._recipes(term, point, met, asked, identity, sketches, inputs)
+            context.store.settle(recipes, context.store.held(recipes))
+            units = [context.store.open(recipe.name, recipe.made_from) for recipe in recipes]
             shapes = [(layers, size, len(self.groups)) for size in asked.sizes]
-            of_blocks = [unit.tensor("scores", shape) for unit, shape in zip(found, shapes, strict=True)]
+            of_blocks = [unit.tensor("scores", shape) for unit, shape in zip(units, shapes, strict=True)]
             at_points.append(torch.cat(of_blocks, 1))
         total = weighted_mean(at_points, term.weights)
         return total if term.normalized else total / context.trajectory.dataset_size
 
-    def _name(self, made_from: Mapping[str, Any], point: Point) -> str:
-        exact = {key: value for key, value in made_from.items() if key not in ROUNDED}
-        hashed = digest(json.dumps(exact, sort_keys=True))[:16]
-        return f"{self.context.prefix}scores/{hashed}/{point_name(self.context, point)}"
+    def _recipes(
+        self,
+        term: Term,
+        point: Point,
+        met: MetQueries,
+        asked: QueryBlocks,
+        identity: dict[str, Any],
+        sketches: list[Any],
+        inputs: tuple[str, ...],
+    ) -> list[UnitRecipe]:
+        """A unit for each block of queries at a point; all are computed together, when the first is made."""
+        context, starts = self.context, np.cumsum([0, *asked.sizes]).tolist()
+        compute = lru_cache(1)(partial(self._at_point, term, point, met))
+        at_point = identity | {"checkpoint": checkpoint_digest(context, point)}
+        recipes = []
+        for block, size in enumerate(asked.sizes):
+            made_from = at_point | {"queries": asked.identities[block], "sketch": sketches[block]}
+            make = partial(_rows, compute, starts[block], size)
+            name = score_unit(context, made_from, point)
+            recipes.append(UnitRecipe("groups", name, made_from, inputs, self.examples, make))
+        return recipes
 
-    def _scores(self, term: Term, point: Point, met: MetQueries) -> Tensor | None:
+    def _at_point(self, term: Term, point: Point, met: MetQueries) -> Tensor | None:
         """<query side, group gradients at a point>, [L, Q, K] on rank 0: each rank's groups, tile by tile."""
         context, ranks, where = self.context, self.context.ranks, self.context.where(point)
         context.load(point)
         view: AnyView = self.view
         if term.side == "representation":
             view = representation_view(self.view, term.layer, term.normalized)
-        normalized = term.normalized and term.side == "gradient"
-        shared, scores = self.tiles[term.normalized], None
-        for number in range(max(map(len, shared))):
-            in_turn = [of_rank[number] if number < len(of_rank) else _NO_TILE for of_rank in shared]
+        normalized, train = term.normalized and term.side == "gradient", self.fitted.trains[self.request.stage]
+        tiles_of_ranks, scores = self.tiles[term.normalized], None
+        for number in range(max(map(len, tiles_of_ranks))):
+            in_turn = [of_rank[number] if number < len(of_rank) else _NO_TILE for of_rank in tiles_of_ranks]
             tile = in_turn[ranks.index]
-            data = context.walk(self.view, self.asked.train, [b.examples for b in tile.batches], f"groups, {where}")
-            side = GroupGradients(met, len(tile.groups), context.memory // _PASSING_SHARE, normalized)
-            part_LQK = tile_scores(view, data, tile, side, where)
-            part_LQK = part_LQK if self.asked.per_layer else part_LQK.sum(0, keepdim=True)
+            data = context.walk(self.view, train, [batch.examples for batch in tile.batches], f"groups, {where}")
+            gradients = GroupGradients(met, len(tile.groups), context.memory // _PASSING_SHARE, normalized)
+            of_tile_LQK = tile_scores(view, data, tile, gradients, where)
+            of_tile_LQK = of_tile_LQK if self.request.per_layer else of_tile_LQK.sum(0, keepdim=True)
             if scores is None and ranks.main:
-                scores = part_LQK.new_zeros(*part_LQK.shape[:2], len(self.groups))
-            for theirs, piece in zip(in_turn, ranks.collect(part_LQK), strict=False):
-                if scores is not None and piece is not None:
-                    scores.index_add_(2, torch.from_numpy(theirs.groups).to(scores.device), piece)
+                scores = of_tile_LQK.new_zeros(*of_tile_LQK.shape[:2], len(self.groups))
+            for theirs, columns in zip(in_turn, ranks.collect(of_tile_LQK), strict=False):
+                if scores is not None and columns is not None:
+                    scores.index_add_(2, torch.from_numpy(theirs.groups).to(scores.device), columns)
         if scores is not None and not torch.isfinite(scores).all():
             raise ScoreError(
                 f"scores at the {where} are not finite: gradients or the method's operator overflow. "
@@ -235,26 +216,10 @@ class _Stage:
         return scores
 
 
-class _Asked(NamedTuple):
-    """Blocks of queries that are worked on at a time: how many queries each holds, and what identifies them."""
-
-    sizes: tuple[int, ...]
-    fingerprints: list[dict[str, Any]]
-
-
 def _split(block: range, count: int) -> list[range]:
     """A block of queries in nearly even shares, one for each rank."""
     ends = [len(block) * rank // count for rank in range(count + 1)]
     return [block[start:end] for start, end in pairwise(ends)]
-
-
-def _from_all(stack: Stack, ranks: Ranks) -> Stack:
-    """Every rank's queries, in rank order, on every rank."""
-    parts = [from_rank(stack, rank, ranks) for rank in range(ranks.count)]
-    if not isinstance(stack, OuterProducts):
-        return torch.cat([formed(part) for part in parts])
-    every = together([replace(part, scale_POI=None) for part in parts if isinstance(part, OuterProducts)], False)
-    return every if stack.scale_POI is None else every * stack.scale_POI
 
 
 def _rows(compute: Callable[[], Tensor | None], start: int, size: int) -> Tensors:

@@ -53,7 +53,7 @@ class _Streamed:
         return self.of.part(content, model, slopes_B)
 
 
-def property_fingerprint(of: Property, context: StageContext) -> dict[str, Any]:
+def property_identity(of: Property, context: StageContext) -> dict[str, Any]:
     """What identifies a property and its data; TaskError where reading the data is random."""
     data = dataset_fingerprint(of.data, "property's", context.ranks, context.settings.progress)
     if data["examples"] == "random" and of.needs_outputs:

@@ -17,6 +17,7 @@ from ..methods.method import Cuts, Method, describe
 from ..methods.plan import Plan, Point, preconditioners
 from ..results.scores import Scores
 from ..stage.context import StageContext
+from .query_sets import QuerySet
 
 
 class RunParts(NamedTuple):
@@ -39,9 +40,9 @@ def labelled_scores(
     stage: int,
     labels: tuple[str, ...],
     keep: Collection[str],
-    of_properties: bool = False,
+    queries: QuerySet,
 ) -> Scores:
-    """The mean over the runs, with the parts that are to be kept; of_properties: the queries are such."""
+    """The mean over the runs, with the parts that are to be kept."""
     first = runs[0]
     context = first.contexts[stage]
     terms = [term.label for term in first.plan]
@@ -53,14 +54,14 @@ def labelled_scores(
         )
     values_RQK = torch.stack([run.parts_TLQK.sum((0, 1)) for run in runs])
     by_term = torch.stack([run.parts_TLQK.sum(1) for run in runs]).mean(0) if "term" in keep else ()
-    layers = _parts_of(first, context)
+    layers = _layers_of(first, context)
     by_layer = torch.stack([run.parts_TLQK.sum(0) for run in runs]).mean(0)
     return Scores(
         values_RQK.mean(0),
         labels,
         groups.labels,
         tuple(groups.sizes.tolist()),
-        _provenance(runs, method, stage, of_properties),
+        _provenance(runs, method, stage, queries),
         dict(zip(terms, by_term, strict=True)) if "term" in keep else {},
         dict(zip(layers, by_layer, strict=True)) if "layer" in keep else {},
         {f"run {number}": part for number, part in enumerate(values_RQK, start=1)} if "run" in keep else {},
@@ -68,25 +69,26 @@ def labelled_scores(
     )
 
 
-def _parts_of(run: RunParts, context: StageContext) -> list[str]:
-    """What the scores' layers are."""
+def _layers_of(run: RunParts, context: StageContext) -> list[str]:
+    """The layers that the scores are of: all that are tracked, or those whose representations are compared."""
     tracked = list(context.layers.tracked)
-    term = run.plan[0]
-    return [term.layer or tracked[-1]] if term.side == "representation" else tracked
+    if any(term.side != "representation" for term in run.plan):
+        return tracked
+    return list(dict.fromkeys(term.layer or tracked[-1] for term in run.plan))
 
 
-def _provenance(runs: Sequence[RunParts], method: Method, stage: int, of_properties: bool) -> dict[str, Any]:
+def _provenance(runs: Sequence[RunParts], method: Method, stage: int, queries: QuerySet) -> dict[str, Any]:
     first = runs[0]
     context, last = first.contexts[stage], first.contexts[-1]
     found = {
         **describe(method),
         "terms": {term.label: [_named(context, point) for point in term.train] for term in first.plan},
         "optimizer": context.trajectory.optimizer.name,
-        "attributed_layers": _parts_of(first, context),
+        "attributed_layers": _layers_of(first, context),
         "seed": context.settings.seed,
         "not_attributed": dict(context.layers.skipped),
         "task": {key: task_fingerprint(context.task)[key] for key in ("class", "options")},
-        "measurement": "properties" if of_properties else str(getattr(last.task, "measurement", "compute_measurement")),
+        "measurement": queries.measurement(last.task),
         "segflow": metadata.version("segflow"),
     }
     if context.settings.curvature_examples is not None:

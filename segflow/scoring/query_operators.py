@@ -7,32 +7,28 @@ Axes: Q queries, P parts, O outputs, I inputs; a block of gradients is [Q, P, O,
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
-from functools import singledispatchmethod
-from typing import Any, Protocol
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import lru_cache, singledispatchmethod
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..curvature.kronecker import Eigenbasis, Gradients
-from ..curvature.preconditioner import PreconditionerBlock
-from ..curvature.stored import StoredCurvature
+from ..curvature.kronecker import Eigenbasis
+from ..curvature.stored import FittedFactors
 from ..methods.plan import (
     Curvature,
-    IterativeInverse,
     Operator,
     Plan,
     Point,
-    Preconditioner,
-    ProjectedInverse,
     Scale,
     Spectral,
+    Term,
     UnitNorm,
 )
-from .outer_products import OuterProducts, Stack, example, formed, squared_norms
-
-Stacks = dict[str, Stack]
+from .outer_products import OuterProducts, Stack, Stacks, formed, reference, squared_norms
+from .query_sets import QueryShare
 
 
 @dataclass(frozen=True)
@@ -46,87 +42,108 @@ class Queries:
     basis: Curvature | None
 
 
-class Resources(Protocol):
-    """What the operators need of the store, the model and the data."""
-
-    def gradients(self, point: Point, basis: Curvature | None) -> Queries:
-        """The query gradients at a point, if possible in a curvature's eigenbasis."""
-
-    def curvature(self, of: Curvature) -> StoredCurvature:
-        """The fitted blocks."""
-
-    def preconditioner(self, of: Preconditioner) -> Mapping[str, PreconditionerBlock]:
-        """P of every layer that its stage trained."""
-
-    def parameter_group(self, stage: int, layer: str) -> int | None:
-        """The layer's parameter group in a stage; None if the stage did not train it."""
-
-    def inverse(self, of: ProjectedInverse | IterativeInverse, values: Gradients) -> Gradients:
-        """An inverse that mixes the layers, applied to gradients."""
-
-
 def basis_of(curvature: Curvature | None) -> Curvature | None:
     """What identifies the eigenbasis in which a curvature is diagonal; None if that is the parameters' own."""
     return None if curvature is None or curvature.kind == "diagonal" else curvature
 
 
-@dataclass
-class QueryOperators:
-    """Query gradients under a plan's operators; what two terms share of their operators is computed once."""
+class Start(NamedTuple):
+    """Where a term's query side starts: gradients at a point, or representations of a layer there."""
 
-    plan: Plan
-    resources: Resources
-    _kept: dict[tuple[Point, tuple[Operator, ...]], Queries] = field(default_factory=dict)
+    point: Point
+    layer: str | None = None
+    normalized: bool = False
+
+    @classmethod
+    def of(cls, term: Term, last_layer: str) -> Start:
+        """A term's; last_layer: whose representations are taken where the term names none."""
+        if term.side != "representation":
+            return cls(term.query)
+        return cls(term.query, term.layer or last_layer, term.normalized)
+
+    @property
+    def order(self) -> tuple[Any, ...]:
+        """What terms are sorted by, so that those of one start follow one another."""
+        return self.point.stage, self.point.weights, self.layer or "", self.normalized
+
+
+class QueryOperators:
+    """Query gradients under a plan's operators; what two terms share of their operators is computed once.
+
+    Args:
+        fitted: curvature, preconditioners and inverses.
+        share: the queries.
+    """
+
+    def __init__(self, plan: Plan, fitted: FittedFactors, share: QueryShare):
+        self.plan, self.fitted, self.share = plan, fitted, share
+        self._kept: dict[tuple[Start, tuple[Operator, ...]], Queries] = {}
+        self._started = lru_cache(1)(self._start)
 
     def walk(self) -> Iterator[tuple[int, Queries]]:
         """Each term's place in the plan with its query side, shortest operators first: little is kept between."""
+        last_layer = list(self.share.layers)[-1]
+        starts = [Start.of(term, last_layer) for term in self.plan]
         remaining = sorted(
-            enumerate(self.plan), key=lambda t: (t[1].query.stage, t[1].query.weights, len(t[1].operators))
+            range(len(self.plan)), key=lambda place: (*starts[place].order, len(self.plan[place].operators))
         )
         while remaining:
-            place, term = remaining.pop(0)
-            yield place, self._applied(term.query, term.operators)
-            useful = {(t.query, t.operators[:n]) for _, t in remaining for n in range(len(t.operators))}
+            place = remaining.pop(0)
+            yield place, self._applied(starts[place], self.plan[place].operators)
+            useful = {
+                (starts[later], self.plan[later].operators[:count])
+                for later in remaining
+                for count in range(len(self.plan[later].operators))
+            }
             self._kept = {key: value for key, value in self._kept.items() if key in useful}
 
-    def _applied(self, point: Point, operators: tuple[Operator, ...]) -> Queries:
-        """The query gradients at a point with the operators applied in order."""
-        key = (point, operators)
-        if key not in self._kept:
-            if not operators:
-                return self.resources.gradients(point, None)
-            last = operators[-1]
+    def _applied(self, start: Start, operators: tuple[Operator, ...]) -> Queries:
+        """The query gradients of a start with the operators applied in order."""
+        if not operators:
+            return self._started(start, None)
+        if (start, operators) not in self._kept:
+            *earlier, last = operators
             wanted = basis_of(last.curvature) if isinstance(last, Spectral) else None
-            if len(operators) == 1:
-                before = self.resources.gradients(point, wanted)
-            else:
-                before = self._applied(point, operators[:-1])
+            before = self._applied(start, tuple(earlier)) if earlier else self._started(start, wanted)
             free = isinstance(last, UnitNorm) or (isinstance(last, Spectral) and last.curvature is None)
             moved = before if free else self._moved(before, wanted)
-            if len(operators) > 1:
-                self._kept[point, operators[:-1]] = moved  # the next term goes on from there
-            self._kept[key] = self._apply(last, moved)
-        return self._kept[key]
+            if earlier:
+                self._kept[start, tuple(earlier)] = moved  # the next term goes on from there
+            self._kept[start, operators] = self._apply(last, moved)
+        return self._kept[start, operators]
+
+    def _start(self, start: Start, basis: Curvature | None) -> Queries:
+        """This rank's query gradients at a point, in a curvature's eigenbasis if that fits; or representations."""
+        context, queries = self.fitted.contexts[-1], self.share.queries
+        where = context.where(start.point)
+        context.load(start.point)
+        if start.layer is not None:
+            return Queries(queries.representations(self.share, context, start.layer, start.normalized, where), None)
+        blocks = self.fitted.curvature(basis) if basis and queries.made_of_tokens else None
+        if blocks is None or not blocks.fits:
+            return Queries(queries.gradients(self.share, context, {}, where), None)
+        bases = {name: block.basis for name, block in blocks.items() if block.basis}
+        return Queries(queries.gradients(self.share, context, bases, where), basis)
 
     @singledispatchmethod
     def _apply(self, operator: Any, before: Queries) -> Queries:
         """An operator on queries that stand in its basis."""
         values = {name: formed(value) for name, value in before.values.items()}
-        return replace(before, values=dict(self.resources.inverse(operator, values)))
+        return replace(before, values=dict(self.fitted.inverse(operator, values)))
 
     @_apply.register
     def _(self, operator: Spectral, before: Queries) -> Queries:
         """The function of the eigenvalues times the queries; a layer that the stage did not train stays as it is."""
-        blocks = self.resources.curvature(operator.curvature) if operator.curvature else None
-        units = self.resources.preconditioner(operator.shifted_by) if operator.shifted_by else None
+        blocks = self.fitted.curvature(operator.curvature) if operator.curvature else None
+        units = self.fitted.preconditioner(operator.shifted_by) if operator.shifted_by else None
         scaled = {}
         for name, values_QPOI in before.values.items():
-            group = self.resources.parameter_group(operator.stage, name)
+            group = self.fitted.parameter_group(operator.stage, name)
             if group is None:
                 scaled[name] = values_QPOI
                 continue
             block = None if blocks is None else blocks[name]
-            eigenvalues = example(values_QPOI).new_zeros(()) if block is None else block.eigenvalues_POI
+            eigenvalues = reference(values_QPOI).new_zeros(()) if block is None else block.eigenvalues_POI
             unit: Tensor | float = 1.0
             if units is not None:
                 exact_POI = units[name].exact_POI
@@ -136,7 +153,7 @@ class QueryOperators:
 
     @_apply.register
     def _(self, operator: Scale, before: Queries) -> Queries:
-        of = self.resources.preconditioner(operator.preconditioner)
+        of = self.fitted.preconditioner(operator.preconditioner)
         values = before.values.items()
         return replace(before, values={n: v * of[n].exact_POI.pow(operator.power) if n in of else v for n, v in values})
 
@@ -150,8 +167,8 @@ class QueryOperators:
         """The same queries in another eigenbasis (None: in none)."""
         if basis == queries.basis:
             return queries
-        origin = self.resources.curvature(queries.basis) if queries.basis else None
-        target = self.resources.curvature(basis) if basis else None
+        origin = self.fitted.curvature(queries.basis) if queries.basis else None
+        target = self.fitted.curvature(basis) if basis else None
         moved = {}
         for name, values_QPOI in queries.values.items():
             old = origin[name].basis if origin is not None and name in origin else None

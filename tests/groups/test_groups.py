@@ -18,7 +18,8 @@ import segflow as sf
 from segflow.model.layers.registry import track
 from segflow.model.tokens import Tokens
 from segflow.runtime.ranks import Ranks
-from segflow.scoring.group_gradients import GroupGradients, MetQueries
+from segflow.scoring.group_gradients import GroupGradients
+from segflow.scoring.meeting import MetQueries
 from segflow.scoring.outer_products import OuterProducts
 from segflow.scoring.tiles import GroupBatch, shares, tiles
 

@@ -12,8 +12,8 @@ from torch import Tensor
 import segflow as sf
 from segflow.curvature.kronecker import Eigenbasis, KroneckerBlock, example_gradients
 from segflow.model.tokens import Tokens
-from segflow.scoring import plan_walk as scoring
-from segflow.scoring.meeting import meeting
+from segflow.scoring import plan_walk
+from segflow.scoring.meeting import Traffic, meeting_places
 
 from ..support.helpers import ConvNet, analyzer_of, images, mlp, perturbed_states, trajectory_of, vectors
 
@@ -58,17 +58,17 @@ class Blocks(dict[str, KroneckerBlock]):
 def test_few_training_tokens_come_to_the_queries_and_many_do_not() -> None:
     block = KroneckerBlock(_basis(1, 3, 4), torch.ones(1, 3, 4).double())
     queries = _random(10, 1, 3, 4)
-    few, bases, sums = meeting({"layer": queries}, Blocks(layer=block), 10, 5000, {"layer": 5}, 99)
+    few, bases, sums = meeting_places({"layer": queries}, Blocks(layer=block), Traffic(10, 5000, {"layer": 5}), 99)
     assert few["layer"] is queries and bases == {"layer": block.basis} and not sums
-    summed, bases, sums = meeting({"layer": queries}, Blocks(layer=block), 10, 2, {"layer": 5000}, 99)
+    summed, bases, sums = meeting_places({"layer": queries}, Blocks(layer=block), Traffic(10, 2, {"layer": 5000}), 99)
     assert summed["layer"] is queries and sums == {"layer": block.basis} and not bases
     for count, tokens, fits in ((10, 5000, True), (1, 5, True), (10, 5, False)):
         blocks = Blocks(layer=block)
         blocks.fits = fits
-        many, bases, sums = meeting({"layer": queries}, blocks, count, 5000, {"layer": tokens}, 99)
+        many, bases, sums = meeting_places({"layer": queries}, blocks, Traffic(count, 5000, {"layer": tokens}), 99)
         assert not bases and not sums
         torch.testing.assert_close(many["layer"], block.basis.unrotate(queries))
-    assert meeting({"layer": queries}, None, 10, 1, {}, 99) == ({"layer": queries}, {}, {})
+    assert meeting_places({"layer": queries}, None, Traffic(10, 1, {}), 99) == ({"layer": queries}, {}, {})
 
 
 @pytest.mark.parametrize("net", ["mlp", "conv"])
@@ -82,13 +82,16 @@ def test_the_meeting_place_changes_no_score(
     values, met = [], []
     for rows, tokens in ((10**9, 0), (10**9, 10**9), (0, 10**9), (None, None)):
 
-        def forced(queries: Any, blocks: Any, count: int, *counted: Any, rows: Any = rows, tokens: Any = tokens) -> Any:
-            from_rank = counted if rows is None else (rows, dict.fromkeys(blocks, tokens), counted[2])
-            found = meeting(queries, blocks, count, *from_rank)
+        def forced(
+            queries: Any, blocks: Any, traffic: Traffic, room: int, rows: Any = rows, tokens: Any = tokens
+        ) -> Any:
+            if rows is not None:
+                traffic = Traffic(traffic.queries, rows, dict.fromkeys(blocks, tokens))
+            found = meeting_places(queries, blocks, traffic, room)
             met.append((len(found.tokens), len(found.sums)))
             return found
 
-        monkeypatch.setattr(scoring, "meeting", forced)
+        monkeypatch.setattr(plan_walk, "meeting_places", forced)
         analyzer = analyzer_of(model, trajectory, tmp_path / f"store-{tokens}-{rows}", method=method)
         analyzer.fit(make(N))
         values.append(analyzer.score(groups, make(N), make(4, seed=3)).values)

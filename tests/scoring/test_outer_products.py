@@ -13,7 +13,8 @@ import segflow as sf
 from segflow.curvature.kronecker import Eigenbasis
 from segflow.model.tokens import Tokens
 from segflow.scoring import outer_products as outer
-from segflow.scoring import query_operators as queries
+from segflow.scoring import query_gradients
+from segflow.scoring.meeting import outer_layers
 from segflow.scoring.outer_products import OuterProducts, formed, products, squared_norms, together, token_products
 
 from ..support.helpers import ConvNet, analyzer_of, images, mlp, perturbed_states, trajectory_of, vectors
@@ -99,12 +100,12 @@ def test_scores_do_not_depend_on_whether_queries_are_formed(
     trajectory = trajectory_of(tmp_path / "run", perturbed_states(model, 2), N, lr=0.3)
     plan = method.plan(trajectory)
     view: Any = type("view", (), {"layers": {"0": None}, "positions": lambda _self, _name: 1})()
-    assert (queries.outer_layers(plan, view, fits=True) == {"0"}) is stays
+    assert (outer_layers(plan, view, fits=True) == {"0"}) is stays
     values, forms = [], []
     for force in (False, True):
         with monkeypatch.context() as patched:
             if force:
-                patched.setattr(queries.OuterProducts, "of", queries.example_gradients)
+                patched.setattr(query_gradients.OuterProducts, "of", query_gradients.example_gradients)
             real = OuterProducts.formed
             patched.setattr(OuterProducts, "formed", lambda self, real=real: (forms.append(len(self)), real(self))[1])
             analyzer = analyzer_of(model, trajectory, tmp_path / f"store-{force}", method=method)
@@ -139,7 +140,7 @@ def test_layers_with_positions_form_their_queries(tmp_path: Path) -> None:
     with analyzer._stage("score"):
         view = analyzer.context.loss_view("measurement", images(4, seed=3))
         data = analyzer.context.walk(view, images(4, seed=3), [range(4)], "queries")
-        found = queries.query_gradients(view, data, {}, analyzer.context.ranks, "here")
+        found = query_gradients.query_gradients(view, data, {}, analyzer.context.ranks, "here")
     assert {name: isinstance(stack, OuterProducts) for name, stack in found.items()} == {
         "first": False,
         "second": False,

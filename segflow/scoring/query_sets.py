@@ -1,0 +1,202 @@
+"""What is asked: examples of a dataset, or properties of the model. The two are told apart here and nowhere else.
+
+Axes: Q queries, P parts, O outputs, I inputs; a block of gradients is [Q, P, O, I].
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.utils.data import Subset
+
+from ..curvature.kronecker import Eigenbasis
+from ..data.batches import dataset_length, in_order
+from ..data.fingerprints import dataset_fingerprint
+from ..errors import MethodError, TaskError
+from ..model.layers.tracked import TrackedLayer
+from ..model.representation_view import representation_view
+from ..properties.property import Property
+from ..stage.context import StageContext
+from .outer_products import Stacks
+from .property_gradients import property_gradient, property_identity
+from .query_gradients import query_gradients
+
+
+@dataclass(frozen=True)
+class QueryShare:
+    """The queries that are worked on at a time: `every` of them on all ranks together, `here` on this one.
+
+    layers: those that are scored; batch_size: examples in one forward and backward.
+    """
+
+    queries: QuerySet
+    every: range
+    here: range
+    layers: Mapping[str, TrackedLayer]
+    batch_size: int
+
+
+class QuerySet(ABC):
+    """All queries of one call of `score`. Gradients are asked for with a point's parameters in the model.
+
+    made_of_tokens: whether a query's gradient is made of tokens, which can be rotated into an eigenbasis before the
+    gradient is formed, and which stay outer products where an example has one token.
+    """
+
+    made_of_tokens: ClassVar[bool]
+
+    @property
+    @abstractmethod
+    def labels(self) -> tuple[str, ...]:
+        """The queries' names where the user gives none."""
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @abstractmethod
+    def measurement(self, task: Any) -> str:
+        """What is measured, in a word for provenance."""
+
+    @abstractmethod
+    def identity(self, rows: range, context: StageContext) -> dict[str, Any]:
+        """What identifies some of the queries."""
+
+    @abstractmethod
+    def gradients(
+        self, share: QueryShare, context: StageContext, bases: Mapping[str, Eigenbasis], where: str
+    ) -> Stacks:
+        """This rank's query gradients, for each layer [Q, P, O, I]; in a basis where one is given (see made_of_tokens).
+
+        where: names the point in errors.
+        """
+
+    @abstractmethod
+    def representations(
+        self, share: QueryShare, context: StageContext, layer: str, normalized: bool, where: str
+    ) -> Stacks:
+        """This rank's queries as the inputs of one layer, [Q, 1, 1, I]; MethodError where they have none."""
+
+    @abstractmethod
+    def check(
+        self, context: StageContext, layers: Mapping[str, TrackedLayer], check_measurement: Callable[[Any], None]
+    ) -> None:
+        """Raise what is wrong with the queries; check_measurement: checks the measurement on a dataset."""
+
+
+@dataclass(frozen=True)
+class ExampleQueries(QuerySet):
+    """Every example of a dataset is a query: the task's measurement of it."""
+
+    dataset: Any
+    made_of_tokens: ClassVar[bool] = True
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The examples' indices."""
+        return tuple(map(str, range(len(self))))
+
+    def __len__(self) -> int:
+        return dataset_length(self.dataset, "query")
+
+    def measurement(self, task: Any) -> str:
+        """The task's, by name if it has several."""
+        return str(getattr(task, "measurement", "compute_measurement"))
+
+    def identity(self, rows: range, context: StageContext) -> dict[str, Any]:
+        """The digest of the examples."""
+        return dataset_fingerprint(Subset(self.dataset, rows), "query", context.ranks, context.settings.progress)
+
+    def gradients(
+        self, share: QueryShare, context: StageContext, bases: Mapping[str, Eigenbasis], where: str
+    ) -> Stacks:
+        """The measurement's gradients, batch by batch."""
+        view = context.loss_view("measurement", self.dataset, share.layers)
+        data = context.walk(view, self.dataset, _batched(share), f"queries, {where}")
+        return query_gradients(view, data, bases, context.ranks, where)
+
+    def representations(
+        self, share: QueryShare, context: StageContext, layer: str, normalized: bool, where: str
+    ) -> Stacks:
+        """The layer's inputs, averaged over positions."""
+        view = context.loss_view("measurement", self.dataset, share.layers)
+        data = context.walk(view, self.dataset, _batched(share), f"queries, {where}")
+        return query_gradients(representation_view(view, layer, normalized), data, {}, context.ranks, where)
+
+    def check(
+        self, context: StageContext, layers: Mapping[str, TrackedLayer], check_measurement: Callable[[Any], None]
+    ) -> None:
+        """The measurement is a sum over examples, repeats itself, and so on."""
+        len(self)
+        check_measurement(self.dataset)
+
+
+@dataclass(frozen=True)
+class PropertyQueries(QuerySet):
+    """Each query is one differentiable number of the model, with data of its own."""
+
+    properties: tuple[Property, ...]
+    made_of_tokens: ClassVar[bool] = False
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The properties' names."""
+        return tuple(one.name for one in self.properties)
+
+    def measurement(self, task: Any) -> str:
+        """Each query has its own."""
+        return "properties"
+
+    def identity(self, rows: range, context: StageContext) -> dict[str, Any]:
+        """The properties' classes, options, code and data."""
+        return {"properties": [property_identity(self.properties[row], context) for row in rows]}
+
+    def gradients(
+        self, share: QueryShare, context: StageContext, bases: Mapping[str, Eigenbasis], where: str
+    ) -> Stacks:
+        """All ranks work on each property; each keeps its own ones' gradients, in no basis."""
+        kept: dict[str, list[Tensor]] = {name: [] for name in share.layers}
+        for row in share.every:
+            found = property_gradient(context, share.layers, self.properties[row], where, share.batch_size)
+            for name, gradient in found.items() if row in share.here else ():
+                kept[name].append(gradient)
+        return {name: torch.stack(rows) if rows else found[name][None][:0] for name, rows in kept.items()}
+
+    def representations(
+        self, share: QueryShare, context: StageContext, layer: str, normalized: bool, where: str
+    ) -> Stacks:
+        """A property has none."""
+        raise MethodError(
+            "a property has a gradient, but no representation. Use GradientDot or another method of gradients."
+        )
+
+    def check(
+        self, context: StageContext, layers: Mapping[str, TrackedLayer], check_measurement: Callable[[Any], None]
+    ) -> None:
+        """Each property can be differentiated."""
+        for one in self.properties:
+            property_gradient(context, layers, one, context.where(context.last), batch_size=16)
+
+
+def query_set(query: Any) -> QuerySet:
+    """What was given as a query: a dataset, a property, or several; TaskError for a list that mixes both."""
+    if isinstance(query, Property):
+        return PropertyQueries((query,))
+    are_properties = [isinstance(one, Property) for one in query] if isinstance(query, list | tuple) else []
+    if not any(are_properties):
+        return ExampleQueries(query)
+    if not all(are_properties):
+        raise TaskError(
+            "query: a list of both properties and examples. Score them in two calls, or make a property of the "
+            "examples: properties.MeanMeasurement(examples, task)."
+        )
+    return PropertyQueries(tuple(query))
+
+
+def _batched(share: QueryShare) -> list[range]:
+    """This rank's queries, a batch at a time."""
+    return [share.here[batch.start : batch.stop] for batch in in_order(len(share.here), share.batch_size)]
