@@ -13,7 +13,8 @@ import numpy as np
 from torch import nn
 
 from . import checks
-from .curvature.fitting import FactorFitter, Needs, check_needs, fitting_needs
+from .curvature.fitting import FactorFitter
+from .curvature.needs import Needs, check_needs, fitting_needs
 from .curvature.stored import FittedFactors, checkpoint_statistics
 from .data.batches import Collate
 from .errors import ScoreError, SegflowError, check_choice

@@ -70,11 +70,16 @@ def kernel_unit(context: StageContext, inverse: ProjectedInverse) -> str:
     return f"{context.prefix}kernel/{name}/{point_name(context, inverse.point)}"
 
 
+def at_point(identity: MadeFrom, context: StageContext, point: Point) -> dict[str, Any]:
+    """What binds a unit of one point, given what binds the stage's units or a pool's."""
+    return {**identity, "checkpoint": checkpoint_digest(context, point)}
+
+
 def kernel_from(
     context: StageContext, inverse: ProjectedInverse, train_from: MadeFrom, own: LossView, train: Any
 ) -> MadeFrom:
     """What binds a kernel's unit; own: the view of the training loss. As a loss is, an output is told by its values."""
-    made = {**train_from, "dtype": str(own.dtype), "checkpoint": checkpoint_digest(context, inverse.point)}
+    made = {**at_point(train_from, context, inverse.point), "dtype": str(own.dtype)}
     if inverse.features == "output":
         made |= {
             "output": output_fingerprint(context.task),

@@ -10,9 +10,8 @@ from ..methods.plan import Point, Preconditioner
 from ..model.layers.tracked import TrackedLayer
 from ..model.loss_view import LossView
 from ..stage.context import StageContext
-from ..stage.identity import checkpoint_digest
 from ..store.store import MadeFrom
-from .names import moments_unit, unsaved
+from .names import at_point, moments_unit, unsaved
 from .preconditioner import Denominator, PreconditionerBlock, preconditioner_block
 
 
@@ -48,9 +47,7 @@ def _records(context: StageContext, index: int) -> Callable[[TrackedLayer], Tens
 def _estimates(context: StageContext, index: int, train_from: MadeFrom) -> Callable[[TrackedLayer], Tensor]:
     """E of a batch's squared gradient: squared mean plus variance over the batch size (Adagrad: times steps)."""
     trajectory, point = context.trajectory, Point.at(context.stage, index)
-    unit = context.store.open(
-        moments_unit(context, point), {**train_from, "checkpoint": checkpoint_digest(context, point)}
-    )
+    unit = context.store.open(moments_unit(context, point), at_point(train_from, context, point))
     times = trajectory.steps[index] if trajectory.optimizer.name == "Adagrad" else 1
 
     def find(layer: TrackedLayer) -> Tensor:

@@ -35,6 +35,7 @@ from ..store.store import MadeFrom
 from .kronecker import Eigenbasis, Gradients, KroneckerBlock, weighted_mean
 from .lissa import lissa
 from .names import (
+    at_point,
     basis_unit,
     eigenvalues_unit,
     kernel_from,
@@ -79,7 +80,7 @@ class StoredCurvature(Mapping[str, KroneckerBlock]):
         values = [eigenvalues_unit(context, curvature, point) for point in points]
         bases = [] if curvature.kind == "diagonal" else [basis_unit(context, curvature)]
         if curvature.kind == "diagonal":
-            of_points = [{**train_from, "checkpoint": checkpoint_digest(context, point)} for point in points]
+            of_points = [at_point(train_from, context, point) for point in points]
         else:
             of_points = [made_from] * len(points)
         self.unit_names = [*bases, *values]
@@ -131,7 +132,7 @@ def checkpoint_statistics(context: StageContext, train_from: MadeFrom) -> Tensor
     gradients, second_moments = [], []
     for index in range(len(context.trajectory)):
         point = Point.at(context.stage, index)
-        made_from = {**train_from, "checkpoint": checkpoint_digest(context, point)}
+        made_from = at_point(train_from, context, point)
         unit = context.store.open(statistics_unit(context, point), made_from)
         rows = {kind: [unit.tensor(f"{n}.{kind}", None) for n in context.layers.tracked] for kind in _STATISTICS}
         gradients.append(torch.cat([part.flatten() for part in rows["gradients"]]))

@@ -1,0 +1,92 @@
+"""From covariances at several points to eigenbases: pooled, scaled by P's rank-one part, and shared out to the ranks.
+
+Axes: P parts, O outputs, I inputs of a layer, D either of these.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import zip_longest
+from typing import NamedTuple
+
+from torch import Tensor
+
+from ..model.loss_view import LossView
+from ..runtime.ranks import Ranks, balanced
+from ..store.files import Tensors
+from ..store.shared import StoredUnit
+from .kronecker import Eigenbasis, eigenvectors, kfac_eigenvalues, mean_over
+from .preconditioner import PreconditionerBlock, RankOne
+
+
+class _Side(NamedTuple):
+    """One side of a layer's curvature: "inputs" or "outputs", and the shape of its covariance."""
+
+    layer: str
+    name: str
+    shape: tuple[int, int, int]
+
+
+class Pool(NamedTuple):
+    """The covariances that a curvature is made of: a unit for each point, and the points' weights."""
+
+    units: Sequence[StoredUnit]
+    weights: Sequence[float]
+
+    def mean(self, side: _Side) -> Tensor | None:
+        """A layer's A or S [P, D, D] averaged over the points, on rank 0."""
+        total, rows = ("a_PII", "a_rows") if side.name == "inputs" else ("g_POO", "g_rows")
+        files = [unit.file for unit in self.units if unit.file is not None]
+        sums = [(f.tensor(f"{side.layer}.{total}", side.shape), f.tensor(f"{side.layer}.{rows}", ())) for f in files]
+        return mean_over(sums, self.weights) if files else None
+
+    def positions(self, layer: str, examples: int) -> float:
+        """How many positions an example has in a layer, on average; on rank 0."""
+        rows = [unit.file.tensor(f"{layer}.g_rows", ()).item() for unit in self.units if unit.file is not None]
+        return sum(weight * row for weight, row in zip(self.weights, rows, strict=False)) / examples
+
+
+def pooled_eigenvectors(
+    pool: Pool, view: LossView, scales: Mapping[str, PreconditionerBlock] | None, ranks: Ranks, where: str
+) -> Tensors:
+    """`<layer>.inputs` and `<layer>.outputs`, in float64, each side of each layer on one rank; on rank 0.
+
+    scales: P of each layer, whose rank-one part scales the tokens; where: names the points in errors.
+    """
+    sides = [side for name, layer in view.layers.items() for side in _sides(name, *layer.shape)]
+    owners = balanced([shape[0] * shape[1] ** 3 for _, _, shape in sides], ranks.count)
+    hands = [[side for side, owner in zip(sides, owners, strict=True) if owner == rank] for rank in range(ranks.count)]
+    turns = list(zip_longest(*hands))  # one side for each rank, None where it has no more
+    dealt = [ranks.deal([side and pool.mean(side) for side in turn], view.device) for turn in turns]
+    bases = []
+    for side, matrix in zip(hands[ranks.index], [one for one in dealt if one is not None], strict=True):
+        scaled = matrix if scales is None else _scaled(matrix, side, scales[side.layer].part)
+        bases.append(eigenvectors(scaled, f"layer {side.layer!r}, {side.name}, {where}"))
+    collected: Tensors = {}
+    for turn, basis in zip_longest(turns, bases):
+        for side, vectors in zip(turn, ranks.collect(basis), strict=False):
+            if side is not None and vectors is not None:
+                collected[f"{side.layer}.{side.name}"] = vectors
+    return collected
+
+
+def pooled_kfac(pool: Pool, view: LossView, bases: Mapping[str, Eigenbasis], examples: int) -> Tensors:
+    """K-FAC's eigenvalues [P, O, I] of each layer, on rank 0; examples: how many the covariances are of."""
+    eigenvalues = {}
+    for name, layer in view.layers.items():
+        inputs, outputs = (pool.mean(side) for side in _sides(name, *layer.shape))
+        positions = pool.positions(name, examples)
+        if inputs is not None and outputs is not None:
+            basis = Eigenbasis(*(side.double().cpu() for side in vars(bases[name]).values()))
+            eigenvalues[name] = (positions * kfac_eigenvalues(basis, inputs, outputs)).to(view.dtype)
+    return eigenvalues
+
+
+def _sides(layer: str, P: int, O: int, I: int) -> tuple[_Side, _Side]:
+    return _Side(layer, "inputs", (P, I, I)), _Side(layer, "outputs", (P, O, O))
+
+
+def _scaled(matrix_PDD: Tensor, side: _Side, part: RankOne) -> Tensor:
+    """A or S of tokens that are scaled by the square root of P's rank-one part."""
+    root_PD = (part.inputs_PI if side.name == "inputs" else part.outputs_PO).double().sqrt()
+    return root_PD[:, :, None] * matrix_PDD * root_PD[:, None, :]
