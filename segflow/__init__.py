@@ -34,6 +34,7 @@ from .methods import (
 from .results import GroupTree, Refinement, Scores
 from .tasks import Task
 from .training import OptimizerConstants, Trajectory, record
+from .version import __version__
 
 __all__ = [
     "TRAK",
@@ -64,6 +65,7 @@ __all__ = [
     "TracIn",
     "Trajectory",
     "TrajectoryError",
+    "__version__",
     "evaluation",
     "properties",
     "record",

@@ -6,19 +6,23 @@ import argparse
 import json
 import sys
 from collections.abc import Iterable, Sequence
-from importlib import import_module, metadata
 
+from .demo import run_demo
 from .errors import SegflowError
 from .store.lock import holder, is_alive
 from .store.maintenance import BROKEN, Finding, collect_garbage, repair, survey
 from .store.store import Store
+from .version import __version__
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status: 0, or 1 where something failed or is damaged."""
     options = _parser().parse_args(arguments)
     try:
-        return _store(options) if options.command == "store" else _demo(options)
+        if options.command == "store":
+            return _store(options)
+        run_demo(options.out, options.retrainings, options.processes, False if options.quiet else None)
+        return 0
     except SegflowError as problem:
         sys.stderr.write(f"segflow: {problem}\n")
         return 1
@@ -26,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="segflow", description="Which training data made a model behave as it does.")
-    parser.add_argument("--version", action="version", version=f"segflow {metadata.version('segflow')}")
+    parser.add_argument("--version", action="version", version=f"segflow {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
     demo = commands.add_parser("demo", help="the main job on real images: train, score groups, retrain, compare")
     demo.add_argument("--out", default="demo-output", help="folder for the run, the factors and the figure")
@@ -49,16 +53,6 @@ def _parser() -> argparse.ArgumentParser:
             tool.add_argument("--scores", action="store_true", help="remove all scores as well")
             tool.add_argument("--dry-run", action="store_true", help="only say what would be removed")
     return parser
-
-
-def _demo(options: argparse.Namespace) -> int:
-    try:
-        digits = import_module("segflow.examples.digits")
-        digits.main(options.out, options.retrainings, options.processes, False if options.quiet else None)
-    except ModuleNotFoundError as problem:
-        sys.stderr.write(f"segflow demo needs {problem.name}: pip install 'segflow[demo]'\n")
-        return 1
-    return 0
 
 
 def _store(options: argparse.Namespace) -> int:

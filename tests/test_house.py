@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import warnings
 from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
@@ -13,9 +14,10 @@ from typing import NamedTuple
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "segflow"
+PROJECT = (PACKAGE.parent / "pyproject.toml").read_text()
 # A room imports only from rooms on lines above its own.
 LADDER = [
-    {"errors"},
+    {"errors", "version"},
     {"runtime", "tasks"},
     {"store", "data"},
     {"training", "model", "properties"},
@@ -128,8 +130,11 @@ def test_files_of_one_room_import_in_no_circle() -> None:
         pytest.fail(f"a circle: {' <- '.join(problem.args[1])}")
 
 
-def test_every_room_has_a_place_on_the_ladder() -> None:
+def test_every_room_has_a_place_on_the_ladder_and_is_installed() -> None:
     assert {room(path.relative_to(PACKAGE).parts) for path in FILES} <= set(LEVEL)
+    folders = {path.parent.relative_to(PACKAGE.parent) for path in FILES}
+    listed = set(re.findall(r'"(segflow[.\w]*)"', re.findall(r"packages = \[(.*?)\]", PROJECT, re.DOTALL)[0]))
+    assert listed == {".".join(folder.parts) for folder in folders} | {"segflow.examples"}
 
 
 def test_pure_rooms_import_types_only() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from importlib import metadata
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +16,7 @@ from ..methods.method import Cuts, Method, describe
 from ..methods.plan import Plan, Point, preconditioners
 from ..results.scores import Scores
 from ..stage.context import StageContext
+from ..version import __version__
 from .query_sets import QuerySet
 
 
@@ -89,7 +89,7 @@ def _provenance(runs: Sequence[RunParts], method: Method, stage: int, queries: Q
         "not_attributed": dict(context.layers.skipped),
         "task": {key: task_fingerprint(context.task)[key] for key in ("class", "options")},
         "measurement": queries.measurement(last.task),
-        "segflow": metadata.version("segflow"),
+        "segflow": __version__,
     }
     if context.settings.curvature_examples is not None:
         found["curvature_examples"] = min(context.settings.curvature_examples, context.trajectory.dataset_size)

@@ -1,0 +1,4 @@
+"""Bridges to trainers and libraries that users already have.
+
+Engine room: nothing is here yet.
+"""
