@@ -7,7 +7,7 @@ CPU_TORCH := torch==2.13.0
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 EXTRA_INDEX := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
-.PHONY: demo test test-slow test-faults format benchmark benchmark-kronfluence fidelity groups clean
+.PHONY: demo test test-all test-slow test-faults format benchmark benchmark-kronfluence fidelity groups clean
 
 demo: .venv/demo
 	$(BIN)/segflow demo --out demo-output
@@ -17,6 +17,13 @@ test: .venv/dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m "not slow"
+
+# The same with the slow tests: many ranks, kills at random moments, whole grids.
+test-all: .venv/dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 
 test-slow: .venv/dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m slow
