@@ -224,5 +224,6 @@ class FactorFitter:
         return Pool(units, curvature.weights)
 
     def _read_bases(self, curvature: Curvature) -> dict[str, Any]:
-        basis = self.context.store.open(basis_unit(self.context, curvature), self.sampled_from)
+        made_from = self.sampled_from | pool_from(self.context, curvature, {}, self.view)
+        basis = self.context.store.open(basis_unit(self.context, curvature), made_from)
         return {name: stored_basis(basis, name, self.view) for name in self.view.layers}

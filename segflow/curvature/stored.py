@@ -29,7 +29,7 @@ from ..methods.plan import (
 from ..methods.spectra import damped_inverse
 from ..model.loss_view import LossView
 from ..stage.context import StageContext
-from ..stage.identity import checkpoint_digest, training_identity
+from ..stage.identity import SAMPLING_KEYS, checkpoint_digest, training_identity
 from ..store.shared import StoredUnit
 from ..store.store import MadeFrom
 from .kronecker import Eigenbasis, Gradients, KroneckerBlock, weighted_mean
@@ -62,7 +62,7 @@ class StoredCurvature(Mapping[str, KroneckerBlock]):
 
     Args:
         context: that of the curvature's stage.
-        train_from: `StageContext.made_from` of the stage's training data.
+        train_from: `training_identity` of the stage's training data.
         blocks: the preconditioner that the curvature is scaled with, of each layer.
     """
 
@@ -80,12 +80,13 @@ class StoredCurvature(Mapping[str, KroneckerBlock]):
         values = [eigenvalues_unit(context, curvature, point) for point in points]
         bases = [] if curvature.kind == "diagonal" else [basis_unit(context, curvature)]
         if curvature.kind == "diagonal":
-            of_points = [at_point(train_from, context, point) for point in points]
-        else:
-            of_points = [made_from] * len(points)
+            made_from = {**train_from, "dtype": str(view.dtype)}
+        of_points = [made_from if curvature.kind == "kfac" else at_point(made_from, context, point) for point in points]
         self.unit_names = [*bases, *values]
-        self._basis = context.store.open(bases[0], made_from) if bases else None
-        self.eigenvalue_units = [context.store.open(unit, of) for unit, of in zip(values, of_points, strict=True)]
+        self._basis = context.store.open(bases[0], made_from, SAMPLING_KEYS) if bases else None
+        self.eigenvalue_units = [
+            context.store.open(unit, of_point, SAMPLING_KEYS) for unit, of_point in zip(values, of_points, strict=True)
+        ]
         self._weights = (1.0,) if curvature.kind == "kfac" else curvature.weights
         numbers = sum(P * (O * O + I * I + O * I) for P, O, I in (layer.shape for layer in view.layers.values()))
         self.fits = numbers * view.dtype.itemsize <= context.memory // _KEPT_SHARE
@@ -133,7 +134,7 @@ def checkpoint_statistics(context: StageContext, train_from: MadeFrom) -> Tensor
     for index in range(len(context.trajectory)):
         point = Point.at(context.stage, index)
         made_from = at_point(train_from, context, point)
-        unit = context.store.open(statistics_unit(context, point), made_from)
+        unit = context.store.open(statistics_unit(context, point), made_from, (*SAMPLING_KEYS, "dtype"))
         rows = {kind: [unit.tensor(f"{n}.{kind}", None) for n in context.layers.tracked] for kind in _STATISTICS}
         gradients.append(torch.cat([part.flatten() for part in rows["gradients"]]))
         second_moments.append(torch.cat([(part.mT @ part).flatten() for part in rows["curvature"]]))

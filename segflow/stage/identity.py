@@ -20,6 +20,7 @@ from ..model.loss_view import LossView
 from .context import StageContext
 
 _SPELLED_OUT = 6  # steps in a unit's name
+SAMPLING_KEYS = ("sampled losses", "batch_size")  # of `sampling_identity`, which who reads a unit does not know
 _PROBES = 16  # training examples whose losses tell one task from another
 
 
@@ -55,7 +56,7 @@ def sampling_identity(context: StageContext, train: Any, sample: LossView, batch
         [together] = [sample.loss(batch) for batch in batches(train, [chosen], context.collate_fn, sample.device)]
     off = abs(sum(alone) - together.item())
     mixes = off > max(1e-4, sample.tolerance) * sum(map(abs, alone))
-    return {"sampled losses": alone, "batch_size": batch_size if mixes else "any"}
+    return dict(zip(SAMPLING_KEYS, (alone, batch_size if mixes else "any"), strict=True))
 
 
 def steady_losses(context: StageContext, train: Any, view: LossView) -> list[float] | str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable, Sequence
+from collections.abc import Callable, Collection, Container, Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -59,9 +59,12 @@ class SharedStore:
         found = [u.name for u in planned if self.local.holds(u.name, u.made_from)] if self.ranks.main else None
         return set(self.ranks.same(found))
 
-    def open(self, name: str, made_from: MadeFrom) -> StoredUnit:
-        """A committed unit; StoreError (on rank 0) if it is absent, damaged, or was made from something else."""
-        return StoredUnit(self.local.open(name, made_from) if self.ranks.main else None, self.ranks)
+    def open(self, name: str, made_from: MadeFrom, unasked: Collection[str] = ()) -> StoredUnit:
+        """A committed unit; StoreError (on rank 0) if it is absent, damaged, or was made from something else.
+
+        unasked: keys of what it was made from that the reader does not know.
+        """
+        return StoredUnit(self.local.open(name, made_from, unasked) if self.ranks.main else None, self.ranks)
 
     def make(self, planned: UnitRecipe) -> None:
         """Make and commit a unit."""

@@ -14,7 +14,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -110,10 +110,11 @@ class Store:
         self._check(name, entry, made_from)
         return True
 
-    def open(self, name: str, made_from: MadeFrom) -> TensorFile:
+    def open(self, name: str, made_from: MadeFrom, unasked: Collection[str] = ()) -> TensorFile:
         """The unit's file, its checksum verified.
 
-        made_from: what the caller would make it from; each key that is given must agree with what was stored.
+        made_from: what the caller would make it from; it must agree with what was stored, key by key, and a key that
+        only one side has counts as different, but for the `unasked` ones, which the caller does not know.
         Raises StoreError if the unit is absent, damaged, or was made from something else.
         """
         entry = self.entry(name)
@@ -124,7 +125,7 @@ class Store:
                 f"{self.root}: unit {name!r} was made of units that have changed since. "
                 "Run Analyzer.fit() with this store first."
             )
-        self._check(name, entry, made_from)
+        self._check(name, entry, made_from, unasked)
         return TensorFile(self.unit_path(name), entry.sha256, StoreError)
 
     def write(self, name: str, tensors: Tensors, made_from: MadeFrom, inputs: Iterable[str] = ()) -> dict[str, Any]:
@@ -196,12 +197,13 @@ class Store:
                 write_json(self.entry_path(name), asdict(entry))
         write_json(path, {"format": FORMAT})
 
-    def _check(self, name: str, entry: Entry, asked: MadeFrom) -> None:
+    def _check(self, name: str, entry: Entry, asked: MadeFrom, unasked: Collection[str] = ()) -> None:
         """Raise StoreError, naming both sides, unless the unit was made from what is asked."""
         stored, now = entry.made_from, json.loads(json.dumps(asked))
-        differing = [key for key in now if not _agree(stored.get(key), now[key])]
+        keys = [*now, *(key for key in stored if key not in now and key not in unasked)]
+        differing = [key for key in keys if key not in stored or key not in now or not _agree(stored[key], now[key])]
         if differing:
-            sides = "; ".join(f"{key}: {_difference(stored.get(key), now[key])}" for key in differing)
+            sides = "; ".join(f"{key}: {_difference(stored.get(key), now.get(key))}" for key in differing)
             raise StoreError(
                 f"{self.root}: unit {name!r} was made from something else ({sides}). "
                 "Use another store folder for the new setting, or delete this one to make it anew."
