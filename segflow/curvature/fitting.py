@@ -44,10 +44,10 @@ from .names import (
     pool_from,
     preconditioner_from,
     statistics_unit,
-    unsaved,
 )
 from .passes import corrected_eigenvalues, covariances, gradient_moments, projected_kernel, sketches
 from .preconditioner import RankOne
+from .saved_moments import check_saved, unsaved
 from .second_moments import preconditioner_blocks
 from .stored import stored_basis
 
@@ -96,10 +96,11 @@ def _needed(recipes: Mapping[str, UnitRecipe], targets: Iterable[str], held: set
 
 
 def check_needs(context: StageContext, needs: Needs) -> None:
-    """Raise TrajectoryError if a preconditioner can be neither read nor estimated; warn if one must be estimated."""
+    """Raise TrajectoryError if second moments can be neither read nor estimated; warn if any must be estimated."""
     missing = {index for of in needs.preconditioners for index in unsaved(context, of)}
     for of in needs.preconditioners:
         preconditioner_from(context, of)
+        check_saved(context, of)
     if missing:
         warnings.warn(
             f"{context.trajectory.optimizer.name}'s second moments were not saved at {len(missing)} checkpoints, "
