@@ -20,7 +20,7 @@ from .data.batches import Collate
 from .errors import ScoreError, SegflowError, check_choice
 from .groups.features import Asked, example_features
 from .groups.groups import Groups, check_groups
-from .methods.method import Cuts, Method, describe
+from .methods.method import Cuts, Method, describe, is_automatic
 from .methods.plan import Plan
 from .methods.source import Source
 from .model.capture import observing
@@ -105,7 +105,7 @@ class Analyzer:
     @property
     def _automatic(self) -> bool:
         """Whether plans need statistics of the checkpoints."""
-        return bool(getattr(self.method, "automatic", False))
+        return is_automatic(self.method)
 
     def check(self, train: Any, query: Any | None = None, *, curvature_tolerance: float = 1.25) -> checks.CheckReport:
         """Say what is wrong with the task, the model or the trajectory, before hours are spent.
@@ -332,8 +332,8 @@ class Analyzer:
         return [self._plan(contexts, place, cuts) for place, data in enumerate(trains) if data is not None]
 
     def _cuts(self, contexts: Sequence[StageContext], trains_from: Mapping[int, MadeFrom]) -> Cuts | None:
-        """For segments="auto": where the stages are cut, from the statistics that `fit` left in the store."""
-        if not isinstance(self.method, Source):
+        """Where an automatic method cuts the stages, from the statistics that `fit` left in the store."""
+        if not is_automatic(self.method):
             return None
         statistics = {place: checkpoint_statistics(contexts[place], of) for place, of in trains_from.items()}
         return self.method.cuts(contexts[-1].run, statistics)

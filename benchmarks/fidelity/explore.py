@@ -79,9 +79,9 @@ def _by_checkpoint(term: Term) -> Iterator[Term]:
         if isinstance(last, Scale):
             own = replace(last.preconditioner, weights=point.weights)
             leave = (Scale(last.preconditioner, -0.5), Scale(own, 1.0))
-        share = Spectral(term.stage, "constant", None, (weight,), (0.0,))
+        share = Spectral(stage=term.stage, kind="constant", curvature=None, amount=(weight,), shift=(0.0,))
         label = f"{term.label}, checkpoint {point.weights[0][0]}"
-        yield Term(label, term.stage, term.query, (*before, *leave, share), (point,), (1.0,))
+        yield replace(term, label=label, operators=(*before, *leave, share), train=(point,), weights=(1.0,))
 
 
 VARIANTS = {

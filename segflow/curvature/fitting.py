@@ -38,10 +38,10 @@ from .names import (
     moments_unit,
     pool_from,
     statistics_unit,
-    unsaved,
 )
 from .needs import Needs
 from .passes import corrected_eigenvalues, covariances, gradient_moments, projected_kernel, sketches
+from .saved_moments import unsaved
 from .second_moments import preconditioner_blocks
 from .stored import stored_basis
 

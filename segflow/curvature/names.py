@@ -19,7 +19,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 from typing import Any
-from weakref import WeakKeyDictionary
 
 from ..data.fingerprints import output_fingerprint
 from ..errors import TrajectoryError
@@ -28,10 +27,7 @@ from ..model.loss_view import LossView
 from ..stage.context import StageContext
 from ..stage.identity import checkpoint_digest, point_name, rounded, short, steady_losses
 from ..store.store import MadeFrom
-from ..training.trajectory import Trajectory
-
-# The parameters whose second moments each checkpoint holds, by the digest of its file; None where it holds none.
-_SAVED: WeakKeyDictionary[Trajectory, dict[str, frozenset[str] | None]] = WeakKeyDictionary()
+from .saved_moments import unsaved
 
 
 def covariance_unit(context: StageContext, point: Point) -> str:
@@ -99,9 +95,9 @@ def pool_from(context: StageContext, curvature: Curvature, train_from: MadeFrom,
     return made
 
 
-def preconditioner_from(context: StageContext, of: Preconditioner) -> dict[str, Any]:
-    """What a preconditioner is made of; TrajectoryError if it was not saved and cannot be estimated either."""
-    trajectory, missing = context.run.stages[of.stage], unsaved(context, of)
+def preconditioner_from(context: StageContext, preconditioner: Preconditioner) -> dict[str, Any]:
+    """What a preconditioner is made of; TrajectoryError if moments were not saved and cannot be estimated either."""
+    trajectory, missing = context.run.stages[preconditioner.stage], unsaved(context, preconditioner)
     if missing and trajectory.optimizer.batch_size is None:
         raise TrajectoryError(
             f"{trajectory.optimizer.name}'s second moments were not saved at the checkpoints of steps "
@@ -109,39 +105,13 @@ def preconditioner_from(context: StageContext, of: Preconditioner) -> dict[str, 
             "OptimizerConstants(batch_size=...) to have them estimated from gradients."
         )
     return {
-        "checkpoints": [checkpoint_digest(context, Point.at(of.stage, index)) for index, _ in of.weights],
-        "weights": [weight for _, weight in of.weights],
+        "checkpoints": [
+            checkpoint_digest(context, Point.at(preconditioner.stage, index)) for index, _ in preconditioner.weights
+        ],
+        "weights": [weight for _, weight in preconditioner.weights],
         "eps": list(trajectory.eps),
         "moments": f"estimated for batches of {trajectory.optimizer.batch_size}" if missing else "recorded",
     }
-
-
-def unsaved(context: StageContext, of: Preconditioner) -> list[int]:
-    """The checkpoints whose second moments must be estimated.
-
-    TrajectoryError where a checkpoint has those of some tracked parameters only.
-    """
-    found = [index for index, _ in of.weights if not _saved(context, index)] if context.ranks.main else None
-    return list(context.ranks.same(found))
-
-
-def _saved(context: StageContext, index: int) -> bool:
-    """Whether second moments were saved at a checkpoint, looked up once for each content of its file."""
-    known = _SAVED.setdefault(context.trajectory, {})
-    digest = context.trajectory.digest(index)
-    if digest not in known:
-        known[digest] = None if (found := context.trajectory.second_moments(index)) is None else frozenset(found)
-    names = known[digest]
-    if names is None:
-        return False
-    needed = {name for layer in context.layers.tracked.values() for name in layer.parameter_names}
-    if needed - names:
-        raise TrajectoryError(
-            f"{context.where(Point.at(context.stage, index))}: no second moments of {sorted(needed - names)[:4]}, "
-            "which other parameters have. Were they frozen or unused until then? Leave their layers out of "
-            "get_influence_tracked_modules()."
-        )
-    return True
 
 
 def _batched(of: Curvature | ProjectedInverse) -> str:

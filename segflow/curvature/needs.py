@@ -16,7 +16,8 @@ from ..methods.plan import (
     projected,
 )
 from ..stage.context import StageContext
-from .names import preconditioner_from, unsaved
+from .names import preconditioner_from
+from .saved_moments import check_saved, unsaved
 
 
 class Needs(NamedTuple):
@@ -45,10 +46,11 @@ def _of_stage(needed: Iterable[Any], stage: int) -> list[Any]:
 
 
 def check_needs(context: StageContext, needs: Needs) -> None:
-    """Raise TrajectoryError if a preconditioner can be neither read nor estimated; warn if one must be estimated."""
+    """Raise TrajectoryError if second moments can be neither read nor estimated; warn if any must be estimated."""
     missing = {index for preconditioner in needs.preconditioners for index in unsaved(context, preconditioner)}
     for preconditioner in needs.preconditioners:
         preconditioner_from(context, preconditioner)
+        check_saved(context, preconditioner)
     if missing:
         warnings.warn(
             f"{context.trajectory.optimizer.name}'s second moments were not saved at {len(missing)} checkpoints, "

@@ -1,4 +1,4 @@
-"""The optimizer's preconditioner P over checkpoints, and its rank-one part.
+"""The optimizer's preconditioner P = 1 / (sqrt(v_hat) + eps), made here and nowhere else, and its rank-one part.
 
 Axes: P parts, O outputs, I inputs.
 """
@@ -10,12 +10,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-_ROUNDS = 20  # of a rank-one fit with missing entries
+_ROUNDS = 20  # of alternating row and column means, where entries are missing
 
 
 @dataclass(frozen=True)
 class RankOne:
-    """A positive matrix [P, O, I] as outputs_PO times inputs_PI."""
+    """A positive matrix [P, O, I] whose entries are outputs_PO times inputs_PI."""
 
     inputs_PI: Tensor
     outputs_PO: Tensor
@@ -37,12 +37,12 @@ def rank_one(matrix_POI: Tensor, live_POI: Tensor) -> RankOne:
     logs = torch.where(live_POI, matrix_POI.to(torch.float64), 1.0).log()
     rows, columns = (torch.zeros_like(logs.sum(axis)) for axis in (2, 1))
     for _ in range(_ROUNDS):  # one round is exact where every entry is live
-        rows = _mean(logs - columns[:, None, :], live, 2)
-        columns = _mean(logs - rows[:, :, None], live, 1)
+        rows = _weighted_mean(logs - columns[:, None, :], live, 2)
+        columns = _weighted_mean(logs - rows[:, :, None], live, 1)
     return RankOne(columns.exp().to(matrix_POI.dtype), rows.exp().to(matrix_POI.dtype))
 
 
-def _mean(values: Tensor, weights: Tensor, axis: int) -> Tensor:
+def _weighted_mean(values: Tensor, weights: Tensor, axis: int) -> Tensor:
     return (values * weights).sum(axis) / weights.sum(axis).clamp_min(1)
 
 
@@ -55,23 +55,26 @@ class PreconditionerBlock:
 
 
 @dataclass(frozen=True)
-class Denominator:
-    """The mean of sqrt(second moment) + eps over checkpoints so far, and which entries ever had a gradient."""
+class MeanDenominator:
+    """The weighted mean of P's denominator sqrt(v_hat) + eps over the checkpoints so far.
+
+    live_POI: the entries that have had a gradient at any of them.
+    """
 
     mean_POI: Tensor = field(default_factory=lambda: torch.zeros(()))
     live_POI: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.bool))
 
-    def plus(self, weight: float, moments_POI: Tensor, eps: float) -> Denominator:
-        """With one more checkpoint; the weights add up to 1."""
-        return Denominator(self.mean_POI + weight * (moments_POI.sqrt() + eps), self.live_POI | (moments_POI > 0))
+    def plus(self, weight: float, moments_POI: Tensor, eps: float) -> MeanDenominator:
+        """With one more checkpoint's second moments v_hat; all checkpoints' weights add up to 1."""
+        return MeanDenominator(self.mean_POI + weight * (moments_POI.sqrt() + eps), self.live_POI | (moments_POI > 0))
 
 
-def preconditioner_block(denominator: Denominator) -> PreconditionerBlock:
-    """P over checkpoints, their harmonic mean, and its rank-one part.
+def preconditioner_block(denominator: MeanDenominator) -> PreconditionerBlock:
+    """P over checkpoints as their harmonic mean, and its rank-one part.
 
-    In the arithmetic mean a checkpoint at which an entry had not had a gradient yet, P = 1 / eps, would outweigh all
-    others. An entry whose second moments are all zero never had a gradient, so that any P is right: it takes the
-    rank-one part's rather than 1 / eps, which would only magnify rounding.
+    In an arithmetic mean, a checkpoint at which an entry had not had a gradient yet, so that P = 1 / eps, would
+    outweigh all others. An entry whose second moments are zero at all checkpoints never had a gradient, so that any P
+    is right: it takes the rank-one part's, for 1 / eps would only magnify rounding.
     """
     mean, live = 1 / denominator.mean_POI, denominator.live_POI
     part = rank_one(mean, live)

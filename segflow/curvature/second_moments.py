@@ -1,4 +1,7 @@
-"""The optimizer's second moments as preconditioner blocks: recorded ones, or estimated from `fit`'s units."""
+"""The optimizer's preconditioner of a stage: second moments, recorded or estimated, brought into each layer's shape.
+
+Which checkpoints have recorded ones is known to `saved_moments`; how P is made of them is known to `preconditioner`.
+"""
 
 from __future__ import annotations
 
@@ -11,48 +14,58 @@ from ..model.layers.tracked import TrackedLayer
 from ..model.loss_view import LossView
 from ..stage.context import StageContext
 from ..store.store import MadeFrom
-from .names import at_point, moments_unit, unsaved
-from .preconditioner import Denominator, PreconditionerBlock, preconditioner_block
+from .names import at_point, moments_unit
+from .preconditioner import MeanDenominator, PreconditionerBlock, RankOne, preconditioner_block
+from .saved_moments import unsaved
 
 
 def preconditioner_blocks(
-    context: StageContext, of: Preconditioner, train_from: MadeFrom, view: LossView
+    context: StageContext, preconditioner: Preconditioner, train_from: MadeFrom, view: LossView
 ) -> dict[str, PreconditionerBlock]:
-    """P of each layer over checkpoints, one read after the other: recorded, or estimated from `fit`'s units."""
-    sums = {name: Denominator() for name in view.layers}
-    missing = unsaved(context, of)
-    for index, weight in of.weights:
-        find = _estimates(context, index, train_from) if index in missing else _records(context, index)
+    """P of each layer, [P, O, I], over the preconditioner's checkpoints, of which one is held at a time.
+
+    train_from: `StageContext.made_from` of the stage's training data, to which estimated moments are bound.
+    """
+    denominators = {name: MeanDenominator() for name in view.layers}
+    missing = unsaved(context, preconditioner)
+    for index, weight in preconditioner.weights:
+        moments_of = _estimates(context, index, train_from) if index in missing else _records(context, index)
         for name, layer in view.layers.items():
             eps = context.trajectory.eps[context.parameter_groups[name]]
-            sums[name] = sums[name].plus(weight, find(layer).double(), eps)
-    return {name: _placed(preconditioner_block(total), view) for name, total in sums.items()}
+            denominators[name] = denominators[name].plus(weight, moments_of(layer).double(), eps)
+    return {name: _placed(preconditioner_block(denominator), view) for name, denominator in denominators.items()}
 
 
 def _placed(block: PreconditionerBlock, view: LossView) -> PreconditionerBlock:
-    part = type(block.part)(*(side.to(view.device, view.dtype) for side in vars(block.part).values()))
+    """The block on the view's device, in its precision."""
+    part = RankOne(*(side.to(view.device, view.dtype) for side in (block.part.inputs_PI, block.part.outputs_PO)))
     return PreconditionerBlock(block.exact_POI.to(view.device, view.dtype), part)
 
 
 def _records(context: StageContext, index: int) -> Callable[[TrackedLayer], Tensor]:
+    """Gives a layer's second moments [P, O, I] as training left them at a checkpoint."""
     moments = context.trajectory.second_moments(index) or {}
 
-    def find(layer: TrackedLayer) -> Tensor:
+    def moments_of(layer: TrackedLayer) -> Tensor:
         weight, *bias = (moments[name] for name in layer.parameter_names)
         return layer.gradient_matrix(weight, bias[0] if bias else None)
 
-    return find
+    return moments_of
 
 
 def _estimates(context: StageContext, index: int, train_from: MadeFrom) -> Callable[[TrackedLayer], Tensor]:
-    """E of a batch's squared gradient: squared mean plus variance over the batch size (Adagrad: times steps)."""
+    """Gives a layer's second moments [P, O, I] as `fit` estimated them at a checkpoint.
+
+    The expected square of a batch's mean gradient is the mean gradient's square plus the variance over the batch size;
+    Adagrad's sum of squares is that times the steps taken.
+    """
     trajectory, point = context.trajectory, Point.at(context.stage, index)
     unit = context.store.open(moments_unit(context, point), at_point(train_from, context, point))
     times = trajectory.steps[index] if trajectory.optimizer.name == "Adagrad" else 1
 
-    def find(layer: TrackedLayer) -> Tensor:
+    def moments_of(layer: TrackedLayer) -> Tensor:
         mean, square = (unit.tensor(f"{layer.name}.{what}", layer.shape).double() for what in ("mean", "square"))
         variance = (square - mean.square()).clamp_min(0)
         return times * (mean.square() + variance / (trajectory.optimizer.batch_size or 1))
 
-    return find
+    return moments_of

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ..training.segments import covered
-from .method import final_point, stage_place
+from .method import final_plan, final_point, stage_place
 from .plan import Plan, Point, Spectral, Term, UnitNorm
 
 if TYPE_CHECKING:
@@ -22,11 +22,7 @@ class TracIn:
 
     def plan(self, trajectory: Trajectory, stage: int = -1) -> Plan:
         """One term for each checkpoint of the stage."""
-        stage = stage_place(trajectory, stage)
-        return tuple(
-            Term(label, stage, point, (operator,), (point,), (1.0,))
-            for label, point, operator in _steps_taken(trajectory.stages[stage], stage)
-        )
+        return _checkpoint_terms(trajectory, stage, None)
 
 
 @dataclass(frozen=True)
@@ -38,25 +34,30 @@ class Hydra:
 
     def plan(self, trajectory: Trajectory, stage: int = -1) -> Plan:
         """One term for each checkpoint of the stage."""
-        stage, final = stage_place(trajectory, stage), final_point(trajectory)
-        return tuple(
-            Term(label, stage, final, (operator,), (point,), (1.0,))
-            for label, point, operator in _steps_taken(trajectory.stages[stage], stage)
-        )
+        return _checkpoint_terms(trajectory, stage, final_point(trajectory))
 
 
-def _steps_taken(trajectory: Trajectory, stage: int) -> list[tuple[str, Point, Spectral]]:
-    """For each checkpoint its label, its point, and multiplication by the learning rates that it stands for."""
-    every = range(len(trajectory))
-    amounts = covered(trajectory, every, 0, trajectory.total_steps)
-    return [
-        (
-            f"checkpoint at step {trajectory.steps[place]}",
-            Point.at(stage, place),
-            Spectral(stage, "constant", None, amount, (0.0,) * len(amount)),
+def _checkpoint_terms(trajectory: Trajectory, stage: int, query: Point | None) -> Plan:
+    """For each checkpoint a term that multiplies by the learning rates of the steps that it stands for.
+
+    query: where query gradients are taken; None for the checkpoint itself.
+    """
+    stage = stage_place(trajectory, stage)
+    own = trajectory.stages[stage]
+    terms = []
+    for index, lr_steps in enumerate(covered(own, range(len(own)), 0, own.total_steps)):
+        point, nothing = Point.at(stage, index), (0.0,) * len(lr_steps)
+        operator = Spectral(stage=stage, kind="constant", curvature=None, amount=lr_steps, shift=nothing)
+        term = Term(
+            label=f"checkpoint at step {own.steps[index]}",
+            stage=stage,
+            query=point if query is None else query,
+            operators=(operator,),
+            train=(point,),
+            weights=(1.0,),
         )
-        for place, amount in zip(every, amounts, strict=True)
-    ]
+        terms.append(term)
+    return tuple(terms)
 
 
 @dataclass(frozen=True)
@@ -65,8 +66,7 @@ class GradientDot:
 
     def plan(self, trajectory: Trajectory, stage: int = -1) -> Plan:
         """One term at the last checkpoint."""
-        final = final_point(trajectory)
-        return (Term("final", stage_place(trajectory, stage), final, (), (final,), (1.0,)),)
+        return final_plan(trajectory, stage)
 
 
 @dataclass(frozen=True)
@@ -78,9 +78,7 @@ class GradientCosine:
 
     def plan(self, trajectory: Trajectory, stage: int = -1) -> Plan:
         """One term at the last checkpoint."""
-        final = final_point(trajectory)
-        place = stage_place(trajectory, stage)
-        return (Term("final", place, final, (UnitNorm(),), (final,), (1.0,), normalized=True),)
+        return final_plan(trajectory, stage, UnitNorm(), normalized=True)
 
 
 @dataclass(frozen=True)
@@ -98,5 +96,4 @@ class RepresentationSimilarity:
 
     def plan(self, trajectory: Trajectory, stage: int = -1) -> Plan:
         """One term at the last checkpoint."""
-        final, place = final_point(trajectory), stage_place(trajectory, stage)
-        return (Term("final", place, final, (), (final,), (1.0,), "representation", self.cosine, self.layer),)
+        return final_plan(trajectory, stage, side="representation", normalized=self.cosine, layer=self.layer)

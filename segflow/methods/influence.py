@@ -7,8 +7,8 @@ from numbers import Integral
 from typing import TYPE_CHECKING
 
 from ..errors import MethodError, check_choice
-from .method import check_batch, check_damping, damping_amount, final_point, stage_place
-from .plan import Curvature, IterativeInverse, Plan, Spectral, Term
+from .method import check_batch, check_damping, damping_amount, final_plan, final_point, stage_place
+from .plan import HEURISTIC_SHARE, Curvature, IterativeInverse, Plan, Spectral
 
 if TYPE_CHECKING:
     from ..training.trajectory import Trajectory
@@ -23,7 +23,7 @@ class InfluenceFunction:
     Args:
         damping: added to the eigenvalues (the objective's weight decay, for the exact inverse Hessian of a
             regularised objective), or "heuristic": 0.1 times each layer's mean eigenvalue.
-        curvature: "ekfac", "kfac", "diagonal" or "identity" (of a stage's own objective, at the final parameters).
+        curvature: of a stage's own objective at the final parameters: "ekfac", "kfac", "diagonal" or "identity".
         fisher_batch: of "ekfac" and "diagonal", as for `Source`.
     """
 
@@ -47,12 +47,14 @@ class InfluenceFunction:
         groups = trajectory.stages[stage].learning_rates.shape[1]
         nothing, damping = (0.0,) * groups, damping_amount(self.damping)
         if self.curvature == "identity":
-            inverse = 1 / (1 + (0.1 if damping is None else damping))
-            operator = Spectral(stage, "constant", None, (inverse,) * groups, nothing)
+            inverse = (1 / (1 + (HEURISTIC_SHARE if damping is None else damping)),) * groups
+            operator = Spectral(stage=stage, kind="constant", curvature=None, amount=inverse, shift=nothing)
         else:
-            curvature = Curvature(stage, (final,), (1.0,), self.curvature, batch=self.fisher_batch)
-            operator = Spectral(stage, "damped_inverse", curvature, (damping,) * groups, nothing)
-        return (Term("final", stage, final, (operator,), (final,), (1.0,)),)
+            curvature = Curvature(stage, (final,), (1.0,), kind=self.curvature, batch=self.fisher_batch)
+            operator = Spectral(
+                stage=stage, kind="damped_inverse", curvature=curvature, amount=(damping,) * groups, shift=nothing
+            )
+        return final_plan(trajectory, stage, operator)
 
 
 @dataclass(frozen=True)
@@ -89,8 +91,14 @@ class LiSSA:
 
     def plan(self, trajectory: Trajectory, stage: int = -1) -> Plan:
         """One term at the last checkpoint."""
-        final, place = final_point(trajectory), stage_place(trajectory, stage)
         operator = IterativeInverse(
-            place, final, self.damping, self.steps, self.sample_size, self.repetitions, self.seed, self.scale
+            stage=stage_place(trajectory, stage),
+            point=final_point(trajectory),
+            damping=self.damping,
+            steps=self.steps,
+            sample_size=self.sample_size,
+            repetitions=self.repetitions,
+            seed=self.seed,
+            scale=self.scale,
         )
-        return (Term("final", place, final, (operator,), (final,), (1.0,)),)
+        return final_plan(trajectory, stage, operator)

@@ -1,26 +1,76 @@
-"""What a method is: a frozen dataclass of options whose plan lists its terms; and what methods share."""
+"""What a method is, and what the ready-made ones share."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
-from typing import TYPE_CHECKING, Any, Protocol
+from dataclasses import asdict, is_dataclass
+from typing import TYPE_CHECKING, Any, Protocol, TypeGuard
+
+from torch import Tensor
 
 from ..errors import MethodError, check_choice, is_whole
 from ..training.segments import Segmentation
-from .plan import Plan, Point
+from .plan import Operator, Plan, Point, Term
 
 if TYPE_CHECKING:
     from ..training.trajectory import Trajectory
 
-Cuts = Mapping[int, Segmentation]  # of each stage
+Cuts = Mapping[int, Segmentation]  # of each stage, by its place in the run
 
 
 class Method(Protocol):
-    """A method: a frozen dataclass whose fields are its options and whose `plan` lists its terms."""
+    """What a method must have, one of your own like the ready-made ones.
+
+    A method is a frozen dataclass. Its fields are its options; they enter the scores' provenance, so they are what JSON
+    can hold. It has
+
+    - `plan(trajectory, stage=-1)`: the terms, see `segflow.methods.plan`.
+
+    It may have besides, where its plan depends on how a run's checkpoints differ:
+
+    - `automatic`: an attribute or property that is True;
+    - `cuts(trajectory, statistics)`: see `AutomaticMethod`;
+    - an argument of `plan`, `cuts=`: what `cuts` returned.
+    """
 
     def plan(self, trajectory: Trajectory, stage: int = -1) -> Plan:
-        """The terms that attribute a stage's data (by default the last one's) to the final model."""
+        """The terms that attribute a stage's data to the final model.
+
+        trajectory: the whole run, whose `stages` it may look at. stage: the stage's place among them, by default the
+        last one's. MethodError or TrajectoryError if the method does not fit the run; it must not need files, for it
+        is also called before anything is computed.
+        """
+
+
+class AutomaticMethod(Protocol):
+    """A method that cuts stages into segments where `Analyzer.fit` finds that the checkpoints differ."""
+
+    @property
+    def automatic(self) -> bool:
+        """Whether plans need cuts, with the options that were given."""
+
+    def cuts(self, trajectory: Trajectory, statistics: Mapping[int, Tensor]) -> Cuts:
+        """Where each stage is cut, by its place in the run.
+
+        statistics: for each stage whose training data is given, a row for each checkpoint, [checkpoints, features];
+        squared distances of rows are relative changes of training gradients and curvature. `Segmentation` says what
+        the scores' provenance then explains; `segflow.training.segments.segmentation` makes one.
+        """
+
+    def plan(self, trajectory: Trajectory, stage: int = -1, cuts: Cuts | None = None) -> Plan:
+        """As a `Method`'s, where `cuts` returned these."""
+
+
+def is_automatic(method: Method) -> TypeGuard[AutomaticMethod]:
+    """Whether a method's plans need cuts; MethodError if it says so and has no `cuts`."""
+    if not getattr(method, "automatic", False):
+        return False
+    if not callable(getattr(method, "cuts", None)):
+        raise MethodError(
+            f"{type(method).__name__}: automatic is {method.automatic!r}, and there is no "  # type: ignore[attr-defined]
+            "cuts(trajectory, statistics). Add it as segflow.methods.Method says, or leave automatic out."
+        )
+    return True
 
 
 def stage_place(trajectory: Trajectory, stage: int) -> int:
@@ -33,6 +83,16 @@ def final_point(trajectory: Trajectory) -> Point:
     return Point.at(len(trajectory.stages) - 1, len(trajectory) - 1)
 
 
+def final_plan(trajectory: Trajectory, stage: int, *operators: Operator, **options: Any) -> Plan:
+    """One term, in which queries and a stage's training gradients meet at the end of training.
+
+    options: of the Term, besides.
+    """
+    place, final = stage_place(trajectory, stage), final_point(trajectory)
+    term = Term(label="final", stage=place, query=final, operators=operators, train=(final,), weights=(1.0,), **options)
+    return (term,)
+
+
 def check_batch(size: int) -> None:
     """Raise MethodError unless a batched Fisher's size is a whole number from 1."""
     if not is_whole(size, 1):
@@ -40,7 +100,11 @@ def check_batch(size: int) -> None:
 
 
 def describe(method: Method) -> dict[str, Any]:
-    """The method's name and options, for provenance."""
+    """The method's name and options, for provenance; MethodError unless it is a dataclass."""
+    if not is_dataclass(method):
+        raise MethodError(
+            f"{type(method).__name__}: expected a dataclass. Put @dataclass(frozen=True) before the class."
+        )
     return {"method": type(method).__name__, **asdict(method)}  # type: ignore[call-overload]
 
 

@@ -1,4 +1,4 @@
-"""What a method is made of: terms, the operators on their query side, and the curvatures that these need.
+"""What a plan is made of: terms, the operators on their query side, and the curvatures that these need.
 
     score[q, g] = sum over terms of
         < O . grad f_q(theta_query) ,  sum over points c of weight_c * sum_{i in g} grad l_i(theta_c) > / N
@@ -9,14 +9,21 @@ is the predicted change of measurement q if group g were removed from training. 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor
 
+from ..errors import MethodError, check_choice
 from .spectra import damped_inverse, decay, response, saturation
 
 HEURISTIC_SHARE = 0.1  # of a layer's mean eigenvalue; Grosse et al. 2023, arXiv 2308.03296
 Weights = tuple[tuple[int, float], ...]  # (index of a checkpoint within its stage, weight); the weights sum to 1
+_OF_LR_STEPS: dict[str, Callable[[Tensor, float], Tensor]] = {
+    "decay": decay,
+    "response": response,
+    "saturation": saturation,
+}
 
 
 @dataclass(frozen=True)
@@ -34,7 +41,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Preconditioner:
-    """P of the optimizer, averaged over checkpoints of a stage: 1 / (sqrt(second moment) + eps), elementwise."""
+    """The optimizer's P over checkpoints of a stage: one over the weighted mean of sqrt(second moment) + eps."""
 
     stage: int
     weights: Weights
@@ -42,10 +49,12 @@ class Preconditioner:
 
 @dataclass(frozen=True)
 class Curvature:
-    """The curvature of a stage's objective, averaged over points.
+    """The curvature of a stage's objective, averaged over points with weights that sum to 1.
 
-    kind: "ekfac", "kfac" or "diagonal". scaled: the curvature of P^1/2 H P^1/2 instead of H; for "ekfac" and "kfac"
-    with the rank-one part of P. batch: second moments are those of so many examples' summed gradients, over `batch`.
+    Args:
+        kind: "ekfac", "kfac" or "diagonal".
+        scaled: P, for the curvature of P^1/2 H P^1/2 instead of H; "ekfac" and "kfac" take the rank-one part of P.
+        batch: second moments are those of so many examples' summed gradients, over `batch`.
     """
 
     stage: int
@@ -56,13 +65,20 @@ class Curvature:
     batch: int = 1
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Spectral:
     """A function of a curvature's eigenvalues (of sigma = 0 without a curvature).
 
-    kind: "decay", "response", "saturation", "damped_inverse" or "constant". amount: lr_steps, the damping (None: the
-    heuristic one) or the constant, and shift: weight decay added to the eigenvalues; one for each parameter group of
-    `stage`. shifted_by: where weight decay is coupled, the shift is that of the preconditioned objective, shift * P.
+    Args:
+        stage: the stage of training whose parameter groups are meant, and whose layers the operator acts on.
+        kind: "decay", "response" or "saturation", each of lr_steps (see `spectra`), "damped_inverse" or "constant".
+        amount: the lr_steps, the damping or the constant, one for each parameter group; None for a damping of 0.1 times
+            each layer's mean eigenvalue.
+        shift: weight decay, added to the eigenvalues; one for each parameter group.
+        shifted_by: where weight decay is coupled, the shift is that of the preconditioned objective, shift * P.
+
+    Raises:
+        MethodError: the kind is not known, or an amount is None that is no damping.
     """
 
     stage: int
@@ -72,16 +88,34 @@ class Spectral:
     shift: tuple[float, ...]
     shifted_by: Preconditioner | None = None
 
+    def __post_init__(self) -> None:
+        check_choice("kind", self.kind, (*_OF_LR_STEPS, "damped_inverse", "constant"), MethodError)
+        if self.kind != "damped_inverse":
+            for parameter_group in range(len(self.amount)):
+                self._number(parameter_group)
+
     def on(self, eigenvalues: Tensor, parameter_group: int, unit: Tensor | float = 1.0) -> Tensor:
-        """The operator's own eigenvalues for a layer of that parameter group; unit: of the shift, P in that basis."""
-        amount = self.amount[parameter_group]
+        """The function's values at a layer's eigenvalues [P, O, I], or [] for a constant.
+
+        parameter_group: the layer's. unit: of the shift, P in the eigenvalues' basis.
+        """
         if self.kind == "constant":
-            return eigenvalues.new_full((), amount or 0.0)
+            return eigenvalues.new_full((), self._number(parameter_group))
         sigma = eigenvalues + self.shift[parameter_group] * unit
         if self.kind == "damped_inverse":
-            return damped_inverse(sigma, HEURISTIC_SHARE * eigenvalues.mean() if amount is None else amount)
-        function = {"decay": decay, "response": response, "saturation": saturation}[self.kind]
-        return function(sigma, amount or 0.0)
+            damping = self.amount[parameter_group]
+            return damped_inverse(sigma, HEURISTIC_SHARE * eigenvalues.mean() if damping is None else damping)
+        return _OF_LR_STEPS[self.kind](sigma, self._number(parameter_group))
+
+    def _number(self, parameter_group: int) -> float:
+        amount = self.amount[parameter_group]
+        if amount is None:
+            raise MethodError(
+                f"Spectral(stage={self.stage}, kind={self.kind!r}): the amount of parameter group {parameter_group} is "
+                f"None, expected {'a number' if self.kind == 'constant' else 'its lr_steps'}. Only a damping may be "
+                "None, which stands for the heuristic one."
+            )
+        return amount
 
 
 @dataclass(frozen=True)
@@ -103,12 +137,16 @@ class Projection:
     seed: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ProjectedInverse:
     """(R^T F R + damping)^-1 in a projection's features, F being a second moment of per-example gradients.
 
-    features: of the "train" loss's gradients (an empirical Fisher), or of the task's "output" (TRAK). damping: None
-    for 0.1 times the mean eigenvalue. batch: F is that of so many examples' summed gradients, over `batch`.
+    Args:
+        stage: whose training examples; point: the parameters at which their gradients are taken.
+        features: "train" for gradients of the training loss (an empirical Fisher), "output" for those of the task's
+            output function (TRAK).
+        damping: None for 0.1 times the mean eigenvalue.
+        batch: F is that of so many examples' summed gradients, over `batch`.
     """
 
     stage: int
@@ -119,11 +157,14 @@ class ProjectedInverse:
     batch: int = 1
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class IterativeInverse:
-    """(H + damping)^-1 by LiSSA: `steps` products with the Hessian of batches of a stage's training loss.
+    """(H + damping)^-1 by LiSSA: `steps` products with the Hessian H of batches of a stage's training loss at a point.
 
-    scale: divides the Hessian, at least half its largest eigenvalue; None estimates it.
+    Args:
+        sample_size: examples of a batch.
+        repetitions: independent estimates that are averaged.
+        scale: divides the damped Hessian, at least half its largest eigenvalue; None estimates it.
     """
 
     stage: int
@@ -144,13 +185,19 @@ class UnitNorm:
 Operator = Spectral | Scale | ProjectedInverse | IterativeInverse | UnitNorm
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Term:
     """One term of a plan: where the query is, what happens to it, and which training gradients it meets.
 
-    label: the term's name in `Scores.by_term`; stage: whose training data; operators: applied in order to the query
-    gradient; train: the points, with `weights`. side: "gradient", or "representation" of the layer named in `layer`
-    (None: the last tracked one), brought to norm 1 if `normalized`; of a group's gradient likewise.
+    Args:
+        label: the term's name in `Scores.by_term`.
+        stage: whose training data.
+        query: the parameters at which query gradients are taken.
+        operators: applied in order to the query gradient.
+        train: the points at which training gradients are taken, with `weights`.
+        side: what meets: each "gradient", or each "representation", the input of a layer.
+        normalized: bring each group's gradient, or each example's representation, to norm 1.
+        layer: of representations, the layer's name; None for the last tracked one.
     """
 
     label: str
@@ -174,14 +221,14 @@ def curvatures(plan: Plan) -> list[Curvature]:
 
 
 def preconditioners(plan: Plan) -> list[Preconditioner]:
-    """The distinct preconditioners that a plan needs."""
-    found: list[Preconditioner | None] = []
-    for op in (op for term in plan for op in term.operators):
-        if isinstance(op, Scale):
-            found.append(op.preconditioner)
-        elif isinstance(op, Spectral):
-            found += [op.shifted_by, op.curvature.scaled if op.curvature else None]
-    return list(dict.fromkeys(one for one in found if one is not None))
+    """The distinct preconditioners that a plan needs, in order of first use."""
+    used: list[Preconditioner | None] = []
+    for operator in (operator for term in plan for operator in term.operators):
+        if isinstance(operator, Scale):
+            used.append(operator.preconditioner)
+        elif isinstance(operator, Spectral):
+            used += [operator.shifted_by, operator.curvature.scaled if operator.curvature else None]
+    return list(dict.fromkeys(preconditioner for preconditioner in used if preconditioner is not None))
 
 
 def projected(plan: Plan) -> list[ProjectedInverse]:

@@ -7,8 +7,8 @@ from numbers import Integral
 from typing import TYPE_CHECKING
 
 from ..errors import MethodError
-from .method import check_batch, check_damping, damping_amount, final_point, stage_place
-from .plan import Plan, ProjectedInverse, Projection, Term
+from .method import check_batch, check_damping, damping_amount, final_plan, final_point, stage_place
+from .plan import Plan, ProjectedInverse, Projection
 
 if TYPE_CHECKING:
     from ..training.trajectory import Trajectory
@@ -72,11 +72,16 @@ class ProjectedFisher:
         return _projected_plan(trajectory, stage, self, "train")
 
 
-def _projected_plan(trajectory: Trajectory, stage: int, of: TRAK | ProjectedFisher, features: str) -> Plan:
-    final, place = final_point(trajectory), stage_place(trajectory, stage)
-    projection = Projection(of.dimension, of.seed)
-    operator = ProjectedInverse(place, final, projection, features, damping_amount(of.damping), of.fisher_batch)
-    return (Term("final", place, final, (operator,), (final,), (1.0,)),)
+def _projected_plan(trajectory: Trajectory, stage: int, method: TRAK | ProjectedFisher, features: str) -> Plan:
+    operator = ProjectedInverse(
+        stage=stage_place(trajectory, stage),
+        point=final_point(trajectory),
+        projection=Projection(method.dimension, method.seed),
+        features=features,
+        damping=damping_amount(method.damping),
+        batch=method.fisher_batch,
+    )
+    return final_plan(trajectory, stage, operator)
 
 
 def _check_dimension(dimension: int | None) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..errors import MethodError, check_choice
 from ..training.segments import WEIGHTINGS, Segment, Segmentation, cut, segmentation
 from .method import Cuts, check_batch, final_point, stage_place
-from .plan import Curvature, Operator, Plan, Point, Preconditioner, Scale, Spectral, Term
+from .plan import Curvature, Operator, Plan, Point, Preconditioner, Scale, Spectral, Term, Weights
 
 if TYPE_CHECKING:
     from ..training.trajectory import Trajectory
@@ -72,13 +72,13 @@ class Source:
 
     @property
     def automatic(self) -> bool:
-        """Whether a plan needs to be told where to cut."""
+        """Whether a plan needs cuts; see `segflow.methods.Method`."""
         return isinstance(self.segments, str) and self.segments == "auto"
 
     def cuts(self, trajectory: Trajectory, statistics: Mapping[int, Tensor]) -> dict[int, Segmentation]:
         """For segments="auto": where each stage is cut, given its checkpoints' statistics [C, F]."""
         stages = trajectory.stages
-        return {stage: segmentation(stages[stage], found, self.penalty) for stage, found in statistics.items()}
+        return {stage: segmentation(stages[stage], rows, self.penalty) for stage, rows in statistics.items()}
 
     def plan(self, trajectory: Trajectory, stage: int = -1, cuts: Cuts | None = None) -> Plan:
         """One term for each segment of the stage, first to last; later stages only let them decay.
@@ -86,16 +86,23 @@ class Source:
         cuts: needed where segments="auto". MethodError if a cut does not fit the trajectory.
         """
         stage, last = stage_place(trajectory, stage), len(trajectory.stages) - 1
-        walked: tuple[Operator, ...] = ()
+        walked: tuple[Operator, ...] = ()  # what later segments have done to the query gradient
         terms: list[Term] = []
         for place in range(last, stage - 1, -1):
-            parts = self._segments(trajectory, place, cuts)
-            for number, part in reversed(list(enumerate(parts, start=1))):
-                answer, forget = self._operators(trajectory.stages[place], place, part)
+            segments = self._segments(trajectory, place, cuts)
+            for number, segment in reversed(list(enumerate(segments, start=1))):
+                learn, forget = self._operators(trajectory.stages[place], place, segment)
                 if place == stage:
-                    label = f"segment {number}: steps {part.start + 1}-{part.end}"
-                    points, weights = self._points(place, part)
-                    terms.append(Term(label, stage, final_point(trajectory), (*walked, *answer), points, weights))
+                    points, weights = self._points(place, segment)
+                    term = Term(
+                        label=f"segment {number}: steps {segment.start + 1}-{segment.end}",
+                        stage=stage,
+                        query=final_point(trajectory),
+                        operators=(*walked, *learn),
+                        train=points,
+                        weights=weights,
+                    )
+                    terms.append(term)
                 walked = (*walked, *forget)
         return tuple(reversed(terms))
 
@@ -111,30 +118,33 @@ class Source:
             )
         return cut(trajectory.stages[place], asked, self.checkpoint_weights)
 
-    def _points(self, stage: int, part: Segment) -> tuple[tuple[Point, ...], tuple[float, ...]]:
+    def _points(self, stage: int, segment: Segment) -> tuple[tuple[Point, ...], tuple[float, ...]]:
+        """Where a segment's gradients and curvature are taken, and how the points weigh."""
         if self.fast:
-            return (Point(stage, tuple(zip(part.checkpoints, part.weights, strict=True))),), (1.0,)
-        return tuple(Point.at(stage, checkpoint) for checkpoint in part.checkpoints), part.weights
+            return (Point(stage, _weights(segment)),), (1.0,)
+        return tuple(Point.at(stage, checkpoint) for checkpoint in segment.checkpoints), segment.weights
 
     def _operators(
-        self, trajectory: Trajectory, stage: int, part: Segment
+        self, trajectory: Trajectory, stage: int, segment: Segment
     ) -> tuple[tuple[Operator, ...], tuple[Operator, ...]]:
         """What a segment learns of a query, and what it forgets of it on the way back."""
-        curvature = Curvature(stage, *self._points(stage, part), batch=self.fisher_batch)
+        plain = Curvature(stage, *self._points(stage, segment), batch=self.fisher_batch)
+        function = partial(Spectral, stage=stage, amount=segment.lr_steps, shift=segment.weight_decay)
         if not trajectory.preconditioned or self.preconditioner == "none":
-            plain = partial(Spectral, stage, curvature=curvature, amount=part.lr_steps, shift=part.weight_decay)
-            return (plain("response"),), (plain("decay"),)
-        P = Preconditioner(stage, tuple(zip(part.checkpoints, part.weights, strict=True)))
+            return (function(kind="response", curvature=plain),), (function(kind="decay", curvature=plain),)
+        P = Preconditioner(stage, _weights(segment))
         kind = "ekfac" if self.preconditioner == "kronecker" else "diagonal"
-        scaled = replace(curvature, kind=kind, scaled=P)
-        shifted_by = None if trajectory.decoupled else P
-        of = partial(
-            Spectral, stage, curvature=scaled, amount=part.lr_steps, shift=part.weight_decay, shifted_by=shifted_by
-        )
+        scaled = replace(plain, kind=kind, scaled=P)
+        function = partial(function, curvature=scaled, shifted_by=None if trajectory.decoupled else P)
         if self.preconditioner == "kronecker":  # P^1/2 f(P^1/2 H P^1/2 + w) P^+-1/2
             enter, undo = Scale(P, 0.5), Scale(P, -0.5)
-            return (enter, of("response"), enter), (enter, of("decay"), undo)
+            return (enter, function(kind="response"), enter), (enter, function(kind="decay"), undo)
         # (1 - exp(-lr_steps (P diag(H) + w))), then H^-1: Bae et al. 2024, Appendix C
-        coupled = (0.0,) * len(part.lr_steps) if trajectory.decoupled else part.weight_decay
-        inverse = Spectral(stage, "damped_inverse", curvature, (None,) * len(part.lr_steps), coupled)
-        return (of("saturation"), inverse), (of("decay"),)
+        groups = len(segment.lr_steps)
+        coupled = (0.0,) * groups if trajectory.decoupled else segment.weight_decay
+        inverse = Spectral(stage=stage, kind="damped_inverse", curvature=plain, amount=(None,) * groups, shift=coupled)
+        return (function(kind="saturation"), inverse), (function(kind="decay"),)
+
+
+def _weights(segment: Segment) -> Weights:
+    return tuple(zip(segment.checkpoints, segment.weights, strict=True))

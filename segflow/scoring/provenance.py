@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..curvature.names import unsaved
+from ..curvature.saved_moments import unsaved
 from ..data.fingerprints import task_fingerprint
 from ..errors import ScoreError
 from ..groups.groups import Groups

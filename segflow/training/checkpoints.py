@@ -1,8 +1,14 @@
-"""Checkpoint files: what they hold, and whether it is what a trajectory says."""
+"""Checkpoint files: what they hold, and whether it is what a trajectory says.
+
+A checkpoint of `record` is a safetensors file with model.NAME for every tensor of the model's state and, where the
+optimizer keeps second moments, second_moment.PARAMETER for every parameter that has taken a step. Other trainers'
+checkpoints are state_dicts, in safetensors or as torch.save writes them.
+"""
 
 from __future__ import annotations
 
 import re
+import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -13,15 +19,17 @@ from torch import Tensor
 
 from ..errors import TrajectoryError
 from ..store.files import TensorFile, read_tensors
-from .optimizers import STATE
+from .optimizers import SECOND_MOMENTS
+
+MODEL, SECOND_MOMENT = "model.", "second_moment."  # what names begin with in a checkpoint of record()
 
 
 def check_moment_files(name: str, files: int, checkpoints: int) -> None:
     """Raise TrajectoryError unless an optimizer has second moments and there is a file of them for each checkpoint."""
-    if name not in STATE or files != checkpoints:
+    if name not in SECOND_MOMENTS or files != checkpoints:
         raise TrajectoryError(
             f"{files} files of second moments for {checkpoints} checkpoints of {name}: expected a file for each, and "
-            f"one of {', '.join(STATE)}. Leave second_moments= out otherwise."
+            f"one of {', '.join(SECOND_MOMENTS)}. Leave second_moments= out otherwise."
         )
 
 
@@ -57,9 +65,6 @@ def check_moments(
             )
 
 
-_PARTS = ("model.", "second_moment.", "optimizer.")  # of a checkpoint by record()
-
-
 def check_checkpoint_files(paths: Sequence[Path], steps: Sequence[int]) -> None:
     """Raise TrajectoryError unless there is a file for each step, and steps are whole numbers that ascend from 1."""
     if not paths or len(paths) != len(steps):
@@ -77,22 +82,42 @@ def check_files(paths: Sequence[Path], kind: str) -> None:
             raise TrajectoryError(f"{path}: no such {kind}. Restore it, or leave it out of the trajectory.")
 
 
-def recorded_part(path: Path, sha256: str | None, part: str) -> dict[str, Tensor] | None:
-    """One part of a checkpoint that record() wrote; None if it is somebody else's."""
+def open_recorded(path: Path, sha256: str | None) -> TensorFile | None:
+    """A checkpoint that record() wrote; None if it is somebody else's."""
     if not re.fullmatch(r"step-\d{8,}\.safetensors", path.name):
         return None
     file = TensorFile(path, sha256, TrajectoryError)
-    if not all(name.startswith(_PARTS) for name in file.names()):
-        return None
-    return {name[len(part) :]: file.tensor(name) for name in file.names() if name.startswith(part)}
+    return file if all(name.startswith((MODEL, SECOND_MOMENT)) for name in file.names()) else None
 
 
-def state_dict_of(path: Path, sha256: str | None) -> dict[str, Tensor]:
+def part_names(file: TensorFile, part: str) -> list[str]:
+    """The names in one part of a checkpoint, MODEL or SECOND_MOMENT, without its prefix."""
+    return [name[len(part) :] for name in file.names() if name.startswith(part)]
+
+
+def read_part(file: TensorFile, part: str) -> dict[str, Tensor]:
+    """The tensors of one part of a checkpoint, by their names without its prefix."""
+    return {name: file.tensor(part + name) for name in part_names(file, part)}
+
+
+def read_state_dict(path: Path, sha256: str | None) -> dict[str, Tensor]:
     """The state_dict in a file of safetensors or of torch.save; TrajectoryError where it holds anything else."""
     if path.suffix == ".safetensors":
         return read_tensors(path, sha256, TrajectoryError)
+    return _torch_state_dict(path, mmap=False)
+
+
+def state_dict_names(path: Path) -> list[str]:
+    """The names in such a file, without reading its tensors where its format allows that."""
+    if path.suffix == ".safetensors":
+        return TensorFile(path, None, TrajectoryError).names()
+    return list(_torch_state_dict(path, mmap=zipfile.is_zipfile(path)))  # other files are of torch before 1.6
+
+
+def _torch_state_dict(path: Path, mmap: bool) -> dict[str, Tensor]:
+    """mmap: leave the tensors in the file."""
     try:
-        content: Any = torch.load(path, map_location="cpu", weights_only=True)  # noqa: TID251
+        content: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)  # noqa: TID251
     except Exception as problem:  # torch raises many kinds here, none of its own
         raise TrajectoryError(
             f"{path}: not readable as a plain state_dict ({type(problem).__name__}: {problem}). "

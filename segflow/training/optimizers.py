@@ -1,12 +1,13 @@
 """What SOURCE needs to know of torch's optimizers: their constants, effective learning rates and second moments.
 
-One step goes from theta to theta - rate * P * (gradient + weight decay), with the effective rate and, for the
-preconditioned ones, P = 1 / (sqrt(v_hat) + eps). Pure: numbers and tensors in, numbers and tensors out.
+One step goes from theta to theta - rate * P * (gradient + weight decay * theta) with the effective learning rate; of
+the preconditioned optimizers P = 1 / (sqrt(v_hat) + eps), which `curvature.preconditioner` makes of the second moments
+v_hat; decoupled weight decay bypasses P. Pure: numbers and tensors in, numbers and tensors out.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,16 +17,9 @@ from torch import Tensor
 from ..errors import TrajectoryError
 from .per_step import PerStep
 
-# What each preconditioned optimizer keeps of a parameter, as far as v_hat depends on it.
-STATE = {
-    "Adam": ("step", "exp_avg_sq", "max_exp_avg_sq"),
-    "AdamW": ("step", "exp_avg_sq", "max_exp_avg_sq"),
-    "RMSprop": ("step", "square_avg", "grad_avg"),
-    "Adagrad": ("step", "sum"),
-}
-
-
-KNOWN = ("SGD", *STATE)  # to SOURCE
+# The optimizers that divide by the root of second moments, and where their state keeps these.
+SECOND_MOMENTS = {"Adam": "exp_avg_sq", "AdamW": "exp_avg_sq", "RMSprop": "square_avg", "Adagrad": "sum"}
+KNOWN = ("SGD", *SECOND_MOMENTS)  # the optimizers whose effective learning rates are known
 
 
 @dataclass(frozen=True)
@@ -58,22 +52,6 @@ class OptimizerConstants:
     decoupled: bool | None = None
     batch_size: int | None = None
 
-    @classmethod
-    def recorded(cls, content: Mapping[str, Any], log: Mapping[str, Tensor]) -> OptimizerConstants:
-        """What trajectory.json and the log of steps say; KeyError, TypeError and the like where they are damaged."""
-        groups = content["constants"]
-        return cls(
-            content["optimizer"],
-            log["momentum"],
-            log["dampening"],
-            log["weight_decay"],
-            content["nesterov"],
-            content["maximize"],
-            [float(group.get("eps", 1e-8)) for group in groups],
-            any(group.get("decoupled_weight_decay") for group in groups) or None,
-            content.get("batch_size"),
-        )
-
 
 def effective_rates(name: str, rates: Tensor, momentum: Tensor, dampening: Tensor) -> Tensor:
     """What one step moves by for each unit of P * gradient, all [steps, parameter groups].
@@ -93,16 +71,20 @@ def mean_decay(rates: Tensor, decay: Tensor) -> tuple[float, ...]:
     return tuple(mean.tolist())
 
 
-def second_moment(name: str, state: Mapping[str, Tensor], options: Mapping[str, Any]) -> Tensor | None:
+def second_moment(name: str, state: Mapping[str, Any], options: Mapping[str, Any]) -> Tensor | None:
     """The bias-corrected second moments v_hat of one parameter; None if its optimizer keeps none or took no step.
 
-    name: of the optimizer. state: what it keeps of the parameter, under the names in STATE, `step` its own count t.
-    options: its parameter group's. Adam: v / (1 - beta2^t), with amsgrad of the largest v so far; RMSprop: v, where
-    centered less the mean's square; Adagrad: the sum of squares.
+    Adam's are v / (1 - beta2^t), with amsgrad of the largest v so far; RMSprop's are v, where centered less the square
+    of the gradients' mean; Adagrad's are the sum of squares.
+
+    Args:
+        name: the optimizer's.
+        state: what torch's optimizer keeps of the parameter, among it `step`, the parameter's own count t.
+        options: those of the parameter's group.
     """
-    if name not in STATE or STATE[name][1] not in state or float(state.get("step", 0)) < 1:
+    if name not in SECOND_MOMENTS or SECOND_MOMENTS[name] not in state or float(state.get("step", 0)) < 1:
         return None
-    raw = state[STATE[name][1]].detach()
+    raw: Tensor = state[SECOND_MOMENTS[name]].detach()
     if name in ("Adam", "AdamW"):
         raw = state["max_exp_avg_sq"].detach() if options.get("amsgrad") else raw
         return raw / (1 - float(options["betas"][1]) ** float(state["step"]))
@@ -112,63 +94,6 @@ def second_moment(name: str, state: Mapping[str, Tensor], options: Mapping[str, 
         rounding = 8 * torch.finfo(raw.dtype).eps * raw  # torch's fused forms round otherwise
         return torch.where((variance < 0) & (variance >= -rounding), 0.0, variance)
     return raw
-
-
-def second_moments(
-    name: str,
-    state: Mapping[str, Tensor],
-    options: Sequence[Mapping[str, Any]],
-    group_of: Callable[[str], int | None],
-) -> dict[str, Tensor]:
-    """{parameter: second_moment} from {"parameter.key of STATE": tensor}; options: each parameter group's."""
-    kept: dict[str, dict[str, Tensor]] = {}
-    for place, tensor in state.items():
-        parameter, _, key = place.rpartition(".")
-        kept.setdefault(parameter, {})[key] = tensor
-    found = {parameter: second_moment(name, own, options[group_of(parameter) or 0]) for parameter, own in kept.items()}
-    return {parameter: moments for parameter, moments in found.items() if moments is not None}
-
-
-def precondition(moments: Tensor, eps: float, where: str) -> Tensor:
-    """P = 1 / (sqrt(v_hat) + eps), in single precision at least; TrajectoryError naming `where` if it is infinite."""
-    found = 1 / (moments.to(torch.promote_types(moments.dtype, torch.float32)).sqrt() + eps)
-    if not torch.isfinite(found).all():
-        raise TrajectoryError(
-            f"{where}: some second moments are 0, and eps={eps:g} does not keep their steps finite. "
-            "Give OptimizerConstants the eps > 0 that the optimizer was trained with."
-        )
-    return found
-
-
-def described(optimizer: torch.optim.Optimizer, remarks: Sequence[str] = ()) -> str:
-    """The optimizer's class name: torch.optim's own, if the formulas here are right for how it is used.
-
-    remarks: what else makes them wrong.
-    """
-    kind, groups = type(optimizer), optimizer.param_groups
-    decaying = [group for group in groups if group.get("weight_decay")]
-    found = [*remarks]
-    if len({bool(group.get("maximize")) for group in groups}) > 1:
-        found.append("maximize=True in some parameter groups only")
-    if len({bool(group.get("decoupled_weight_decay")) for group in decaying}) > 1:
-        found.append("decoupled_weight_decay=True in some parameter groups only")
-    name = kind.__name__ if kind.__module__.startswith("torch.optim.") else f"{kind.__module__}.{kind.__qualname__}"
-    return f"{name} ({', '.join(found)})" if found else name
-
-
-def lr_decays(optimizer: torch.optim.Optimizer) -> list[tuple[float, bool]]:
-    """By what each parameter group's learning rate was divided in the step just taken, and whether for all alike.
-
-    Adagrad: 1 + (t - 1) lr_decay, t being each parameter's own count of steps.
-    """
-    found = []
-    for group in optimizer.param_groups:
-        decay = float(group.get("lr_decay") or 0.0)
-        trained = [p for p in group["params"] if p.grad is not None] if decay else []
-        moved = [optimizer.state.get(p, {}) for p in trained]
-        steps = {float(own["step"]) for own in moved if "step" in own}
-        found.append((1 + (max(steps, default=1.0) - 1) * decay, len(steps) < 2))
-    return found
 
 
 def require_known(name: str) -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,14 @@ from torch import Tensor, nn
 from ..errors import TrajectoryError
 from ..runtime.ranks import current
 from ..runtime.sharding import unwrap, whole
-from ..store.files import inside, write_json, write_tensors
-from .optimizers import described, lr_decays, second_moment
+from ..store.files import write_json, write_tensors
+from .checkpoints import MODEL, SECOND_MOMENT
+from .optimizers import second_moment
 from .per_step import check_batch_size
-from .trajectory import FORMAT, STAGES, check_stage, stage_names
+from .recording_folder import FINISHED, FORMAT, STEPS, UNFINISHED, RecordingFolder, checkpoint_file
+from .schedule import CheckpointSchedule
+from .step_log import StepLog
 
-_LOGGED = {"learning_rate": "lr", "momentum": "momentum", "dampening": "dampening", "weight_decay": "weight_decay"}
 _UNEVEN = "lr_decay over parameters of one group that took different numbers of steps"
 
 
@@ -77,12 +79,12 @@ def record(
         (4, 8)
     """
     optimizer = getattr(optimizer, "optimizer", optimizer)
-    recording = Recording(unwrap(model), optimizer, Path(directory), dataset_size, stage, batch_size)
-    recording.plan(total_steps, checkpoints)
+    folder, schedule = RecordingFolder(Path(directory), stage), CheckpointSchedule(total_steps, checkpoints)
+    recording = Recording(unwrap(model), optimizer, folder, schedule, dataset_size, batch_size)
     ranks = current()
     with ranks.together("record", guard=False):
         if ranks.main:
-            recording.begin(overwrite)
+            folder.claim(overwrite)
         hooks = [
             recording.optimizer.register_step_pre_hook(lambda *_: recording.log_step()),
             recording.optimizer.register_step_post_hook(lambda *_: recording.end_step()),
@@ -102,127 +104,39 @@ class Recording:
         self,
         model: nn.Module,
         optimizer: Any,
-        root: Path,
+        folder: RecordingFolder,
+        schedule: CheckpointSchedule,
         dataset_size: int,
-        stage: str | None = None,
         batch_size: int | None = None,
     ):
-        self.model, self.optimizer, self.dataset_size, self.batch_size = model, optimizer, dataset_size, batch_size
-        self.root, self.stage = root, stage
-        self.directory = root if stage is None else root / check_stage(stage)
+        _check_options(optimizer, dataset_size, batch_size)
+        self.model, self.optimizer, self.folder, self.schedule = model, optimizer, folder, schedule
+        self.dataset_size, self.batch_size = dataset_size, batch_size
         self.step = 0
         self._main = current().main  # of several ranks the first writes
-        self._total: int | None = None
-        self._wanted: set[int] = set()
-        self._count: int | None = None  # set where checkpoints are thinned on the way
-        self._interval = 1
-        self._rows: list[list[list[float]]] = []
-        self._row: list[list[float]] = []  # of the step under way
-        self._saved: dict[int, dict[str, Any]] = {}
-        self._group_of: dict[str, int] = {}
-        self._uneven = False  # parameters of one group had different learning rates
-        check_batch_size(batch_size)
-        if not hasattr(dataset_size, "__index__") or dataset_size < 1:
-            raise TrajectoryError(f"dataset_size={dataset_size}: expected the number of training examples.")
-        if not isinstance(optimizer, torch.optim.Optimizer):
-            raise TrajectoryError(
-                f"the optimizer is a {type(optimizer).__name__}, which has no step hooks. "
-                "Expected a torch.optim optimizer."
-            )
+        self._log = StepLog()
+        self._saved: dict[int, dict[str, Any]] = {}  # by step, what trajectory.json says of a checkpoint
+        self._group_of: dict[str, int] = {}  # each parameter's group
         self._note_parameters()
-        self._model_state()
+        self._model_state()  # refuses now what could not be saved
         if not self._group_of:
             raise TrajectoryError(
                 "the optimizer holds none of this model's parameters. "
                 "Give record() the model and the optimizer in training."
             )
 
-    def plan(self, total_steps: int | None, checkpoints: int | Sequence[int]) -> None:
-        """Decide which steps to save."""
-        self._total = total_steps
-        if isinstance(checkpoints, Iterable):
-            self._wanted = {int(step) for step in checkpoints}
-            low, high = min(self._wanted, default=0), max(self._wanted, default=0)
-            if low < 1 or high > (total_steps or high) or self._wanted != set(checkpoints):
-                raise TrajectoryError(
-                    f"checkpoints={list(checkpoints)}: expected steps from 1 to "
-                    f"{'the end' if total_steps is None else total_steps}."
-                )
-        elif checkpoints < 1:
-            raise TrajectoryError(f"checkpoints={checkpoints}: expected at least 1.")
-        elif total_steps is None:
-            self._count = checkpoints
-        elif total_steps < checkpoints:
-            raise TrajectoryError(f"total_steps={total_steps}: too few for {checkpoints} checkpoints.")
-        else:
-            self._wanted = set(_evenly(total_steps, checkpoints))
-
-    def begin(self, overwrite: bool) -> None:
-        """Mark the folder as a recording under way, refusing to overwrite one unasked."""
-        names = stage_names(self.root)
-        if self.stage is None and names:
-            raise TrajectoryError(
-                f"{self.root}: holds the stages {', '.join(names)}. Give record() a stage=, or another folder."
-            )
-        before = [] if self.stage is None else self._stages_before(names, overwrite)
-        folder = self.directory
-        if (present := _present(folder)) and not overwrite:
-            raise TrajectoryError(
-                f"{folder}: holds a recorded run already ({present[0]}). "
-                "Record into another folder, or pass overwrite=True."
-            )
-        if self.stage is not None:
-            later = [inside(self.root, name, error=TrajectoryError) for name in names[len(before) + 1 :]]
-            write_json(self.root / STAGES, {"format": 1, "stages": [*before, self.stage]})
-            for stale in later:
-                _erase(stale)
-        write_json(folder / "recording.json", {"format": FORMAT, "finished": False})
-        (folder / "trajectory.json").unlink(missing_ok=True)
-        for stale in (folder / "checkpoints").glob("step-*.safetensors*"):
-            stale.unlink()
-
-    def _stages_before(self, names: list[str], overwrite: bool) -> list[str]:
-        """Those of the folder's stages that stay; refuses what would make no training run."""
-        stage = str(self.stage)
-        inside(self.root, stage, error=TrajectoryError)
-        if present := _present(self.root):
-            raise TrajectoryError(
-                f"{self.root}: holds a recorded run without stages ({present[0]}). Record into another folder, "
-                "every stage with a stage= of its own."
-            )
-        alike = [name for name in names if name.lower() == stage.lower()]
-        if alike and (alike != [stage] or not overwrite):
-            raise TrajectoryError(
-                f"{self.root}: holds stage {alike[0]!r} already. Choose another name, or replace that stage and those "
-                f"after it with stage={alike[0]!r} and overwrite=True."
-            )
-        before = names[: names.index(stage)] if alike else names
-        if before and not (self.root / before[-1] / "trajectory.json").exists():
-            raise TrajectoryError(
-                f"{self.root}: stage {before[-1]!r}, before {stage!r}, did not finish. "
-                "Train it again, with overwrite=True, before recording another."
-            )
-        return before
-
     def log_step(self) -> None:
         """Log what the optimizer is about to use; a step hook."""
-        groups = self.optimizer.param_groups
-        self._row = [[float(group.get(key, 0.0)) for group in groups] for key in _LOGGED.values()]
+        self._log.before_step(self.optimizer)
 
     def end_step(self) -> None:
         """Count the step and save a checkpoint where one is due; a step hook."""
         self.step += 1
-        for index, (divisor, alike) in enumerate(lr_decays(self.optimizer)):
-            if divisor != 1:
-                self._row[0][index] /= divisor
-            self._uneven |= not alike
-        self._rows.append(self._row)  # only now: a step that raised was not taken
-        if self.step in self._wanted or (self._count and self.step % self._interval == 0):
+        self._log.after_step(self.optimizer)
+        if self.schedule.due(self.step):
             self._save()
-        if self._count and len(self._saved) > 2 * self._count:
-            self._interval *= 2
-            for step in [step for step in self._saved if step % self._interval]:
-                self._drop(step)
+        for step in self.schedule.surplus(self._saved):
+            self._drop(step)
 
     def finish(self) -> None:
         """Save the last step and write trajectory.json, which makes the recording whole."""
@@ -230,15 +144,13 @@ class Recording:
             raise TrajectoryError("record(): the optimizer took no step inside the block, so there is no trajectory.")
         if self.step not in self._saved:
             self._save()
-        if self._count:
-            self._thin(_evenly(self.step, min(self._count, self.step)))
+        for step in self.schedule.surplus_at_end(self._saved, self.step):
+            self._drop(step)
         self._note_parameters()
         self._write_trajectory()
-        missed = sorted(step for step in self._wanted if step > self.step)
-        if missed or self.step > (self._total or self.step):
-            reason = f"checkpoints at {missed} were never reached" if missed else f"not at total_steps={self._total}"
+        if unmet := self.schedule.unmet(self.step):
             warnings.warn(
-                f"record(): training ended at step {self.step}, {reason}; "
+                f"record(): training ended at step {self.step}, {unmet}; "
                 f"the recording has checkpoints at {sorted(self._saved)}.",
                 stacklevel=4,
             )
@@ -257,81 +169,81 @@ class Recording:
             raise TrajectoryError(f"the model's state {plain[0]!r} is no tensor, so it cannot be saved as safetensors.")
         return state
 
+    def _second_moments(self) -> dict[str, Tensor]:
+        """v_hat of every parameter that has taken a step."""
+        name, states = optimizer_name(self.optimizer), self.optimizer.state
+        moments = {}
+        for parameter, values in self.model.named_parameters():
+            if values in states and parameter in self._group_of:
+                group = self.optimizer.param_groups[self._group_of[parameter]]
+                moments[parameter] = second_moment(name, states[values], group)
+        return {parameter: tensor for parameter, tensor in moments.items() if tensor is not None}
+
     def _save(self) -> None:
         """Save a checkpoint, and then what is known of the trajectory, so that a run that is killed can be read."""
         self._note_parameters()
-        tensors = {f"model.{name}": value for name, value in self._model_state().items()}
-        complete = {name: whole(tensor) for name, tensor in (tensors | self._second_moments()).items()}  # on every rank
-        entry: dict[str, Any] = {"file": f"checkpoints/step-{self.step:08d}.safetensors", "step": self.step}
+        tensors = {f"{MODEL}{name}": value for name, value in self._model_state().items()}
+        tensors |= {f"{SECOND_MOMENT}{name}": value for name, value in self._second_moments().items()}
+        complete = {name: whole(tensor) for name, tensor in tensors.items()}  # sharded ones, on every rank
+        entry: dict[str, Any] = {"file": checkpoint_file(self.step), "step": self.step}
         self._saved[self.step] = entry
         if self._main:
-            entry |= write_tensors(self.directory / entry["file"], complete)
-            write_json(self.directory / "recording.json", self._so_far())
-
-    def _second_moments(self) -> dict[str, Tensor]:
-        found = {}
-        for name, parameter in self.model.named_parameters():
-            if parameter in self.optimizer.state and name in self._group_of:
-                group = self.optimizer.param_groups[self._group_of[name]]
-                moments = second_moment(described(self.optimizer), self.optimizer.state[parameter], group)
-                if moments is not None:
-                    found[f"second_moment.{name}"] = moments
-        return found
-
-    def _write_trajectory(self) -> None:
-        if self._main:
-            write_json(self.directory / "trajectory.json", self._so_far())
-            (self.directory / "recording.json").unlink()
+            entry |= write_tensors(self.folder.path / entry["file"], complete)
+            write_json(self.folder.path / UNFINISHED, self._description())
 
     def _drop(self, step: int) -> None:
-        file = self.directory / self._saved.pop(step)["file"]
+        file = self.folder.path / self._saved.pop(step)["file"]
         if self._main:
             file.unlink()
 
-    def _thin(self, wanted: list[int]) -> None:
-        """Keep the saved checkpoints nearest to the wanted steps, of which the last is one."""
-        kept = {min(self._saved, key=lambda saved: abs(saved - step)) for step in wanted}
-        for step in set(self._saved) - kept:
-            self._drop(step)
+    def _write_trajectory(self) -> None:
+        if self._main:
+            write_json(self.folder.path / FINISHED, self._description())
+            (self.folder.path / UNFINISHED).unlink()
 
-    def _so_far(self) -> dict[str, Any]:
-        """What trajectory.json says, the log of steps written to a file of its own."""
+    def _description(self) -> dict[str, Any]:
+        """What trajectory.json says so far; the log of steps is written to its own file."""
         groups = self.optimizer.param_groups
-        width = max(len(groups), *(len(row[0]) for row in self._rows))
-        padded = [[values + [0.0] * (width - len(values)) for values in row] for row in self._rows]
-        log = torch.tensor(padded, dtype=torch.float64)  # [steps, logged values, parameter groups]
-        tensors = {name: log[:, index] for index, name in enumerate(_LOGGED)}
         return {
             "format": FORMAT,
-            "stage": "train" if self.stage is None else self.stage,
+            "stage": "train" if self.folder.stage is None else self.folder.stage,
             "dataset_size": self.dataset_size,
             "batch_size": self.batch_size,
-            "optimizer": described(self.optimizer, [_UNEVEN] if self._uneven else []),
+            "optimizer": optimizer_name(self.optimizer, [_UNEVEN] if self._log.uneven else []),
             "nesterov": any(bool(group.get("nesterov")) for group in groups),
             "maximize": any(bool(group.get("maximize")) for group in groups),
             "constants": [{k: _plain(v) for k, v in group.items() if _is_plain(_plain(v))} for group in groups],
             "parameter_groups": self._group_of,
             "checkpoints": [self._saved[step] for step in sorted(self._saved)],
-            "log": write_tensors(self.directory / "steps.safetensors", tensors),
+            "log": write_tensors(self.folder.path / STEPS, self._log.tensors(len(groups))),
         }
 
 
-def _evenly(total: int, count: int) -> list[int]:
-    return [round(total * place / count) for place in range(1, count + 1)]
+def optimizer_name(optimizer: torch.optim.Optimizer, reservations: Sequence[str] = ()) -> str:
+    """The optimizer's class name, which is torch.optim's own only if the formulas in `optimizers` hold for this run.
+
+    reservations: known reasons why they do not; those that the optimizer's options show are added. The name then says
+    them in parentheses, so that no formula is found under it.
+    """
+    kind, groups = type(optimizer), optimizer.param_groups
+    decaying = [group for group in groups if group.get("weight_decay")]
+    reasons = [*reservations]
+    if len({bool(group.get("maximize")) for group in groups}) > 1:
+        reasons.append("maximize=True in some parameter groups only")
+    if len({bool(group.get("decoupled_weight_decay")) for group in decaying}) > 1:
+        reasons.append("decoupled_weight_decay=True in some parameter groups only")
+    name = kind.__name__ if kind.__module__.startswith("torch.optim.") else f"{kind.__module__}.{kind.__qualname__}"
+    return f"{name} ({', '.join(reasons)})" if reasons else name
 
 
-def _present(folder: Path) -> list[str]:
-    return [name for name in ("trajectory.json", "recording.json") if (folder / name).exists()]
-
-
-def _erase(folder: Path) -> None:
-    """Remove what record() wrote into a folder, and the folder if nothing else is in it."""
-    files = [folder / name for name in ("trajectory.json", "recording.json", "steps.safetensors")]
-    for file in [*files, *(folder / "checkpoints").glob("step-*.safetensors*")]:
-        file.unlink(missing_ok=True)
-    for empty in (folder / "checkpoints", folder):
-        with suppress(OSError):
-            empty.rmdir()
+def _check_options(optimizer: Any, dataset_size: int, batch_size: int | None) -> None:
+    check_batch_size(batch_size)
+    if not hasattr(dataset_size, "__index__") or dataset_size < 1:
+        raise TrajectoryError(f"dataset_size={dataset_size}: expected the number of training examples.")
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise TrajectoryError(
+            f"the optimizer is a {type(optimizer).__name__}, which has no step hooks. Expected a torch.optim optimizer."
+        )
 
 
 def _plain(value: Any) -> Any:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import math
 import os
-import re
 from collections.abc import Mapping, Sequence
 from functools import reduce
 from pathlib import Path
@@ -16,24 +15,21 @@ from torch import Tensor, nn
 
 from ..errors import TrajectoryError
 from ..runtime.sharding import laid_out
-from ..store.files import file_digest, inside, read_json, read_tensors
+from ..store.files import TensorFile, file_digest, inside, read_tensors
 from .checkpoints import (
+    MODEL,
+    SECOND_MOMENT,
     check_checkpoint_files,
     check_files,
     check_moment_files,
     check_moments,
-    recorded_part,
-    state_dict_of,
+    open_recorded,
+    part_names,
+    read_part,
+    read_state_dict,
+    state_dict_names,
 )
-from .optimizers import (
-    STATE,
-    OptimizerConstants,
-    effective_rates,
-    mean_decay,
-    precondition,
-    require_known,
-    second_moments,
-)
+from .optimizers import SECOND_MOMENTS, OptimizerConstants, effective_rates, mean_decay, require_known
 from .per_step import (
     PerStep,
     check_batch_size,
@@ -42,11 +38,7 @@ from .per_step import (
     constant_by_step,
     rates_by_step,
 )
-
-__all__ = ["FORMAT", "OptimizerConstants", "PerStep", "Trajectory", "check_stage", "stage_names"]
-FORMAT = 2  # format 1, which held the optimizer's own state in place of second moments, is read as well
-STAGES = "stages.json"  # of a folder with several stages: their names in order, each that of a recording's subfolder
-_OWN = ("trajectory.json", "recording.json", "steps.safetensors", "checkpoints", STAGES)  # no names for stages
+from .recording_folder import STAGES, STEPS, Description, check_stage, read_description, stage_names
 
 
 class Trajectory:
@@ -78,6 +70,7 @@ class Trajectory:
         dataset_size: int,
         optimizer: OptimizerConstants | None = None,
         parameter_groups: Mapping[str, int] | None = None,
+        *,
         stage: str = "train",
         second_moments: Sequence[str | os.PathLike[str]] | None = None,
     ):
@@ -100,12 +93,11 @@ class Trajectory:
         check_batch_size(self.optimizer.batch_size)
         self.stage = check_stage(stage)
         self.earlier: Trajectory | None = None  # the stage before; see `after`
-        self._moments = None if second_moments is None else tuple(Path(path) for path in second_moments)
-        if self._moments is not None:
-            check_moment_files(self.optimizer.name, len(self._moments), len(self))
-            check_files(self._moments, "file of second moments")
-        self._expected: dict[int, str] = {}
-        self._options: Sequence[Mapping[str, Any]] = ()  # each parameter group's, of a recording of format 1
+        self._moment_files = None if second_moments is None else tuple(Path(path) for path in second_moments)
+        if self._moment_files is not None:
+            check_moment_files(self.optimizer.name, len(self._moment_files), len(self))
+            check_files(self._moment_files, "file of second moments")
+        self._sha256: dict[int, str] = {}  # of a recording's checkpoints, by index
 
     @classmethod
     def load(cls, directory: str | os.PathLike[str], *, unfinished: bool = False) -> Trajectory:
@@ -118,61 +110,45 @@ class Trajectory:
         root = Path(directory)
         names = stage_names(root)
         folders = [inside(root, name, error=TrajectoryError) for name in names] or [root]
-        found = [cls._loaded(folder, unfinished and folder == folders[-1]) for folder in folders]
-        for name, stage in zip(names, found, strict=False):
+        stages = [cls._loaded(folder, unfinished and folder == folders[-1]) for folder in folders]
+        for name, stage in zip(names, stages, strict=False):
             if stage.stage != name:
                 raise TrajectoryError(
                     f"{root / name}: holds stage {stage.stage!r}, but {STAGES} says {name!r}. "
                     "Put the folders back in their places, or record again."
                 )
-        return reduce(lambda earlier, later: later.after(earlier), found)
+        return reduce(lambda earlier, later: later.after(earlier), stages)
 
     @classmethod
-    def _loaded(cls, root: Path, unfinished: bool) -> Trajectory:
-        names = [name for name in ("trajectory.json", "recording.json") if (root / name).exists()]
-        if not names:
-            raise TrajectoryError(f"{root}: no recorded run here (no trajectory.json). Make one with segflow.record().")
-        if names == ["recording.json"] and not unfinished:
-            raise TrajectoryError(
-                f"{root}: the recorded run did not finish, its process was stopped inside segflow.record(). "
-                "Train again, with overwrite=True to reuse the folder; or pass unfinished=True to explain the "
-                "model of its last checkpoint."
-            )
-        content = read_json(root / names[0], TrajectoryError)
-        found = content.get("format") if isinstance(content, dict) else None
-        if found not in (1, FORMAT) or isinstance(found, bool):
-            raise TrajectoryError(f"{root}: trajectory format {found!r}, this segflow reads 1 and {FORMAT}.")
-        if content.get("finished") is False:
-            raise TrajectoryError(
-                f"{root}: the recorded run was stopped before its first checkpoint. Train again, with overwrite=True "
-                "to reuse the folder; a stage before it can be loaded from its own folder."
-            )
+    def _loaded(cls, folder: Path, unfinished: bool) -> Trajectory:
+        """The one stage that was recorded into a folder."""
+        description = read_description(folder, unfinished=unfinished)
         try:
-            return cls._recorded(root, content, whole=names[0] == "trajectory.json")
+            return cls._described(folder, description)
         except (KeyError, TypeError, AttributeError, ValueError) as problem:
             raise TrajectoryError(
-                f"{root / names[0]}: damaged ({type(problem).__name__}: {problem}). Restore it, or record again."
+                f"{description.path}: damaged ({type(problem).__name__}: {problem}). Restore it, or record again."
             ) from problem
 
     @classmethod
-    def _recorded(cls, root: Path, content: Mapping[str, Any], whole: bool) -> Trajectory:
-        """The trajectory that a file describes; of a run that was stopped, only what is surely there."""
-        log = read_tensors(root / "steps.safetensors", content["log"]["sha256"] if whole else None, TrajectoryError)
-        entries = [(inside(root, entry["file"], error=TrajectoryError), entry) for entry in content["checkpoints"]]
-        entries = [(path, entry) for path, entry in entries if whole or path.exists()]
-        last = None if whole else entries[-1][1]["step"] if entries else 0
+    def _described(cls, folder: Path, description: Description) -> Trajectory:
+        """The trajectory that a recording describes; of a run that was stopped, only what is surely there."""
+        content, finished = description.content, description.finished
+        log = read_tensors(folder / STEPS, content["log"]["sha256"] if finished else None, TrajectoryError)
+        entries = [(inside(folder, entry["file"], error=TrajectoryError), entry) for entry in content["checkpoints"]]
+        entries = [(path, entry) for path, entry in entries if finished or path.exists()]
+        last = None if finished else entries[-1][1]["step"] if entries else 0
         log = {name: values[:last] for name, values in log.items()}
         trajectory = cls(
-            [path for path, _ in entries],
-            [entry["step"] for _, entry in entries],
-            log["learning_rate"],
-            content["dataset_size"],
-            OptimizerConstants.recorded(content, log),
-            content["parameter_groups"],
-            content.get("stage", "train"),
+            checkpoints=[path for path, _ in entries],
+            steps=[entry["step"] for _, entry in entries],
+            learning_rates=log["learning_rate"],
+            dataset_size=content["dataset_size"],
+            optimizer=_recorded_optimizer(content, log),
+            parameter_groups=content["parameter_groups"],
+            stage=content["stage"],
         )
-        trajectory._expected = {index: entry["sha256"] for index, (_, entry) in enumerate(entries)}
-        trajectory._options = content["constants"]
+        trajectory._sha256 = {index: entry["sha256"] for index, (_, entry) in enumerate(entries)}
         return trajectory
 
     def after(self, earlier: Trajectory) -> Trajectory:
@@ -213,7 +189,7 @@ class Trajectory:
     @property
     def preconditioned(self) -> bool:
         """True if steps were divided by the root of second moments (Adam, AdamW, RMSprop, Adagrad)."""
-        return self.optimizer.name in STATE
+        return self.optimizer.name in SECOND_MOMENTS
 
     @property
     def decoupled(self) -> bool:
@@ -222,8 +198,24 @@ class Trajectory:
 
     def state(self, index: int) -> dict[str, Tensor]:
         """The model's state_dict at checkpoint `index`, on the CPU."""
-        found = recorded_part(self.checkpoints[index], self._expected.get(index), "model.")
-        return state_dict_of(self.checkpoints[index], self._expected.get(index)) if found is None else found
+        recorded = self._recorded(index)
+        if recorded is not None:
+            return read_part(recorded, MODEL)
+        return read_state_dict(self.checkpoints[index], self._sha256.get(index))
+
+    def saved_moments(self, index: int) -> frozenset[str] | None:
+        """The names of the parameters whose second moments were saved at checkpoint `index`; None if none were.
+
+        Only names are read, so that the moments themselves may still be refused by `second_moments`.
+        """
+        if not self.preconditioned:
+            return None
+        if self._moment_files is not None:
+            names = state_dict_names(self._moment_files[index])
+        else:
+            recorded = self._recorded(index)
+            names = [] if recorded is None else part_names(recorded, SECOND_MOMENT)
+        return frozenset(names) or None
 
     def second_moments(self, index: int) -> dict[str, Tensor] | None:
         """Bias-corrected second moments v_hat at checkpoint `index`, {parameter name: tensor}; None if not saved.
@@ -233,27 +225,23 @@ class Trajectory:
         """
         if not self.preconditioned:
             return None
-        path, sha256 = self.checkpoints[index], self._expected.get(index)
-        found = recorded_part(path, sha256, "second_moment.") or {}
-        if not found and self._options:
-            raw = recorded_part(path, sha256, "optimizer.") or {}
-            found = second_moments(self.optimizer.name, raw, self._options, self.group_of)
-        if self._moments is not None:
-            path, found = self._moments[index], state_dict_of(self._moments[index], None)
-        check_moments(str(path), found, self.group_of, self.state(index) if self._moments else None)
-        return found or None
+        if self._moment_files is not None:
+            path = self._moment_files[index]
+            moments = read_state_dict(path, None)
+            check_moments(str(path), moments, self.group_of, self.state(index))
+        else:
+            recorded = self._recorded(index)
+            moments = {} if recorded is None else read_part(recorded, SECOND_MOMENT)
+            check_moments(str(self.checkpoints[index]), moments, self.group_of)
+        return moments or None
 
-    def preconditioner(self, index: int) -> dict[str, Tensor] | None:
-        """P = 1 / (sqrt(v_hat) + eps) at checkpoint `index`, {parameter name: tensor}; None without second moments."""
-        found = {}
-        for name, moments in (self.second_moments(index) or {}).items():
-            eps = self.eps[self.group_of(name) or 0]
-            found[name] = precondition(moments, eps, f"step {self.steps[index]}, {name!r}")
-        return found or None
+    def _recorded(self, index: int) -> TensorFile | None:
+        """The file of checkpoint `index` if record() wrote it; None if it is somebody else's."""
+        return open_recorded(self.checkpoints[index], self._sha256.get(index))
 
     def digest(self, index: int) -> str:
         """sha256 of the checkpoint's file; where `second_moments` were given, "-" and that of their file besides."""
-        paths = [self.checkpoints[index], *(self._moments[index : index + 1] if self._moments else ())]
+        paths = [self.checkpoints[index], *(self._moment_files[index : index + 1] if self._moment_files else ())]
         return "-".join(file_digest(path, TrajectoryError) for path in paths)
 
     def load_into(self, model: nn.Module, index: int | Mapping[int, float]) -> None:
@@ -274,8 +262,8 @@ class Trajectory:
 
     def _mean(self, weights: Mapping[int, float]) -> dict[str, Tensor]:
         total = sum(weights.values())
-        known = all(index in range(len(self)) for index in weights)
-        if not known or not all(weight >= 0 for weight in weights.values()) or not 0 < total < math.inf:
+        known_checkpoints = all(index in range(len(self)) for index in weights)
+        if not known_checkpoints or not all(weight >= 0 for weight in weights.values()) or not 0 < total < math.inf:
             raise TrajectoryError(
                 f"mean of checkpoints: got {{checkpoint: weight}} {dict(weights)}, expected checkpoints 0 to "
                 f"{len(self) - 1} with finite weights >= 0, not all of them 0."
@@ -307,23 +295,17 @@ class Trajectory:
         return 0 if self.parameter_groups is None else self.parameter_groups.get(parameter)
 
 
-def check_stage(name: str) -> str:
-    """The name of a stage; TrajectoryError unless it is plain enough to name a folder."""
-    plain = isinstance(name, str) and re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,99}", name)
-    if not plain or name.lower() in _OWN:
-        raise TrajectoryError(
-            f"stage={name!r}: expected up to 100 letters, digits, '_', '-' and '.', no '.' first, and not {_OWN}."
-        )
-    return name
-
-
-def stage_names(root: Path) -> list[str]:
-    """The stages recorded in a folder, first to last; none if it holds no stages. TrajectoryError if damaged."""
-    path = root / STAGES
-    if not path.exists():
-        return []
-    content = read_json(path, TrajectoryError)
-    names = content.get("stages") if isinstance(content, dict) and content.get("format") == 1 else None
-    if not isinstance(names, list) or not names or len({str(name).lower() for name in names}) < len(names):
-        raise TrajectoryError(f'{path}: expected {{"format": 1, "stages": [names]}}. Restore it, or record again.')
-    return [check_stage(name) for name in names]
+def _recorded_optimizer(content: Mapping[str, Any], log: Mapping[str, Tensor]) -> OptimizerConstants:
+    """What trajectory.json and the log of steps say of it; KeyError, TypeError and the like where they are damaged."""
+    groups = content["constants"]
+    return OptimizerConstants(
+        name=content["optimizer"],
+        momentum=log["momentum"],
+        dampening=log["dampening"],
+        weight_decay=log["weight_decay"],
+        nesterov=content["nesterov"],
+        maximize=content["maximize"],
+        eps=[float(group.get("eps", 1e-8)) for group in groups],
+        decoupled=any(group.get("decoupled_weight_decay") for group in groups) or None,
+        batch_size=content["batch_size"],
+    )

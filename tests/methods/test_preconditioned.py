@@ -222,14 +222,14 @@ def test_parts_add_up_by_term_and_by_layer(tmp_path: Path) -> None:
 
 
 def test_an_entry_that_never_had_a_gradient_does_not_matter_and_one_that_had_none_yet_does_not_take_over() -> None:
-    from segflow.curvature.preconditioner import Denominator, preconditioner_block
+    from segflow.curvature.preconditioner import MeanDenominator, preconditioner_block
 
     moments = torch.tensor([[[4.0, 0.0], [16.0, 0.0]]], dtype=torch.float64)
-    dead = preconditioner_block(Denominator().plus(1.0, moments, 1e-8))
+    dead = preconditioner_block(MeanDenominator().plus(1.0, moments, 1e-8))
     torch.testing.assert_close(dead.exact_POI[0, :, 0], torch.tensor([0.5, 0.25]).double(), rtol=1e-6, atol=0)
     assert dead.exact_POI.max() < 10
     none, one = torch.zeros(1, 1, 1).double(), torch.ones(1, 1, 1).double()
-    later = preconditioner_block(Denominator().plus(0.5, none, 1e-8).plus(0.5, one, 1e-8))
+    later = preconditioner_block(MeanDenominator().plus(0.5, none, 1e-8).plus(0.5, one, 1e-8))
     torch.testing.assert_close(later.exact_POI.item(), 2.0, rtol=1e-6, atol=0)
 
 

@@ -279,6 +279,11 @@ def tracin_scores(checkpoints: Iterable[tuple[Tensor, float, Tensor]], dataset_s
 # ---- preconditioned optimizers ----
 
 
+def preconditioner(second_moments: Tensor, eps: float) -> Tensor:
+    """P = 1 / (sqrt(v_hat) + eps), elementwise, as Adam, RMSprop and Adagrad divide their steps (SOURCE App. C)."""
+    return 1 / (second_moments.sqrt() + eps)
+
+
 def rank_one(P: Tensor) -> tuple[Tensor, Tensor]:
     """(p_O [P, O], p_I [P, I]) with p_O p_I^T the geometric row and column means of P [P, O, I]."""
     logs = P.double().log()

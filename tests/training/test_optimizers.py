@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adagrad, Adam, AdamW, NAdam, Optimizer, RAdam, RMSprop
 
 import segflow as sf
-from segflow.store.files import file_digest, write_json
-from segflow.training.optimizers import STATE, second_moment
+from segflow.store.files import TensorFile
+from segflow.training.optimizers import second_moment
 
+from ..support import oracles
 from ..support.helpers import mlp, perturbed_states, trajectory_of
 
 N = 24
@@ -108,26 +109,25 @@ VARIANTS: dict[str, tuple[Callable[[Any], Optimizer], Callable[[list[Tensor]], T
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_second_moments_and_preconditioner_are_those_of_the_gradients_by_definition(tmp_path: Path, name: str) -> None:
+def test_second_moments_are_those_of_the_gradients_by_definition(tmp_path: Path, name: str) -> None:
     make, moments_of, eps = VARIANTS[name]
     model = mlp()
     found = run(tmp_path, make(model.parameters()), model, random_gradients, 9)
     assert found.preconditioned and found.steps == (4, 9) and found.eps == (eps,)
     for index, steps in enumerate(found.steps):
         past = [list(random_gradients(step, model)) for step in range(1, steps + 1)]
-        moments, preconditioner = found.second_moments(index), found.preconditioner(index)
-        assert moments.keys() == preconditioner.keys() == dict(model.named_parameters()).keys()
+        moments = found.second_moments(index)
+        assert moments.keys() == found.saved_moments(index) == dict(model.named_parameters()).keys()
         for place, (parameter, _) in enumerate(model.named_parameters()):
             expected = moments_of([gradients[place] for gradients in past])
             torch.testing.assert_close(moments[parameter], expected, rtol=1e-12, atol=1e-15)
-            torch.testing.assert_close(preconditioner[parameter], 1 / (expected.sqrt() + eps), rtol=1e-9, atol=0)
 
 
 @pytest.mark.parametrize("make", [SGD, NAdam])
 def test_what_is_not_preconditioned_or_not_known_saves_no_second_moments(tmp_path: Path, make: Any) -> None:
     model = mlp()
     found = run(tmp_path, make(model.parameters(), lr=0.01), model, random_gradients, 4)
-    assert not found.preconditioned and found.second_moments(1) is None and found.preconditioner(1) is None
+    assert not found.preconditioned and found.second_moments(1) is None and found.saved_moments(1) is None
     assert all(name.startswith("model.") for name in load_file(found.checkpoints[-1]))
 
 
@@ -212,11 +212,11 @@ def test_under_a_linear_loss_late_steps_move_by_lr_steps_times_p_times_the_gradi
         optimizer.param_groups[0]["maximize"] = True
     steps = 1200 if "centered" in name else 400
     found = run(tmp_path, optimizer, model, gradients, steps, checkpoints=[steps - 20])
-    before, after, preconditioner = found.state(0), found.state(1), found.preconditioner(1)
+    before, after, moments = found.state(0), found.state(1), found.second_moments(1)
     lr_steps = found.lr_steps(steps - 20, steps)[0]
     assert found.optimizer.maximize is maximize
     for (parameter, _), gradient in zip(model.named_parameters(), slope(0, model), strict=True):
-        p = 1 if preconditioner is None else preconditioner[parameter]
+        p = 1 if moments is None else oracles.preconditioner(moments[parameter], found.eps[0])
         expected = -lr_steps * p * gradient * (-1 if maximize else 1)
         torch.testing.assert_close(after[parameter] - before[parameter], expected, rtol=tolerance, atol=1e-12)
 
@@ -268,10 +268,7 @@ def test_learning_rate_eps_and_weight_decay_are_those_of_the_parameters_group(tm
     default = optimizer.defaults["eps"]
     assert found.eps == (default, 0.7) and found.lr_steps(0, 4) == pytest.approx((0.04, 0.12), rel=1e-12)
     assert found.mean_weight_decay(0, 4) == pytest.approx((0.2, 0.4), rel=1e-12)
-    moments, preconditioner = found.second_moments(1), found.preconditioner(1)
-    for name, values in preconditioner.items():
-        eps = 0.7 if name.startswith("4.") else default
-        torch.testing.assert_close(values, 1 / (moments[name].sqrt() + eps), rtol=1e-12, atol=0)
+    assert {found.group_of(name) for name in found.second_moments(1) if name.startswith("4.")} == {1}
 
 
 def test_betas_and_amsgrad_are_those_of_the_parameters_group(tmp_path: Path) -> None:
@@ -422,21 +419,8 @@ def test_second_moments_that_are_not_finite_or_negative_name_the_parameter(tmp_p
 
     found = run(tmp_path, optimizer, model, gradients, 4)
     assert found.second_moments(0)
-    for asked in (found.second_moments, found.preconditioner):
-        with pytest.raises(
-            sf.TrajectoryError, match=r"step-00000004.*1 of 4 second moments of '2.bias' are not finite"
-        ):
-            asked(1)
-
-
-def test_second_moments_of_zero_without_eps_have_no_preconditioner(tmp_path: Path) -> None:
-    model = mlp()
-    found = run(
-        tmp_path, Adam(model.parameters(), eps=0.0), model, lambda _, m: map(torch.zeros_like, m.parameters()), 4
-    )
-    assert found.second_moments(1)
-    with pytest.raises(sf.TrajectoryError, match=r"step 4, '0.bias': some second moments are 0, and eps=0"):
-        found.preconditioner(1)
+    with pytest.raises(sf.TrajectoryError, match=r"step-00000004.*1 of 4 second moments of '2.bias' are not finite"):
+        found.second_moments(1)
 
 
 def test_rounding_below_zero_in_centered_moments_counts_as_zero() -> None:
@@ -465,16 +449,37 @@ def moment_files(folder: Path, moments: dict[str, Tensor], suffix: str = "safete
     return paths
 
 
+def test_the_names_of_saved_moments_are_read_without_the_moments(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = mlp()
+    recorded = run(tmp_path / "run", Adam(model.parameters(), lr=0.01), model, random_gradients, 4)
+    moments = {name: p.detach().square() for name, p in mlp().named_parameters()}
+    given = foreign(tmp_path, moment_files(tmp_path, moments))
+    monkeypatch.setattr(TensorFile, "tensor", None)
+    for trajectory in (recorded, given):
+        assert trajectory.saved_moments(1) == moments.keys()
+        with pytest.raises(TypeError):
+            trajectory.second_moments(1)
+
+
+def test_the_names_in_a_torch_file_of_the_old_format_are_read_too(tmp_path: Path) -> None:
+    moments = {name: p.detach().square() for name, p in mlp().named_parameters()}
+    paths = [tmp_path / "v-0.pt", tmp_path / "v-1.pt"]
+    for path in paths:
+        torch.save(moments, path, _use_new_zipfile_serialization=False)
+    assert foreign(tmp_path, paths).saved_moments(1) == moments.keys()
+
+
 @pytest.mark.parametrize("suffix", ["safetensors", "pt"])
 def test_second_moments_of_other_trainers_are_read_from_files(tmp_path: Path, suffix: str) -> None:
     moments = {name: p.detach().square() for name, p in mlp().named_parameters()}
     found = foreign(tmp_path, moment_files(tmp_path, moments, suffix))
     for index in range(2):
-        values, preconditioner = found.second_moments(index), found.preconditioner(index)
-        for name, expected in moments.items():
-            assert torch.equal(values[name], (index + 1) * expected)
-            assert torch.equal(preconditioner[name], 1 / (values[name].sqrt() + 0.5))
-    assert foreign(tmp_path, None).second_moments(0) is None
+        values = found.second_moments(index)
+        assert values.keys() == found.saved_moments(index) == moments.keys()
+        assert all(torch.equal(values[name], (index + 1) * expected) for name, expected in moments.items())
+    assert foreign(tmp_path, None).second_moments(0) is None and foreign(tmp_path, None).saved_moments(0) is None
 
 
 def test_the_digest_follows_the_file_of_second_moments(tmp_path: Path) -> None:
@@ -534,31 +539,3 @@ def test_second_moments_of_a_parameter_in_no_group_are_refused(tmp_path: Path) -
 def test_an_eps_that_makes_no_sense_is_refused(tmp_path: Path, eps: Any, text: str) -> None:
     with pytest.raises(sf.TrajectoryError, match=text):
         trajectory_of(tmp_path, perturbed_states(mlp(), 1), N, name="Adam", eps=eps)
-
-
-# Recordings of format 1, which kept the optimizer's own state
-
-
-@pytest.mark.parametrize("name", VARIANTS)
-def test_a_recording_of_format_1_yields_the_same_second_moments(tmp_path: Path, name: str) -> None:
-    make, _, _ = VARIANTS[name]
-    model = mlp()
-    optimizer = make(model.parameters())
-    found = run(tmp_path, optimizer, model, random_gradients, 5, checkpoints=1)
-    expected, eps = found.second_moments(0), found.eps
-    tensors = {key: v for key, v in load_file(found.checkpoints[0]).items() if key.startswith("model.")}
-    for parameter, values in model.named_parameters():
-        for key in STATE[type(optimizer).__name__]:
-            if key in optimizer.state[values]:
-                tensors[f"optimizer.{parameter}.{key}"] = torch.as_tensor(optimizer.state[values][key])
-    save_file(tensors, found.checkpoints[0])
-    content = json.loads((tmp_path / "trajectory.json").read_text())
-    content["checkpoints"][0]["sha256"] = file_digest(found.checkpoints[0], sf.TrajectoryError)
-    for added in ("stage", "batch_size"):
-        del content[added]
-    write_json(tmp_path / "trajectory.json", content | {"format": 1})
-    old = sf.Trajectory.load(tmp_path)
-    assert old.stage == "train" and old.eps == eps and old.optimizer.batch_size is None
-    assert old.second_moments(0).keys() == expected.keys()
-    assert all(torch.equal(old.second_moments(0)[key], values) for key, values in expected.items())
-    old.load_into(mlp(seed=3), 0)

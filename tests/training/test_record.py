@@ -21,7 +21,10 @@ from torch.optim import SGD, Adagrad, Adam, AdamW, NAdam, RMSprop
 from torch.optim.lr_scheduler import CosineAnnealingLR, ExponentialLR, OneCycleLR
 
 import segflow as sf
+from segflow.training import recording_folder
 from segflow.training.record import Recording
+from segflow.training.recording_folder import RecordingFolder
+from segflow.training.schedule import CheckpointSchedule
 
 from ..support.helpers import mlp, vectors
 
@@ -184,9 +187,10 @@ def test_thinning_on_the_way_keeps_the_count_nearly_even_and_the_last_step(tmp_p
 
     model = mlp()
     for total in range(1, 150):
-        dry = Dry(model, SGD(model.parameters(), lr=0.1), tmp_path, N)
-        dry.plan(None, checkpoints)
+        schedule = CheckpointSchedule(None, checkpoints)
+        dry = Dry(model, SGD(model.parameters(), lr=0.1), RecordingFolder(tmp_path, None), schedule, N)
         for _ in range(total):
+            dry.log_step()
             dry.end_step()
         dry.finish()
         kept = sorted(dry._saved)
@@ -704,8 +708,7 @@ def test_an_earlier_stage_that_did_not_finish_is_refused_even_if_unfinished_is_a
 
 def test_a_stop_while_a_stage_begins_costs_no_earlier_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever file was about to be written: what can be loaded is the old stages, or an error that says what to do."""
-    module = sys.modules["segflow.record"]
-    write = module.write_json
+    write = recording_folder.write_json
     for stop in (1, 2):
         folder = tmp_path / str(stop)
         before = [stage.digest(1) for stage in (staged(folder, "one"), staged(folder, "two"))]
@@ -717,10 +720,10 @@ def test_a_stop_while_a_stage_begins_costs_no_earlier_stage(tmp_path: Path, monk
                 raise KeyboardInterrupt
             write(path, content)
 
-        monkeypatch.setattr(module, "write_json", dying)
+        monkeypatch.setattr(recording_folder, "write_json", dying)
         with pytest.raises(KeyboardInterrupt):
             staged(folder, "three")
-        monkeypatch.setattr(module, "write_json", write)
+        monkeypatch.setattr(recording_folder, "write_json", write)
         if stop == 1:
             assert [stage.digest(1) for stage in sf.Trajectory.load(folder).stages] == before
         else:

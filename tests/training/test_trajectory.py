@@ -427,8 +427,9 @@ def test_a_folder_without_a_recording_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("edit", "text"),
     [
-        (lambda c: c | {"format": 3}, "trajectory format 3, this segflow reads 1 and 2"),
-        (lambda c: [c], "trajectory format None, this segflow reads 1 and 2"),
+        (lambda c: c | {"format": 3}, "trajectory format 3, this segflow reads 2"),
+        (lambda c: c | {"format": 1}, "trajectory format 1, this segflow reads 2. Record it again"),
+        (lambda c: [c], "trajectory format None, this segflow reads 2"),
         (lambda c: {k: v for k, v in c.items() if k != "log"}, r"trajectory.json: damaged \(KeyError: 'log'\)"),
         (lambda c: c | {"checkpoints": ["step-3"]}, r"trajectory.json: damaged \(TypeError"),
         (lambda c: c | {"parameter_groups": {"weight": 1}}, "puts 'weight' in group 1"),

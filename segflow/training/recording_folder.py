@@ -1,0 +1,168 @@
+"""The folder of a recorded run: what its files are called, and how a run claims, describes and erases it.
+
+    trajectory.json                          what was recorded; recording.json as long as training goes on
+    steps.safetensors                        the numbers of every step
+    checkpoints/step-00000010.safetensors    model and second moments; see `checkpoints`
+
+Of training in several stages, `stages.json` lists their names in order, and each has such a folder of its own below.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import TrajectoryError
+from ..store.files import inside, read_json, write_json
+
+FORMAT = 2  # of trajectory.json
+FINISHED, UNFINISHED = "trajectory.json", "recording.json"
+STEPS, CHECKPOINTS, STAGES = "steps.safetensors", "checkpoints", "stages.json"
+_OWN_NAMES = (FINISHED, UNFINISHED, STEPS, CHECKPOINTS, STAGES)  # a stage must not be called so
+
+
+def checkpoint_file(step: int) -> str:
+    """The path of a checkpoint in the folder."""
+    return f"{CHECKPOINTS}/step-{step:08d}.safetensors"
+
+
+def check_stage(name: str) -> str:
+    """The name of a stage; TrajectoryError unless it is plain enough to name a folder."""
+    plain = isinstance(name, str) and re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,99}", name)
+    if not plain or name.lower() in _OWN_NAMES:
+        raise TrajectoryError(
+            f"stage={name!r}: expected up to 100 letters, digits, '_', '-' and '.', no '.' first, and not {_OWN_NAMES}."
+        )
+    return name
+
+
+def stage_names(root: Path) -> list[str]:
+    """The stages recorded in a folder, first to last; none if it holds no stages. TrajectoryError if damaged."""
+    path = root / STAGES
+    if not path.exists():
+        return []
+    content = read_json(path, TrajectoryError)
+    names = content.get("stages") if isinstance(content, dict) and content.get("format") == 1 else None
+    if not isinstance(names, list) or not names or len({str(name).lower() for name in names}) < len(names):
+        raise TrajectoryError(f'{path}: expected {{"format": 1, "stages": [names]}}. Restore it, or record again.')
+    return [check_stage(name) for name in names]
+
+
+@dataclass(frozen=True)
+class Description:
+    """What trajectory.json says, or (finished=False) recording.json of a run that was stopped."""
+
+    path: Path
+    content: Mapping[str, Any]
+    finished: bool
+
+
+def read_description(folder: Path, *, unfinished: bool) -> Description:
+    """What a recording says of itself; TrajectoryError where there is none that can be used.
+
+    unfinished: accept a run that was stopped after its first checkpoint.
+    """
+    names = _descriptions_in(folder)
+    if not names:
+        raise TrajectoryError(f"{folder}: no recorded run here (no {FINISHED}). Make one with segflow.record().")
+    if names == [UNFINISHED] and not unfinished:
+        raise TrajectoryError(
+            f"{folder}: the recorded run did not finish, its process was stopped inside segflow.record(). "
+            "Train again, with overwrite=True to reuse the folder; or pass unfinished=True to explain the "
+            "model of its last checkpoint."
+        )
+    path = folder / names[0]
+    content = read_json(path, TrajectoryError)
+    form = content.get("format") if isinstance(content, dict) else None
+    if form != FORMAT:
+        raise TrajectoryError(f"{folder}: trajectory format {form!r}, this segflow reads {FORMAT}. Record it again.")
+    if content.get("finished") is False:
+        raise TrajectoryError(
+            f"{folder}: the recorded run was stopped before its first checkpoint. Train again, with overwrite=True "
+            "to reuse the folder; a stage before it can be loaded from its own folder."
+        )
+    return Description(path, content, names[0] == FINISHED)
+
+
+@dataclass(frozen=True)
+class RecordingFolder:
+    """Where one recording goes: into `root`, or into the subfolder of its stage. TrajectoryError for a bad name."""
+
+    root: Path
+    stage: str | None
+
+    def __post_init__(self) -> None:
+        if self.stage is not None:
+            check_stage(self.stage)
+
+    @property
+    def path(self) -> Path:
+        """The folder that holds this recording's files."""
+        return self.root if self.stage is None else self.root / self.stage
+
+    def claim(self, overwrite: bool) -> None:
+        """Mark the folder as a recording under way; TrajectoryError if that would replace one unasked."""
+        names = stage_names(self.root)
+        if self.stage is None and names:
+            raise TrajectoryError(
+                f"{self.root}: holds the stages {', '.join(names)}. Give record() a stage=, or another folder."
+            )
+        before = [] if self.stage is None else self._stages_before(self.stage, names, overwrite)
+        if (present := _descriptions_in(self.path)) and not overwrite:
+            raise TrajectoryError(
+                f"{self.path}: holds a recorded run already ({present[0]}). "
+                "Record into another folder, or pass overwrite=True."
+            )
+        if self.stage is not None:
+            later = [inside(self.root, name, error=TrajectoryError) for name in names[len(before) + 1 :]]
+            write_json(self.root / STAGES, {"format": 1, "stages": [*before, self.stage]})
+            for stale in later:
+                _erase(stale)
+        write_json(self.path / UNFINISHED, {"format": FORMAT, "finished": False})
+        (self.path / FINISHED).unlink(missing_ok=True)
+        for stale in _checkpoints_in(self.path):
+            stale.unlink()
+
+    def _stages_before(self, stage: str, names: list[str], overwrite: bool) -> list[str]:
+        """Those of the folder's stages that stay; TrajectoryError where they and this one would make no run."""
+        inside(self.root, stage, error=TrajectoryError)
+        if present := _descriptions_in(self.root):
+            raise TrajectoryError(
+                f"{self.root}: holds a recorded run without stages ({present[0]}). Record into another folder, "
+                "every stage with a stage= of its own."
+            )
+        alike = [name for name in names if name.lower() == stage.lower()]
+        if alike and (alike != [stage] or not overwrite):
+            raise TrajectoryError(
+                f"{self.root}: holds stage {alike[0]!r} already. Choose another name, or replace that stage and those "
+                f"after it with stage={alike[0]!r} and overwrite=True."
+            )
+        before = names[: names.index(stage)] if alike else names
+        if before and not (self.root / before[-1] / FINISHED).exists():
+            raise TrajectoryError(
+                f"{self.root}: stage {before[-1]!r}, before {stage!r}, did not finish. "
+                "Train it again, with overwrite=True, before recording another."
+            )
+        return before
+
+
+def _descriptions_in(folder: Path) -> list[str]:
+    return [name for name in (FINISHED, UNFINISHED) if (folder / name).exists()]
+
+
+def _checkpoints_in(folder: Path) -> list[Path]:
+    """The checkpoints that record() wrote into a folder, also those that it did not complete."""
+    return list((folder / CHECKPOINTS).glob("step-*.safetensors*"))
+
+
+def _erase(folder: Path) -> None:
+    """Remove what record() wrote into a folder, and the folder if nothing else is in it."""
+    for file in [*(folder / name for name in (FINISHED, UNFINISHED, STEPS)), *_checkpoints_in(folder)]:
+        file.unlink(missing_ok=True)
+    for empty in (folder / CHECKPOINTS, folder):
+        with suppress(OSError):
+            empty.rmdir()

@@ -1,0 +1,75 @@
+"""At which optimizer steps `record` saves a checkpoint. Pure: numbers in, numbers out."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Sequence
+
+from ..errors import TrajectoryError
+
+
+class CheckpointSchedule:
+    """Explicit steps, or so many evenly spaced ones; where the run's length is not known, thinned on the way.
+
+    Args:
+        total_steps: of the run, None if that is not known.
+        checkpoints: how many, or the steps themselves.
+
+    Raises:
+        TrajectoryError: steps or their number make no sense.
+    """
+
+    def __init__(self, total_steps: int | None, checkpoints: int | Sequence[int]):
+        self.total_steps = total_steps
+        self._wanted: set[int] = set()
+        self._count: int | None = None  # how many to end up with, where they are thinned on the way
+        self._interval = 1
+        if isinstance(checkpoints, Iterable):
+            self._wanted = _explicit(checkpoints, total_steps)
+        elif checkpoints < 1:
+            raise TrajectoryError(f"checkpoints={checkpoints}: expected at least 1.")
+        elif total_steps is None:
+            self._count = checkpoints
+        elif total_steps < checkpoints:
+            raise TrajectoryError(f"total_steps={total_steps}: too few for {checkpoints} checkpoints.")
+        else:
+            self._wanted = set(_evenly(total_steps, checkpoints))
+
+    def due(self, step: int) -> bool:
+        """Whether to save a checkpoint after this step."""
+        return step in self._wanted or (self._count is not None and step % self._interval == 0)
+
+    def surplus(self, saved: Collection[int]) -> list[int]:
+        """The saved steps to drop: every other one, once there are more than twice as many as wanted."""
+        if self._count is None or len(saved) <= 2 * self._count:
+            return []
+        self._interval *= 2
+        return [step for step in saved if step % self._interval]
+
+    def surplus_at_end(self, saved: Collection[int], last: int) -> list[int]:
+        """The saved steps to drop when training has ended: all but those nearest to evenly spaced ones."""
+        if self._count is None:
+            return []
+        even = _evenly(last, min(self._count, last))
+        nearest = {min(saved, key=lambda candidate: abs(candidate - step)) for step in even}
+        return [step for step in saved if step not in nearest]
+
+    def unmet(self, last: int) -> str | None:
+        """What a run that ended at step `last` did otherwise than announced; None if nothing."""
+        if missed := sorted(step for step in self._wanted if step > last):
+            return f"checkpoints at {missed} were never reached"
+        return f"not at total_steps={self.total_steps}" if last > (self.total_steps or last) else None
+
+
+def _explicit(checkpoints: Sequence[int], total_steps: int | None) -> set[int]:
+    steps = {int(step) for step in checkpoints}
+    low, high = min(steps, default=0), max(steps, default=0)
+    if low < 1 or high > (total_steps or high) or steps != set(checkpoints):
+        raise TrajectoryError(
+            f"checkpoints={list(checkpoints)}: expected steps from 1 to "
+            f"{'the end' if total_steps is None else total_steps}."
+        )
+    return steps
+
+
+def _evenly(total: int, count: int) -> list[int]:
+    return [round(total * place / count) for place in range(1, count + 1)]
