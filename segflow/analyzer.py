@@ -17,7 +17,7 @@ from .curvature.fitting import FactorFitter, Needs, check_needs, fitting_needs
 from .curvature.stored import FittedFactors, checkpoint_statistics
 from .data.batches import Collate, dataset_length
 from .errors import ScoreError, SegflowError, check_choice
-from .groups.features import Asked, example_features
+from .groups.features import check_kind, example_features
 from .groups.groups import Groups, check_groups
 from .methods.method import Cuts, Method, describe
 from .methods.plan import Plan
@@ -268,10 +268,11 @@ class Analyzer:
         Raises:
             LayerError, TaskError: the layer or the model's input has no such features, or they are not finite.
         """
-        batch_size, asked = _batch_size(batch_size), Asked(of, layer)
+        batch_size = _batch_size(batch_size)
+        check_kind(of, layer)
         data = self._by_stage(train)[-1]
         with self._stage("features", store=False, batch_size=batch_size, asked=[of, layer]):
-            return example_features(self.context, data, asked, batch_size, out)
+            return example_features(self.context, data, of, layer, batch_size, out)
 
     def refine(
         self,
