@@ -24,8 +24,8 @@ from .methods.plan import Plan
 from .methods.source import Source
 from .model.capture import observing
 from .properties.property import as_properties
-from .results.refinement import Refinement, Refiner
-from .results.scores import Scores
+from .results.refinement import Refinement, refine
+from .results.scores import Scores, check_additive
 from .runtime.ranks import current
 from .runtime.sharding import unwrap
 from .runtime.signals import orderly
@@ -302,8 +302,12 @@ class Analyzer:
         Raises:
             GroupError, ScoreError: options make no sense, or the method's scores do not add up; and as `score`.
         """
-        refiner = Refiner(type(self.method).__name__, keep, sizes, largest, seed)
-        return refiner.refine(lambda some: self.score(some, train, query, batch_size=batch_size), groups, features)
+        check_additive(describe(self.method), "refine")  # before anything is scored
+
+        def score(parts: Groups) -> Scores:
+            return self.score(parts, train, query, batch_size=batch_size)
+
+        return refine(score, groups, features, keep=keep, sizes=sizes, largest=largest, seed=seed)
 
     def summary(self) -> Summary:
         """What was done so far: units made and found, time and peak memory, for each stage and kind of work."""

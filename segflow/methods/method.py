@@ -17,7 +17,11 @@ Cuts = Mapping[int, Segmentation]  # of each stage
 
 
 class Method(Protocol):
-    """A method: a frozen dataclass whose fields are its options and whose `plan` lists its terms."""
+    """A method: a frozen dataclass whose fields are its options and whose `plan` lists its terms.
+
+    A method whose group scores are not the sums of their members' says so by `additive: ClassVar[bool] = False`; its
+    scores are then neither rolled up to coarser groups nor refined.
+    """
 
     def plan(self, trajectory: Trajectory, stage: int = -1) -> Plan:
         """The terms that attribute a stage's data (by default the last one's) to the final model."""
@@ -40,8 +44,9 @@ def check_batch(size: int) -> None:
 
 
 def describe(method: Method) -> dict[str, Any]:
-    """The method's name and options, for provenance."""
-    return {"method": type(method).__name__, **asdict(method)}  # type: ignore[call-overload]
+    """The method's name and options, for provenance, and that it is not additive if it says so."""
+    described = {"method": type(method).__name__, **asdict(method)}  # type: ignore[call-overload]
+    return described if getattr(method, "additive", True) else described | {"additive": False}
 
 
 def damping_amount(damping: float | str) -> float | None:
