@@ -18,14 +18,14 @@ from .curvature.needs import Needs, check_needs, fitting_needs
 from .curvature.stored import FittedFactors, checkpoint_statistics
 from .data.batches import Collate
 from .errors import ScoreError, SegflowError, check_choice
-from .groups.features import Asked, example_features
+from .groups.features import check_kind, example_features
 from .groups.groups import Groups, check_groups
 from .methods.method import Cuts, Method, describe, is_automatic
 from .methods.plan import Plan
 from .methods.source import Source
 from .model.capture import observing
-from .results.refinement import Refinement, Refiner
-from .results.scores import Scores
+from .results.refinement import Refinement, refine
+from .results.scores import Scores, check_additive
 from .runtime.ranks import current
 from .runtime.sharding import unwrap
 from .runtime.signals import orderly
@@ -266,10 +266,11 @@ class Analyzer:
         Raises:
             LayerError, TaskError: the layer or the model's input has no such features, or they are not finite.
         """
-        batch_size, asked = _batch_size(batch_size), Asked(of, layer)
+        batch_size = _batch_size(batch_size)
+        check_kind(of, layer)
         data = self._by_stage(train)[-1]
         with self._stage("features", store=False, batch_size=batch_size, asked=[of, layer]):
-            return example_features(self.context, data, asked, batch_size, out)
+            return example_features(self.context, data, of, layer, batch_size, out)
 
     def refine(
         self,
@@ -299,8 +300,12 @@ class Analyzer:
         Raises:
             GroupError, ScoreError: options make no sense, or the method's scores do not add up; and as `score`.
         """
-        refiner = Refiner(type(self.method).__name__, keep, sizes, largest, seed)
-        return refiner.refine(lambda some: self.score(some, train, query, batch_size=batch_size), groups, features)
+        check_additive(describe(self.method), "refine")  # before anything is scored
+
+        def score(parts: Groups) -> Scores:
+            return self.score(parts, train, query, batch_size=batch_size)
+
+        return refine(score, groups, features, keep=keep, sizes=sizes, largest=largest, seed=seed)
 
     def summary(self) -> Summary:
         """What was done so far: units made and found, time and peak memory, for each stage and kind of work."""

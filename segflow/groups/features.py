@@ -9,10 +9,9 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from itertools import chain, repeat
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -36,84 +35,92 @@ from ..store.files import writing_array
 KINDS = ("gradient", "weight gradient", "representation", "input")
 _SKETCH = 64  # features of a weight gradient
 _PIECE = 64 << 20  # bytes that travel in one go
-Path_ = str | os.PathLike[str]
 
 
-@dataclass(frozen=True)
-class Asked:
-    """Which features: `of` is one of KINDS, layer a tracked layer's name (None: the last one)."""
-
-    of: str = "gradient"
-    layer: str | None = None
-
-    def __post_init__(self) -> None:
-        check_choice("of", self.of, KINDS, SegflowError)
-        if self.of == "input" and self.layer is not None:
-            raise SegflowError(f'layer={self.layer!r}: the model\'s input is of no layer. Ask for of="representation".')
+def check_kind(kind: str, layer: str | None) -> None:
+    """Raise SegflowError unless there are features of this kind, and of a layer if one is named."""
+    check_choice("of", kind, KINDS, SegflowError)
+    if kind == "input" and layer is not None:
+        raise SegflowError(f'layer={layer!r}: the model\'s input is of no layer. Ask for of="representation".')
 
 
-def example_features(context: StageContext, train: Any, asked: Asked, batch_size: int, out: Path_ | None) -> np.ndarray:
+def example_features(
+    context: StageContext, train: Any, kind: str, layer: str | None, batch_size: int, out: str | os.PathLike[str] | None
+) -> np.ndarray:
     """Features [N, D] of the training examples at the stage's last checkpoint, in single precision and their order.
 
-    Inside `observing(model)`; the ranks share the pass, and all get all features. out: a file to write instead.
+    Inside `observing(model)`; the ranks share the pass, and all get all features.
+
+    Args:
+        context: of the stage whose training examples these are.
+        train: the stage's training data.
+        kind: one of KINDS.
+        layer: a tracked layer's name; None: the last one.
+        batch_size: examples in one forward and backward.
+        out: a file to write instead.
     """
     context.load(context.last)
     path, ranks = None if out is None else Path(out), context.ranks
     where = f"features, {context.where(context.last)}"
     finite = FiniteCheck(where)
-    with _seeing(context, train, asked, finite) as (view, see):
+    with _extracting(context, train, kind, layer, finite) as (view, extractor):
         lists = in_order(len(train), batch_size)
         data = context.walk(view, train, ranks.share(lists), where)
-        parts = _parts(data, see.rows, ranks, -(-len(lists) // ranks.count))
-        checked = _finished(parts, finite, () if asked.of == "input" else view.layers, ranks)
-        found = _gathered(checked, (len(train), see.width), path, ranks)
-    return found if path is None else _opened(path, ranks)
+        parts = _collected(data, extractor.features_of, ranks, -(-len(lists) // ranks.count))
+        checked = _finished(parts, finite, () if kind == "input" else view.layers, ranks)
+        shape = (len(train), extractor.width)
+        if path is None:
+            return _gathered(checked, shape, ranks)
+        _written(checked, shape, path, ranks)
+    return _opened(path, ranks)
 
 
-@dataclass(frozen=True)
-class _See:
-    """How a batch becomes features: their width D, and a function from the batch to [B, D]."""
+class _Extractor(NamedTuple):
+    """How a batch becomes features: D of them for each example, by a function from the batch to [B, D]."""
 
     width: int
-    rows: Callable[[Batch], Tensor]
+    features_of: Callable[[Batch], Tensor]
 
 
 @contextmanager
-def _seeing(context: StageContext, train: Any, asked: Asked, finite: FiniteCheck) -> Iterator[tuple[LossView, _See]]:
+def _extracting(
+    context: StageContext, train: Any, kind: str, layer: str | None, finite: FiniteCheck
+) -> Iterator[tuple[LossView, _Extractor]]:
+    """The training loss's view with the layer alone, and the extractor of its features."""
     tracked = context.layers.tracked
-    name = list(tracked)[-1] if asked.layer is None else asked.layer
+    name = list(tracked)[-1] if layer is None else layer
     if name not in tracked:
         raise LayerError(f"layer={name!r} is not tracked. Choose one of {list(tracked)[:8]}.")
-    layer = tracked[name]
-    if asked.of == "gradient" and not isinstance(layer.module, nn.Linear):
+    if kind == "gradient" and not isinstance(tracked[name].module, nn.Linear):
         raise LayerError(
-            f"layer {name!r} is a {type(layer.module).__name__}: gradients with respect to its input are known for "
-            'nn.Linear only. Name a linear layer with layer=, or take of="representation".'
+            f"layer {name!r} is a {type(tracked[name].module).__name__}: gradients with respect to its input are known "
+            'for nn.Linear only. Name a linear layer with layer=, or take of="representation".'
         )
-    view = context.loss_view("train", train, {name: layer})
-    if asked.of != "input":
-        see = {"gradient": _gradients, "weight gradient": _weight_gradients, "representation": _representations}
-        yield view, see[asked.of](view, finite)
+    view = context.loss_view("train", train, {name: tracked[name]})
+    if kind != "input":
+        make = {"gradient": _gradients, "weight gradient": _weight_gradients, "representation": _representations}
+        yield view, make[kind](view, finite)
         return
-    with _Inputs(context.model).watching() as inputs:
+    with _watching(context.model) as given:
         [first] = context.walk(view, train, [[0]], "the first example")
-        yield view, _See(inputs.rows(view, first, finite).shape[1], lambda batch: inputs.rows(view, batch, finite))
+        width = _inputs(view, first, given, finite).shape[1]
+        yield view, _Extractor(width, lambda batch: _inputs(view, batch, given, finite))
 
 
 def _only(view: LossView) -> TrackedLayer:
     return next(iter(view.layers.values()))
 
 
-def _weight_gradients(view: LossView, finite: FiniteCheck) -> _See:
+def _weight_gradients(view: LossView, finite: FiniteCheck) -> _Extractor:
     """Random projections of the gradient of the layer's weight and bias; all of it where it has few numbers."""
     layer = _only(view)
     projection = Projection(_SKETCH if layer.size > _SKETCH else None, 0)
     probe = probes(projection, {layer.name: layer.shape}, view.dtype, view.device)[layer.name]
     none_D = torch.zeros(probe.features, dtype=view.dtype, device=view.device)
-    return _See(probe.features, _captured(view.capture, probe.of_tokens, none_D, finite))
+    return _Extractor(probe.features, _captured(view.capture, probe.of_tokens, none_D, finite))
 
 
-def _gradients(view: LossView, finite: FiniteCheck) -> _See:
+def _gradients(view: LossView, finite: FiniteCheck) -> _Extractor:
     """g W of each example, summed over positions: the backward ends at the layer's output."""
     layer = _only(view)
     weight_OD = whole(layer.module.get_parameter("weight")).detach().to(view.dtype)
@@ -121,15 +128,17 @@ def _gradients(view: LossView, finite: FiniteCheck) -> _See:
     def of_tokens(tokens: Tokens) -> Tensor:
         return tokens.g_PBSO[0].sum(1) @ weight_OD
 
-    return _See(weight_OD.shape[1], _captured(view.capture, of_tokens, weight_OD.new_zeros(weight_OD.shape[1]), finite))
+    return _Extractor(
+        weight_OD.shape[1], _captured(view.capture, of_tokens, weight_OD.new_zeros(weight_OD.shape[1]), finite)
+    )
 
 
-def _representations(view: LossView, finite: FiniteCheck) -> _See:
+def _representations(view: LossView, finite: FiniteCheck) -> _Extractor:
     """The layer's input, averaged over positions."""
-    seen = RepresentationView(view, normalized=False)
-    width = next(iter(seen.layers.values())).shape[-1]
+    representations = RepresentationView(view, normalized=False)
+    width = representations.layers[representations.layer.name].shape[-1]
     none_D = torch.zeros(width, dtype=view.dtype, device=view.device)
-    return _See(width, _captured(seen.capture, lambda tokens: tokens.a_PBSI[0, :, 0], none_D, finite))
+    return _Extractor(width, _captured(representations.capture, lambda tokens: tokens.a_PBSI[0, :, 0], none_D, finite))
 
 
 def _captured(
@@ -140,58 +149,55 @@ def _captured(
 ) -> Callable[[Batch], Tensor]:
     """A batch's features from the layer's tokens; zeros where its loss does not reach the layer."""
 
-    def rows(batch: Batch) -> Tensor:
-        found: list[Tensor] = []
-        capture(batch, lambda _, tokens: found.append(of_tokens(tokens)), finite)
-        return found[0] if found else none_D.expand(batch.size, -1)
+    def features_of(batch: Batch) -> Tensor:
+        captured: list[Tensor] = []
+        capture(batch, lambda _, tokens: captured.append(of_tokens(tokens)), finite)
+        return captured[0] if captured else none_D.expand(batch.size, -1)
 
-    return rows
+    return features_of
 
 
-@dataclass
-class _Inputs:
-    """What a model is given: the first tensor argument of its first call in a batch."""
+@contextmanager
+def _watching(model: nn.Module) -> Iterator[list[Tensor | None]]:
+    """A list that grows by the first tensor argument of each of the model's calls; None where there is none."""
+    given: list[Tensor | None] = []
 
-    model: nn.Module
-    given: list[Tensor | None] = field(default_factory=list)
-
-    @contextmanager
-    def watching(self) -> Iterator[_Inputs]:
-        handle = self.model.register_forward_pre_hook(self._note, with_kwargs=True)
-        try:
-            yield self
-        finally:
-            handle.remove()
-
-    def _note(self, _model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def note(_model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         tensors = (value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
         tensor = next(tensors, None)
-        self.given.append(None if tensor is None else tensor.detach().clone())  # a model may work in place
+        given.append(None if tensor is None else tensor.detach().clone())  # a model may work in place
 
-    def rows(self, view: LossView, batch: Batch, finite: FiniteCheck) -> Tensor:
-        """The inputs [B, D] of a batch."""
-        self.given.clear()
-        with torch.enable_grad():  # a loss may differentiate by itself
-            finite.see_loss(batch, view.loss(batch).detach())
-        value = self.given[0] if self.given else None
-        if value is None or not value.is_floating_point() or value.ndim < 2 or len(value) != batch.size:
-            what = "no tensor" if value is None else f"{value.dtype} of shape {tuple(value.shape)}"
-            raise TaskError(
-                f"the model's input: found {what} for {batch.size} examples, expected floating-point numbers "
-                '[examples, ...]. Take of="representation", which is the input of a layer.'
-            )
-        return value.flatten(1)
+    handle = model.register_forward_pre_hook(note, with_kwargs=True)
+    try:
+        yield given
+    finally:
+        handle.remove()
 
 
-def _parts(
-    data: Iterator[Batch], rows: Callable[[Batch], Tensor], ranks: Ranks, rounds: int
+def _inputs(view: LossView, batch: Batch, given: list[Tensor | None], finite: FiniteCheck) -> Tensor:
+    """What the model is given first in a batch's loss, [B, D]; given: the list that `_watching` fills."""
+    given.clear()
+    with torch.enable_grad():  # a loss may differentiate by itself
+        finite.see_loss(batch, view.loss(batch).detach())
+    value = given[0] if given else None
+    if value is None or not value.is_floating_point() or value.ndim < 2 or len(value) != batch.size:
+        what = "no tensor" if value is None else f"{value.dtype} of shape {tuple(value.shape)}"
+        raise TaskError(
+            f"the model's input: found {what} for {batch.size} examples, expected floating-point numbers "
+            '[examples, ...]. Take of="representation", which is the input of a layer.'
+        )
+    return value.flatten(1)
+
+
+def _collected(
+    data: Iterator[Batch], features_of: Callable[[Batch], Tensor], ranks: Ranks, rounds: int
 ) -> Iterator[list[Tensor | None]]:
     """Every rank's next batch of features, on rank 0: in the dataset's order, as batches are dealt out in turn."""
     for batch in chain(data, repeat(None)):
         if rounds == 0:
             return
-        part = None if batch is None else rows(batch).to("cpu", torch.float32)
-        yield ranks.collect(None if batch is None or batch.idle else part)
+        part_BD = None if batch is None else features_of(batch).to("cpu", torch.float32)
+        yield ranks.collect(None if batch is None or batch.idle else part_BD)
         rounds -= 1
 
 
@@ -203,43 +209,49 @@ def _finished(
     finite.finish(layers, ranks)
 
 
-def _gathered(
-    parts: Iterator[list[Tensor | None]], shape: tuple[int, int], path: Path | None, ranks: Ranks
-) -> np.ndarray:
-    """All features on every rank; with a path, written to it by rank 0 instead."""
-    if path is not None and ranks.main:
-        with writing_array(path, np.dtype(np.float32), shape, StoreError) as write:
-            for part in chain.from_iterable(parts):
-                if part is not None:
-                    write(_checked(part, shape).numpy())
-        return np.empty(0)
-    found_ND, start = torch.empty(shape if path is None else (0, 0)), 0
-    for part in chain.from_iterable(parts):
-        if part is not None:
-            found_ND[start : start + len(part)] = _checked(part, shape)
-            start += len(part)
-    if ranks.count > 1 and path is None:
-        for piece_nD in found_ND.split(max(1, _PIECE // (4 * shape[1]))):
+def _in_turn(parts: Iterator[list[Tensor | None]], width: int) -> Iterator[Tensor]:
+    """The batches' features [B, D] one by one; none on other ranks than the first, which take part all the same."""
+    for part_BD in chain.from_iterable(parts):
+        if part_BD is None:
+            continue
+        if part_BD.shape[1] != width:
+            raise TaskError(
+                f"features of {part_BD.shape[1]} numbers for some examples, {width} for the first. Inputs that differ "
+                'in size cannot be compared; take of="representation" or of="gradient".'
+            )
+        yield part_BD
+
+
+def _gathered(parts: Iterator[list[Tensor | None]], shape: tuple[int, int], ranks: Ranks) -> np.ndarray:
+    """All features [N, D] on every rank."""
+    features_ND, start = torch.empty(shape), 0
+    for part_BD in _in_turn(parts, shape[1]):
+        features_ND[start : start + len(part_BD)] = part_BD
+        start += len(part_BD)
+    if ranks.count > 1:
+        for piece_nD in features_ND.split(max(1, _PIECE // (4 * shape[1]))):
             piece_nD.copy_(ranks.broadcast(piece_nD if ranks.main else None))
-    return found_ND.numpy()
+    return features_ND.numpy()
 
 
-def _checked(part_BD: Tensor, shape: tuple[int, int]) -> Tensor:
-    if part_BD.shape[1] != shape[1]:
-        raise TaskError(
-            f"features of {part_BD.shape[1]} numbers for some examples, {shape[1]} for the first. Inputs that differ "
-            'in size cannot be compared; take of="representation" or of="gradient".'
-        )
-    return part_BD
+def _written(parts: Iterator[list[Tensor | None]], shape: tuple[int, int], path: Path, ranks: Ranks) -> None:
+    """All features [N, D] in a file, which rank 0 writes."""
+    if not ranks.main:
+        for _ in _in_turn(parts, shape[1]):
+            pass
+        return
+    with writing_array(path, np.dtype(np.float32), shape, StoreError) as write:
+        for part_BD in _in_turn(parts, shape[1]):
+            write(part_BD.numpy())
 
 
 def _opened(path: Path, ranks: Ranks) -> np.ndarray:
     """The file that rank 0 wrote, read only."""
     ranks.same()  # it is there before anybody looks
     try:
-        found: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
+        features_ND: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError) as problem:
         raise StoreError(
             f"{path}: cannot be read ({problem}). Give out= on a file system that every process sees."
         ) from problem
-    return found
+    return features_ND

@@ -1,11 +1,13 @@
-"""Groups: partitions of the training set."""
+"""Groups: partitions of the training set.
+
+Axes: N training examples, K groups, C columns of labels, D features.
+"""
 
 from __future__ import annotations
 
-import math
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -13,7 +15,9 @@ import torch
 
 from ..errors import GroupError, is_whole
 from ..runtime.ranks import current
+from .columns import coded, combination_names
 from .kmeans import KMeans, cluster
+from .splitting import labels_of_parts, places_of, random_parts
 from .whitening import Rows, Whitening, feature_rows
 
 
@@ -91,10 +95,10 @@ class Groups:
 
     def membership(self) -> np.ndarray:
         """[length]: the group of each example, -1 where `partial` left it out."""
-        of = np.full(self.length, -1)
+        group_N = np.full(self.length, -1)
         for group, member in enumerate(self.members):
-            of[member] = group
-        return of
+            group_N[member] = group
+        return group_N
 
     @classmethod
     def from_lists(
@@ -126,17 +130,21 @@ class Groups:
     def by(cls, *columns: Iterable[object]) -> Groups:
         """One group for each distinct label (class, source, annotator, ...), given one label for each example.
 
-        Of several columns, one group for each combination that is there, called "a / b". Labels that would be the same
-        text are quoted: "1 / 'a'".
+        With several columns there is one group for each combination that occurs, called "a / b". Labels that would be
+        the same text are quoted: "1 / 'a'".
+
+        Raises:
+            GroupError: there is no column, columns differ in length, or a label is NaN or cannot name a group.
 
         Example:
             >>> Groups.by(["web", "book", "web"], [0, 1, 1]).labels
             ('book / 1', 'web / 0', 'web / 1')
         """
-        distinct, of_CN = _coded(columns)
-        combined, of_N = np.unique(of_CN, axis=1, return_inverse=True)
-        names = _names([[distinct[column][code] for column, code in enumerate(codes)] for codes in combined.T.tolist()])
-        return cls.from_lists(_members(of_N.reshape(-1), len(names)), of_CN.shape[1], names)
+        distinct, code_CN = coded(columns)
+        codes_CK, group_N = np.unique(code_CN, axis=1, return_inverse=True)
+        combinations = [[distinct[column][code] for column, code in enumerate(codes)] for codes in codes_CK.T.tolist()]
+        names = combination_names(combinations)
+        return cls.from_lists(_members(group_N.reshape(-1), len(names)), code_CN.shape[1], names)
 
     @classmethod
     def kmeans(
@@ -183,10 +191,10 @@ class Groups:
         number = _count(len(rows_ND), size, count)
         ranks = current()
         with ranks.together("k-means"):
-            own = torch.from_numpy(cluster(rows_ND, number, whiten, how)) if ranks.main else None
-            of_N = ranks.broadcast(own).numpy()
-        members = _members(of_N, int(of_N.max()) + 1)
-        return cls.from_lists(members, len(of_N), [f"cluster {place}" for place in range(len(members))])
+            clusters = torch.from_numpy(cluster(rows_ND, number, whiten, how)) if ranks.main else None
+            cluster_N = ranks.broadcast(clusters).numpy()
+        members = _members(cluster_N, int(cluster_N.max()) + 1)
+        return cls.from_lists(members, len(cluster_N), [f"cluster {place}" for place in range(len(members))])
 
     def split(
         self,
@@ -216,57 +224,34 @@ class Groups:
             ('book', 'web/0', 'web/1')
         """
         _count(self.length, size, None)
-        chosen, rows = self._chosen(only), None
+        chosen = range(len(self)) if only is None else places_of(only, self.labels)
         how = KMeans(seed=seed)
-        if features is not None:
-            rows_ND = feature_rows(features)
-            if len(rows_ND) != self.length:
-                raise GroupError(f"{len(rows_ND)} rows of features for {self.length} examples: expected one for each.")
-            rows = Rows(rows_ND, Whitening.fit(rows_ND, whiten, how.memory))
+        rows = None if features is None else self._whitened(features, whiten, how.memory)
         part_N, ranks = np.zeros(self.length, dtype=np.int64), current()
         with ranks.together("split"):
             for group in chosen if ranks.main else ():
                 member = self.members[group]
                 count = -(-len(member) // size)
-                if rows is not None:
-                    part_N[member] = how.labels(rows.of(member), count)
+                if rows is None:
+                    part_N[member] = random_parts(len(member), count, [seed, group])
                 else:
-                    shuffled = np.random.default_rng([seed, group]).permutation(member)
-                    for part, own in enumerate(np.array_split(shuffled, count)):
-                        part_N[own] = part
+                    part_N[member] = how.labels(rows.of(member), count)
             part_N = ranks.broadcast(torch.from_numpy(part_N) if ranks.main else None).numpy()
         return self._in_parts(part_N)
 
-    def _chosen(self, only: Iterable[int | str] | None) -> list[int]:
-        """The places of the groups that `split` is about."""
-        if only is None:
-            return list(range(len(self)))
-        if isinstance(only, str) or not isinstance(only, Iterable):
-            raise GroupError(f"only={only!r}: expected a list of places or labels of groups.")
-        place, found = {label: group for group, label in enumerate(self.labels)}, set()
-        for given in only:
-            one = given.item() if hasattr(given, "item") else given
-            if not isinstance(one, str | int | np.integer) or isinstance(one, bool):
-                raise GroupError(f"only: found {one!r}, expected the place (a whole number) or label of a group.")
-            group = place.get(one, -1) if isinstance(one, str) else int(one)
-            if not 0 <= group < len(self):
-                raise GroupError(f"only: there is no group {one!r}. The {len(self)} groups are {self.labels[:8]}...")
-            found.add(group)
-        return sorted(found)
+    def _whitened(self, features: Any, whiten: str, memory: int) -> Rows:
+        """The features [N, D] of all examples, whitened; GroupError unless there is a row for each."""
+        rows_ND = feature_rows(features)
+        if len(rows_ND) != self.length:
+            raise GroupError(f"{len(rows_ND)} rows of features for {self.length} examples: expected one for each.")
+        return Rows(rows_ND, Whitening.fit(rows_ND, whiten, memory))
 
     def _in_parts(self, part_N: np.ndarray) -> Groups:
-        """The groups, each in the parts that its examples are in."""
-        members, labels, taken = [], [], set(self.labels)
-        for label, member in zip(self.labels, self.members, strict=True):
-            numbers = part_N[member]
-            parts = _members(numbers, int(numbers.max()) + 1)
-            members += [member[part] for part in parts]
-            own, mark = [label], ""
-            while len(parts) > 1 and not taken.isdisjoint(own):
-                own, mark = [f"{label}{mark}/{part}" for part in range(len(parts))], mark + "'"
-            labels += own
-            taken.update(own)
-        return Groups(tuple(members), tuple(labels), self.length, self.partial)
+        """The groups, each cut into the parts that its examples fall into."""
+        parts = [_members(part_N[member], int(part_N[member].max()) + 1) for member in self.members]
+        members = [member[places] for member, cut in zip(self.members, parts, strict=True) for places in cut]
+        labels = labels_of_parts(self.labels, [len(cut) for cut in parts])
+        return Groups(tuple(members), tuple(chain.from_iterable(labels)), self.length, self.partial)
 
 
 def check_groups(groups: object, length: int) -> None:
@@ -290,49 +275,14 @@ def _indices(given: Sequence[int] | np.ndarray) -> np.ndarray:
     return array.astype(np.int64)
 
 
-def _coded(columns: Sequence[Iterable[object]]) -> tuple[list[list[object]], np.ndarray]:
-    """Each column's distinct labels in order, and the place of each example's label among them, [columns, N]."""
-    if not columns:
-        raise GroupError("no column of labels was given. Expected one label for each example.")
-    distinct, codes = [], []
-    for column in columns:
-        try:
-            plain = [label.item() if hasattr(label, "item") else label for label in column]
-            found = sorted(set(plain), key=lambda label: (str(type(label)), label))  # type: ignore[arg-type, return-value]
-        except (TypeError, ValueError, RuntimeError) as problem:  # unhashable, unordered, or an array
-            raise GroupError(f"a label cannot name a group ({problem}). Expected numbers or strings.") from problem
-        if any(isinstance(label, float) and math.isnan(label) for label in found):
-            raise GroupError("a label is NaN, which equals nothing. Give such examples a label of their own.")
-        place = {label: index for index, label in enumerate(found)}
-        distinct.append(found)
-        codes.append(np.array([place[label] for label in plain], dtype=np.int64))
-    lengths = [len(code) for code in codes]
-    if len(set(lengths)) > 1:
-        raise GroupError(f"the columns have {lengths} labels. Expected one label for each example in each of them.")
-    return distinct, np.stack(codes)
-
-
-def _names(labels: Sequence[Sequence[object]]) -> list[str]:
-    """A text for each combination of labels; the parts of those that would be the same text are quoted."""
-    names, quoted = [" / ".join(map(str, parts)) for parts in labels], set[int]()
-    while True:
-        times = Counter(names)
-        same = [place for place, name in enumerate(names) if times[name] > 1 and place not in quoted]
-        if not same:
-            return names
-        quoted.update(same)
-        for place in same:
-            names[place] = " / ".join(map(repr, labels[place]))
-
-
-def _members(of_N: np.ndarray, count: int) -> list[np.ndarray]:
-    """The examples of each group, in order, from each example's group."""
-    order, ends = np.argsort(of_N, kind="stable"), np.cumsum(np.bincount(of_N, minlength=count))
+def _members(group_N: np.ndarray, count: int) -> list[np.ndarray]:
+    """The examples of each group, in order, from the group of each example [N]."""
+    order, ends = np.argsort(group_N, kind="stable"), np.cumsum(np.bincount(group_N, minlength=count))
     return np.split(order, ends[:-1]) if count else []
 
 
 def _count(length: int, size: int | None, count: int | None) -> int:
-    """How many groups are asked for."""
+    """How many groups are asked for: by their average size, or by their number."""
     if (size is None) == (count is None):
         raise GroupError(f"size={size}, count={count}: give one of them, the examples in a group or how many groups.")
     name, given = ("size", size) if count is None else ("count", count)

@@ -26,6 +26,9 @@ class Method(Protocol):
 
     - `plan(trajectory, stage=-1)`: the terms, see `segflow.methods.plan`.
 
+    Where its group scores are not the sums of their members' it says so by `additive: ClassVar[bool] = False`; its
+    scores are then neither rolled up to coarser groups nor refined.
+
     It may have besides, where its plan depends on how a run's checkpoints differ:
 
     - `automatic`: an attribute or property that is True;
@@ -100,12 +103,16 @@ def check_batch(size: int) -> None:
 
 
 def describe(method: Method) -> dict[str, Any]:
-    """The method's name and options, for provenance; MethodError unless it is a dataclass."""
+    """The method's name and options, for provenance, and that it is not additive if it says so.
+
+    Raises MethodError unless it is a dataclass.
+    """
     if not is_dataclass(method):
         raise MethodError(
             f"{type(method).__name__}: expected a dataclass. Put @dataclass(frozen=True) before the class."
         )
-    return {"method": type(method).__name__, **asdict(method)}  # type: ignore[call-overload]
+    described = {"method": type(method).__name__, **asdict(method)}  # type: ignore[call-overload]
+    return described if getattr(method, "additive", True) else described | {"additive": False}
 
 
 def damping_amount(damping: float | str) -> float | None:

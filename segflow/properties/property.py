@@ -1,8 +1,9 @@
-"""Properties: queries that are one differentiable number of the model, with data of their own.
+"""What a property is, a query that is one differentiable number of the model, and the class that one derives from.
 
-A property is written as if its data were one batch. It is differentiated on streamed data, exactly: a first pass
-collects the model's outputs without a graph, autograd takes the property's slopes in them, and a second pass walks back
-from <slopes, outputs> batch by batch. Property functions as queries: Ley et al. 2024, arXiv 2410.09940.
+Properties to use as they are stand in `ready_made.py`. A property is written as if its data were one batch. It is
+differentiated on streamed data, exactly: a first pass collects the model's outputs without a graph, autograd takes the
+property's slopes in them, and a second pass walks back from <slopes, outputs> batch by batch. Property functions as
+queries: Ley et al. 2024, arXiv 2410.09940.
 Axes: N examples of the property's data, B of a batch.
 """
 
@@ -21,7 +22,7 @@ from ..data.fingerprints import code_digest, digest, plain_options
 from ..errors import TaskError
 from ..tasks.ready_made import inputs_and_targets
 
-Found = TypeVar("Found")
+Seen = TypeVar("Seen")
 
 
 class Property(ABC):
@@ -59,11 +60,11 @@ class Property(ABC):
 
     def outputs(self, batch: Any, model: nn.Module) -> Tensor:
         """What the model says of each example, [B, ...]: by default its logits."""
-        said = model(inputs_and_targets(batch, self.inputs, self.targets)[0])
-        said = getattr(said, "logits", said)
-        if not isinstance(said, Tensor):
-            raise TaskError(f"{self.name}: the model returns a {type(said).__name__}. Define outputs(batch, model).")
-        return said
+        returned = model(inputs_and_targets(batch, self.inputs, self.targets)[0])
+        outputs = getattr(returned, "logits", returned)
+        if not isinstance(outputs, Tensor):
+            raise TaskError(f"{self.name}: the model returns a {type(outputs).__name__}. Define outputs(batch, model).")
+        return outputs
 
     def targets_of(self, batch: Any) -> Tensor:
         """What `value` needs to know of each example, [B, ...]: by default its labels."""
@@ -79,21 +80,24 @@ class Property(ABC):
 
     def number(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """`value`, checked to be one finite number; raises TaskError."""
-        found = self.value(outputs, targets)
-        if not isinstance(found, Tensor) or found.numel() != 1:
-            shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
-            raise TaskError(f"{self.name}.value: expected one number, found {shape}.")
-        if not torch.isfinite(found).all():
-            raise TaskError(f"{self.name}: its value is {found.item()}. Look at the outputs and at its data.")
-        return found.reshape(())
+        value = self.value(outputs, targets)
+        if not isinstance(value, Tensor) or value.numel() != 1:
+            shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise TaskError(f"{self.name}.value: expected one number, found {shape}. Return a tensor of shape [].")
+        if not torch.isfinite(value).all():
+            raise TaskError(
+                f"{self.name}: its value is {value.item()}, expected a finite number. Look at the model's outputs and "
+                "at the property's data."
+            )
+        return value.reshape(())
 
     def evaluate(self, model: nn.Module, batch_size: int = 256) -> float:
         """The property's value of a model in eval mode, as after retraining."""
-        found = self._walk(model, batch_size, lambda batch: (self.outputs(batch, model), self.targets_of(batch)))
-        return self.number(*(torch.cat(side) for side in zip(*found, strict=True))).item()
+        sides = self._walk(model, batch_size, lambda batch: (self.outputs(batch, model), self.targets_of(batch)))
+        return self.number(*(torch.cat(side) for side in zip(*sides, strict=True))).item()
 
     @torch.no_grad()
-    def _walk(self, model: nn.Module, batch_size: int, see: Callable[[Any], Found]) -> list[Found]:
+    def _walk(self, model: nn.Module, batch_size: int, see: Callable[[Any], Seen]) -> list[Seen]:
         """What is seen in each batch of the data, the model being in eval mode meanwhile."""
         lists, device = in_order(len(self.data), batch_size), next(model.parameters()).device
         training = model.training

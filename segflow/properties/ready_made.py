@@ -1,5 +1,6 @@
-"""Ready-made properties: mean losses, margins, soft accuracy and F-measure, fairness gaps, calibration error.
+"""Properties to use as they are: mean losses, margins, soft accuracy and F-measure, fairness gaps, calibration error.
 
+What a property is, and the class that one of your own derives from, stands in `property.py`.
 Axes: N examples of the property's data, C classes, V values of an attribute, M bins.
 """
 
@@ -23,7 +24,7 @@ from ..tasks.task import check_task
 from .property import Property
 
 
-class _Mean(Property):
+class _MeanOverExamples(Property):
     """The mean over the data of something that sums up over batches: one pass, without outputs."""
 
     needs_outputs = False
@@ -51,12 +52,12 @@ class _Mean(Property):
         return self.number(torch.stack(parts), torch.ones(())).item()
 
     def fingerprint(self) -> dict[str, Any]:
-        """With the task's."""
-        of_task = {"loss": task_fingerprint(self.task), "measurement": measurement_fingerprint(self.task)}
-        return super().fingerprint() | {"task": of_task}
+        """What tells this property from others, its task's fingerprints among it."""
+        task = {"loss": task_fingerprint(self.task), "measurement": measurement_fingerprint(self.task)}
+        return super().fingerprint() | {"task": task}
 
 
-class MeanLoss(_Mean):
+class MeanLoss(_MeanOverExamples):
     """The mean training loss over a set of examples.
 
     Example:
@@ -71,7 +72,7 @@ class MeanLoss(_Mean):
         return self.task.compute_train_loss(batch, model, sample=False)
 
 
-class MeanMeasurement(_Mean):
+class MeanMeasurement(_MeanOverExamples):
     """The mean of the task's measurement over a set of examples: an aggregate query at the cost of one."""
 
     def total(self, batch: Any, model: nn.Module) -> Tensor:
@@ -79,7 +80,7 @@ class MeanMeasurement(_Mean):
         return self.task.compute_measurement(batch, model)
 
 
-class _OfClasses(Property):
+class _ClassificationProperty(Property):
     """A property of logits [N, C] (or [N], [N, 1]: of class 1) and labels [N]."""
 
     def number(self, outputs: Tensor, targets: Tensor) -> Tensor:
@@ -99,8 +100,20 @@ class _OfClasses(Property):
             )
         return super().number(logits_NC, labels_N.long())
 
+    def _class_number(self, positive: object) -> int:
+        """The number of a class that is given as an option."""
+        if isinstance(positive, bool) or not isinstance(positive, int):
+            raise TaskError(f"{self.name}: positive={positive!r}: expected the number of a class.")
+        return positive
 
-class SliceMargin(_OfClasses):
+    def _known_class(self, positive: int, p_NC: Tensor) -> int:
+        """The same, checked to be one of the model's classes."""
+        if not 0 <= positive < p_NC.shape[1]:
+            raise TaskError(f"{self.name}: positive={positive}, but the model has the classes 0..{p_NC.shape[1] - 1}.")
+        return positive
+
+
+class SliceMargin(_ClassificationProperty):
     """The mean margin, log p - log(1 - p) of the true class, over a slice of the data.
 
     Args:
@@ -113,8 +126,9 @@ class SliceMargin(_OfClasses):
         chosen = None if slice_of is None else np.asarray(slice_of)
         if chosen is not None and (chosen.ndim != 1 or not np.issubdtype(chosen.dtype, np.integer)):
             raise TaskError(f"slice_of: expected a list of indices, found {chosen.dtype} of shape {chosen.shape}.")
-        if chosen is not None and chosen.size and not 0 <= chosen.min() <= chosen.max() < len(data):
-            raise TaskError(f"slice_of names example {chosen.max()}, but the data has 0..{len(data) - 1}.")
+        outside = [] if chosen is None else chosen[(chosen < 0) | (chosen >= len(data))].tolist()
+        if outside:
+            raise TaskError(f"slice_of names example {outside[0]}, but the data has 0..{len(data) - 1}.")
         super().__init__(data if chosen is None else Subset(data, chosen.tolist()), **options)
 
     def value(self, outputs: Tensor, targets: Tensor) -> Tensor:
@@ -122,7 +136,7 @@ class SliceMargin(_OfClasses):
         return margins(outputs, targets).mean()
 
 
-class SoftAccuracy(_OfClasses):
+class SoftAccuracy(_ClassificationProperty):
     """The mean probability of the true class: accuracy with the hard decision made soft."""
 
     def value(self, outputs: Tensor, targets: Tensor) -> Tensor:
@@ -130,7 +144,7 @@ class SoftAccuracy(_OfClasses):
         return outputs.softmax(1).gather(1, targets[:, None]).mean()
 
 
-class SoftF1(_OfClasses):
+class SoftF1(_ClassificationProperty):
     """The F-measure with probabilities for counts: 2 TP / (2 TP + FP + FN).
 
     Args:
@@ -141,18 +155,18 @@ class SoftF1(_OfClasses):
 
     def __init__(self, data: Any, positive: int | None = 1, **options: Any):
         super().__init__(data, **options)
-        self.positive = None if positive is None else _class_number(self, positive)
+        self.positive = None if positive is None else self._class_number(positive)
 
     def value(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """2 sum p y / (sum p + sum y), of one class or averaged over all."""
         p_NC = outputs.softmax(1)
         y_NC = functional.one_hot(targets, p_NC.shape[1]).to(p_NC.dtype)
         f_C = 2 * (p_NC * y_NC).sum(0) / (p_NC.sum(0) + y_NC.sum(0))
-        return f_C.mean() if self.positive is None else f_C[_class(self, self.positive, p_NC)]
+        return f_C.mean() if self.positive is None else f_C[self._known_class(self.positive, p_NC)]
 
 
-class _Gap(_OfClasses):
-    """A property of groups of people, by an attribute of each example."""
+class _RateGap(_ClassificationProperty):
+    """How much the rate at which a class is awarded differs between the values of an attribute of the examples."""
 
     def __init__(self, data: Any, attribute: Sequence[Any] | np.ndarray | Tensor, positive: int = 1, **options: Any):
         super().__init__(data, **options)
@@ -169,23 +183,23 @@ class _Gap(_OfClasses):
             )
         if len(values) < 2:
             raise TaskError(f"{self.name}: the attribute is {values.tolist()} for every example: expected two or more.")
-        self.positive, self.attribute = _class_number(self, positive), torch.from_numpy(codes.astype(np.int64))
+        self.positive, self.attribute = self._class_number(positive), torch.from_numpy(codes.astype(np.int64))
         self.values = values.tolist()
 
     def _rates(self, outputs: Tensor, chosen_N: Tensor, what: str) -> Tensor:
         """[V]: the mean probability of the positive class over the chosen examples with each value."""
         p_NC = outputs.softmax(1)
-        of_NV = functional.one_hot(self.attribute.to(outputs.device)).to(p_NC.dtype) * chosen_N[:, None]
-        count_V = of_NV.sum(0)
+        has_value_NV = functional.one_hot(self.attribute.to(outputs.device)).to(p_NC.dtype) * chosen_N[:, None]
+        count_V = has_value_NV.sum(0)
         if not bool((count_V > 0).all()):
             raise TaskError(
                 f"{self.name}: no example of value {self.values[int(count_V.argmin())]} {what}, so it has no rate. "
                 "Add examples, or leave the value out."
             )
-        return (p_NC[:, _class(self, self.positive, p_NC)] @ of_NV) / count_V
+        return (p_NC[:, self._known_class(self.positive, p_NC)] @ has_value_NV) / count_V
 
 
-class DemographicParityGap(_Gap):
+class DemographicParityGap(_RateGap):
     """The gap between the attribute's values in the mean probability of the positive class: largest minus smallest.
 
     Args:
@@ -201,7 +215,7 @@ class DemographicParityGap(_Gap):
         return rates_V.max() - rates_V.min()
 
 
-class EqualisedOddsGap(_Gap):
+class EqualisedOddsGap(_RateGap):
     """Two gaps in the mean probability of the positive class: among the truly positive, and among the others.
 
     Source: Hardt et al. 2016, arXiv 1610.02413.
@@ -227,7 +241,7 @@ class EqualisedOddsGap(_Gap):
         return gaps.max() if self.worst else gaps.mean()
 
 
-class CalibrationError(_OfClasses):
+class CalibrationError(_ClassificationProperty):
     """Soft-binned expected calibration error (Karandikar et al. 2021, arXiv 2108.00106), L1.
 
     Each example's confidence, the probability of the predicted class, belongs to every bin by a softmax of its squared
@@ -274,15 +288,3 @@ def probabilities(outputs: Tensor) -> Tensor:
         tensor([[0.2500, 0.2500, 0.2500, 0.2500]])
     """
     return class_logits(outputs).softmax(1)
-
-
-def _class_number(of: Property, positive: object) -> int:
-    if isinstance(positive, bool) or not isinstance(positive, int):
-        raise TaskError(f"{of.name}: positive={positive!r}: expected the number of a class.")
-    return positive
-
-
-def _class(of: Property, positive: int, p_NC: Tensor) -> int:
-    if not 0 <= positive < p_NC.shape[1]:
-        raise TaskError(f"{of.name}: positive={positive}, but the model has the classes 0..{p_NC.shape[1] - 1}.")
-    return positive

@@ -1,6 +1,6 @@
 """Refinement: from coarse groups down to the single examples that matter, scoring only what lies on the way.
 
-Axes: Q queries, K groups.
+Axes: Q queries, K groups, k new parts.
 """
 
 from __future__ import annotations
@@ -13,16 +13,17 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from ..errors import GroupError, ScoreError
+from ..errors import GroupError
 from ..groups.groups import Groups
-from .scores import NOT_SUMS, Ranked, Scores
+from ..groups.nesting import parents
+from .scores import Ranked, Scores, check_additive
 
 
 class Level(NamedTuple):
     """One level of a refinement.
 
-    size: examples in a part on average, None for the coarse groups; groups: how many were scored; examples: how many
-    training examples were walked for it (at each training checkpoint of the method's plan).
+    size: examples in a part on average, None for the coarse groups. groups: how many groups were scored. examples: how
+    many training examples they hold, each of which was walked at every training checkpoint of the method's plan.
     """
 
     size: int | None
@@ -32,11 +33,12 @@ class Level(NamedTuple):
 
 @dataclass(frozen=True)
 class Refinement:
-    """Coarse groups, of which those that matter are in parts.
+    """Coarse groups, of which those that matter are split into parts.
 
-    groups: a partition, the groups that were split replaced by their parts. scores: of these groups [Q, K]; the parts'
-    add up to their group's up to rounding. levels: what was scored, from coarse to fine. found: the groups of a single
-    example, those that matter most first: the example's index, its label in `groups`, its score summed over queries.
+    groups: the coarse groups, with those that were split replaced by their parts. scores: of these groups, [Q, K]; the
+    scores of a group's parts add up to the group's up to rounding. levels: what was scored, from coarse to fine.
+    found: the groups of a single example, those that matter most first, each with the example's index, its label in
+    `groups` and its score summed over the queries.
     """
 
     groups: Groups
@@ -46,7 +48,7 @@ class Refinement:
 
     @property
     def examples_walked(self) -> int:
-        """Training examples walked in all; scoring every example walks each once."""
+        """Training examples walked in all; to score every example by itself walks each of them once."""
         return sum(level.examples for level in self.levels)
 
     def __repr__(self) -> str:
@@ -56,90 +58,88 @@ class Refinement:
         )
 
 
-@dataclass(frozen=True)
-class Refiner:
-    """How groups are refined; see `Analyzer.refine`.
+def check_options(keep: float, sizes: Sequence[int], largest: bool | None) -> None:
+    """Raise GroupError unless these options of `refine` make sense."""
+    if not isinstance(keep, int | float | np.integer | np.floating) or not 0 < keep <= 1:
+        raise GroupError(f"keep={keep!r}: expected a share above 0, up to 1.")
+    if not (largest is None or isinstance(largest, bool)):
+        raise GroupError(f"largest={largest!r}: expected True, False or None (either sign).")
+    listed = list(sizes) if isinstance(sizes, Sequence | np.ndarray) else []
+    whole = all(isinstance(size, int | np.integer) and size >= 1 for size in listed)
+    if not listed or not whole or listed != sorted(set(listed), reverse=True):
+        raise GroupError(f"sizes={sizes!r}: expected a list of whole numbers of at least 1, each below the one before.")
 
-    method: the name of the method that scores.
+
+def refine(
+    score: Callable[[Groups], Scores],
+    groups: Groups,
+    features: Any,
+    *,
+    keep: float,
+    sizes: Sequence[int],
+    largest: bool | None,
+    seed: int,
+) -> Refinement:
+    """Score the groups, then the parts of those that matter, then theirs; options are those of `Analyzer.refine`.
+
+    score: gives the scores [Q, K] of any groups of the data; ScoreError where they do not add up.
     """
-
-    method: str
-    keep: float
-    sizes: Sequence[int]
-    largest: bool | None
-    seed: int
-
-    def __post_init__(self) -> None:
-        if self.method in NOT_SUMS:
-            raise ScoreError(f"refine: scores of {self.method} do not add up, so a group's says nothing of its parts.")
-        if not isinstance(self.keep, int | float | np.integer | np.floating) or not 0 < self.keep <= 1:
-            raise GroupError(f"keep={self.keep!r}: expected a share above 0, up to 1.")
-        if not (self.largest is None or isinstance(self.largest, bool)):
-            raise GroupError(f"largest={self.largest!r}: expected True, False or None (either sign).")
-        sizes = list(self.sizes) if isinstance(self.sizes, Sequence | np.ndarray) else []
-        whole = all(isinstance(size, int | np.integer) and size >= 1 for size in sizes)
-        if not sizes or not whole or sizes != sorted(set(sizes), reverse=True):
-            raise GroupError(
-                f"sizes={self.sizes!r}: expected a list of whole numbers of at least 1, each below the one before."
-            )
-
-    def refine(self, score: Callable[[Groups], Scores], groups: Groups, features: Any) -> Refinement:
-        """Score the groups, then the parts of those that matter, then theirs; score: scores any groups of the data."""
-        scores = score(groups)
-        levels = [Level(None, len(groups), int(groups.sizes.sum()))]
-        current = np.arange(len(groups))  # the places of the groups that were reached at this level
-        for size in self.sizes:
-            chosen = self._chosen(scores, current)
-            coarse = [place for place in chosen if len(groups.members[place]) > size]
-            if not coarse:
-                current = chosen
-                continue
-            split = groups.split(features, size=size, only=coarse, seed=self.seed)
-            came_from = _origins(groups, split)
-            new = np.flatnonzero(np.bincount(came_from)[came_from] > 1)
-            reached = np.flatnonzero(np.isin(came_from, chosen))
-            if len(new):
-                parts = _some(split, new)
-                scores = _replaced(scores, score(parts), split, came_from, new)
-                levels.append(Level(int(size), len(parts), int(parts.sizes.sum())))
-            groups, current = split, reached
-        return Refinement(groups, scores, tuple(levels), self._found(groups, scores))
-
-    def _matter(self, scores: Scores) -> np.ndarray:
-        """[K]: how much each group matters."""
-        total_K: np.ndarray = scores.values.double().sum(0).cpu().numpy()
-        return np.abs(total_K) if self.largest is None else total_K if self.largest else -total_K
-
-    def _chosen(self, scores: Scores, current: np.ndarray) -> np.ndarray:
-        """Those of the current groups that matter: the share `keep` of them, of the sign that is asked for."""
-        matter_K = self._matter(scores)[current]
-        first = np.argsort(-matter_K, kind="stable")[: math.ceil(self.keep * len(current))]
-        return current[first[matter_K[first] > 0]]
-
-    def _found(self, groups: Groups, scores: Scores) -> tuple[Ranked, ...]:
-        matter_K, total_K = self._matter(scores), scores.values.double().sum(0).tolist()
-        order = [place for place in np.argsort(-matter_K, kind="stable") if len(groups.members[place]) == 1]
-        return tuple(Ranked(int(groups.members[k][0]), groups.labels[k], total_K[k]) for k in order)
+    check_options(keep, sizes, largest)
+    scores = score(groups)
+    check_additive(scores.provenance, "refine")
+    levels = [Level(None, len(groups), int(groups.sizes.sum()))]
+    reached = np.arange(len(groups))  # the places of the groups that the refinement has come down to
+    for size in sizes:
+        chosen = _chosen(scores, reached, keep, largest)
+        large = [place for place in chosen if len(groups.members[place]) > size]
+        if not large:
+            reached = chosen
+            continue
+        split = groups.split(features, size=size, only=large, seed=seed)
+        parent_K = parents(split, groups, "refine")
+        new = np.flatnonzero(np.bincount(parent_K)[parent_K] > 1)
+        reached = np.flatnonzero(np.isin(parent_K, chosen))
+        if len(new):
+            parts = _subset(split, new)
+            scores = _replaced(scores, score(parts), split, parent_K, new)
+            levels.append(Level(int(size), len(parts), int(parts.sizes.sum())))
+        groups = split
+    return Refinement(groups, scores, tuple(levels), _single_examples(groups, scores, largest))
 
 
-def _origins(groups: Groups, split: Groups) -> np.ndarray:
-    """[K]: the group that each part is of."""
-    of_N = groups.membership()
-    return of_N[[member[0] for member in split.members]]
+def _importance(scores: Scores, largest: bool | None) -> np.ndarray:
+    """[K]: how much each group matters, by its score summed over the queries."""
+    total_K: np.ndarray = scores.values.double().sum(0).cpu().numpy()
+    return np.abs(total_K) if largest is None else total_K if largest else -total_K
 
 
-def _some(groups: Groups, places: np.ndarray) -> Groups:
-    members, labels = (tuple(of[place] for place in places) for of in (groups.members, groups.labels))
+def _chosen(scores: Scores, reached: np.ndarray, keep: float, largest: bool | None) -> np.ndarray:
+    """Those of the groups reached that matter: the share `keep` of them, of the sign that is asked for."""
+    importance = _importance(scores, largest)[reached]
+    first = np.argsort(-importance, kind="stable")[: math.ceil(keep * len(reached))]
+    return reached[first[importance[first] > 0]]
+
+
+def _single_examples(groups: Groups, scores: Scores, largest: bool | None) -> tuple[Ranked, ...]:
+    """The groups of a single example, those that matter most first."""
+    importance_K, total_K = _importance(scores, largest), scores.values.double().sum(0).tolist()
+    order = [place for place in np.argsort(-importance_K, kind="stable") if len(groups.members[place]) == 1]
+    return tuple(Ranked(int(groups.members[k][0]), groups.labels[k], total_K[k]) for k in order)
+
+
+def _subset(groups: Groups, places: np.ndarray) -> Groups:
+    """The groups at some places alone."""
+    members, labels = (tuple(column[place] for place in places) for column in (groups.members, groups.labels))
     return Groups(members, labels, groups.length, partial=True)  # type: ignore[arg-type]
 
 
-def _replaced(scores: Scores, parts: Scores, split: Groups, came_from: np.ndarray, new: np.ndarray) -> Scores:
+def _replaced(scores: Scores, parts: Scores, split: Groups, parent_K: np.ndarray, new: np.ndarray) -> Scores:
     """Scores of the split groups: those of the groups that stayed whole, and of the new parts."""
-    origin_K, new_K = torch.from_numpy(came_from), torch.from_numpy(new)
+    parent, places = torch.from_numpy(parent_K), torch.from_numpy(new)
 
-    def joined(whole: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
-        both = whole.index_select(1, origin_K.to(whole.device))
-        return both.index_copy_(1, new_K.to(whole.device), own.to(whole))
+    def joined(whole_QK: torch.Tensor, parts_Qk: torch.Tensor) -> torch.Tensor:
+        scores_QK = whole_QK.index_select(1, parent.to(whole_QK.device))
+        return scores_QK.index_copy_(1, places.to(whole_QK.device), parts_Qk.to(whole_QK))
 
     spread = None if scores.spread is None or parts.spread is None else joined(scores.spread, parts.spread)
     return replace(

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import KW_ONLY, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,11 +19,11 @@ from torch import Tensor
 from ..data.fingerprints import digest
 from ..errors import ScoreError
 from ..groups.groups import Groups
+from ..groups.nesting import parents
 from ..store.files import read_tensors, write_tensors
 
 FORMAT = 1
 _KINDS = ("by_term", "by_layer", "by_run")
-NOT_SUMS = ("GradientCosine",)  # methods whose group scores are not sums of their members'
 
 
 class Ranked(NamedTuple):
@@ -38,12 +38,19 @@ class Ranked(NamedTuple):
 class Scores:
     """The predicted change of each query's measurement if a group were removed from training.
 
-    values: [Q, K], in units of the measurement.
-    query_labels, group_labels: names of the rows and the columns; group_sizes: examples in each group.
-    provenance: the method, its options and terms, and what the scores were computed from.
-    by_term: {term: [Q, K]} and by_layer: {layer: [Q, K]}, each adding up to `values`; empty unless asked for.
-    by_run: {run: [Q, K]} of an ensemble, whose mean is `values`; empty unless asked for. spread: [Q, K], the standard
-    deviation over the runs of an ensemble; None for one run.
+    Args:
+        values: [Q, K], in units of the measurement.
+        query_labels, group_labels: names of the rows and the columns.
+        group_sizes: the number of examples in each group.
+        provenance: the method, its options and terms, and what the scores were computed from; "additive" is False where
+            a group's score is not the sum of its parts' (see `segflow.methods.Method`).
+        by_term: {term: [Q, K]}, which add up to `values`; empty unless asked for.
+        by_layer: {layer: [Q, K]}, which add up to `values`; empty unless asked for.
+        by_run: {run: [Q, K]} of an ensemble, whose mean is `values`; empty unless asked for.
+        spread: [Q, K], the standard deviation over the runs of an ensemble; None for one run.
+
+    Raises:
+        ScoreError: shapes do not fit the labels, or the provenance is not what JSON can hold.
     """
 
     values: Tensor
@@ -51,6 +58,7 @@ class Scores:
     group_labels: tuple[str, ...]
     group_sizes: tuple[int, ...]
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    _: KW_ONLY
     by_term: Mapping[str, Tensor] = field(default_factory=dict)
     by_layer: Mapping[str, Tensor] = field(default_factory=dict)
     by_run: Mapping[str, Tensor] = field(default_factory=dict)
@@ -73,10 +81,10 @@ class Scores:
 
     def _parts(self) -> dict[str, Tensor]:
         """Every tensor [Q, K], by the name that it is saved under."""
-        found = {"values": self.values}
+        tensors = {"values": self.values}
         for kind in _KINDS:
-            found |= {f"{kind}.{index}": part for index, part in enumerate(getattr(self, kind).values())}
-        return found if self.spread is None else found | {"spread": self.spread}
+            tensors |= {f"{kind}.{index}": part for index, part in enumerate(getattr(self, kind).values())}
+        return tensors if self.spread is None else tensors | {"spread": self.spread}
 
     def __repr__(self) -> str:
         queries, groups = self.values.shape
@@ -108,21 +116,21 @@ class Scores:
             tensor([[3., 5., 3.]])
         """
         self.check_groups(groups, "by_example: groups")
-        of_N = torch.from_numpy(groups.membership()).to(self.values.device)
-        missed = torch.nonzero(of_N < 0).flatten().tolist()
+        group_N = torch.from_numpy(groups.membership()).to(self.values.device)
+        missed = torch.nonzero(group_N < 0).flatten().tolist()
         if missed:
             raise ScoreError(
                 f"by_example: the groups leave out {len(missed)} of {groups.length} examples, the first is "
                 f"{missed[0]}, which have no score. Score groups that cover all examples."
             )
-        sizes_N = torch.tensor(self.group_sizes, device=of_N.device)[of_N]
+        sizes_N = torch.tensor(self.group_sizes, device=group_N.device)[group_N]
         return replace(
             self,
-            **self._mapped(lambda part: part[:, of_N] / sizes_N),
+            **self._mapped(lambda part: part[:, group_N] / sizes_N),
             group_labels=tuple(map(str, range(groups.length))),
             group_sizes=(1,) * groups.length,
             provenance={**self.provenance, "shared_out_from": f"{len(groups)} groups"},
-            spread=None if self.spread is None else self.spread[:, of_N] / sizes_N,
+            spread=None if self.spread is None else self.spread[:, group_N] / sizes_N,
         )
 
     def rolled_up(self, fine: Groups, coarse: Groups) -> Scores:
@@ -134,8 +142,8 @@ class Scores:
             fine: the groups that were scored. coarse: groups of the same examples; each finer one lies within one.
 
         Raises:
-            ScoreError: `fine` are not the scores' groups, a finer group does not lie within one coarser group, the two
-                are not about the same examples, or the method's scores do not add up.
+            ScoreError: `fine` are not the scores' groups, or the method's scores do not add up.
+            GroupError: the two are not about the same examples, or a finer group does not lie within one coarser group.
 
         Example:
             >>> fine, coarse = Groups.singletons(3), Groups.from_lists([[0, 2], [1]], length=3)
@@ -143,10 +151,8 @@ class Scores:
             tensor([[3., 5.]])
         """
         self.check_groups(fine, "rolled_up: fine")
-        method = self.provenance.get("method")
-        if method in NOT_SUMS:
-            raise ScoreError(f"rolled_up: scores of {method} do not add up. Score the coarser groups themselves.")
-        parent_K = torch.from_numpy(_parents(fine, coarse)).to(self.values.device)
+        check_additive(self.provenance, "rolled_up")
+        parent_K = torch.from_numpy(parents(fine, coarse, "rolled_up")).to(self.values.device)
 
         def added(part: Tensor) -> Tensor:
             sums = part.new_zeros(len(part), len(coarse), dtype=torch.float64)
@@ -164,11 +170,11 @@ class Scores:
 
     def check_groups(self, groups: Groups, where: str = "groups") -> None:
         """Raise ScoreError, which says where, unless these are the groups that were scored."""
-        own = (self.group_labels, self.group_sizes)
-        if own != (groups.labels, tuple(groups.sizes.tolist())):
+        if (self.group_labels, self.group_sizes) != (groups.labels, tuple(groups.sizes.tolist())):
             raise ScoreError(
-                f"{where}: {groups!r}, labels {list(groups.labels[:4])}..., are not the {len(own[0])} groups of these "
-                f"scores, labels {list(own[0][:4])}..., of {sum(own[1])} examples. Give the groups that were scored."
+                f"{where}: {groups!r}, labels {list(groups.labels[:4])}..., are not the groups of these scores: "
+                f"{len(self.group_labels)} groups of {sum(self.group_sizes)} examples, labels "
+                f"{list(self.group_labels[:4])}... Give the groups that were scored."
             )
 
     def _mapped(self, change: Callable[[Tensor], Tensor]) -> dict[str, Any]:
@@ -276,28 +282,10 @@ def _spread(by_run: Mapping[str, Tensor]) -> Tensor | None:
     return torch.stack(list(by_run.values())).std(0) if len(by_run) > 1 else None
 
 
-def _parents(fine: Groups, coarse: Groups) -> np.ndarray:
-    """[K]: the coarser group that each finer one lies within; ScoreError where it does not, or if examples differ."""
-    if fine.length != coarse.length:
+def check_additive(provenance: Mapping[str, Any], where: str) -> None:
+    """Raise ScoreError, which says where, if these scores are of a method whose scores do not add up over groups."""
+    if not provenance.get("additive", True):
         raise ScoreError(
-            f"rolled_up: the finer groups are about {fine.length} examples, the coarser ones about {coarse.length}. "
-            "Give groups of one dataset."
+            f"{where}: scores of {provenance.get('method')} do not add up: a group's score is not the sum of its "
+            "parts'. Score the groups of each size themselves."
         )
-    of_N = coarse.membership()
-    held = of_N[np.concatenate(fine.members)]
-    starts = np.cumsum(fine.sizes) - fine.sizes
-    parents: np.ndarray = held[starts]
-    outside = np.flatnonzero(np.logical_or.reduceat(held != np.repeat(parents, fine.sizes), starts) | (parents < 0))
-    if len(outside):
-        found = sorted({coarse.labels[of] if of >= 0 else "none" for of in of_N[fine.members[outside[0]]]})
-        raise ScoreError(
-            f"rolled_up: the finer group {fine.labels[outside[0]]!r} does not lie within one coarser group: its "
-            f"examples are in {found}. Give groups that are nested."
-        )
-    lost = np.flatnonzero((of_N >= 0) & (fine.membership() < 0))
-    if len(lost):
-        raise ScoreError(
-            f"rolled_up: {len(lost)} examples of the coarser groups are in no finer group, the first is {lost[0]} (in "
-            f"{coarse.labels[of_N[lost[0]]]!r}), so a sum would lack them. Score groups that cover them."
-        )
-    return parents

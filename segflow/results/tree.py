@@ -11,6 +11,7 @@ import numpy as np
 
 from ..errors import GroupError
 from ..groups.groups import Groups
+from ..groups.nesting import parents
 from .scores import Scores
 
 
@@ -52,8 +53,8 @@ class GroupTree:
 
         Each column has one label for each example; see `Groups.by`.
         """
-        held = [list(column) for column in columns]
-        return cls(tuple(Groups.by(*held[:count]) for count in range(1, len(held) + 1)))
+        lists = [list(column) for column in columns]
+        return cls(tuple(Groups.by(*lists[:count]) for count in range(1, len(lists) + 1)))
 
     @property
     def finest(self) -> Groups:
@@ -70,7 +71,8 @@ class GroupTree:
 
     @cached_property
     def _parents(self) -> list[np.ndarray]:
-        return [_parents(*pair, level) for level, pair in enumerate(pairwise(self.levels), start=1)]
+        pairs = enumerate(pairwise(self.levels))
+        return [parents(fine, coarse, f"levels {level} and {level + 1}") for level, (coarse, fine) in pairs]
 
     def scores(self, scores: Scores) -> tuple[Scores, ...]:
         """The scores of every level, from coarse to fine, given those of the finest; they add up.
@@ -78,21 +80,3 @@ class GroupTree:
         Raises ScoreError if these are not the finest level's scores, or of a method whose scores do not add up.
         """
         return (*(scores.rolled_up(self.finest, level) for level in self.levels[:-1]), scores)
-
-
-def _parents(coarse: Groups, fine: Groups, level: int) -> np.ndarray:
-    """[K]: the coarser group that holds each finer group's examples, all of them."""
-    above_N, own_N = coarse.membership(), fine.membership()
-    if coarse.length != fine.length or ((above_N < 0) != (own_N < 0)).any():
-        raise GroupError(
-            f"levels {level - 1} and {level} are about {(above_N >= 0).sum()} of {coarse.length} and "
-            f"{(own_N >= 0).sum()} of {fine.length} examples. Expected the same examples in every level."
-        )
-    parents_K = above_N[[member[0] for member in fine.members]]
-    for place in own_N[(own_N >= 0) & (parents_K[own_N] != above_N)][:1]:
-        holders = [coarse.labels[k] for k in np.unique(above_N[fine.members[place]])]
-        raise GroupError(
-            f"level {level}: the examples of group {fine.labels[place]!r} are in groups {holders} of level "
-            f"{level - 1}. Expected each group within one coarser group."
-        )
-    return parents_K

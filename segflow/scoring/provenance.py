@@ -62,10 +62,10 @@ def labelled_scores(
         groups.labels,
         tuple(groups.sizes.tolist()),
         _provenance(runs, method, stage, queries),
-        dict(zip(terms, by_term, strict=True)) if "term" in keep else {},
-        dict(zip(layers, by_layer, strict=True)) if "layer" in keep else {},
-        {f"run {number}": part for number, part in enumerate(values_RQK, start=1)} if "run" in keep else {},
-        values_RQK.std(0) if len(runs) > 1 else None,
+        by_term=dict(zip(terms, by_term, strict=True)) if "term" in keep else {},
+        by_layer=dict(zip(layers, by_layer, strict=True)) if "layer" in keep else {},
+        by_run={f"run {number}": part for number, part in enumerate(values_RQK, start=1)} if "run" in keep else {},
+        spread=values_RQK.std(0) if len(runs) > 1 else None,
     )
 
 
@@ -91,6 +91,8 @@ def _provenance(runs: Sequence[RunParts], method: Method, stage: int, queries: Q
         "measurement": queries.measurement(last.task),
         "segflow": __version__,
     }
+    if any(term.side == "gradient" and term.normalized for term in first.plan):
+        found["additive"] = False  # cosines of groups' gradients do not add up, whatever the method says
     if context.settings.curvature_examples is not None:
         found["curvature_examples"] = min(context.settings.curvature_examples, context.trajectory.dataset_size)
     if first.batching_error is not None:

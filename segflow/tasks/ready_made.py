@@ -1,4 +1,8 @@
-"""Ready-made tasks. A batch is (inputs, targets), or a mapping that is read by the names given."""
+"""Tasks to use as they are: classification and regression.
+
+A batch is (inputs, targets), or a mapping that is read by the names given. What a task is, and the class that one of
+your own derives from, stands in `task.py`. Axes: B examples of a batch, C classes, D outputs of one example.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
-"""What segflow needs to be told: the loss that trained the model, and the measurement to explain.
+"""What a task is, the loss that trained the model and the measurement to explain, and the class that one derives from.
 
-The method names are Kronfluence's, so that its tasks run here unchanged.
+Tasks to use as they are stand in `ready_made.py`. The method names are Kronfluence's, so that its tasks run here
+unchanged. Axes: B examples of a batch, S positions.
 """
 
 from __future__ import annotations
@@ -108,6 +109,9 @@ def summed_loss(task: Any, batch: Any, model: nn.Module, *, kind: str) -> Tensor
     else:
         loss = getattr(task, name, partial(Task.compute_output, task))(batch, model)
     if not isinstance(loss, Tensor) or loss.numel() != 1 or not torch.is_floating_point(loss):
-        found = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-        raise TaskError(f"{type(task).__name__}.{name}: expected one number, the sum over the batch, found {found}.")
+        returned = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+        raise TaskError(
+            f"{type(task).__name__}.{name}: expected one number, the sum over the batch, found {returned}. Return a "
+            "floating-point tensor of shape []."
+        )
     return loss.reshape(())

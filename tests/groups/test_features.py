@@ -224,7 +224,10 @@ def _on_ranks(folder: str, of: str, out: bool) -> Any:
     return np.array(analyzer.features(vectors(N), of, batch_size=5, out=path)).tolist()
 
 
-@pytest.mark.parametrize(("of", "count", "out"), [("gradient", 2, False), ("input", 3, True)])
+@pytest.mark.parametrize(
+    ("of", "count", "out"),
+    [("gradient", 2, False), ("input", 2, True), pytest.param("input", 3, True, marks=pytest.mark.slow)],
+)
 def test_every_rank_gets_the_features_of_all(gang: Gang, tmp_path: Path, of: str, count: int, out: bool) -> None:
     alone = _on_ranks(str(tmp_path / "alone"), of, False)
     for found in gang.run(count, _on_ranks, str(tmp_path), of, out):

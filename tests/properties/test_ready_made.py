@@ -17,6 +17,7 @@ import segflow as sf
 from segflow import properties as props
 from segflow.errors import MethodError, TaskError
 from segflow.runtime.ranks import current
+from segflow.tasks.ready_made import margins
 
 from ..support.gang import Failed, Gang
 from ..support.helpers import analyzer_of, mlp, perturbed_states, trajectory_of, vectors
@@ -197,7 +198,14 @@ def _on_ranks(folder: str, store: str, memory: int) -> list[list[float]]:
     return analyzer.score(GROUPS, vectors(N), asked, batch_size=7).values.tolist()  # type: ignore[no-any-return]
 
 
-@pytest.mark.parametrize(("count", "memory"), [(2, 2 << 30), (3, 2 << 30), (4, 8000)])
+@pytest.mark.parametrize(
+    ("count", "memory"),
+    [
+        (2, 2 << 30),
+        pytest.param(3, 2 << 30, marks=pytest.mark.slow),
+        pytest.param(4, 8000, marks=pytest.mark.slow),
+    ],
+)
 def test_any_number_of_ranks_finds_the_same_properties(gang: Gang, tmp_path: Path, count: int, memory: int) -> None:
     """With four ranks and batches of seven, one rank has no example of the property's data."""
     alone = _on_ranks(str(tmp_path), "alone", 2 << 30)
@@ -273,7 +281,7 @@ class BothHeads(sf.Task):
         return nn.functional.cross_entropy(model(batch[0])[0], batch[1], reduction="sum")
 
     def compute_output(self, batch: Any, model: nn.Module) -> Tensor:
-        return sf.tasks.margins(model(batch[0])[0], batch[1]).sum()
+        return margins(model(batch[0])[0], batch[1]).sum()
 
 
 class RightHead(sf.properties.Property):
@@ -397,6 +405,7 @@ def _labelled(labels: list[Any]) -> TensorDataset:
         ),
         (lambda: props.SliceMargin(DATA, [0.5]), TaskError, "slice_of: expected a list of indices"),
         (lambda: props.SliceMargin(DATA, [17]), TaskError, "slice_of names example 17, but the data has 0..16"),
+        (lambda: props.SliceMargin(DATA, [5, -1]), TaskError, "slice_of names example -1, but the data has 0..16"),
         (lambda: props.SoftF1(_labelled([0, 3])), TaskError, "example 1 has the label 3, but .* classes 0..2"),
         (lambda: props.SoftAccuracy(_labelled([0, -1])), TaskError, "example 1 has the label -1"),
         (lambda: props.SoftAccuracy(_labelled([0.0, 1.5])), TaskError, "expected one whole number, a class"),

@@ -20,14 +20,14 @@ N = 64
 PLANTED = (5, 23, 40)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def query() -> TensorDataset:
     """Three examples much alike, of one class."""
     x, _ = vectors(3, seed=5).tensors
     return TensorDataset(x[:1] + 0.2 * x, torch.tensor([1, 1, 1]))
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def train(query: TensorDataset) -> TensorDataset:
     """Three examples are the queries with a wrong label, ten times over in the loss."""
     x, labels = (tensor.clone() for tensor in vectors(N).tensors)
@@ -45,11 +45,12 @@ class Weighted(sf.tasks.Classification):
         return (losses * batch[2]).sum()
 
 
-@pytest.fixture
-def analyzer(tmp_path: Path) -> sf.Analyzer:
-    model = mlp()
-    run = trajectory_of(tmp_path / "run", perturbed_states(model, 2), N)
-    return analyzer_of(model, run, tmp_path / "store", Weighted(), method=sf.TracIn())
+@pytest.fixture(scope="module")
+def analyzer(tmp_path_factory: pytest.TempPathFactory) -> sf.Analyzer:
+    """With a store that the tests of this file share."""
+    folder, model = tmp_path_factory.mktemp("refined"), mlp()
+    run = trajectory_of(folder / "run", perturbed_states(model, 2), N)
+    return analyzer_of(model, run, folder / "store", Weighted(), method=sf.TracIn())
 
 
 def _totals(analyzer: sf.Analyzer, train: Any, query: Any) -> torch.Tensor:
@@ -63,17 +64,17 @@ def test_planted_harmful_examples_are_found_with_the_scores_of_singletons_by_wal
     analyzer: sf.Analyzer, train: TensorDataset, query: TensorDataset
 ) -> None:
     total_N = _totals(analyzer, train, query)
-    found = analyzer.refine(GROUPS, train, query, keep=0.4, sizes=(3, 1))
-    assert {one.group for one in found.found[:3]} == set(PLANTED)
-    assert all(one.score < 0 for one in found.found[:3]), "without them the queries' losses would fall"
-    for one in found.found:
+    refined = analyzer.refine(GROUPS, train, query, keep=0.4, sizes=(3, 1))
+    assert {one.group for one in refined.found[:3]} == set(PLANTED)
+    assert all(one.score < 0 for one in refined.found[:3]), "without them the queries' losses would fall"
+    for one in refined.found:
         assert one.score == pytest.approx(total_N[one.group].item(), rel=1e-9, abs=1e-12)
-        place = found.groups.labels.index(one.label)
-        assert found.groups.members[place].tolist() == [one.group]
-    assert found.levels[0] == (None, 8, N)
-    assert [level.size for level in found.levels] == [None, 3, 1]
-    assert found.examples_walked == sum(level.examples for level in found.levels) < 2 * N
-    assert "single examples found" in repr(found)
+        place = refined.groups.labels.index(one.label)
+        assert refined.groups.members[place].tolist() == [one.group]
+    assert refined.levels[0] == (None, 8, N)
+    assert [level.size for level in refined.levels] == [None, 3, 1]
+    assert refined.examples_walked == sum(level.examples for level in refined.levels) < 2 * N
+    assert "single examples found" in repr(refined)
 
 
 @pytest.mark.parametrize("features", [False, True])
@@ -82,35 +83,35 @@ def test_parts_are_a_partition_whose_scores_add_up_to_the_coarse_ones(
 ) -> None:
     coarse = analyzer.score(GROUPS, train, query)
     of = analyzer.features(train, "representation") if features else None
-    found = analyzer.refine(GROUPS, train, query, keep=0.5, sizes=(4, 2, 1), features=of)
-    assert sorted(np.concatenate(found.groups.members).tolist()) == list(range(N))
-    rolled = found.scores.rolled_up(found.groups, GROUPS)
+    refined = analyzer.refine(GROUPS, train, query, keep=0.5, sizes=(4, 2, 1), features=of)
+    assert sorted(np.concatenate(refined.groups.members).tolist()) == list(range(N))
+    rolled = refined.scores.rolled_up(refined.groups, GROUPS)
     torch.testing.assert_close(rolled.values, coarse.values, rtol=1e-9, atol=1e-13)
-    exact = analyzer.score(found.groups, train, query)
-    torch.testing.assert_close(found.scores.values, exact.values, rtol=1e-9, atol=1e-13)
-    assert found.scores.group_sizes == exact.group_sizes
+    exact = analyzer.score(refined.groups, train, query)
+    torch.testing.assert_close(refined.scores.values, exact.values, rtol=1e-9, atol=1e-13)
+    assert refined.scores.group_sizes == exact.group_sizes
 
 
 def test_everything_is_kept_down_to_the_singletons(
     analyzer: sf.Analyzer, train: TensorDataset, query: TensorDataset
 ) -> None:
-    found = analyzer.refine(GROUPS, train, query, keep=1.0, sizes=(1,))
-    assert len(found.groups) == len(found.found) == N
-    assert found.examples_walked == 2 * N
+    refined = analyzer.refine(GROUPS, train, query, keep=1.0, sizes=(1,))
+    assert len(refined.groups) == len(refined.found) == N
+    assert refined.examples_walked == 2 * N
     total_N = _totals(analyzer, train, query)
-    assert [one.group for one in found.found] == torch.argsort(total_N.abs(), descending=True).tolist()
+    assert [one.group for one in refined.found] == torch.argsort(total_N.abs(), descending=True).tolist()
 
 
 def test_one_sign_alone_can_be_followed(analyzer: sf.Analyzer, train: TensorDataset, query: TensorDataset) -> None:
     total_N = _totals(analyzer, train, query)
     coarse = analyzer.score(GROUPS, train, query).values.sum(0)
     for largest, sign in ((True, 1), (False, -1)):
-        found = analyzer.refine(GROUPS, train, query, keep=1.0, sizes=(1,), largest=largest)
+        refined = analyzer.refine(GROUPS, train, query, keep=1.0, sizes=(1,), largest=largest)
         followed = {k for k in range(8) if sign * coarse[k] > 0}
-        assert {one.group for one in found.found} == {int(i) for k in followed for i in GROUPS.members[k]}
-        assert [sign * one.score for one in found.found] == sorted(sign * one.score for one in found.found)[::-1]
-        assert found.found[0].score == pytest.approx(
-            max(sign * total_N[one.group].item() for one in found.found) * sign, rel=1e-9
+        assert {one.group for one in refined.found} == {int(i) for k in followed for i in GROUPS.members[k]}
+        assert [sign * one.score for one in refined.found] == sorted(sign * one.score for one in refined.found)[::-1]
+        assert refined.found[0].score == pytest.approx(
+            max(sign * total_N[one.group].item() for one in refined.found) * sign, rel=1e-9
         )
 
 
@@ -136,8 +137,8 @@ def test_groups_that_are_small_already_wait_for_their_size(
     analyzer: sf.Analyzer, train: TensorDataset, query: TensorDataset
 ) -> None:
     groups = sf.Groups.from_lists([PLANTED, [i for i in range(N) if i not in PLANTED]], N)
-    found = analyzer.refine(groups, train, query, keep=1.0, sizes=(16, 1))
-    assert {one.group for one in found.found} >= set(PLANTED)
+    refined = analyzer.refine(groups, train, query, keep=1.0, sizes=(16, 1))
+    assert {one.group for one in refined.found} >= set(PLANTED)
     one_step = analyzer.refine(groups, train, query, keep=1.0, sizes=(16,))
     assert one_step.groups.labels[0] == "group 0", "three examples are not split into parts of sixteen"
 
@@ -146,19 +147,19 @@ def test_groups_that_are_called_like_parts_are_refined(
     analyzer: sf.Analyzer, train: TensorDataset, query: TensorDataset
 ) -> None:
     groups = sf.Groups.by(["a"] * 40 + ["a/0"] * 20 + ["a/0/1"] * 4)
-    found = analyzer.refine(groups, train, query, keep=1.0, sizes=(8, 1))
-    assert {one.group for one in found.found} >= set(PLANTED)
-    exact = analyzer.score(found.groups, train, query)
-    assert found.scores.group_labels == exact.group_labels
-    torch.testing.assert_close(found.scores.values, exact.values, rtol=1e-9, atol=1e-12)
+    refined = analyzer.refine(groups, train, query, keep=1.0, sizes=(8, 1))
+    assert {one.group for one in refined.found} >= set(PLANTED)
+    exact = analyzer.score(refined.groups, train, query)
+    assert refined.scores.group_labels == exact.group_labels
+    torch.testing.assert_close(refined.scores.values, exact.values, rtol=1e-9, atol=1e-12)
 
 
 def test_partial_groups_stay_partial(analyzer: sf.Analyzer, train: TensorDataset, query: TensorDataset) -> None:
     groups = sf.Groups.from_lists([range(10), range(20, 30)], N, partial=True)
-    found = analyzer.refine(groups, train, query, keep=0.5, sizes=(1,))
-    assert found.groups.partial
-    assert sorted(np.concatenate(found.groups.members).tolist()) == [*range(10), *range(20, 30)]
-    assert len(found.found) == 10
+    refined = analyzer.refine(groups, train, query, keep=0.5, sizes=(1,))
+    assert refined.groups.partial
+    assert sorted(np.concatenate(refined.groups.members).tolist()) == [*range(10), *range(20, 30)]
+    assert len(refined.found) == 10
 
 
 def test_an_ensembles_spread_is_that_of_each_group_as_it_was_scored(
@@ -168,10 +169,10 @@ def test_an_ensembles_spread_is_that_of_each_group_as_it_was_scored(
     states = perturbed_states(model, 4)
     runs = [trajectory_of(tmp_path / f"run-{k}", states[2 * k : 2 * k + 2], N) for k in range(2)]
     analyzer = analyzer_of(model, runs, tmp_path / "store", Weighted(), method=sf.TracIn())  # type: ignore[arg-type]
-    found = analyzer.refine(GROUPS, train, query, keep=0.3, sizes=(1,))
-    exact = analyzer.score(found.groups, train, query)
-    assert found.scores.spread is not None
-    torch.testing.assert_close(found.scores.spread, exact.spread, rtol=1e-9, atol=1e-13)
+    refined = analyzer.refine(GROUPS, train, query, keep=0.3, sizes=(1,))
+    exact = analyzer.score(refined.groups, train, query)
+    assert refined.scores.spread is not None
+    torch.testing.assert_close(refined.scores.spread, exact.spread, rtol=1e-9, atol=1e-13)
 
 
 @pytest.mark.parametrize(
@@ -214,8 +215,8 @@ def _on_ranks(folder: str, with_features: bool) -> list[Any]:
     analyzer = analyzer_of(model, run, root / "store", method=sf.TracIn(), task=sf.tasks.Classification())
     data = vectors(N)
     features = analyzer.features(data) if with_features else None
-    found = analyzer.refine(GROUPS, data, vectors(3, seed=5), keep=0.4, sizes=(3, 1), features=features)
-    return [found.groups.membership().tolist(), [one.group for one in found.found], found.scores.values.tolist()]
+    refined = analyzer.refine(GROUPS, data, vectors(3, seed=5), keep=0.4, sizes=(3, 1), features=features)
+    return [refined.groups.membership().tolist(), [one.group for one in refined.found], refined.scores.values.tolist()]
 
 
 @pytest.mark.parametrize("with_features", [False, True])

@@ -29,18 +29,19 @@ def scores() -> sf.Scores:
         ("猫", "dog", "🦊"),
         (3, 1, 2),
         {"method": "Source", "segments": (10, 20), "terms": {"segment 1": [10]}, "damping": 0.1, "none": None},
-        {"segment 1": values[0], "segment 2": values[1]},
-        {"fc.weird/名": values[0] + 1, "head": values[1] - 1},
+        by_term={"segment 1": values[0], "segment 2": values[1]},
+        by_layer={"fc.weird/名": values[0] + 1, "head": values[1] - 1},
     )
 
 
-@pytest.fixture
-def analyzer(tmp_path: Path) -> sf.Analyzer:
-    model = mlp()
-    trajectory = trajectory_of(tmp_path / "run", perturbed_states(model, 4), 20)
-    found = analyzer_of(model, trajectory, tmp_path / "store", method=sf.Source(segments=2))
-    found.fit(vectors(20))
-    return found
+@pytest.fixture(scope="module")
+def analyzer(tmp_path_factory: pytest.TempPathFactory) -> sf.Analyzer:
+    """Fitted, with a store that the tests of this file share."""
+    folder, model = tmp_path_factory.mktemp("fitted"), mlp()
+    trajectory = trajectory_of(folder / "run", perturbed_states(model, 4), 20)
+    fitted = analyzer_of(model, trajectory, folder / "store", method=sf.Source(segments=2))
+    fitted.fit(vectors(20))
+    return fitted
 
 
 # ---- parts ----
@@ -60,6 +61,7 @@ def test_kept_terms_and_layers_each_add_up_to_the_values(analyzer: sf.Analyzer) 
     assert scores.provenance["terms"] == {"segment 1: steps 1-20": [10, 20], "segment 2: steps 21-40": [30, 40]}
     assert scores.provenance["attributed_layers"] == ["0", "2", "4"]
     assert (scores.provenance["method"], scores.provenance["segments"]) == ("Source", 2)
+    assert "additive" not in scores.provenance
     assert repr(scores) == "Scores(3 queries x 7 groups, Source)"
 
 
@@ -285,7 +287,7 @@ def test_every_flipped_byte_is_refused_or_changes_nothing(tmp_path: Path) -> Non
 
 def test_another_format_is_refused(scores: sf.Scores, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr("segflow.scores.FORMAT", 2)
+        patch.setattr("segflow.results.scores.FORMAT", 2)
         scores.save(tmp_path / "s")
     with pytest.raises(sf.ScoreError, match="scores format 2, this segflow reads format 1"):
         sf.Scores.load(tmp_path / "s")

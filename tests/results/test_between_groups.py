@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ FINE = sf.Groups.from_lists([[0, 5], [1], [2, 3, 6], [4]], 7, labels="abcd")
 COARSE = sf.Groups.from_lists([[0, 1, 5], [2, 3, 4, 6]], 7, labels=["first", "second"])
 
 
-def _scores(groups: sf.Groups = FINE, dtype: torch.dtype = torch.float64, method: str = "Source") -> sf.Scores:
+def _scores(groups: sf.Groups = FINE, dtype: torch.dtype = torch.float64, **provenance: Any) -> sf.Scores:
     """Two queries, with every kind of part; values are the mean of the two runs."""
     parts = torch.randn(2, 2, len(groups), generator=torch.Generator().manual_seed(2), dtype=torch.float64).to(dtype)
     return sf.Scores(
@@ -25,11 +26,11 @@ def _scores(groups: sf.Groups = FINE, dtype: torch.dtype = torch.float64, method
         ("p", "q"),
         groups.labels,
         tuple(groups.sizes),
-        {"method": method},
-        {"term": parts[0]},
-        {"layer": parts[1]},
-        {"run 1": parts[0], "run 2": parts[1]},
-        parts.std(0),
+        {"method": "Source", **provenance},
+        by_term={"term": parts[0]},
+        by_layer={"layer": parts[1]},
+        by_run={"run 1": parts[0], "run 2": parts[1]},
+        spread=parts.std(0),
     )
 
 
@@ -120,23 +121,64 @@ def test_examples_without_a_group_have_no_score() -> None:
     ],
 )
 def test_groups_that_are_not_nested_are_refused_by_name(coarse: sf.Groups, message: str) -> None:
-    with pytest.raises(sf.ScoreError, match=message):
+    with pytest.raises(sf.GroupError, match=f"rolled_up: .*{message}"):
         _scores().rolled_up(FINE, coarse)
 
 
 def test_a_coarser_group_that_holds_unscored_examples_is_refused() -> None:
     fine = sf.Groups.from_lists([[0, 5], [2]], 7, ["a", "b"], partial=True)
-    with pytest.raises(sf.ScoreError, match=r"4 examples of the coarser groups .*the first is 1 \(in 'first'\)"):
+    with pytest.raises(sf.GroupError, match=r"4 examples of the coarser groups .*the first is 1 \(in 'first'\)"):
         _scores(fine).rolled_up(fine, COARSE)
     covered = sf.Groups.from_lists([[0, 2, 5]], 7, partial=True)
     torch.testing.assert_close(_scores(fine).rolled_up(fine, covered).values, _scores(fine).values.sum(1, keepdim=True))
 
 
-def test_a_cosine_does_not_roll_up_and_is_shared_out() -> None:
-    scores = _scores(method="GradientCosine")
-    with pytest.raises(sf.ScoreError, match="GradientCosine do not add up"):
+def test_scores_that_do_not_add_up_are_not_rolled_up_but_shared_out() -> None:
+    scores = _scores(method="Mine", additive=False)
+    with pytest.raises(sf.ScoreError, match="rolled_up: scores of Mine do not add up"):
         scores.rolled_up(FINE, COARSE)
-    assert scores.by_example(FINE).values.shape == (2, 7)
+    shared = scores.by_example(FINE)
+    assert shared.values.shape == (2, 7)
+    with pytest.raises(sf.ScoreError, match="do not add up"):
+        shared.rolled_up(sf.Groups.singletons(7), FINE)
+
+
+@dataclass(frozen=True)
+class MyCosine:
+    """A method of one's own whose plan tells that its scores do not add up."""
+
+    def plan(self, trajectory: sf.Trajectory, stage: int = -1) -> Any:
+        return sf.GradientCosine().plan(trajectory, stage)
+
+
+@dataclass(frozen=True)
+class MyLargest:
+    """A method of one's own that says so itself; its plan would add up."""
+
+    additive: ClassVar[bool] = False
+
+    def plan(self, trajectory: sf.Trajectory, stage: int = -1) -> Any:
+        return sf.GradientDot().plan(trajectory, stage)
+
+
+@pytest.mark.parametrize(
+    "method", [sf.GradientCosine(), MyCosine(), MyLargest()], ids=lambda method: type(method).__name__
+)
+def test_methods_that_are_not_additive_are_refused_by_name(tmp_path: Path, method: Any) -> None:
+    model, train, query, name = mlp(), vectors(12), vectors(3, seed=5), type(method).__name__
+    trajectory = trajectory_of(tmp_path / "run", perturbed_states(model, 2), 12)
+    analyzer = analyzer_of(model, trajectory, tmp_path / "store", method=method)
+    groups, single = sf.Groups.random(12, 5), sf.Groups.singletons(12)
+    scores = analyzer.score(single, train, query)
+    scores.save(tmp_path / "scores")
+    for read in (scores, sf.Scores.load(tmp_path / "scores")):
+        assert read.provenance["additive"] is False
+        with pytest.raises(sf.ScoreError, match=f"rolled_up: scores of {name} do not add up"):
+            read.rolled_up(single, groups)
+        with pytest.raises(sf.ScoreError, match=f"scores of {name} do not add up"):
+            sf.GroupTree.from_levels(groups, single).scores(read)
+    with pytest.raises(sf.ScoreError, match=f"refine: scores of {name} do not add up"):
+        analyzer.refine(groups, train, query)
 
 
 def test_float32_sums_are_rounded_once() -> None:
