@@ -276,7 +276,7 @@ def test_a_plain_script_under_a_launcher_is_all_ranks(tmp_path: Path, launcher: 
     """`--multi_gpu` without a GPU starts processes over gloo; `--cpu` starts one process only (accelerate 1.15)."""
     script = tmp_path / "script.py"
     script.write_text(
-        "from segflow.ranks import current\n"
+        "from segflow.runtime.ranks import current\n"
         "place = current()\n"
         "with place.together('script'):\n"
         "    print(f'ranks {place.gather(place.index)}\\n', end='', flush=True)\n"

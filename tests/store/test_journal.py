@@ -164,7 +164,7 @@ def test_an_analyzer_logs_and_sums_up_its_work(tmp_path: Path) -> None:
 
 SCRIPT = """
 import os, signal, sys, time
-from segflow.interrupts import orderly, shielded
+from segflow.runtime.signals import orderly, shielded
 with orderly():
     try:
         with shielded():

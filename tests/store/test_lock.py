@@ -21,7 +21,7 @@ from segflow.store.lock import hold, holder
 HOLD = """
 import sys, time
 from pathlib import Path
-from segflow.lock import hold
+from segflow.store.lock import hold
 with hold(Path(sys.argv[1]), "fit"):
     print("held", flush=True)
     time.sleep(60)

@@ -203,7 +203,7 @@ KILLED = """
     from pathlib import Path
     import torch
     torch.set_num_threads(1)
-    from tests import test_resume as t
+    from tests.store import test_resume as t
 
     def kill():
         os.kill(os.getpid(), signal.SIGKILL)
