@@ -80,7 +80,7 @@ def record(
     recording = Recording(unwrap(model), optimizer, Path(directory), dataset_size, stage, batch_size)
     recording.plan(total_steps, checkpoints)
     ranks = current()
-    with ranks.together("record", guard=False):
+    with ranks.together("record"):
         if ranks.main:
             recording.begin(overwrite)
         hooks = [
