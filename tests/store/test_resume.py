@@ -221,9 +221,9 @@ KILLED = """
 """
 
 
-def killed(folder: Path, stage: str) -> None:
+def killed(folder: Path, call: str) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", textwrap.dedent(KILLED), str(folder), stage]
+    command = [sys.executable, "-c", textwrap.dedent(KILLED), str(folder), call]
     done = subprocess.run(command, env=environment, cwd=Path(__file__).parents[2], check=False)
     assert done.returncode == -signal.SIGKILL
 
