@@ -318,7 +318,7 @@ class Analyzer:
             held = stack.enter_context(shared.local.locked(name)) if store and context.ranks.main else None
             stack.enter_context(shared.journal.call(name, ranks=context.ranks.count, **describe(self.method), **facts))
             if held is not None and held.took_over:
-                shared.journal.event("took_over", holder=held.took_over)
+                shared.journal.event("took_over", holder=held.took_over.as_json())
             settings = [own.settings() for contexts in self.runs for own in contexts]
             context.ranks.agree("the model, task and settings", [settings, facts])
             stack.enter_context(observing(context.model))

@@ -402,7 +402,7 @@ def test_a_store_of_another_format_version_is_refused(tmp_path: Path) -> None:
     manifest = tmp_path / "store" / "manifest.json"
     manifest.write_text(manifest.read_text().replace('"format": 2', '"format": 3'))
     for run in (lambda: found.fit(vectors(N), batch_size=BATCH), lambda: scored(found)):
-        with pytest.raises(sf.StoreError, match="store format 3, this segflow reads formats 1 and 2"):
+        with pytest.raises(sf.StoreError, match="store format 3, this segflow reads format 2"):
             run()
 
 
