@@ -124,7 +124,7 @@ class Analyzer:
         trains = self._by_stage(train)
         given = [place for place, data in enumerate(trains) if data is not None]
         reports: dict[str, checks.CheckReport] = {}
-        with self._stage("check", store=False):
+        with self._call("check", store=False):
             for contexts in self.runs:
                 checks.check_checkpoints(contexts[given[0] :])
                 if not self._automatic:
@@ -160,7 +160,7 @@ class Analyzer:
             fitting_needs(self._plans(contexts, trains, None)) for contexts in self.runs
         ):
             return
-        with self._stage("fit", batch_size=batch_size):
+        with self._call("fit", batch_size=batch_size):
             if not self._automatic:  # before hours are spent
                 for contexts in self.runs:
                     self._check_needs(contexts, trains, None)
@@ -228,7 +228,7 @@ class Analyzer:
         if len(labels) != len(queries):
             raise ScoreError(f"{len(labels)} query labels for {len(queries)} queries: expected one for each.")
         of_runs: list[RunParts] = []
-        with self._stage("score", batch_size=batch_size, groups=len(groups), queries=len(queries)):
+        with self._call("score", batch_size=batch_size, groups=len(groups), queries=len(queries)):
             for contexts in self.runs:
                 fitted = FittedFactors(contexts, trains)
                 given = [p for p, data in enumerate(trains) if data is not None]
@@ -269,7 +269,7 @@ class Analyzer:
         batch_size = _batch_size(batch_size)
         check_kind(of, layer)
         data = self._by_stage(train)[-1]
-        with self._stage("features", store=False, batch_size=batch_size, asked=[of, layer]):
+        with self._call("features", store=False, batch_size=batch_size, asked=[of, layer]):
             return example_features(self.context, data, of, layer, batch_size, out)
 
     def refine(
@@ -308,21 +308,21 @@ class Analyzer:
         return refine(score, groups, features, keep=keep, sizes=sizes, largest=largest, seed=seed)
 
     def summary(self) -> Summary:
-        """What was done so far: units made and found, time and peak memory, for each stage and kind of work."""
+        """What was done so far: units made and found, time and peak memory, for each call and kind of work."""
         return self.context.store.journal.summary()
 
     @contextmanager
-    def _stage(self, name: str, store: bool = True, **facts: Any) -> Iterator[None]:
-        """One stage of work on all ranks: the store locked, the work logged, the model left as it was."""
+    def _call(self, name: str, store: bool = True, **facts: Any) -> Iterator[None]:
+        """One call on all ranks: the store locked, the work logged, the model left as it was."""
         context, shared = self.context, self.context.store
         with ExitStack() as stack:
             stack.enter_context(orderly())
             stack.enter_context(context.ranks.together(name))
             held = stack.enter_context(shared.local.locked(name)) if store and context.ranks.main else None
-            stack.enter_context(shared.journal.stage(name, ranks=context.ranks.count, **describe(self.method), **facts))
+            stack.enter_context(shared.journal.call(name, ranks=context.ranks.count, **describe(self.method), **facts))
             if held is not None and held.took_over:
-                shared.journal.event("took_over", holder=held.took_over)
-            settings = [own.agreement() for contexts in self.runs for own in contexts]
+                shared.journal.event("took_over", holder=held.took_over.as_json())
+            settings = [context.agreement() for contexts in self.runs for context in contexts]
             context.ranks.agree("the model, task and settings", [settings, facts])
             stack.enter_context(observing(context.model))
             yield

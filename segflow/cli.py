@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 
 from .demo import run_demo
 from .errors import SegflowError
-from .store.lock import holder, is_alive
+from .store.lock import holder
 from .store.maintenance import BROKEN, Finding, collect_garbage, repair, survey
 from .store.store import Store
 from .version import __version__
@@ -70,8 +70,8 @@ def _store(options: argparse.Namespace) -> int:
         sys.stdout.write(f"{len(found)} {verb or 'in all'}, {total:,} bytes\n")
         held = holder(store.root)
         if held is not None:
-            state = "in use by" if is_alive(held) else "last used, and not let go of, by"
-            sys.stdout.write(f"{state} process {held['pid']} on {held['host']} ({held['purpose']})\n")
+            state = "in use by" if held.process.is_alive() else "last used, and not let go of, by"
+            sys.stdout.write(f"{state} {held}\n")
     return int(options.tool == "verify" and any(one.state in BROKEN for one in found))
 
 

@@ -1,7 +1,8 @@
-"""Peers: whether the other ranks are alive, told through the rendezvous store that they share.
+"""Peers: which rank failed, told through the rendezvous store that all ranks share.
 
-Every rank writes a beat now and then and watches its neighbour's; who fails, ends or falls silent is noted under one
-key that all ranks read. Keys: who/R, beat/R, arrived/N/R and failed/N for rank R and the N-th stage of work.
+A rank that fails says so there; one whose process on this machine died, or that ended before the others, is found by
+those that wait for it. The process group's timeout ends a hang, and the launcher looks after the processes.
+Keys: process/R, ended/R, arrived/N/R and failed/N for rank R and the N-th call.
 """
 
 from __future__ import annotations
@@ -9,224 +10,142 @@ from __future__ import annotations
 import atexit
 import json
 import os
-import socket
 import sys
-import threading
 import time
-from typing import Any, NamedTuple
-
-import psutil
+from contextlib import suppress
+from dataclasses import asdict
+from typing import Any
 
 from ..errors import RankError
+from .identity import ProcessIdentity
 
-_SILENCE = 30.0  # seconds without a beat after which a rank counts as dead; SEGFLOW_RANK_TIMEOUT sets another bound
-_LATE = 60.0  # seconds of waiting for others after which the wait is reported
-_ENDED = "has ended, and every rank must take part"
-
-
-class Who(NamedTuple):
-    """A rank's process."""
-
-    rank: int
-    pid: int
-    host: str
-    born: float
-
-    def __str__(self) -> str:
-        return f"rank {self.rank} (process {self.pid} on {self.host})"
-
-    def is_surely_dead(self) -> bool:
-        """True if it ran on this host and is not there any more."""
-        if self.host != socket.gethostname():
-            return False
-        try:
-            process = psutil.Process(self.pid)
-            return bool(process.create_time() != self.born or process.status() == psutil.STATUS_ZOMBIE)
-        except psutil.NoSuchProcess:
-            return True
-        except psutil.Error:
-            return False
+_TIMEOUT = 7200.0  # seconds that one rank may keep the others waiting; SEGFLOW_RANK_TIMEOUT sets another bound
+_LATE = 60.0  # seconds of waiting for others to arrive after which the wait is reported
+_FOUND_OUT = 5.0  # seconds in which it shows which rank broke a connection
+_READ = 1.0  # seconds that rank 0, which may host the store, leaves the others to read what was noted
 
 
-def silence() -> float:
-    """Seconds without a sign of life after which a rank counts as dead."""
-    return float(os.environ.get("SEGFLOW_RANK_TIMEOUT", _SILENCE))
-
-
-def _interval() -> float:
-    """Seconds between two beats."""
-    return min(1.0, silence() / 8)
+def rank_timeout() -> float:
+    """Seconds that one rank may keep the others waiting."""
+    return float(os.environ.get("SEGFLOW_RANK_TIMEOUT", _TIMEOUT))
 
 
 class Peers:
-    """What this rank knows of the others.
+    """What rank `index` of `count` knows of the others; store: the rendezvous store (set, get, check)."""
 
-    Args:
-        store: the rendezvous store (set, get, check).
-        index, count: this rank, and how many there are.
-        host: names who hosts the store, for errors.
-    """
-
-    def __init__(self, store: Any, index: int, count: int, host: str):
-        self._store, self._index, self._count, self._host = store, index, count, host
-        self._number = 0  # of the stage under way
-        self._what = "start"
-        self._guarded = False  # inside a stage that must not outlive the others
-        self._failed: str | None = None
-        self._answered = time.monotonic()  # when the store last answered
-        self._stop = threading.Event()
-        self._who: dict[int, Who] = {}
-        process = psutil.Process()
-        own = Who(index, process.pid, socket.gethostname(), process.create_time())
-        store.set(f"who/{index}", json.dumps(own))
-        store.set(f"beat/{index}", "0")
-        self._thread = threading.Thread(target=self._watch, name="segflow-peers", daemon=True)
-        self._thread.start()
+    def __init__(self, store: Any, index: int, count: int):
+        self._store, self._index, self._count = store, index, count
+        self._number, self._call = 0, "start"  # of the call under way
+        self._processes: dict[int, ProcessIdentity] = {}
+        store.set(f"process/{index}", json.dumps(asdict(ProcessIdentity.own())))
         atexit.register(self.leave)
 
-    def guard(self, on: bool) -> None:
-        """While on, this process ends if another rank failed and it does not notice by itself.
+    def arrive(self, call: str) -> bool:
+        """Begin a call together: wait until every rank has arrived; True if the call before failed on some rank.
 
-        It may hang in what a sharded model's layers exchange, where nothing can look at the other ranks.
+        Raises RankError if a rank fails, ends or dies meanwhile, does not come in time, or makes another call.
         """
-        self._guarded = on
-
-    def arrive(self, what: str) -> bool:
-        """Begin a stage together: wait until every rank has arrived; True if the stage before failed on some rank.
-
-        Raises RankError if a rank ends or falls silent meanwhile.
-        """
-        self._number, self._what, self._failed = self._number + 1, what, None
-        self._answered = time.monotonic()
+        self._number, self._call = self._number + 1, call
         try:
-            return self._arrived(what)
+            self._store.set(f"arrived/{self._number}/{self._index}", call)
+            self._wait_for_all()
+            calls = {rank: self._get(f"arrived/{self._number}/{rank}") for rank in range(self._count)}
+            if set(calls.values()) == {call}:
+                return bool(self._get(f"failed/{self._number - 1}"))
         except RuntimeError as problem:  # the store is gone
             raise self.explain(problem) from problem
-
-    def _arrived(self, what: str) -> bool:
-        self._store.set(f"arrived/{self._number}/{self._index}", what)
-        missing, begun, told = list(range(self._count)), time.monotonic(), False
-        while True:
-            missing = [rank for rank in missing if not self._has(f"arrived/{self._number}/{rank}")]
-            if not missing:
-                break
-            self._meet(missing)
-            self.require_all(missing)
-            if not told and time.monotonic() - begun > _LATE:
-                sys.stderr.write(f"segflow: rank {self._index} waits for rank(s) {missing} to call {what} as well.\n")
-                told = True
-            time.sleep(0.002 if time.monotonic() - begun < 1 else 0.05)
-        self._meet(list(range(self._count)))
-        stages = {rank: self._get(f"arrived/{self._number}/{rank}") for rank in range(self._count)}
-        if set(stages.values()) != {what}:
-            self._linger()
-            raise RankError(f"the ranks are at different stages: {stages}. Every rank must make the same calls.")
-        return self._has(f"failed/{self._number - 1}")
+        self._let_others_read()
+        raise RankError(f"the ranks are at different calls: {calls}. Every rank must make the same calls.")
 
     def post(self, text: str) -> None:
-        """Tell the others that this rank failed in the stage under way."""
-        try:
-            self._blame(self._index, text)
-        except RuntimeError:
-            return  # the store is gone, and with it whoever could read this
+        """Tell the others that this rank failed in the call under way."""
+        self._blame(self._index, text)
+        self._let_others_read()
 
-    def require_all(self, waited_for: list[int] | None = None) -> None:
-        """Raise RankError if a rank is known to have failed, ended or fallen silent.
-
-        waited_for: the ranks whose processes are looked at; by default all.
-        """
-        if self._failed is None and time.monotonic() - self._answered > silence():
-            self._failed = f"{self._host} does not answer for {silence():.0f} s"
-        for rank in range(self._count) if waited_for is None else waited_for:
-            if self._failed is None and rank in self._who and self._who[rank].is_surely_dead():
-                self._failed = self._noted() or f"{self._who[rank]} has died"  # perhaps of another's failure
-        if self._failed is not None:
-            self._linger()
+    def require_all(self) -> None:
+        """Raise RankError, naming the rank, if another is known to have failed, ended or died in this call."""
+        failure = self._noted()
+        for rank, process in self._processes.items():
+            if not failure and process.is_surely_dead():
+                failure = self._blame(rank, "has died")
+        if failure:
+            self._let_others_read()
             raise RankError(
-                f"{self._what}: {self._failed}. What was committed is kept: start all ranks again and they go on there."
+                f"{self._call}: {failure}. What was committed is kept: start all ranks again and they go on there."
             )
 
     def explain(self, problem: BaseException) -> RankError:
-        """The error for a collective that broke: names the rank that is to blame, if it can be found in time."""
-        deadline = time.monotonic() + silence() + 5
+        """The error for a collective that broke: names the rank that is to blame, if that shows in time."""
+        deadline = time.monotonic() + _FOUND_OUT
         while time.monotonic() < deadline:
             try:
                 self.require_all()
-            except RankError as found:
-                return found
+            except RankError as failure:
+                return failure
             time.sleep(0.05)
-        return RankError(f"{self._what}: the connection between the ranks broke ({problem}). Start all ranks again.")
+        self.post("lost its connection to the other ranks")
+        return RankError(
+            f"{self._call}: the connection between the ranks broke ({problem}): a rank on another machine died, or one "
+            f"kept the others waiting for {rank_timeout():,.0f} s (SEGFLOW_RANK_TIMEOUT). Start all ranks again."
+        )
 
     def leave(self) -> None:
         """Tell the others that this rank takes no part any more."""
-        if self._stop.is_set():
-            return
-        self._stop.set()
         atexit.unregister(self.leave)
-        self._thread.join(1.0)
-        try:
-            self._store.set(f"ended/{self._index}", "")
-        except RuntimeError:
-            return
+        with suppress(RuntimeError):  # the store is gone, and with it whoever could read this
+            self._store.set(f"ended/{self._index}", "ended")
 
-    def _watch(self) -> None:
-        """Beat, watch the neighbour, and look for what others noted; a thread."""
-        neighbour = (self._index + 1) % self._count
-        beats, heard, since, since_failed = 0, "", time.monotonic(), time.monotonic()
-        while not self._stop.wait(_interval()):
-            try:
-                beats += 1
-                self._store.set(f"beat/{self._index}", str(beats))
-                beat = self._get(f"beat/{neighbour}")
-                if beat != heard:
-                    heard, since = beat, time.monotonic()
-                elif self._has(f"ended/{neighbour}"):
-                    self._blame(neighbour, _ENDED)
-                elif beat and time.monotonic() - since > silence():
-                    self._blame(neighbour, f"does not answer for {silence():.0f} s")
-                if self._failed is None and (noted := self._noted()):
-                    self._failed, since_failed = noted, time.monotonic()
-                if self._failed and self._guarded and time.monotonic() - since_failed > silence() / 2:
-                    sys.stderr.write(f"segflow: rank {self._index} ends: {self._what}: {self._failed}.\n")
-                    sys.stderr.flush()
-                    os._exit(70)
-                self._answered = time.monotonic()
-            except RuntimeError:  # the store is gone
-                if self._stop.wait(1.0):
-                    return
-                self._failed = self._failed or f"{self._host} has ended"
-                return
+    def _wait_for_all(self) -> None:
+        """Wait until every rank has arrived at this call, and learn which processes they are."""
+        missing, begun, reported = list(range(self._count)), time.monotonic(), False
+        while missing := [rank for rank in missing if not self._get(f"arrived/{self._number}/{rank}")]:
+            waited = time.monotonic() - begun
+            if waited > 1:
+                self._meet()
+                self._blame_missing(missing, waited)
+                self.require_all()
+            if waited > _LATE and not reported:
+                sys.stderr.write(f"segflow: rank {self._index} waits for rank(s) {missing} to call {self._call}.\n")
+                reported = True
+            time.sleep(0.002 if waited < 1 else 0.05)
+        self._meet()
+        self.require_all()
 
-    def _noted(self) -> str | None:
-        """Which other rank failed in this stage and how, if that was noted and the store still answers."""
-        try:
-            noted = self._get(f"failed/{self._number}")
-        except RuntimeError:
-            return None
-        if not noted:
-            return None
-        rank, text = json.loads(noted)
-        return None if rank == self._index else f"{self._who.get(rank, f'rank {rank}')} {text}"
+    def _meet(self) -> None:
+        for rank in range(self._count):
+            if rank not in self._processes and (content := self._get(f"process/{rank}")):
+                self._processes[rank] = ProcessIdentity(**json.loads(content))
 
-    def _blame(self, rank: int, text: str) -> None:
-        """Note who failed, unless that is known already."""
-        if not self._has(f"failed/{self._number}"):
-            self._store.set(f"failed/{self._number}", json.dumps([rank, text]))
+    def _blame_missing(self, missing: list[int], waited: float) -> None:
+        for rank in missing:
+            if self._get(f"ended/{rank}"):
+                self._blame(rank, "has ended, and every rank must take part")
+            elif waited > rank_timeout():
+                self._blame(rank, f"did not call {self._call} within {rank_timeout():,.0f} s")
 
-    def _linger(self) -> None:
-        """Let the others read what was noted in the store, if this rank may be its host, before it fails and ends."""
+    def _blame(self, rank: int, text: str) -> str:
+        """Note who failed, unless the failure of another was noted already; returns what is noted."""
+        if not (noted := self._noted()):
+            with suppress(RuntimeError):  # the store is gone
+                self._store.set(f"failed/{self._number}", json.dumps([rank, text]))
+        return noted or self._named(rank, text)
+
+    def _noted(self) -> str:
+        """Which other rank failed in this call and how; empty if none was noted, or the store is gone."""
+        with suppress(RuntimeError):
+            rank, text = json.loads(self._get(f"failed/{self._number}") or "[null, null]")
+            return "" if rank in (None, self._index) else self._named(rank, text)
+        return ""
+
+    def _named(self, rank: int, text: str) -> str:
+        process = self._processes.get(rank)
+        return f"rank {rank} {'' if process is None else f'({process}) '}{text}"
+
+    def _let_others_read(self) -> None:
+        """Leave the others time to read what was noted in the store, if this rank may host it, before it fails."""
         if self._index == 0:
-            time.sleep(2.5 * _interval())
-
-    def _meet(self, ranks: list[int]) -> None:
-        """Learn which processes these ranks are, as far as they are there."""
-        for rank in ranks:
-            if rank not in self._who and (content := self._get(f"who/{rank}")):
-                self._who[rank] = Who(*json.loads(content))
-
-    def _has(self, key: str) -> bool:
-        return bool(self._store.check([key]))
+            time.sleep(_READ)
 
     def _get(self, key: str) -> str:
         """A key's value, "" if there is none (a plain get would wait for it)."""
-        return self._store.get(key).decode() if self._has(key) else ""
+        return self._store.get(key).decode() if self._store.check([key]) else ""

@@ -23,43 +23,43 @@ def track(items: Iterable[Item], label: str, total: int | None = None, enabled: 
 
 
 class Bars:
-    """A bar for the whole stage above one for the pass under way, in examples with their rate and the time left."""
+    """A bar for the whole call above one for the pass under way, in examples with their rate and the time left."""
 
     def __init__(self, enabled: bool | None):
         self._enabled = enabled
-        self._stage: Any = None
+        self._call: Any = None  # the bar of the call under way
 
     @contextmanager
-    def stage(self, label: str) -> Iterator[None]:
-        """Show the stage's bar; a stage within a stage has none of its own."""
-        if self._stage is not None:
+    def call(self, label: str) -> Iterator[None]:
+        """Show the call's bar; a call within a call has none of its own."""
+        if self._call is not None:
             yield
             return
         with self._bar(label, 0, 0) as bar:
-            self._stage = bar
+            self._call = bar
             try:
                 yield
             finally:
-                self._stage = None
+                self._call = None
 
     def expect(self, more: int) -> None:
-        """The stage will walk so many examples more."""
-        if self._stage is not None:
-            self._stage.total = max(self._stage.n, self._stage.total + more)
-            self._stage.refresh()
+        """The call will walk this many examples more."""
+        if self._call is not None:
+            self._call.total = max(self._call.n, self._call.total + more)
+            self._call.refresh()
 
     @contextmanager
     def walk(self, label: str, total: int, expected: bool) -> Iterator[Callable[[int], None]]:
         """Show a pass's bar; the function that is yielded moves it by some examples.
 
-        expected: the examples are among those that the stage expects, so its bar moves too.
+        expected: the examples are among those that the call expects, so its bar moves too.
         """
         with self._bar(label, total, 1) as bar:
 
             def step(size: int) -> None:
                 bar.update(size)
-                if expected and self._stage is not None:
-                    self._stage.update(size)
+                if expected and self._call is not None:
+                    self._call.update(size)
 
             yield step
 

@@ -1,7 +1,7 @@
-"""One process or many: the only module that talks to accelerate and torch.distributed.
+"""One process or many: the ranks of a run, and the collectives by which they share its work.
 
 Tensors travel as bytes and other values as JSON, so any dtype goes and nothing is unpickled. Collectives are polled, so
-that a rank that fails, ends or dies meanwhile is an error that names it (module liveness).
+that a rank that fails or dies meanwhile is an error that names it (liveness.py).
 """
 
 from __future__ import annotations
@@ -21,13 +21,14 @@ from torch import Tensor
 from torch import distributed as dist
 
 from ..errors import RankError
-from .liveness import Peers, silence
+from .liveness import Peers, rank_timeout
 
 Item = TypeVar("Item")
 Header = tuple[str, list[int]] | None  # a tensor's dtype and shape; None where there is no tensor
 _PACKET = 2048  # bytes of JSON that travel in one go
 _BUCKET = 64 << 20  # bytes that are summed in one go
 _LOOK_EVERY = 0.25  # seconds between two looks at the other ranks
+_MEET_WITHIN = 60.0  # seconds for making a process group, once every rank has arrived
 _LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -59,20 +60,18 @@ class Ranks:
         return list(items[self.index :: self.count])
 
     @contextmanager
-    def together(self, what: str, guard: bool = True) -> Iterator[None]:
-        """A stage of work: begins when every rank has arrived; an exception in one rank ends it on the others.
+    def together(self, call: str) -> Iterator[None]:
+        """One call on all ranks: it begins when every rank has arrived, and an exception in one ends it on the others.
 
-        what: names the stage. guard: end this process if it hangs after another has failed. Raises RankError where
-        another rank fails, ends, dies or does something else.
+        call: its name, for errors. Raises RankError where another rank fails, ends, dies or makes another call.
         """
         if self._peers is None or self._depth:
             yield
             return
         self._depth += 1
         try:
-            if self._peers.arrive(what) or self._group is None:
+            if self._peers.arrive(call) or self._group is None:
                 self._group = self._new_group()
-            self._peers.guard(guard)
             yield
             self.gather(None)  # nobody leaves before all are done
         except BaseException as problem:
@@ -82,7 +81,6 @@ class Ranks:
                 self._peers.post(f"failed: {type(problem).__name__}: {str(problem)[:500].partition(chr(10))[0]}")
             raise
         finally:
-            self._peers.guard(False)
             self._depth -= 1
 
     def same(self, value: Any = None) -> Any:
@@ -194,15 +192,14 @@ class Ranks:
         if self._group is not None:
             with suppress(RuntimeError):
                 dist.destroy_process_group(self._group)
-        group = dist.new_group(timeout=timedelta(seconds=max(60.0, 2 * silence())))
-        with suppress(RuntimeError):  # from now on peers say whether to go on waiting
-            dist.distributed_c10d._set_pg_timeout(timedelta(days=30), group)
+        group = dist.new_group(timeout=timedelta(seconds=_MEET_WITHIN))
+        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=rank_timeout()), group)
         if "gloo" not in str(dist.get_backend(group)):
             self._device = torch.device("cuda", torch.cuda.current_device())
         return group
 
     def _run(self, collective: Any, *arguments: Any) -> None:
-        """Run a collective and wait for it, looking now and then whether the others are alive."""
+        """Run a collective and wait for it, looking now and then whether another rank failed."""
         if self._peers is None or self._group is None or not self._depth:
             raise RankError("a collective outside of Ranks.together(): this is a fault of segflow's.")
         looked, pause = time.monotonic(), 0.0
@@ -219,37 +216,42 @@ class Ranks:
             raise self._peers.explain(problem) from problem
 
 
-_joined: tuple[Any, Ranks] | None = None  # the default process group, and this process's place in it
-_joins = 0
+_place: tuple[Any, Ranks] | None = None  # the default process group, and this process's place in it
+_times_joined = 0  # how many default process groups this process has been part of
 
 
 def current() -> Ranks:
     """This process's place among those that a launcher started (accelerate, torchrun); alone without one."""
-    global _joined, _joins  # noqa: PLW0603
+    global _place  # noqa: PLW0603
     if not (dist.is_available() and dist.is_initialized()):
         if int(os.environ.get("WORLD_SIZE", "1")) <= 1:
             return Ranks()
         PartialState(cpu=not torch.cuda.is_available())
     group = dist.group.WORLD
-    if _joined is None or _joined[0] is not group:
-        index, count, peers = dist.get_rank(), dist.get_world_size(), None
-        if count > 1:
-            _joins += 1
-            store = dist.distributed_c10d._get_default_store().clone()  # type: ignore[attr-defined]
-            store.set_timeout(timedelta(seconds=silence()))
-            host = "the launcher" if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else "rank 0"
-            prefixed = dist.PrefixStore(f"segflow/{_joins}", store)  # type: ignore[attr-defined]
-            peers = Peers(prefixed, index, count, f"{host}, which hosts the rendezvous,")
-        _joined = (group, Ranks(index, count, peers))
-    return _joined[1]
+    if _place is None or _place[0] is not group:
+        _place = (group, _join())
+    return _place[1]
+
+
+def _join() -> Ranks:
+    """This process's place in the default process group, made known to the other ranks."""
+    global _times_joined  # noqa: PLW0603
+    index, count = dist.get_rank(), dist.get_world_size()
+    if count == 1:
+        return Ranks()
+    _times_joined += 1
+    store = dist.distributed_c10d._get_default_store().clone()  # type: ignore[attr-defined]
+    store.set_timeout(timedelta(seconds=rank_timeout()))
+    prefixed = dist.PrefixStore(f"segflow/{_times_joined}", store)  # type: ignore[attr-defined]
+    return Ranks(index, count, Peers(prefixed, index, count))
 
 
 def leave() -> None:
     """Take no part any more: a child process is no rank, even if its parent is one."""
-    global _joined  # noqa: PLW0603
-    if _joined is not None and _joined[1]._peers is not None:
-        _joined[1]._peers.leave()
-    _joined = None
+    global _place  # noqa: PLW0603
+    if _place is not None and _place[1]._peers is not None:
+        _place[1]._peers.leave()
+    _place = None
     for name in _LAUNCHER:
         os.environ.pop(name, None)
 

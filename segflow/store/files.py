@@ -9,6 +9,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
 import stat
@@ -25,12 +26,17 @@ from torch import Tensor
 
 from ..errors import SegflowError, StoreError
 
-PARTIAL = ".partial"  # ends the name of a file that is being written
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 Tensors = dict[str, Tensor]
 _LARGEST_JSON = 64 << 20  # bytes
 _PIECE = 1 << 20
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+_PARTIAL = re.compile(r".+\.[0-9a-f]{8}\.partial")  # the name of a file that is being written
 _digests: dict[tuple[int, ...], str] = {}  # sha256 by what the file looked like: device, inode, size, times
+
+
+def is_partial(name: str) -> bool:
+    """Whether this module gave a file its name while it wrote it."""
+    return _PARTIAL.fullmatch(name) is not None
 
 
 def write_file(path: Path, content: bytes, error: type[SegflowError] = StoreError) -> None:
@@ -48,12 +54,23 @@ def write_json(path: Path, content: Any, error: type[SegflowError] = StoreError)
 
 
 def write_tensors(
-    path: Path, tensors: Tensors, metadata: dict[str, str] | None = None, error: type[SegflowError] = StoreError
+    path: Path,
+    tensors: Tensors,
+    metadata: dict[str, str] | None = None,
+    error: type[SegflowError] = StoreError,
+    described_in: Path | None = None,
 ) -> dict[str, Any]:
-    """Write tensors atomically as safetensors; returns {"bytes", "sha256"} of the file."""
-    own = _own_memory(tensors)
-    expected = sum(tensor.numel() * tensor.element_size() for tensor in own.values())
-    _commit(path, lambda partial: safetensors.torch.save_file(own, partial, metadata), expected, error)
+    """Write tensors atomically as safetensors; returns {"bytes", "sha256"} of the file.
+
+    described_in: a file that says what `path` holds; it goes before `path` changes, and the caller writes it anew.
+    """
+    separate = _own_memory(tensors)
+    expected = sum(tensor.nbytes for tensor in separate.values())
+
+    def fill(partial: Path) -> None:
+        safetensors.torch.save_file(separate, partial, metadata)
+
+    _commit(path, fill, expected, error, described_in)
     return {"bytes": path.stat().st_size, "sha256": file_digest(path, error)}
 
 
@@ -62,7 +79,7 @@ def writing_array(
     path: Path, dtype: np.dtype[Any], shape: tuple[int, ...], error: type[SegflowError] = StoreError
 ) -> Iterator[Callable[[np.ndarray], None]]:
     """Write a NumPy file of rows that come a few at a time, atomically: `path` appears once all are there."""
-    partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}{PARTIAL}")
+    partial = _partial(path)
     size = dtype.itemsize * int(np.prod(shape))
 
     @contextmanager
@@ -223,14 +240,26 @@ def _own_memory(tensors: Tensors) -> Tensors:
     return own
 
 
-def _commit(path: Path, fill: Callable[[Path], None], size: int, error: type[SegflowError]) -> None:
+def _partial(path: Path) -> Path:
+    """A name of its own for what will be `path`, or was."""
+    return path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")
+
+
+def _commit(
+    path: Path,
+    fill: Callable[[Path], None],
+    size: int,
+    error: type[SegflowError],
+    described_in: Path | None = None,
+) -> None:
     """Have `fill` write a file beside `path`, flush it to disk, and put it in `path`'s place."""
-    partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}{PARTIAL}")
+    partial = _partial(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         fill(partial)
         _flush(partial)
-        os.replace(partial, path)
+        with _withdrawn(described_in):
+            os.replace(partial, path)
         _flush(path.parent)
     except BaseException as problem:
         with suppress(OSError):
@@ -238,6 +267,24 @@ def _commit(path: Path, fill: Callable[[Path], None], size: int, error: type[Seg
         if isinstance(problem, OSError | SafetensorError):
             raise error(_reason(path, size, problem)) from problem
         raise
+
+
+@contextmanager
+def _withdrawn(path: Path | None) -> Iterator[None]:
+    """Remove a file before the block, also on disk; if the block fails it comes back, if the process is killed not."""
+    if path is None or not path.exists():
+        yield
+        return
+    aside = _partial(path)
+    os.rename(path, aside)
+    try:
+        _flush(path.parent)
+        yield
+    except BaseException:
+        os.rename(aside, path)
+        raise
+    with suppress(OSError):  # who holds the lock next removes it
+        aside.unlink()
 
 
 def _flush(path: Path) -> None:
@@ -250,7 +297,7 @@ def _flush(path: Path) -> None:
 
 def _reason(path: Path, size: int, problem: Exception) -> str:
     """Why a file could not be written, and what to do."""
-    if getattr(problem, "errno", None) in _NO_ROOM or "No space left" in str(problem) or "quota" in str(problem):
+    if getattr(problem, "errno", None) in NO_ROOM or "No space left" in str(problem) or "quota" in str(problem):
         folder = next(parent for parent in path.parents if parent.exists())
         free = shutil.disk_usage(folder).free
         advice = f"the disk is full: {size:,} bytes are needed, {free:,} are free. Make room"

@@ -3,11 +3,11 @@
 Events are lines of JSON in the store's `events.jsonl`, each with "time" (UTC), "run" (random, one for each Analyzer)
 and "event":
 
-    stage_started    stage, ranks, method and the stage's options
-    found            stage, kind, unit: the store held it before the stage began
-    unit             stage, kind, unit, seconds, examples (on rank 0), bytes, sha256, peak_memory
-    stage_finished   stage, seconds, made and found (units), peak_memory (bytes, the largest over the ranks)
-    stage_failed     stage, seconds, error
+    call_started     call (check, fit, score, ...), ranks, method and the call's options
+    found            call, kind, unit: the store held it before the call began
+    unit             call, kind, unit, seconds, examples (on rank 0), bytes, sha256, peak_memory
+    call_finished    call, seconds, made and found (units), peak_memory (bytes, the largest over the ranks)
+    call_failed      call, seconds, error
     took_over        holder: a run that died without letting go of the store
 """
 
@@ -34,9 +34,9 @@ Item = TypeVar("Item")
 
 @dataclass(frozen=True)
 class Row:
-    """What was done in one stage for one kind of unit; peak_memory in bytes, 0 where it was not measured."""
+    """What one call did for one kind of unit; peak_memory in bytes, 0 where it was not measured."""
 
-    stage: str
+    call: str
     kind: str
     made: int = 0
     found: int = 0
@@ -47,7 +47,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Summary:
-    """What was done so far, for each stage and kind of unit; the row of kind "" is the stage as a whole.
+    """What was done so far, for each call and kind of unit; the row of kind "" is the call as a whole.
 
     log_ended: why events are not logged any more; empty while they are.
     """
@@ -56,13 +56,13 @@ class Summary:
     log_ended: str = ""
 
     def __str__(self) -> str:
-        head = ("stage", "kind", "made", "found", "seconds", "examples", "per second", "peak memory")
+        head = ("call", "kind", "made", "found", "seconds", "examples", "per second", "peak memory")
         lines = [head]
         for row in self.rows:
             rate = f"{row.examples / row.seconds:,.0f}" if row.examples and row.seconds else ""
             memory = f"{row.peak_memory / 2**30:.2f} GiB" if row.peak_memory else ""
             numbers = (str(row.made), str(row.found), f"{row.seconds:.1f}", f"{row.examples:,}", rate, memory)
-            lines.append((row.stage, row.kind or "all", *numbers))
+            lines.append((row.call, row.kind or "all", *numbers))
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         table = ["  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in lines]
         return "\n".join([*table, *([f"no events are logged any more ({self.log_ended})"] if self.log_ended else [])])
@@ -81,8 +81,8 @@ class Journal:
         self._ranks, self._bars = ranks, Bars(progress if ranks.main else False)
         self._run = secrets.token_hex(4)
         self._log_ended = ""
-        self._stages: list[str] = []
-        self._settled: set[str] = set()  # units made or found since the outermost stage began
+        self._calls: list[str] = []
+        self._settled: set[str] = set()  # units made or found since the outermost call began
         self._making = 0  # units under way
         self._rows: dict[tuple[str, str], Row] = {}
         self._seen = 0  # examples walked so far
@@ -102,44 +102,44 @@ class Journal:
             self._path, self._log_ended = None, str(problem)
 
     @contextmanager
-    def stage(self, name: str, **facts: Any) -> Iterator[None]:
-        """A stage of work on all ranks; facts go into its first event."""
-        if not self._stages:
+    def call(self, name: str, **facts: Any) -> Iterator[None]:
+        """A call (check, fit, score, ...) on all ranks; facts go into its first event."""
+        if not self._calls:
             self._settled.clear()
-        self._stages.append(name)
+        self._calls.append(name)
         before = dict(self._rows)
-        self.event("stage_started", stage=name, **facts)
+        self.event("call_started", call=name, **facts)
         begun, seen = time.perf_counter(), self._seen
         try:
-            with self._memory.watched() as peak, self._bars.stage(name):
+            with self._memory.watched() as peak, self._bars.call(name):
                 yield
             memory = max(self._ranks.gather(peak()))
         except BaseException as problem:
             first = (str(problem).splitlines() or [""])[0]
             error = f"{type(problem).__name__}: {first}"
-            self.event("stage_failed", stage=name, seconds=_since(begun), error=error)
+            self.event("call_failed", call=name, seconds=_since(begun), error=error)
             raise
         finally:
-            self._stages.pop()
-        done = [_less(row, before) for row in self._rows.values() if row.stage == name and row.kind]
+            self._calls.pop()
+        done = [_less(row, before) for row in self._rows.values() if row.call == name and row.kind]
         counts = {"made": sum(row.made for row in done), "found": sum(row.found for row in done)}
         seconds = _since(begun)
         self._add(name, "", **counts, seconds=seconds, examples=self._seen - seen, peak_memory=memory)
-        self.event("stage_finished", stage=name, seconds=seconds, **counts, peak_memory=memory)
-        if not self._stages:
+        self.event("call_finished", call=name, seconds=seconds, **counts, peak_memory=memory)
+        if not self._calls:
             self._bars.say(_line(Row(name, "", **counts, seconds=seconds, peak_memory=memory), done))
 
     def expect(self, passes: Mapping[str, int]) -> None:
-        """How many examples of each kind of pass the stage will walk on this rank, what the store holds included."""
+        """How many examples of each kind of pass the call will walk on this rank, what the store holds included."""
         self._bars.expect(sum(passes.values()))
 
     def found(self, kind: str, unit: str, examples: int = 0) -> None:
         """A unit that the store holds already, and the examples that need not be walked for it."""
         self._bars.expect(-examples)
-        if unit not in self._settled:  # else this very stage made it, or has found it before
+        if unit not in self._settled:  # else this very call made it, or has found it before
             self._settled.add(unit)
-            self._add(self._stage, kind, found=1)
-            self.event("found", stage=self._stage, kind=kind, unit=unit)
+            self._add(self._call, kind, found=1)
+            self.event("found", call=self._call, kind=kind, unit=unit)
 
     @contextmanager
     def unit(self, kind: str, unit: str) -> Iterator[dict[str, Any]]:
@@ -154,12 +154,12 @@ class Journal:
             self._making -= 1
         self._settled.add(unit)
         examples, seconds = self._seen - seen, _since(begun)
-        self._add(self._stage, kind, made=1, seconds=seconds, examples=examples, peak_memory=peak())
+        self._add(self._call, kind, made=1, seconds=seconds, examples=examples, peak_memory=peak())
         about = {"seconds": seconds, "examples": examples, "peak_memory": peak()}
-        self.event("unit", stage=self._stage, kind=kind, unit=unit, **about, **facts)
+        self.event("unit", call=self._call, kind=kind, unit=unit, **about, **facts)
 
     def walk(self, items: Iterable[Item], label: str, total: int, size: Callable[[Item], int]) -> Iterator[Item]:
-        """Yield items behind a bar that counts their sizes, examples, up to `total`; in a unit, the stage's bar too."""
+        """Yield items behind a bar that counts their sizes, examples, up to `total`; in a unit, the call's bar too."""
         with self._bars.walk(label, total, self._making > 0) as step:
             for item in items:
                 yield item
@@ -172,13 +172,13 @@ class Journal:
         return Summary(tuple(self._rows.values()), self._log_ended)
 
     @property
-    def _stage(self) -> str:
-        return self._stages[-1] if self._stages else ""
+    def _call(self) -> str:
+        return self._calls[-1] if self._calls else ""
 
-    def _add(self, stage: str, kind: str, peak_memory: int = 0, **more: Any) -> None:
-        row = self._rows.get((stage, kind), Row(stage, kind))
+    def _add(self, call: str, kind: str, peak_memory: int = 0, **more: Any) -> None:
+        row = self._rows.get((call, kind), Row(call, kind))
         sums = {name: getattr(row, name) + value for name, value in more.items()}
-        self._rows[stage, kind] = replace(row, **sums, peak_memory=max(row.peak_memory, peak_memory))
+        self._rows[call, kind] = replace(row, **sums, peak_memory=max(row.peak_memory, peak_memory))
 
 
 def read_events(path: Path) -> list[dict[str, Any]]:
@@ -196,7 +196,7 @@ def read_events(path: Path) -> list[dict[str, Any]]:
 
 def _less(row: Row, before: Mapping[tuple[str, str], Row]) -> Row:
     """What was done for a row since `before`."""
-    past = before.get((row.stage, row.kind), Row(row.stage, row.kind))
+    past = before.get((row.call, row.kind), Row(row.call, row.kind))
     made, found, seconds = row.made - past.made, row.found - past.found, row.seconds - past.seconds
     return replace(row, made=made, found=found, seconds=seconds, examples=row.examples - past.examples)
 
@@ -205,7 +205,7 @@ def _line(whole: Row, kinds: Iterable[Row]) -> str:
     parts = ", ".join(f"{row.kind} {row.seconds:.1f} s" for row in kinds if row.made)
     took = f"{whole.seconds:.1f} s{f' ({parts})' if parts else ''}"
     memory = f"peak memory {whole.peak_memory / 2**30:.2f} GiB"
-    return f"segflow {whole.stage}: {whole.made} units made, {whole.found} found, {took}, {memory}"
+    return f"segflow {whole.call}: {whole.made} units made, {whole.found} found, {took}, {memory}"
 
 
 def _since(begun: float) -> float:

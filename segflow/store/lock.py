@@ -1,18 +1,20 @@
 """The lock that keeps two runs out of one store.
 
-The operating system's lock on `lock` does the work, and ends with its process. `holder.json` says who holds it;
-where that lock does not reach other machines (some network file systems), its beat tells whether one is at work.
+The system's lock on `lock` ends with its process; `holder.json`, the note, says who that is. Where the file system has
+no locks, or keeps them to one machine, the note is the lock as well: its holder touches it every two seconds, and who
+finds the note of a process that it cannot see watches for a while whether it is touched.
 """
 
 from __future__ import annotations
 
+import errno
+import inspect
 import os
-import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -21,17 +23,45 @@ import filelock
 import psutil
 
 from ..errors import StoreError
-from .files import read_json, write_json
+from ..runtime.identity import ProcessIdentity
+from .files import NO_ROOM, read_json, write_json
 
-_BEAT = 2.0  # seconds between two touches of holder.json
-_NAMES = ("host", "pid", "born", "purpose", "since")
+_BEAT = 2.0  # seconds between two touches of a note that is the lock
+_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP)
+_LOCAL_LOCKS = {"nolock", "local_lock=all", "local_lock=flock", "localflock", "nobrl"}  # options of NFS, Lustre and SMB
+_KINDS: dict[str, Any] = {
+    "host": str,
+    "pid": int,
+    "born": (int, float),
+    "purpose": str,
+    "since": str,
+}  # of a note's entries
+# Newer versions of filelock would lock softly, by a file that outlives its process, where the system has no locks.
+_HARD = {"fallback_to_soft": False}
+_OPTIONS: Any = _HARD if _HARD.keys() <= inspect.signature(filelock.BaseFileLock.__init__).parameters.keys() else {}
+
+
+@dataclass(frozen=True)
+class Holder:
+    """Who holds a folder's lock, for what, and since when (UTC)."""
+
+    process: ProcessIdentity
+    purpose: str
+    since: str
+
+    def as_json(self) -> dict[str, Any]:
+        """The note, as `holder` reads it."""
+        return {**asdict(self.process), "purpose": self.purpose, "since": self.since}
+
+    def __str__(self) -> str:
+        return f"{self.process} ({self.purpose}, since {self.since})"
 
 
 @dataclass(frozen=True)
 class Held:
-    """A lock that is held. took_over: the identity of a holder that died without letting go, if there was one."""
+    """A lock that is held. took_over: the holder that died without letting go, if there was one."""
 
-    took_over: dict[str, Any] | None
+    took_over: Holder | None
 
 
 @contextmanager
@@ -41,56 +71,71 @@ def hold(folder: Path, purpose: str) -> Iterator[Held]:
     Raises StoreError, naming the holder, if another run holds it. A read-only folder cannot be locked; it is left to
     the first write to fail.
     """
-    lock = filelock.FileLock(folder / "lock", timeout=0, thread_local=False)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
-    except filelock.Timeout:
-        raise _in_use(folder, holder(folder)) from None
-    except OSError as problem:
-        if os.access(folder, os.W_OK) or not folder.is_dir():
-            raise StoreError(f"{folder}: cannot be locked ({problem}). Look at the folder's permissions.") from problem
-        yield Held(None)
-        return
-    try:
+    with ExitStack() as until_done:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            locked = _lock(folder, until_done)
+        except filelock.Timeout:
+            raise _in_use(folder, holder(folder)) from None
+        except OSError as problem:
+            if os.access(folder, os.W_OK) or not folder.is_dir():
+                raise StoreError(
+                    f"{folder}: cannot be locked ({problem}). Look at the folder's permissions."
+                ) from problem
+            yield Held(None)
+            return
+        suffices = locked and _locks_reach_other_machines(folder)
         before = holder(folder)
-        if before is not None and before["host"] != socket.gethostname() and _beats(folder):
+        if before is not None and not suffices and _is_at_work(folder, before, locked):
             raise _in_use(folder, before)
-        with _beating(folder, purpose):
-            yield Held(before)
-    finally:
-        lock.release()
+        until_done.enter_context(_noted(folder, purpose) if suffices else _locked_by_note(folder, purpose))
+        yield Held(before)
 
 
-def holder(folder: Path) -> dict[str, Any] | None:
+def holder(folder: Path) -> Holder | None:
     """Who holds the folder's lock, or held it last and died; None if nobody did or the note cannot be read."""
     try:
-        found = read_json(folder / "holder.json", StoreError)
+        note = read_json(folder / "holder.json", StoreError)
     except StoreError:
         return None
-    if not isinstance(found, dict) or not set(_NAMES) <= set(found):
+    if not isinstance(note, dict) or not all(isinstance(note.get(name), kind) for name, kind in _KINDS.items()):
         return None
-    return {name: found[name] for name in _NAMES}
+    return Holder(ProcessIdentity(note["pid"], note["host"], note["born"]), note["purpose"], note["since"])
 
 
-def is_alive(found: dict[str, Any]) -> bool:
-    """Whether a holder on this machine is still at work."""
+def _lock(folder: Path, until_done: ExitStack) -> bool:
+    """Take the system's lock; False where the file system has none. Raises filelock.Timeout if another holds it."""
+    lock = filelock.FileLock(folder / "lock", timeout=0, thread_local=False, **_OPTIONS)
     try:
-        return found["host"] == socket.gethostname() and bool(
-            psutil.Process(found["pid"]).create_time() == found["born"]
-        )
-    except (psutil.Error, TypeError, ValueError):
+        lock.acquire()
+    except NotImplementedError:  # how older versions of filelock say ENOSYS
         return False
+    except OSError as problem:
+        if problem.errno in _NO_LOCKS:
+            return False
+        raise
+    until_done.callback(lock.release)
+    return True
 
 
-def _in_use(folder: Path, found: dict[str, Any] | None) -> StoreError:
-    who = "another process"
-    if found is not None:
-        who = f"process {found['pid']} on {found['host']} ({found['purpose']}, since {found['since']})"
-    return StoreError(f"{folder}: in use by {who}. Wait until it has ended, or use another store folder.")
+def _locks_reach_other_machines(folder: Path) -> bool:
+    """False where the mount says that other machines do not see its locks, or may not (file systems in user space)."""
+    real = folder.resolve()
+    mounts = [mount for mount in psutil.disk_partitions(all=True) if real.is_relative_to(mount.mountpoint)]
+    if not mounts:
+        return True
+    mount = max(reversed(mounts), key=lambda mount: len(mount.mountpoint))  # the last of those on one folder
+    return not mount.fstype.startswith("fuse") and not _LOCAL_LOCKS & set(mount.opts.split(","))
 
 
-def _beats(folder: Path) -> bool:
+def _is_at_work(folder: Path, before: Holder, locked: bool) -> bool:
+    """Whether a holder that the system's lock, if this process has it, does not tell of is still at work."""
+    if locked and before.process.is_here():
+        return False
+    return before.process.is_alive() or _is_touched(folder)
+
+
+def _is_touched(folder: Path) -> bool:
     """Whether the holder's note is touched while we look on; clocks are not compared."""
     with suppress(OSError):
         before = (folder / "holder.json").stat().st_mtime_ns
@@ -101,20 +146,41 @@ def _beats(folder: Path) -> bool:
     return False
 
 
+def _in_use(folder: Path, by: Holder | None) -> StoreError:
+    return StoreError(
+        f"{folder}: in use by {by or 'another process'}. Wait until it has ended, or use another store folder."
+    )
+
+
 @contextmanager
-def _beating(folder: Path, purpose: str) -> Iterator[None]:
-    """Say who holds the lock, and touch the note now and then."""
-    path, done = folder / "holder.json", threading.Event()
-    own = psutil.Process()
-    since = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    identity = {"host": socket.gethostname(), "pid": own.pid, "born": own.create_time()}
-    write_json(path, identity | {"purpose": purpose, "since": since})
+def _noted(folder: Path, purpose: str) -> Iterator[None]:
+    """Say who holds the lock. That there is no room for the note stops nothing: `segflow store gc` makes room."""
+    try:
+        try:
+            _write_note(folder, purpose)
+        except StoreError as problem:
+            if getattr(problem.__cause__, "errno", None) not in NO_ROOM:
+                raise
+            _remove_note(folder)  # of a holder that died
+        yield
+    finally:
+        _remove_note(folder)
+
+
+@contextmanager
+def _locked_by_note(folder: Path, purpose: str) -> Iterator[None]:
+    """Hold the lock by the note: it is touched until the block ends."""
+    done = threading.Event()
 
     def beat() -> None:
         while not done.wait(_BEAT):
             with suppress(OSError):
-                os.utime(path)
+                os.utime(folder / "holder.json")
 
+    this_run = _write_note(folder, purpose)
+    time.sleep(_BEAT / 4)
+    if (now := holder(folder)) != this_run:  # two began at once, and the note that was written last counts
+        raise _in_use(folder, now)
     thread = threading.Thread(target=beat, name="segflow-lock", daemon=True)
     thread.start()
     try:
@@ -122,5 +188,15 @@ def _beating(folder: Path, purpose: str) -> Iterator[None]:
     finally:
         done.set()
         thread.join()
-        with suppress(OSError):
-            path.unlink()
+        _remove_note(folder)
+
+
+def _write_note(folder: Path, purpose: str) -> Holder:
+    this_run = Holder(ProcessIdentity.own(), purpose, datetime.now(timezone.utc).isoformat(timespec="seconds"))
+    write_json(folder / "holder.json", this_run.as_json())
+    return this_run
+
+
+def _remove_note(folder: Path) -> None:
+    with suppress(OSError):
+        (folder / "holder.json").unlink()

@@ -16,12 +16,12 @@ import os
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from ..errors import StoreError
-from .files import PARTIAL, TensorFile, Tensors, inside, read_json, write_json, write_tensors
+from .files import TensorFile, Tensors, inside, is_partial, read_json, write_json, write_tensors
 from .lock import Held, hold
 
 FORMAT = 2
@@ -62,7 +62,7 @@ class Store:
         Raises StoreError, naming the holder, if another run has the store.
         """
         with hold(self.root, purpose) as held:
-            self._marker()
+            self._check_format()
             for leftover in self.leftovers() if tidy else []:
                 with suppress(OSError):
                     leftover.unlink()
@@ -70,23 +70,23 @@ class Store:
 
     def names(self) -> list[str]:
         """The names of all committed units."""
-        return sorted({*self._old(self._marker()), *self._listed("manifest", ".json")})
+        self._check_format()
+        return sorted(self._listed("manifest", ".json"))
 
     def files(self) -> list[str]:
         """The names under which files of units are there, committed or not."""
         return sorted(self._listed("units", ".safetensors"))
 
     def leftovers(self) -> list[Path]:
-        """Files that were never finished."""
-        found = [path for folder in ("manifest", "units") for path in self._walk(folder) if path.name.endswith(PARTIAL)]
-        return sorted([*found, *self.root.glob(f"*{PARTIAL}")])
+        """Files that were never finished; others whose names end in `.partial` are not segflow's."""
+        below = (path for folder in ("manifest", "units") for path in self._walk(folder))
+        return sorted(path for path in (*below, *self.root.glob("*.partial")) if is_partial(path.name))
 
     def entry(self, name: str) -> Entry | None:
         """What the manifest says of a unit, None if it has none; StoreError if that is damaged."""
-        marker, path = self._marker(), self.entry_path(name)
-        if not path.exists():
-            return self._old(marker).get(name)
-        return _entry(read_json(path, StoreError), path)
+        self._check_format()
+        path = self.entry_path(name)
+        return _entry(read_json(path, StoreError), path) if path.exists() else None
 
     def __contains__(self, name: str) -> bool:
         """True if the unit is committed, its file is there whole, and no unit it was made of has changed since."""
@@ -131,13 +131,15 @@ class Store:
     def write(self, name: str, tensors: Tensors, made_from: MadeFrom, inputs: Iterable[str] = ()) -> dict[str, Any]:
         """Commit one unit, replacing an older one of that name; returns {"bytes", "sha256"}.
 
-        inputs: the units it was made of.
+        inputs: the units it was made of. An older unit's entry goes before its tensors change, so that a run killed
+        on the way leaves the unit absent, never damaged.
         """
-        self._migrate()
+        if not self._check_format():
+            write_json(self.root / "manifest.json", {"format": FORMAT})
         sources = {source: self.entry(source) for source in inputs}
-        written = write_tensors(self.unit_path(name), tensors)
-        of = {source: entry.sha256 for source, entry in sources.items() if entry is not None}
-        write_json(self.entry_path(name), {**written, "made_from": dict(made_from), "inputs": of})
+        digests = {source: entry.sha256 for source, entry in sources.items() if entry is not None}
+        written = write_tensors(self.unit_path(name), tensors, described_in=self.entry_path(name))
+        write_json(self.entry_path(name), {**written, "made_from": dict(made_from), "inputs": digests})
         return written
 
     def unit_path(self, name: str) -> Path:
@@ -163,39 +165,19 @@ class Store:
         names = {name.removesuffix(suffix) for name in found if name.endswith(suffix)}
         return {name for name in names if _NAME.fullmatch(name)}
 
-    def _marker(self) -> dict[str, Any]:
-        """What manifest.json holds; StoreError unless it is of a format that this segflow reads."""
+    def _check_format(self) -> bool:
+        """Whether the store has its manifest.json yet; StoreError unless that is of the format this segflow reads."""
         path = inside(self.root, "manifest.json")
         if not path.exists():
-            return {"format": FORMAT}
+            return False
         content = read_json(path, StoreError)
         found = content.get("format") if isinstance(content, dict) else None
-        if found not in (1, FORMAT) or isinstance(found, bool):
+        if found != FORMAT or isinstance(found, bool):
             raise StoreError(
-                f"{path}: store format {found!r}, this segflow reads formats 1 and {FORMAT}. "
+                f"{path}: store format {found!r}, this segflow reads format {FORMAT}. "
                 "Use another store folder, or the segflow version that made this one."
             )
-        return dict(content)
-
-    def _old(self, marker: Mapping[str, Any]) -> dict[str, Entry]:
-        """The entries of a store of format 1, which had them all in manifest.json."""
-        if marker["format"] == FORMAT:
-            return {}
-        path, units = self.root / "manifest.json", marker.get("units")
-        if not isinstance(units, dict):
-            raise StoreError(f"{path}: damaged. {_REPAIR}")
-        whole = {name: {"inputs": {}, **entry} if isinstance(entry, dict) else entry for name, entry in units.items()}
-        return {name: _entry(entry, path) for name, entry in whole.items()}
-
-    def _migrate(self) -> None:
-        """Bring the store to this format; interrupted, it is done again."""
-        path, marker = self.root / "manifest.json", self._marker()
-        if path.exists() and marker["format"] == FORMAT:
-            return
-        for name, entry in self._old(marker).items():
-            if not self.entry_path(name).exists():
-                write_json(self.entry_path(name), asdict(entry))
-        write_json(path, {"format": FORMAT})
+        return True
 
     def _check(self, name: str, entry: Entry, asked: MadeFrom, unasked: Collection[str] = ()) -> None:
         """Raise StoreError, naming both sides, unless the unit was made from what is asked."""

@@ -82,7 +82,7 @@ def record(
     folder, schedule = RecordingFolder(Path(directory), stage), CheckpointSchedule(total_steps, checkpoints)
     recording = Recording(unwrap(model), optimizer, folder, schedule, dataset_size, batch_size)
     ranks = current()
-    with ranks.together("record", guard=False):
+    with ranks.together("record"):
         if ranks.main:
             folder.claim(overwrite)
         hooks = [

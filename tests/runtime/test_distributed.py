@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 import segflow as sf
 from segflow.runtime.ranks import current
 from segflow.scoring.tiles import shares
+from segflow.store import files
 
 from ..support.gang import Failed, Gang
 from ..support.helpers import ConvNet, analyzer_of, images, mlp, perturbed_states, trajectory_of, vectors
@@ -342,8 +343,8 @@ def test_a_run_is_recorded_once_by_all_ranks_and_whole(gang: Gang, tmp_path: Pat
     names = [sorted(f.name for f in (tmp_path / run / "checkpoints").iterdir()) for run in ("alone", "together")]
     assert names[0] == names[1]
     assert sorted(
-        sf.files.read_tensors(tmp_path / "alone" / "checkpoints" / names[0][0], None, sf.SegflowError)
-    ) == sorted(sf.files.read_tensors(tmp_path / "together" / "checkpoints" / names[0][0], None, sf.SegflowError))
+        files.read_tensors(tmp_path / "alone" / "checkpoints" / names[0][0], None, sf.SegflowError)
+    ) == sorted(files.read_tensors(tmp_path / "together" / "checkpoints" / names[0][0], None, sf.SegflowError))
 
 
 def _recorded_in_stages(folder: str) -> list[Any]:
@@ -390,7 +391,7 @@ NODE = """
 import json, sys
 from pathlib import Path
 from tests.runtime.test_distributed import run
-from segflow.ranks import current
+from segflow.runtime.ranks import current
 values = run(sys.argv[1], "store")[0]
 Path(sys.argv[1], f"out-{current().index}.json").write_text(json.dumps(values))
 """

@@ -30,7 +30,7 @@ class Words:
 
 def _use(enabled: bool | None) -> None:
     bars = Bars(enabled)
-    with bars.stage("fit"):
+    with bars.call("fit"):
         bars.expect(3)
         with bars.walk("covariance", 3, True) as step:
             for _ in track(range(3), "reading", enabled=enabled):
@@ -89,9 +89,9 @@ def test_a_standard_error_that_only_takes_text_is_no_terminal() -> None:
         _use(None)
 
 
-def test_the_stages_bar_counts_what_it_expects_only(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_calls_bar_counts_what_it_expects_only(capsys: pytest.CaptureFixture[str]) -> None:
     bars = Bars(True)
-    with bars.stage("score"):
+    with bars.call("score"):
         bars.expect(10)
         with bars.walk("queries", 50, False) as step:
             step(50)

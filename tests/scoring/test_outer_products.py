@@ -137,7 +137,7 @@ def test_layers_with_positions_form_their_queries(tmp_path: Path) -> None:
     trajectory = trajectory_of(tmp_path / "run", perturbed_states(model, 2), N, lr=0.3)
     analyzer = analyzer_of(model, trajectory, tmp_path / "store", method=sf.InfluenceFunction())
     analyzer.fit(images(N))
-    with analyzer._stage("score"):
+    with analyzer._call("score"):
         view = analyzer.context.loss_view("measurement", images(4, seed=3))
         data = analyzer.context.walk(view, images(4, seed=3), [range(4)], "queries")
         found = query_gradients.query_gradients(view, data, {}, analyzer.context.ranks, "here")

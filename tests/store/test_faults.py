@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import io
 import json
-import multiprocessing
 import os
 import pickle
 import random
@@ -29,7 +28,7 @@ import segflow as sf
 from segflow.runtime.ranks import current
 from segflow.store.store import Store
 
-from ..support.gang import free_port
+from ..support.gang import forkserver, free_port
 from ..support.helpers import analyzer_of, mlp, perturbed_states, trajectory_of, vectors
 
 N, KILLS_ALONE, KILLS_OF_TWO, HOSTILE = 21, 150, 60, 120
@@ -65,8 +64,7 @@ def _scored(folder: Path, store: Path) -> sf.Scores:
 @pytest.fixture(scope="module")
 def start() -> Callable[..., list[Any]]:
     """Starts processes quickly: forked from one that has everything imported."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.store.test_faults"])
+    context = forkserver()
 
     def begin(folder: Path, store: str, count: int = 1) -> list[Any]:
         port = free_port()

@@ -24,7 +24,7 @@ N = 21
 
 
 def _work(journal: Journal) -> None:
-    with journal.stage("fit", batch_size=4):
+    with journal.call("fit", batch_size=4):
         journal.expect({"covariance": 30})
         journal.found("covariance", "covariance/step-1", 10)
         with journal.unit("covariance", "covariance/step-2") as facts:
@@ -36,17 +36,17 @@ def _work(journal: Journal) -> None:
 def test_events_and_summary_say_what_was_done(tmp_path: Path) -> None:
     journal = Journal(tmp_path / "events.jsonl", Ranks(), False)
     _work(journal)
-    with pytest.raises(KeyError), journal.stage("score"):
+    with pytest.raises(KeyError), journal.call("score"):
         raise KeyError("why\nand more")
     events = read_events(tmp_path / "events.jsonl")
-    kinds = ["stage_started", "found", "unit", "stage_finished", "stage_started", "stage_failed"]
+    kinds = ["call_started", "found", "unit", "call_finished", "call_started", "call_failed"]
     assert [event["event"] for event in events] == kinds
     assert len({event["run"] for event in events}) == 1 and all(event["time"].endswith("+00:00") for event in events)
     unit = events[2]
-    assert (unit["stage"], unit["kind"], unit["examples"], unit["bytes"]) == ("fit", "covariance", 20, 7)
+    assert (unit["call"], unit["kind"], unit["examples"], unit["bytes"]) == ("fit", "covariance", 20, 7)
     assert unit["peak_memory"] > 1 << 20 and 0 <= unit["seconds"] <= events[3]["seconds"]
     assert events[0]["batch_size"] == 4 and events[5]["error"].startswith("KeyError: 'why")
-    rows = {(row.stage, row.kind): row for row in journal.summary().rows}
+    rows = {(row.call, row.kind): row for row in journal.summary().rows}
     row = rows["fit", "covariance"]
     assert (row.made, row.found, row.examples) == (1, 1, 20) and ("score", "") not in rows
     assert "covariance" in str(journal.summary()) and "GiB" in str(journal.summary())
@@ -54,7 +54,7 @@ def test_events_and_summary_say_what_was_done(tmp_path: Path) -> None:
 
 def test_the_memory_of_a_unit_is_seen(tmp_path: Path) -> None:
     journal = Journal(tmp_path / "events.jsonl", Ranks(), False)
-    with journal.stage("fit"):
+    with journal.call("fit"):
         for size in (1, 300 << 20):
             with journal.unit("covariance", str(size)):
                 held = bytearray(b"x") * size
@@ -100,27 +100,27 @@ def test_only_the_first_rank_writes(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert capsys.readouterr().err == ""
 
 
-def test_a_stages_line_and_event_count_that_stage_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_calls_line_and_event_count_that_call_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     journal = Journal(tmp_path / "events.jsonl", Ranks(), True)
     _work(journal)
-    with journal.stage("fit"), journal.stage("check"):
+    with journal.call("fit"), journal.call("check"):
         journal.found("covariance", "covariance/step-2")
-    with journal.stage("fit"):
+    with journal.call("fit"):
         journal.found("covariance", "covariance/step-2")
         journal.found("covariance", "covariance/step-2")
     lines = [line for line in capsys.readouterr().err.replace("\r", "\n").splitlines() if "segflow" in line]
     assert [line.partition(" found")[0] for line in lines] == [
         "segflow fit: 1 units made, 1",
-        "segflow fit: 0 units made, 0",  # the stage within it has no line of its own
+        "segflow fit: 0 units made, 0",  # the call within it has no line of its own
         "segflow fit: 0 units made, 1",
     ]
-    ends = [event for event in read_events(tmp_path / "events.jsonl") if event["event"] == "stage_finished"]
+    ends = [event for event in read_events(tmp_path / "events.jsonl") if event["event"] == "call_finished"]
     assert [(end["made"], end["found"]) for end in ends] == [(1, 1), (0, 1), (0, 0), (0, 1)]
-    whole = next(row for row in journal.summary().rows if (row.stage, row.kind) == ("fit", ""))
+    whole = next(row for row in journal.summary().rows if (row.call, row.kind) == ("fit", ""))
     assert (whole.made, whole.found) == (1, 2)
 
 
-def test_bars_show_rate_and_time_left_of_pass_and_stage(
+def test_bars_show_rate_and_time_left_of_pass_and_call(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _work(Journal(None, Ranks(), True))
@@ -135,7 +135,7 @@ def test_bars_show_rate_and_time_left_of_pass_and_stage(
 def test_walking_costs_little() -> None:
     journal = Journal(None, Ranks(), False)
     begun = time.perf_counter()
-    with journal.stage("fit"):
+    with journal.call("fit"):
         assert sum(1 for _ in journal.walk(range(100_000), "x", 100_000, lambda _: 1)) == 100_000
     assert time.perf_counter() - begun < 3
 
@@ -148,7 +148,7 @@ def test_an_analyzer_logs_and_sums_up_its_work(tmp_path: Path) -> None:
     analyzer.fit(vectors(N))
     analyzer.score(sf.Groups.random(N, 5), vectors(N), vectors(3))
     events = read_events(tmp_path / "store" / "events.jsonl")
-    made = [event["unit"] for event in events if event["event"] == "unit" and event["stage"] == "fit"]
+    made = [event["unit"] for event in events if event["event"] == "unit" and event["call"] == "fit"]
     assert made == [
         *(f"covariance/step-{step}" for step in (10, 20)),
         "eigenbasis/steps-10-20-w515fa117",
@@ -156,7 +156,7 @@ def test_an_analyzer_logs_and_sums_up_its_work(tmp_path: Path) -> None:
     ]
     found = [event["unit"] for event in events if event["event"] == "found"]
     assert found == made[2:]  # by the second fit; the first does not find what it made itself
-    rows = {(row.stage, row.kind): row for row in analyzer.summary().rows}
+    rows = {(row.call, row.kind): row for row in analyzer.summary().rows}
     assert rows["fit", "covariance"].examples == 2 * N and rows["score", "groups"].made == 2
 
 
@@ -164,7 +164,7 @@ def test_an_analyzer_logs_and_sums_up_its_work(tmp_path: Path) -> None:
 
 SCRIPT = """
 import os, signal, sys, time
-from segflow.interrupts import orderly, shielded
+from segflow.runtime.signals import orderly, shielded
 with orderly():
     try:
         with shielded():
@@ -225,7 +225,7 @@ def test_a_fit_that_is_asked_to_stop_lets_go_of_its_store(tmp_path: Path, number
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     events = tmp_path / "store" / "events.jsonl"
     deadline = time.monotonic() + 60
-    while not (events.exists() and "stage_started" in events.read_text()):
+    while not (events.exists() and "call_started" in events.read_text()):
         assert time.monotonic() < deadline and process.poll() is None, process.communicate()
         time.sleep(0.02)
     process.send_signal(number)
@@ -233,7 +233,7 @@ def test_a_fit_that_is_asked_to_stop_lets_go_of_its_store(tmp_path: Path, number
     assert process.returncode == status
     assert not (tmp_path / "store" / "holder.json").exists()
     assert not list((tmp_path / "store").rglob("*.partial"))
-    assert [event["event"] for event in read_events(events)][-1] == "stage_failed"
+    assert [event["event"] for event in read_events(events)][-1] == "call_failed"
 
 
 def test_events_are_json_lines(tmp_path: Path) -> None:

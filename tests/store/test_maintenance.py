@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +16,7 @@ from segflow import cli
 from segflow.store.maintenance import collect_garbage, repair, survey
 from segflow.store.store import Store
 
-from .test_store import MADE, as_format_1, read, same, tensors, written
+from .test_store import MADE, read, same, tensors, written
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -29,7 +32,7 @@ def _mixed(root: Path) -> Store:
     for name, change in (("hurt", lambda c: c[:-1] + bytes([c[-1] ^ 1])), ("short", lambda c: c[:-1])):
         store.unit_path(name).write_bytes(change(store.unit_path(name).read_bytes()))
     store.unit_path("gone").unlink()
-    (root / "units" / "x.safetensors.0a.partial").write_bytes(b"half")
+    (root / "units" / "x.safetensors.0a1b2c3d.partial").write_bytes(b"half")
     (root / "notes.txt").write_text("mine")
     return store
 
@@ -43,7 +46,7 @@ STATES = {
     "scores/x/step-1": "ok",
     "short": "damaged",
     "orphan": "orphan",
-    "units/x.safetensors.0a.partial": "leftover",
+    "units/x.safetensors.0a1b2c3d.partial": "leftover",
 }
 
 
@@ -55,7 +58,7 @@ def test_every_state_is_found_and_hidden_damage_only_by_reading(tmp_path: Path) 
 
 def test_garbage_goes_and_nothing_else(tmp_path: Path) -> None:
     store = _mixed(tmp_path)
-    going = {"derived", "orphan", "units/x.safetensors.0a.partial"}
+    going = {"derived", "orphan", "units/x.safetensors.0a1b2c3d.partial"}
     assert {f.name for f in collect_garbage(store, dry_run=True)} == going
     assert {f.name for f in survey(store)} == set(STATES)
     assert {f.name for f in collect_garbage(store)} == going
@@ -122,6 +125,28 @@ def test_tools_that_change_a_store_wait_for_nobody(tmp_path: Path, capsys: pytes
         assert "in use by process" in _run(capsys, "ls", str(tmp_path))[1]
 
 
+@pytest.mark.skipif(os.geteuid() != 0 or shutil.which("mount") is None, reason="a small file system needs root")
+def test_on_a_disk_without_a_free_byte_the_tools_start_and_garbage_makes_room(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(tmp_path)], check=True)
+    try:
+        root = tmp_path / "store"
+        store = _mixed(root)
+        with store.locked("fit", tidy=False):
+            pass
+        with pytest.raises(OSError, match="No space left"), open(tmp_path / "rest", "wb", buffering=0) as rest:
+            while True:
+                rest.write(bytes(4096))
+        assert shutil.disk_usage(root).free == 0
+        assert _run(capsys, "ls", str(root))[0] == 0 and _run(capsys, "verify", str(root))[0] == 1
+        status, out, err = _run(capsys, "gc", str(root))
+        assert status == 0 and "3 removed" in out and not err
+        assert shutil.disk_usage(root).free > 0
+    finally:
+        subprocess.run(["umount", str(tmp_path)], check=True)
+
+
 # Golden files
 
 
@@ -140,18 +165,5 @@ def test_the_format_on_disk_is_byte_for_byte_the_golden_one(tmp_path: Path) -> N
     assert _files(tmp_path) == _files(GOLDEN / "format-2")
 
 
-def test_the_golden_store_of_format_1_is_read_and_brought_up(tmp_path: Path) -> None:
-    for name, content in _files(GOLDEN / "format-1").items():
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_bytes(content)
-    store = Store(tmp_path)
-    assert same(read(store, "covariance/step-10"), tensors())
-    store.write("new", tensors(), MADE)
-    assert json.loads((tmp_path / "manifest.json").read_text()) == {"format": 2}
-    assert [f.state for f in survey(store, thorough=True)] == ["ok"] * 3
-
-
 if __name__ == "__main__":  # makes the golden files
     golden(GOLDEN / "format-2")
-    golden(GOLDEN / "format-1")
-    as_format_1(GOLDEN / "format-1")

@@ -203,7 +203,7 @@ KILLED = """
     from pathlib import Path
     import torch
     torch.set_num_threads(1)
-    from tests import test_resume as t
+    from tests.store import test_resume as t
 
     def kill():
         os.kill(os.getpid(), signal.SIGKILL)
@@ -221,9 +221,9 @@ KILLED = """
 """
 
 
-def killed(folder: Path, stage: str) -> None:
+def killed(folder: Path, call: str) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", textwrap.dedent(KILLED), str(folder), stage]
+    command = [sys.executable, "-c", textwrap.dedent(KILLED), str(folder), call]
     done = subprocess.run(command, env=environment, cwd=Path(__file__).parents[2], check=False)
     assert done.returncode == -signal.SIGKILL
 
@@ -402,7 +402,7 @@ def test_a_store_of_another_format_version_is_refused(tmp_path: Path) -> None:
     manifest = tmp_path / "store" / "manifest.json"
     manifest.write_text(manifest.read_text().replace('"format": 2', '"format": 3'))
     for run in (lambda: found.fit(vectors(N), batch_size=BATCH), lambda: scored(found)):
-        with pytest.raises(sf.StoreError, match="store format 3, this segflow reads formats 1 and 2"):
+        with pytest.raises(sf.StoreError, match="store format 3, this segflow reads format 2"):
             run()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,8 @@ import torch
 import segflow as sf
 from segflow.errors import StoreError
 from segflow.store import files
+from segflow.store.maintenance import BROKEN, survey
 from segflow.store.store import Store
-
-from ..support.helpers import stopping_at
 
 MADE = {"model": {"0": [1, 3, 6]}, "batch_size": 7, "options": {"a": None, "b": (1, 2)}}
 
@@ -174,7 +174,7 @@ def test_an_entry_with_any_bit_flipped_never_yields_other_tensors(tmp_path: Path
     assert outcomes["refused"] > outcomes["read"]
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b"[" * 100_000, b'{"format": 1, "units": {'])
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b"[" * 100_000, b'{"format": 2, '])
 def test_a_manifest_that_is_no_json_is_refused(tmp_path: Path, content: bytes) -> None:
     store = written(tmp_path)
     (tmp_path / "manifest.json").write_bytes(content)
@@ -186,56 +186,21 @@ def test_a_manifest_that_is_no_json_is_refused(tmp_path: Path, content: bytes) -
 @pytest.mark.parametrize(
     ("content", "text"),
     [
-        ({"format": 3}, "store format 3, this segflow reads formats 1 and 2"),
-        ({"format": True, "units": {}}, "store format True"),
-        ({"units": {}}, "store format None, this segflow reads formats 1 and 2"),
+        ({"format": 3}, "store format 3, this segflow reads format 2"),
+        ({"format": 1, "units": {}}, "store format 1, this segflow reads format 2"),
+        ({"format": True}, "store format True"),
+        ({"units": {}}, "store format None, this segflow reads format 2"),
         ([], "store format None"),
-        ({"format": 1, "units": []}, "manifest.json: damaged"),
-        ({"format": 1, "units": {"unit": 3}}, "manifest.json: damaged"),
-        ({"format": 1, "units": {"unit": {"bytes": 1, "made_from": {}}}}, "manifest.json: damaged"),
-        ({"format": 1, "units": {"unit": {"bytes": 1, "sha256": "", "made_from": {}}}}, "manifest.json: damaged"),
     ],
 )
 def test_a_manifest_of_another_format_or_shape_is_refused(tmp_path: Path, content: Any, text: str) -> None:
     store = written(tmp_path)
-    (tmp_path / "manifest" / "unit.json").unlink()
     (tmp_path / "manifest.json").write_text(json.dumps(content))
-    with pytest.raises(sf.StoreError, match=text):
-        store.open("unit", MADE)
-
-
-# Format 1
-
-
-def as_format_1(root: Path) -> None:
-    """Rewrite a store's manifest as segflow 0.1's first stores had it."""
-    store = Store(root)
-    units = {}
-    for name in store.names():
-        units[name] = json.loads(store.entry_path(name).read_text())
-        del units[name]["inputs"]
-        store.entry_path(name).unlink()
-    (root / "manifest.json").write_text(json.dumps({"format": 1, "units": units}))
-
-
-def test_a_store_of_format_1_is_read_and_brought_to_format_2_by_the_first_write(tmp_path: Path) -> None:
-    store = written(tmp_path, ("unit", "a/b"))
-    as_format_1(tmp_path)
-    assert store.names() == ["a/b", "unit"] and same(read(store), tensors())
-    store.write("other", tensors(3), MADE)
-    assert json.loads((tmp_path / "manifest.json").read_text()) == {"format": 2}
-    assert store.names() == ["a/b", "other", "unit"] and same(read(store, "a/b"), tensors())
-
-
-@pytest.mark.parametrize("call", range(1, 10))
-def test_a_migration_that_is_stopped_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: int) -> None:
-    store = written(tmp_path, ("unit", "a/b"))
-    as_format_1(tmp_path)
-    with stopping_at(call, monkeypatch, KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
-        store.write("other", tensors(3), MADE)
-    assert store.names() == ["a/b", "unit"] and same(read(store, "a/b"), tensors())
-    store.write("other", tensors(3), MADE)
-    assert same(read(store), tensors()) and same(read(store, "other"), tensors(3))
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    for call in (lambda: store.open("unit", MADE), lambda: store.write("other", tensors(), MADE), store.names):
+        with pytest.raises(sf.StoreError, match=text):
+            call()
+    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
 
 
 # Interrupted writes
@@ -268,14 +233,46 @@ def test_a_unit_whose_file_was_written_but_not_its_entry_is_not_held(tmp_path: P
     assert "other" not in store and "unit" in store
 
 
-def test_what_a_killed_run_left_half_written_is_removed_under_the_lock(tmp_path: Path) -> None:
+def test_a_unit_whose_replacement_is_killed_at_any_moment_is_whole_or_absent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each moment is a copy of the files as a kill before that call to the system would leave them."""
+    store, moments = written(tmp_path / "store"), list[Path]()
+
+    def after_a_copy(real: Any) -> Any:
+        def call(*arguments: Any) -> Any:
+            moments.append(tmp_path / f"moment-{len(moments)}")
+            shutil.copytree(store.root, moments[-1])
+            return real(*arguments)
+
+        return call
+
+    with monkeypatch.context() as patched:
+        for name in ("fsync", "replace", "rename"):
+            patched.setattr(files.os, name, after_a_copy(getattr(os, name)))
+        store.write("unit", tensors(1), MADE)
+    outcomes = set()
+    for moment in map(Store, moments):
+        assert not [finding for finding in survey(moment, thorough=True) if finding.state in BROKEN]
+        held = moment.holds("unit", MADE)
+        outcomes.add(held)
+        assert not held or same(read(moment), tensors()) or same(read(moment), tensors(1))
+        with moment.locked("go on"):
+            moment.write("unit", tensors(1), MADE)
+        assert same(read(moment), tensors(1)) and not moment.leftovers()
+    assert len(moments) == 8 and outcomes == {True, False}
+
+
+def test_what_a_killed_run_left_half_written_is_removed_under_the_lock_and_nothing_else(tmp_path: Path) -> None:
     store = written(tmp_path)
-    leftovers = [tmp_path / name for name in ("units/x.safetensors.ab.partial", "manifest/x.json.cd.partial")]
-    for leftover in leftovers:
-        leftover.write_bytes(b"half")
-    assert store.leftovers() == sorted(leftovers)
+    names = ("units/x.safetensors.0123abcd.partial", "manifest/x.json.89abcdef.partial", "holder.json.00000000.partial")
+    others = ("units/x.partial", "units/x.safetensors.ab.partial", "notes.partial", "manifest/x.0123ABCD.partial")
+    for name in (*names, *others):
+        (tmp_path / name).write_bytes(b"half")
+    assert store.leftovers() == sorted(tmp_path / name for name in names)
     with store.locked("test"):
         assert not store.leftovers()
+    assert all((tmp_path / name).exists() for name in others)
     assert same(read(store), tensors())
 
 

@@ -28,11 +28,18 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
+def forkserver() -> Any:
+    """How to start processes quickly: forked from one that has everything imported."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.support.helpers", __name__])
+    return context
+
+
 class Gang:
     """Up to `size` processes; each job runs on the first n of them, as n ranks of a group of their own over gloo."""
 
     def __init__(self, size: int = 4):
-        self._context = multiprocessing.get_context("spawn")
+        self._context = forkserver()
         self._workers: list[Any] = [None] * size
 
     def run(
@@ -105,7 +112,7 @@ def _work(pipe: Any) -> None:
         except BaseException as problem:  # noqa: BLE001 - the parent is told
             result = Failed(type(problem).__name__, str(problem), traceback.format_exc())
         ranks.leave()
-        ranks._joins = 0  # the next job's ranks may be younger processes
+        ranks._times_joined = 0  # the next job's ranks may be younger processes
         pipe.send(result)
         if isinstance(result, Failed) and result.kind == "RankError":
             time.sleep(60)  # until it is ended
