@@ -1,8 +1,8 @@
 """Which training images made a digit classifier behave as it does, and does retraining agree?
 
-Trains a small MLP on scikit-learn's digits with 15% wrong labels, records the run, scores groups of training images
-and single images against test images with three methods, retrains on random half-subsets, and compares.
-Run it with `segflow demo`, or `python examples/digits.py`.
+A tutorial to read from top to bottom. It trains a small MLP on scikit-learn's digits with 15% wrong labels, records the
+run, scores groups of training images and single images against test images with three methods, retrains on random
+half-subsets, and compares. Run it with `segflow demo`, or `python examples/digits.py`.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ TRAIN, QUERIES, WRONG_SHARE = 800, 100, 0.15
 EPOCHS, BATCH = 20, 50
 STEPS = EPOCHS * TRAIN // BATCH
 GROUP_SIZE, HALVES = 10, 40
+
+# ---- What you have anyway: data, a model, a training loop ----
 
 
 def load_data() -> tuple[TensorDataset, TensorDataset, np.ndarray]:
@@ -59,6 +61,9 @@ def train_model(model: nn.Module, optimizer: torch.optim.Optimizer, data: Tensor
             optimizer.step()
 
 
+# ---- What a comparison with retraining needs: one function that trains on some of the groups and measures ----
+
+
 def retrain_without(groups: sf.Groups, kept: np.ndarray, seed: int) -> np.ndarray:
     """The test losses [Q] after training on the kept groups only."""
     train, query, _ = load_data()
@@ -71,6 +76,9 @@ def retrain_without(groups: sf.Groups, kept: np.ndarray, seed: int) -> np.ndarra
     return losses
 
 
+# ---- The study ----
+
+
 def main(
     out: str = "demo-output", retrainings: int = 5, processes: int | None = None, progress: bool | None = None
 ) -> None:
@@ -78,13 +86,14 @@ def main(
     began, folder = time.perf_counter(), Path(out)
     train, query, wrong = load_data()
 
-    # 1. Train as ever, inside record().
+    # 1. Train as ever, inside record(): it saves checkpoints and every step's learning rate, and changes no number.
     model, optimizer = build_model(seed=0)
     with sf.record(model, optimizer, folder / "run", dataset_size=TRAIN, total_steps=STEPS, overwrite=True):
         train_model(model, optimizer, train, seed=0)
     trajectory = sf.Trajectory.load(folder / "run")
 
-    # 2. Check, fit, score: groups for the comparison, single images for the figure.
+    # 2. Check the setting, fit curvature, score: groups for the comparison, single images for the figure. The three
+    #    methods share one store, so that what one has fitted the next one finds.
     shutil.rmtree(folder / "influence", ignore_errors=True)  # the factors of an earlier demo
     groups = sf.Groups.random(TRAIN, size=GROUP_SIZE, seed=0)
     scores: dict[str, sf.Scores] = {}
@@ -105,7 +114,8 @@ def main(
         scores[name] = analyzer.score(groups, train, query)
         single[name] = analyzer.score(sf.Groups.singletons(TRAIN), train, query, keep=("term",))
 
-    # 3. Does retraining on random halves agree?
+    # 3. Does retraining on random halves agree? A score predicts how a test loss changes without a group; summed over
+    #    the groups that a half leaves out, it should rank the halves as retraining on them does.
     subsets = random_subsets(HALVES, len(groups))
     measured = retrain(
         partial(retrain_without, groups), subsets, repetitions=retrainings, processes=processes, progress=progress

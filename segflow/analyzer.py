@@ -1,4 +1,4 @@
-"""Analyzer: the face that ties the stages together."""
+"""Analyzer: the face that ties the rooms together: check, fit, score, features, refine."""
 
 from __future__ import annotations
 
