@@ -1,4 +1,4 @@
-"""Groups of training data: partitions, k-means on whitened features, and the features."""
+"""Groups of training data: partitions, by labels, by k-means on whitened features, split and nested; the features."""
 
 from .groups import Groups
 

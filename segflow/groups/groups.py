@@ -108,7 +108,11 @@ class Groups:
         labels: Sequence[object] | None = None,
         partial: bool = False,
     ) -> Groups:
-        """Groups from lists of example indices; `length` is the size of the training set."""
+        """Groups from lists of example indices; `length` is the size of the training set.
+
+        Groups are called "group 0", "group 1", ... unless labels are given, which are taken as text. Raises GroupError
+        as `Groups` does.
+        """
         members = tuple(lists)
         names = [f"group {k}" for k in range(len(members))] if labels is None else labels
         return cls(members, tuple(map(str, names)), int(length), partial)  # type: ignore[arg-type]
@@ -120,7 +124,10 @@ class Groups:
 
     @classmethod
     def random(cls, length: int, size: int, seed: int = 0) -> Groups:
-        """A random partition into groups of `size` examples; the last may be smaller."""
+        """A random partition into groups of `size` examples, the last of which may be smaller.
+
+        Raises GroupError for a size below 1.
+        """
         if size < 1:
             raise GroupError(f"size={size}: expected at least 1.")
         shuffled = np.random.default_rng(seed).permutation(length)

@@ -26,9 +26,38 @@ _BATCH = 4096  # examples of one step beyond memory, or three for each centre
 _DISTANCES = 64 << 20  # bytes of distances at a time
 
 
+def cluster(features: Any, count: int, whiten: str = "full", how: KMeans | None = None) -> np.ndarray:
+    """The cluster of each example [N], numbered from 0 without gaps.
+
+    Args:
+        features: [N, ...], numbers that tell examples apart.
+        count: of clusters; fewer come out where fewer rows are distinct, more where `how.max_size` needs it.
+        whiten: see `Whitening.fit`.
+        how: k-means++ on a sample and Lloyd's steps follow, until the centres move by less than `tolerance` of the
+            features' variance, at most `iterations` times. Whitened features beyond `memory` bytes are read batch by
+            batch (mini-batch k-means). `max_size` bounds the clusters by deferred acceptance among each example's
+            nearest 16 centres, see `balanced`.
+
+    Raises:
+        GroupError: features or options make no sense.
+
+    Example:
+        >>> cluster([[0.0], [0.1], [9.0], [9.1]], 2).tolist() in ([0, 0, 1, 1], [1, 1, 0, 0])
+        True
+    """
+    how = how or KMeans()
+    rows_ND = feature_rows(features)
+    return how.labels(Rows(rows_ND, Whitening.fit(rows_ND, whiten, how.memory)), count)
+
+
 @dataclass(frozen=True)
 class KMeans:
-    """How clusters are made; see `cluster`."""
+    """How clusters are made.
+
+    max_size: the most rows of a cluster; None: any number. seed: of the first centres and of mini-batches. tolerance,
+    iterations: the steps end when the centres move by less than this share of the variance, or after so many. memory:
+    bytes for the whitened rows, beyond which mini-batches are read.
+    """
 
     max_size: int | None = None
     seed: int = 0
@@ -65,7 +94,7 @@ class KMeans:
         return np.unique(label_N, return_inverse=True)[1].reshape(-1)
 
     def _first(self, rows: Rows, count: int) -> Tensor:
-        """k-means++ centres [K, R] of a sample."""
+        """The first centres [K, R]: k-means++ on a sample of the rows."""
         from sklearn.cluster import kmeans_plusplus
 
         size = min(len(rows), max(_SEEDED_ON, 10 * count))
@@ -76,6 +105,7 @@ class KMeans:
         return torch.from_numpy(centres).to(sample_nR)
 
     def _in_memory(self, x_NR: Tensor, centres_KR: Tensor) -> Tensor:
+        """The centres after Lloyd's steps on all rows at once."""
         from sklearn import cluster
 
         model = cluster.KMeans(
@@ -93,7 +123,7 @@ class KMeans:
         return torch.from_numpy(model.cluster_centers_).to(x_NR)
 
     def _streamed(self, rows: Rows, centres_KR: Tensor) -> Tensor:
-        """Steps towards the means of batches, until a pass moves the centres by little."""
+        """The centres after steps towards the means of mini-batches, until a pass over the rows moves them little."""
         from sklearn.cluster import MiniBatchKMeans
 
         K, R = centres_KR.shape
@@ -112,30 +142,6 @@ class KMeans:
         return centres_KR
 
 
-def cluster(features: Any, count: int, whiten: str = "full", how: KMeans | None = None) -> np.ndarray:
-    """The cluster of each example [N], numbered from 0 without gaps.
-
-    Args:
-        features: [N, ...], numbers that tell examples apart.
-        count: of clusters; fewer come out where fewer rows are distinct, more where `how.max_size` needs it.
-        whiten: see `Whitening.fit`.
-        how: k-means++ on a sample and Lloyd's steps follow, until the centres move by less than `tolerance` of the
-            features' variance, at most `iterations` times. Whitened features beyond `memory` bytes are read batch by
-            batch (mini-batch k-means). `max_size` bounds the clusters by deferred acceptance among each example's
-            nearest 16 centres, see `balanced`.
-
-    Raises:
-        GroupError: features or options make no sense.
-
-    Example:
-        >>> cluster([[0.0], [0.1], [9.0], [9.1]], 2).tolist() in ([0, 0, 1, 1], [1, 1, 0, 0])
-        True
-    """
-    how = how or KMeans()
-    rows_ND = feature_rows(features)
-    return how.labels(Rows(rows_ND, Whitening.fit(rows_ND, whiten, how.memory)), count)
-
-
 def lloyd(x_NR: Tensor, centres_KR: Tensor, tolerance: float, iterations: int) -> Tensor:
     """Centres [K, R] after Lloyd's steps from the given ones, on the tensors' device; empty clusters stay in place.
 
@@ -146,9 +152,9 @@ def lloyd(x_NR: Tensor, centres_KR: Tensor, tolerance: float, iterations: int) -
     for _ in range(iterations):
         sums_KR, counts_K = torch.zeros_like(centres_KR), centres_KR.new_zeros(len(centres_KR))
         for x_nR in x_NR.split(step):
-            own_n = _squared_distances(x_nR, centres_KR).argmin(1)
-            sums_KR.index_add_(0, own_n, x_nR)
-            counts_K.index_add_(0, own_n, x_nR.new_ones(len(x_nR)))
+            label_n = _squared_distances(x_nR, centres_KR).argmin(1)
+            sums_KR.index_add_(0, label_n, x_nR)
+            counts_K.index_add_(0, label_n, x_nR.new_ones(len(x_nR)))
         moved_KR = torch.where(counts_K[:, None] > 0, sums_KR / counts_K[:, None].clamp_min(1), centres_KR)
         shift = (moved_KR - centres_KR).square().sum()
         centres_KR = moved_KR
@@ -164,9 +170,9 @@ def nearest(rows: Rows | Tensor, centres_KR: Tensor, most: int) -> tuple[np.ndar
     for chunk in rows.chunks() if isinstance(rows, Rows) else [rows]:
         for x_nR in chunk.split(step):
             far_nK = _squared_distances(x_nR, centres_KR)
-            found = far_nK.min(1, keepdim=True) if M == 1 else far_nK.topk(M, largest=False)
-            places.append(found.indices.cpu().numpy())
-            distances.append(found.values.cpu().numpy())
+            near_nM = far_nK.min(1, keepdim=True) if M == 1 else far_nK.topk(M, largest=False)
+            places.append(near_nM.indices.cpu().numpy())
+            distances.append(near_nM.values.cpu().numpy())
     return np.concatenate(places), np.concatenate(distances)
 
 
@@ -205,11 +211,11 @@ def _accepted(choice_LM: np.ndarray, distance_LM: np.ndarray, room_K: np.ndarray
         asked_K = np.zeros(len(room_K) + 1, dtype=bool)  # the last place is that of examples without a centre
         asked_K[held_L[asking]] = True
         rivals = np.flatnonzero(asked_K[held_L])
-        own = held_L[rivals]
-        order = np.lexsort((distance_LM[rivals, refusals_L[rivals]], own))
-        rivals, own = rivals[order], own[order]
-        rank = np.arange(len(own)) - np.searchsorted(own, own)
-        refused = rivals[rank >= room_K[own]]
+        centre = held_L[rivals]  # that each of them asks
+        order = np.lexsort((distance_LM[rivals, refusals_L[rivals]], centre))
+        rivals, centre = rivals[order], centre[order]
+        rank = np.arange(len(centre)) - np.searchsorted(centre, centre)
+        refused = rivals[rank >= room_K[centre]]
         held_L[refused] = -1
         refusals_L[refused] += 1
         asking = refused[refusals_L[refused] < choice_LM.shape[1]]
@@ -217,11 +223,13 @@ def _accepted(choice_LM: np.ndarray, distance_LM: np.ndarray, room_K: np.ndarray
 
 
 def _squared_distances(x_nR: Tensor, centres_KR: Tensor) -> Tensor:
+    """[n, K], of every row to every centre."""
     far_nK = torch.addmm(centres_KR.square().sum(1), x_nR, centres_KR.mT, alpha=-2)
     return far_nK.add_(x_nR.square().sum(1, keepdim=True)).clamp_min_(0)
 
 
 def _step(centres_KR: Tensor) -> int:
+    """How many rows' distances to all centres are held at a time."""
     return max(1, _DISTANCES // (centres_KR.element_size() * len(centres_KR)))
 
 

@@ -49,14 +49,17 @@ def _array(features: Any) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Moments:
-    """Mean [D] and scatter of some rows, in float64: the sum of squares about the mean [D], or of products [D, D]."""
+    """The mean [D] and the scatter of some rows, in float64: their squares about the mean, or products, summed.
+
+    count: the number of rows. scatter: [D] of squares, or [D, D] of products.
+    """
 
     count: int
     mean_D: Tensor
     scatter: Tensor
 
     def merged(self, other: Moments) -> Moments:
-        """Of both sets of rows together (Chan, Golub, LeVeque 1979)."""
+        """The moments of both sets of rows together (Chan, Golub, LeVeque 1979)."""
         count = self.count + other.count
         off_D = other.mean_D - self.mean_D
         between = torch.outer(off_D, off_D) if self.scatter.ndim == 2 else off_D.square()
@@ -65,9 +68,15 @@ class Moments:
 
 
 def moments(features_ND: np.ndarray | Tensor, products: bool, span_DR: Tensor | None = None) -> Moments:
-    """Moments over all rows, chunk by chunk; GroupError where a feature is not finite, or squares are out of range.
+    """Moments over all rows, chunk by chunk.
 
-    span_DR: orthonormal columns; moments are those of the rows' coordinates in them.
+    Args:
+        features_ND: the rows.
+        products: the scatter has the products of features, [D, D]; otherwise their squares alone, [D].
+        span_DR: orthonormal columns; the moments are then those of the rows' R coordinates in them.
+
+    Raises:
+        GroupError: there is no row, a feature is not finite, or squares are out of double precision's range.
     """
     total: Moments | None = None
     largest = 0.0
@@ -79,11 +88,11 @@ def moments(features_ND: np.ndarray | Tensor, products: bool, span_DR: Tensor | 
         largest = max(largest, x_nD.abs().max().item())
         if largest > _LARGEST:
             break
-        own_nD = x_nD if span_DR is None else x_nD @ span_DR
-        mean_D = own_nD.mean(0)
-        centred_nD = own_nD - mean_D
-        own = Moments(len(own_nD), mean_D, centred_nD.mT @ centred_nD if products else centred_nD.square().sum(0))
-        total = own if total is None else total.merged(own)
+        rows_nD = x_nD if span_DR is None else x_nD @ span_DR
+        mean_D = rows_nD.mean(0)
+        centred_nD = rows_nD - mean_D
+        chunk = Moments(len(rows_nD), mean_D, centred_nD.mT @ centred_nD if products else centred_nD.square().sum(0))
+        total = chunk if total is None else total.merged(chunk)
     if largest and not 1 / _LARGEST <= largest <= _LARGEST:
         raise GroupError(
             f"features: the largest magnitude is {largest:.3g}, expected {1 / _LARGEST:.0e} to {_LARGEST:.0e}, so that "
@@ -145,34 +154,46 @@ class Whitening:
             GroupError: the kind is unknown, a feature is not finite, or the covariance does not fit the memory.
         """
         check_choice("whiten", kind, KINDS, GroupError)
+        return cls._full(features_ND, memory) if kind == "full" else cls._by_feature(features_ND, kind)
+
+    @classmethod
+    def _full(cls, features_ND: np.ndarray | Tensor, memory: int) -> Whitening:
         D = features_ND.shape[1]
-        if kind == "full" and memory < 24 * D * D:
+        if memory < 24 * D * D:
             raise GroupError(
                 f'whiten="full": the covariance of {D:,} features needs {24 * D * D:,} bytes, memory={memory:,}. '
                 'Use whiten="scale", features of fewer dimensions, or more memory.'
             )
-        span_DR = few_dimensions(features_ND) if kind == "full" else None
-        found = moments(features_ND, kind == "full", span_DR)
-        rounding = (_ROUNDINGS * _eps(features_ND)) ** 2
-        spread = found.scatter / found.count
-        variance_D = spread.diagonal() if kind == "full" else spread
-        moment_D, variance = variance_D + found.mean_D.square(), variance_D.mean().item()
-        if kind == "full":
-            sigma_D, axes_DD = torch.linalg.eigh(spread)
-            floor = max(8 * D * _eps(np.empty(0)) * sigma_D[-1].item(), D * rounding * moment_D.max().item())
-            factors = (axes_DD / sigma_D.clamp_min(floor).sqrt())[:, sigma_D > floor].flip(1)
-            used, mean = torch.arange(D, device=spread.device), found.mean_D
-            if span_DR is not None:
-                factors, mean = span_DR @ factors, span_DR @ mean
-        else:
-            one = 2.0 ** -round(math.log2(variance) / 2) if variance else 1.0
-            used = torch.nonzero(variance_D > (rounding * moment_D if kind == "scale" else -1)).flatten()
-            mean, deviation = found.mean_D[used], variance_D[used].sqrt()
-            factors = 1 / deviation if kind == "scale" else torch.full_like(deviation, one)
-        if not factors.numel():  # all examples are alike
-            first = (found.mean_D if span_DR is None else mean)[:1]
-            return cls(torch.tensor([0], device=spread.device), first, 0 * first, 0.0)
-        return cls(used, mean, factors, variance * one**2 if kind == "none" else 1.0)
+        span_DR = few_dimensions(features_ND)
+        total = moments(features_ND, True, span_DR)
+        covariance, mean = total.scatter / total.count, total.mean_D
+        moment_D = covariance.diagonal() + mean.square()
+        sigma_D, axes_DD = torch.linalg.eigh(covariance)
+        rounding = D * _squared_rounding(features_ND) * moment_D.max().item()
+        floor = max(8 * D * _eps(np.empty(0)) * sigma_D[-1].item(), rounding)
+        factors = (axes_DD / sigma_D.clamp_min(floor).sqrt())[:, sigma_D > floor].flip(1)
+        if span_DR is not None:
+            factors, mean = span_DR @ factors, span_DR @ mean
+        used = torch.arange(D, device=mean.device)
+        return cls(used, mean, factors, 1.0) if factors.numel() else cls._alike(mean)
+
+    @classmethod
+    def _by_feature(cls, features_ND: np.ndarray | Tensor, kind: str) -> Whitening:
+        total = moments(features_ND, False)
+        variance_D, mean_D = total.scatter / total.count, total.mean_D
+        if kind == "none":
+            variance = variance_D.mean().item()
+            power = 2.0 ** -round(math.log2(variance) / 2) if variance else 1.0
+            used = torch.arange(len(mean_D), device=mean_D.device)
+            return cls(used, mean_D, torch.full_like(mean_D, power), variance * power**2)
+        moment_D = variance_D + mean_D.square()
+        used = torch.nonzero(variance_D > _squared_rounding(features_ND) * moment_D).flatten()
+        return cls(used, mean_D[used], 1 / variance_D[used].sqrt(), 1.0) if len(used) else cls._alike(mean_D)
+
+    @classmethod
+    def _alike(cls, mean_D: Tensor) -> Whitening:
+        """Of examples that are all alike: one feature, which is zero."""
+        return cls(torch.tensor([0], device=mean_D.device), mean_D[:1], 0 * mean_D[:1], 0.0)
 
     @property
     def width(self) -> int:
@@ -188,7 +209,10 @@ class Whitening:
 
 @dataclass(frozen=True)
 class Rows:
-    """Features [N, D] that come out whitened [n, R] when they are asked for; chosen_N: only these, in this order."""
+    """Features [N, D] that come out whitened, [n, R], when they are asked for.
+
+    chosen_N: the places of the rows meant, in this order; None: all of them.
+    """
 
     features_ND: np.ndarray | Tensor
     whitening: Whitening
@@ -237,6 +261,11 @@ def _chunks(features_ND: np.ndarray | Tensor, chosen_N: np.ndarray | None = None
             yield start, features_ND.detach()[places].double()
         else:
             yield start, torch.from_numpy(np.array(features_ND[places], dtype=np.float64))
+
+
+def _squared_rounding(features: np.ndarray | Tensor) -> float:
+    """The share of a feature's second moment up to which its variance may be rounding alone."""
+    return (_ROUNDINGS * _eps(features)) ** 2
 
 
 def _eps(features: np.ndarray | Tensor) -> float:
