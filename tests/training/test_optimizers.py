@@ -216,7 +216,7 @@ def test_under_a_linear_loss_late_steps_move_by_lr_steps_times_p_times_the_gradi
     lr_steps = found.lr_steps(steps - 20, steps)[0]
     assert found.optimizer.maximize is maximize
     for (parameter, _), gradient in zip(model.named_parameters(), slope(0, model), strict=True):
-        p = 1 if moments is None else oracles.preconditioner(moments[parameter], found.eps[0])
+        p = 1 if moments is None else oracles.preconditioner([moments[parameter]], found.eps[0])
         expected = -lr_steps * p * gradient * (-1 if maximize else 1)
         torch.testing.assert_close(after[parameter] - before[parameter], expected, rtol=tolerance, atol=1e-12)
 
