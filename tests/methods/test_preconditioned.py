@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 import segflow as sf
+from segflow.curvature.preconditioner import MeanDenominator, preconditioner_block
 
 from ..support import oracles
 from ..support.helpers import FixedLabels, analyzer_of, example_loss, mlp, perturbed_states, trajectory_of, vectors
@@ -226,9 +227,40 @@ def test_parts_add_up_by_term_and_by_layer(tmp_path: Path) -> None:
     assert scores.provenance["second_moments"] == "recorded"
 
 
-def test_an_entry_that_never_had_a_gradient_does_not_matter_and_one_that_had_none_yet_does_not_take_over() -> None:
-    from segflow.curvature.preconditioner import MeanDenominator, preconditioner_block
+def test_eps_is_that_of_the_layers_parameter_group(tmp_path: Path) -> None:
+    """A layer in a group of its own is scored as if that group's eps had been the whole model's."""
+    model, train, query = mlp(), vectors(N), vectors(QUERIES, seed=5)
+    moments = _moments(model, 2)
+    made = trajectory_of(tmp_path / "run", perturbed_states(model, 2), N, name="AdamW", second_moments=moments)
+    groups = {name: int(name.startswith("4")) for name, _ in model.named_parameters()}
+    by_layer = {}
+    for label, eps in {"both": [1e-3, 0.1], "first": 1e-3, "second": 0.1}.items():
+        of, count = (groups, 2) if label == "both" else (None, 1)
+        rates = torch.full((20, count), LR, dtype=torch.float64)
+        files = [tmp_path / "run" / f"moments-{index}.safetensors" for index in range(2)]
+        adamw = sf.OptimizerConstants("AdamW", eps=eps)
+        trajectory = sf.Trajectory(made.checkpoints, made.steps, rates, N, adamw, of, second_moments=files)
+        analyzer = analyzer_of(model, trajectory, tmp_path / label, method=sf.Source())
+        analyzer.fit(train)
+        by_layer[label] = analyzer.score(GROUPS, train, query, keep=("layer",)).by_layer
+    for layer, expected in {"0": "first", "2": "first", "4": "second"}.items():
+        torch.testing.assert_close(by_layer["both"][layer], by_layer[expected][layer], rtol=1e-9, atol=0)
+    assert not torch.allclose(by_layer["first"]["4"], by_layer["second"]["4"], rtol=1e-3, atol=0)
 
+
+def test_second_moments_that_are_not_finite_are_refused_before_the_first_pass(tmp_path: Path) -> None:
+    model, train = mlp(), vectors(N)
+    moments = _moments(model, 2)
+    moments[1]["2.weight"][0, 0] = float("nan")
+    trajectory = trajectory_of(tmp_path / "run", perturbed_states(model, 2), N, name="AdamW", second_moments=moments)
+    analyzer = analyzer_of(model, trajectory, tmp_path / "store", method=sf.Source())
+    for call in (analyzer.check, analyzer.fit):
+        with pytest.raises(sf.TrajectoryError, match=r"moments-1.*1 of 24 second moments of '2.weight' are not finite"):
+            call(train)
+    assert not list((tmp_path / "store").glob("units/**/*.safetensors"))
+
+
+def test_an_entry_that_never_had_a_gradient_does_not_matter_and_one_that_had_none_yet_does_not_take_over() -> None:
     moments = torch.tensor([[[4.0, 0.0], [16.0, 0.0]]], dtype=torch.float64)
     dead = preconditioner_block(MeanDenominator().plus(1.0, moments, 1e-8))
     torch.testing.assert_close(dead.exact_POI[0, :, 0], torch.tensor([0.5, 0.25]).double(), rtol=1e-6, atol=0)

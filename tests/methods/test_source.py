@@ -73,7 +73,7 @@ def test_scores_converge_to_unrolled_sgd_as_the_step_size_goes_to_zero(tmp_path:
     start = optimum(sgd.get("weight_decay", 0.0))
     effective = (1 - sgd.get("dampening", 0.0)) / (1 - sgd.get("momentum", 0.0)) if "momentum" in sgd else 1.0
     errors = []
-    for steps in (200, 400, 800):
+    for steps in (100, 200, 400):
         lr = 0.6 / effective / steps
         visited = dict.fromkeys((steps // 2, steps), start)
         found = _scores(tmp_path / str(steps), visited, lr, sf.Source(segments=1), **sgd)
@@ -85,7 +85,7 @@ def test_scores_converge_to_unrolled_sgd_as_the_step_size_goes_to_zero(tmp_path:
 def test_one_segment_a_step_follows_a_run_from_its_start(tmp_path: Path) -> None:
     """Far from the optimum the gradients change; with a segment for every step SOURCE is unrolling in the limit."""
     start, errors = torch.zeros(FEATURES + 1).double(), []
-    for steps in (10, 20, 40):
+    for steps in (8, 16, 32):
         lr = 0.4 / steps
         visited = dict(enumerate(_path(start, lr, steps), start=1))
         found = _scores(tmp_path / str(steps), visited, lr, sf.Source(segments=steps))
