@@ -1,6 +1,7 @@
 """What training left behind: `record` writes it beside a live loop, `Trajectory` reads it.
 
-Beside them stand the optimizers' formulas, the log of every step, checkpoint files, and segments of training.
+Beside them stand the optimizers' formulas, numbers of every step, the files of a recording, when checkpoints are saved,
+and how training is cut into segments.
 """
 
 from .optimizers import OptimizerConstants

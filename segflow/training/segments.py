@@ -25,8 +25,10 @@ WEIGHTINGS = ("nearest", "equal")
 class Segment:
     """Steps (start, end] of training, with the checkpoints in them.
 
-    weights: each checkpoint's share of the segment, adding up to 1. lr_steps: summed effective learning rates;
-    weight_decay: its mean; both one number for each parameter group.
+    Args:
+        weights: each checkpoint's share of the segment; they sum to 1.
+        lr_steps: the steps' summed effective learning rates, and weight_decay: its mean over them; both one number for
+            each parameter group.
     """
 
     start: int
@@ -40,11 +42,14 @@ class Segment:
 def cut(trajectory: Trajectory, segments: int | Sequence[int], weighting: str = "nearest") -> tuple[Segment, ...]:
     """Cut a trajectory into segments.
 
-    segments: how many (checkpoints are shared out evenly, in order; a segment ends at its last checkpoint), or the
-    steps at which one segment ends and the next begins. weighting: "nearest": a checkpoint stands for the steps of its
-    segment that are nearest to it, by their effective learning rates; "equal": all of a segment weigh the same.
+    Args:
+        segments: how many (checkpoints are shared out evenly, in order, and a segment ends at its last checkpoint), or
+            the steps at which one segment ends and the next begins.
+        weighting: "nearest": a checkpoint stands for the steps of its segment that are nearest to it, by their
+            effective learning rates; "equal": all of a segment weigh the same.
 
-    Raises MethodError if a segment would hold no checkpoint.
+    Raises:
+        MethodError: the segments make no sense, or one would hold no checkpoint.
     """
     check_choice("checkpoint_weights", weighting, WEIGHTINGS, MethodError)
     steps, total = trajectory.steps, trajectory.total_steps
@@ -104,11 +109,14 @@ def shares(amounts: Sequence[float]) -> tuple[float, ...]:
 
 @dataclass(frozen=True)
 class Segmentation:
-    """Where a stage is cut, and why.
+    """Where a stage is cut, and why: the cut minimises scatter + penalty * segments.
 
-    cuts: the steps at which one segment ends and the next begins; steps: the checkpoints'; distances [C, C]: squared
-    distances between their statistics; costs: the least within-segment scatter with 1, 2, ... segments, penalty: for
-    each segment. The cut minimises scatter + penalty * segments.
+    Args:
+        cuts: the steps at which one segment ends and the next begins.
+        steps: the checkpoints'.
+        distances: [C, C], squared distances between the checkpoints' statistics.
+        costs: the least scatter within segments with 1, 2, ... of them.
+        penalty: for each segment.
     """
 
     cuts: tuple[int, ...]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +57,7 @@ def _layers(model: nn.Module) -> dict[str, nn.Module]:
     return {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)}
 
 
+@cache
 def _gradients(net: str, kind: str, state: int = 2) -> dict[str, Tensor]:
     """Naive per-example gradients by layer [n, P, O, I]; kind: "train", "sample", "measurement" or "output"."""
     model, train, query = _problem(net)
@@ -266,14 +269,24 @@ ADDITIVE = {
 }
 
 
+@pytest.fixture(scope="module")
+def singles(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Tensor]:
+    """The scores of single examples by an additive method."""
+
+    @cache
+    def scores(name: str) -> Tensor:
+        return _found(tmp_path_factory.mktemp("singles"), ADDITIVE[name], groups=sf.Groups.singletons(N)).values
+
+    return scores
+
+
 @pytest.mark.parametrize("name", ADDITIVE)
 @pytest.mark.parametrize("memory", [2 << 30, 1])
 def test_groups_are_the_sums_of_their_members_however_little_memory_there_is(
-    tmp_path: Path, name: str, memory: int
+    tmp_path: Path, singles: Callable[[str], Tensor], name: str, memory: int
 ) -> None:
-    single = _found(tmp_path / "single", ADDITIVE[name], groups=sf.Groups.singletons(N)).values
-    found = _found(tmp_path / "groups", ADDITIVE[name], memory=memory).values
-    _close(found, torch.stack([single[:, list(m)].sum(1) for m in GROUPS.members], 1))
+    found = _found(tmp_path, ADDITIVE[name], memory=memory).values
+    _close(found, torch.stack([singles(name)[:, list(m)].sum(1) for m in GROUPS.members], 1))
 
 
 def test_a_task_without_output_function_cannot_be_traced_and_says_so(tmp_path: Path) -> None:

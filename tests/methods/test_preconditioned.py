@@ -12,12 +12,13 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 import segflow as sf
+from segflow.curvature.preconditioner import MeanDenominator, preconditioner_block
 
 from ..support import oracles
 from ..support.helpers import FixedLabels, analyzer_of, example_loss, mlp, perturbed_states, trajectory_of, vectors
-from .test_source import DESIGN, FEATURES, QUERY, TRAIN, Linear, _losses, _measure
-from .test_source import GROUPS as LINEAR_GROUPS
-from .test_source import N as LINEAR_N
+from ..support.linear import DESIGN, FEATURES, QUERY, TRAIN, Linear, losses, measure
+from ..support.linear import GROUPS as LINEAR_GROUPS
+from ..support.linear import N as LINEAR_N
 
 N, QUERIES, LR, DECAY, EPS = 20, 4, 2e-3, 0.3, 1e-3
 GROUPS = sf.Groups.from_lists([[0, 3, 5], range(6, 20), [1], [2, 4]], N)
@@ -35,12 +36,14 @@ def _moments(model: nn.Module, count: int) -> list[dict[str, Tensor]]:
     ]
 
 
-def _run(folder: Path, method: Any, *, name: str = "AdamW", lr: Any = LR, **constants: Any) -> sf.Scores:
+def _run(
+    folder: Path, method: Any, *, name: str = "AdamW", lr: Any = LR, store: Path | None = None, **constants: Any
+) -> sf.Scores:
     model, train, query = mlp(), vectors(N), vectors(QUERIES, seed=5)
     states, moments = perturbed_states(model, 4), _moments(model, 4)
     constants = {"weight_decay": DECAY, "eps": EPS, **constants}
     trajectory = trajectory_of(folder / "run", states, N, lr=lr, second_moments=moments, name=name, **constants)
-    analyzer = analyzer_of(model, trajectory, folder / "store", method=method)
+    analyzer = analyzer_of(model, trajectory, store or folder / "store", method=method)
     analyzer.fit(train, batch_size=7)
     return analyzer.score(GROUPS, train, query, batch_size=6, keep=("term", "layer"))
 
@@ -66,7 +69,7 @@ def _reference(weighting: tuple[float, float], form: str, coupled: bool) -> Tens
         segments = []
         for pool in ((0, 1), (2, 3)):
             v = [oracles.layer_matrix(layer, moments[i][f"{name}.weight"], moments[i][f"{name}.bias"]) for i in pool]
-            P = 1 / sum(w * (moment.sqrt() + EPS) for w, moment in zip(weighting, v, strict=True))
+            P = oracles.preconditioner(v, EPS, weighting)
             plain = [fits[i][name] for i in pool]
             scaled = oracles.pooled_ekfac([oracles.scaled_fit(fit, P) for fit in plain], weighting)
             segments.append(
@@ -131,10 +134,10 @@ def test_scores_converge_to_unrolled_preconditioned_steps_on_a_quadratic(
         analyzer.fit(TRAIN)
         found = analyzer.score(LINEAR_GROUPS, TRAIN, QUERY).values
         options = {"weight_decay": decay} if coupled else {"decoupled": decay}
-        gradient = oracles.weighted_gradient(_losses)
+        gradient = oracles.weighted_gradient(losses)
         groups = [list(m) for m in LINEAR_GROUPS.members]
         exact = oracles.unrolled_influence(
-            _measure, start, gradient, groups, LINEAR_N, [lr] * steps, preconditioner=P, **options
+            measure, start, gradient, groups, LINEAR_N, [lr] * steps, preconditioner=P, **options
         )
         errors.append(((found - exact).norm() / exact.norm()).item())
     if coupled and decay:
@@ -151,8 +154,9 @@ def _flat(model: nn.Module, loss: Tensor) -> Tensor:
 def test_small_lr_steps_give_lr_steps_times_the_exact_preconditioner(tmp_path: Path) -> None:
     found = _run(tmp_path, sf.Source(segments=1, checkpoint_weights="equal"), lr=1e-9, weight_decay=0.0).values
     model, (x, y), query, task = mlp(), vectors(N).tensors, vectors(QUERIES, seed=5), FixedLabels()
-    mean = [sum(m[name].sqrt() + EPS for m in _moments(model, 4)) / 4 for name, _ in model.named_parameters()]
-    P = torch.cat([(1 / entry).flatten() for entry in mean])
+    moments = _moments(model, 4)
+    blocks = [oracles.preconditioner([m[name] for m in moments], EPS) for name, _ in model.named_parameters()]
+    P = torch.cat([block.flatten() for block in blocks])
     gradients = []
     for state in perturbed_states(model, 4):
         model.load_state_dict(state)
@@ -203,14 +207,16 @@ def test_every_option_changes_the_scores(tmp_path: Path) -> None:
     for label, change in CHANGES.items():
         method = sf.Source(**{"segments": 2, **{k: v for k, v in change.items() if k in options}})
         run = {k: v for k, v in change.items() if k not in options}
-        found[label] = _run(tmp_path / label, method, **run).values
+        store = tmp_path / f"store-eps-{run.get('eps', EPS)}"  # factors depend on eps, on nothing else of the run
+        found[label] = _run(tmp_path / label, method, store=store, **run).values
     for first, second in combinations(found, 2):
         assert not torch.allclose(found[first], found[second], rtol=1e-3, atol=0), (first, second)
 
 
 def test_adam_with_decoupled_decay_is_adamw(tmp_path: Path) -> None:
-    adamw = _run(tmp_path / "adamw", sf.Source(segments=2)).values
-    adam = _run(tmp_path / "adam", sf.Source(segments=2), name="Adam", decoupled=True).values
+    adamw, adam = (
+        _run(tmp_path / "run", sf.Source(segments=2), name=name, decoupled=True).values for name in ("AdamW", "Adam")
+    )
     assert torch.equal(adam, adamw)
 
 
@@ -221,9 +227,40 @@ def test_parts_add_up_by_term_and_by_layer(tmp_path: Path) -> None:
     assert scores.provenance["second_moments"] == "recorded"
 
 
-def test_an_entry_that_never_had_a_gradient_does_not_matter_and_one_that_had_none_yet_does_not_take_over() -> None:
-    from segflow.curvature.preconditioner import MeanDenominator, preconditioner_block
+def test_eps_is_that_of_the_layers_parameter_group(tmp_path: Path) -> None:
+    """A layer in a group of its own is scored as if that group's eps had been the whole model's."""
+    model, train, query = mlp(), vectors(N), vectors(QUERIES, seed=5)
+    moments = _moments(model, 2)
+    made = trajectory_of(tmp_path / "run", perturbed_states(model, 2), N, name="AdamW", second_moments=moments)
+    groups = {name: int(name.startswith("4")) for name, _ in model.named_parameters()}
+    by_layer = {}
+    for label, eps in {"both": [1e-3, 0.1], "first": 1e-3, "second": 0.1}.items():
+        of, count = (groups, 2) if label == "both" else (None, 1)
+        rates = torch.full((20, count), LR, dtype=torch.float64)
+        files = [tmp_path / "run" / f"moments-{index}.safetensors" for index in range(2)]
+        adamw = sf.OptimizerConstants("AdamW", eps=eps)
+        trajectory = sf.Trajectory(made.checkpoints, made.steps, rates, N, adamw, of, second_moments=files)
+        analyzer = analyzer_of(model, trajectory, tmp_path / label, method=sf.Source())
+        analyzer.fit(train)
+        by_layer[label] = analyzer.score(GROUPS, train, query, keep=("layer",)).by_layer
+    for layer, expected in {"0": "first", "2": "first", "4": "second"}.items():
+        torch.testing.assert_close(by_layer["both"][layer], by_layer[expected][layer], rtol=1e-9, atol=0)
+    assert not torch.allclose(by_layer["first"]["4"], by_layer["second"]["4"], rtol=1e-3, atol=0)
 
+
+def test_second_moments_that_are_not_finite_are_refused_before_the_first_pass(tmp_path: Path) -> None:
+    model, train = mlp(), vectors(N)
+    moments = _moments(model, 2)
+    moments[1]["2.weight"][0, 0] = float("nan")
+    trajectory = trajectory_of(tmp_path / "run", perturbed_states(model, 2), N, name="AdamW", second_moments=moments)
+    analyzer = analyzer_of(model, trajectory, tmp_path / "store", method=sf.Source())
+    for call in (analyzer.check, analyzer.fit):
+        with pytest.raises(sf.TrajectoryError, match=r"moments-1.*1 of 24 second moments of '2.weight' are not finite"):
+            call(train)
+    assert not list((tmp_path / "store").glob("units/**/*.safetensors"))
+
+
+def test_an_entry_that_never_had_a_gradient_does_not_matter_and_one_that_had_none_yet_does_not_take_over() -> None:
     moments = torch.tensor([[[4.0, 0.0], [16.0, 0.0]]], dtype=torch.float64)
     dead = preconditioner_block(MeanDenominator().plus(1.0, moments, 1e-8))
     torch.testing.assert_close(dead.exact_POI[0, :, 0], torch.tensor([0.5, 0.25]).double(), rtol=1e-6, atol=0)
@@ -297,40 +334,41 @@ def test_an_end_to_end_adamw_run_agrees_with_retraining_without_a_group(tmp_path
     model, groups = nn.Linear(FEATURES, 1).double(), sf.Groups.random(n, size=6)
     query = TensorDataset(QUERY.tensors[0] * scales, QUERY.tensors[1])
 
-    def trained(kept: Tensor, folder: Path | None) -> Tensor:
-        with torch.no_grad():
-            model.weight.copy_(optimum[None, :-1])
-            model.bias.copy_(optimum[-1:])
-        optimizer = torch.optim.AdamW(model.parameters(), lr=0.001, weight_decay=0.1, betas=(0.9, 0.99))
+    inputs = torch.cat([x, torch.ones(n, 1).double()], 1)
+    recipe = {"lr": 0.001, "weight_decay": 0.1, "betas": (0.9, 0.99)}
 
-        def train() -> None:
-            for batch in order:
-                optimizer.zero_grad()
-                ((model(x[batch])[:, 0] - y[batch]).square() * kept[batch]).mean().backward()
-                optimizer.step()
+    def retrained(kept: Tensor) -> Tensor:
+        """The queries' predictions [Q, runs] after training on the kept examples [n, runs]: AdamW is elementwise."""
+        theta = optimum[:, None].repeat(1, kept.shape[1]).requires_grad_(True)
+        optimizer = torch.optim.AdamW([theta], **recipe)
+        for batch in order:
+            optimizer.zero_grad()
+            ((inputs[batch] @ theta - y[batch, None]).square() * kept[batch]).mean(0).sum().backward()
+            optimizer.step()
+        return (query.tensors[0] @ theta[:-1] + theta[-1]).detach()
 
-        if folder is None:
-            train()
-        else:
-            with sf.record(model, optimizer, folder, dataset_size=n, total_steps=steps, checkpoints=10):
-                train()
-        return model(query.tensors[0])[:, 0].detach()
-
-    everything = torch.ones(n, dtype=torch.float64)
-    before = trained(everything, tmp_path / "run")
-    data = TensorDataset(x, y[:, None])
-    errors, changes = {}, []
-    for members in groups.members[:12]:
-        kept = everything.clone()
-        kept[members] = 0.0
-        changes.append(trained(kept, None) - before)
+    with torch.no_grad():
+        model.weight.copy_(optimum[None, :-1])
+        model.bias.copy_(optimum[-1:])
+    optimizer = torch.optim.AdamW(model.parameters(), **recipe)
+    with sf.record(model, optimizer, tmp_path / "run", dataset_size=n, total_steps=steps, checkpoints=10):
+        for batch in order:
+            optimizer.zero_grad()
+            (model(x[batch])[:, 0] - y[batch]).square().mean().backward()
+            optimizer.step()
+    kept = torch.ones(n, 13, dtype=torch.float64)
+    for run, members in enumerate(groups.members[:12], start=1):
+        kept[members, run] = 0.0
+    predictions = retrained(kept)
+    torch.testing.assert_close(predictions[:, 0], model(query.tensors[0])[:, 0].detach(), rtol=1e-9, atol=1e-12)
+    exact = predictions[:, 1:] - predictions[:, :1]
+    data, errors = TensorDataset(x, y[:, None]), {}
     for method in (sf.Source(segments=10), sf.Source(segments=10, preconditioner="none")):
         trajectory = sf.Trajectory.load(tmp_path / "run")
         store = tmp_path / method.preconditioner
         analyzer = analyzer_of(model, trajectory, store, task=Linear(), method=method)
         analyzer.fit(data)
         found = analyzer.score(groups, data, query).values
-        exact = torch.stack(changes, 1)
         errors[method.preconditioner] = ((found[:, :12] - exact).norm() / exact.norm()).item()
     assert errors["kronecker"] < 0.08
     assert errors["none"] > 0.15

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,47 +14,7 @@ import segflow as sf
 
 from ..support import oracles
 from ..support.helpers import analyzer_of, mlp, perturbed_states, trajectory_of, vectors
-
-N, FEATURES, QUERIES = 30, 4, 3
-GROUPS = sf.Groups.from_lists([[0, 1, 2], range(3, 10), range(10, 30)], N)
-
-
-class Linear(sf.tasks.Regression):
-    """Squared error whose pseudo-residuals are plus or minus the standard deviation, so that EK-FAC is exact."""
-
-    def __init__(self) -> None:
-        super().__init__(reduction="sum", measurement="prediction")
-
-    def compute_train_loss(self, batch: Any, model: nn.Module, sample: bool = False) -> Tensor:
-        if not sample:
-            return super().compute_train_loss(batch, model)
-        prediction = model(batch[0])
-        sign = torch.randint(0, 2, prediction.shape).to(prediction) * 2 - 1
-        return (prediction - (prediction + sign * 0.5**0.5).detach()).square().sum()
-
-
-def _problem() -> tuple[TensorDataset, TensorDataset]:
-    x = vectors(N, features=FEATURES).tensors[0]
-    y = (x @ torch.arange(1.0, FEATURES + 1).double() + 2 * torch.sin(5 * x[:, 0]) + 0.7)[:, None]
-    query = vectors(QUERIES, features=FEATURES, seed=9).tensors[0]
-    return TensorDataset(x, y), TensorDataset(query, torch.zeros(QUERIES, 1).double())
-
-
-TRAIN, QUERY = _problem()
-DESIGN = torch.cat([TRAIN.tensors[0], torch.ones(N, 1).double()], 1)  # theta = (weight, bias)
-
-
-def _losses(theta: Tensor) -> Tensor:
-    return (TRAIN.tensors[1][:, 0] - DESIGN @ theta).square()
-
-
-def _measure(theta: Tensor) -> Tensor:
-    return torch.cat([QUERY.tensors[0], torch.ones(QUERIES, 1).double()], 1) @ theta
-
-
-def _optimum(weight_decay: float) -> Tensor:
-    hessian = 2 * DESIGN.mT @ DESIGN / N + weight_decay * torch.eye(FEATURES + 1).double()
-    return torch.linalg.solve(hessian, 2 * DESIGN.mT @ TRAIN.tensors[1][:, 0] / N)
+from ..support.linear import FEATURES, GROUPS, QUERIES, QUERY, TRAIN, Linear, N, losses, measure, optimum
 
 
 def _path(theta: Tensor, lr: float, steps: int, weights: Tensor | None = None, **sgd: Any) -> list[Tensor]:
@@ -65,7 +24,7 @@ def _path(theta: Tensor, lr: float, steps: int, weights: Tensor | None = None, *
     visited = []
     for _ in range(steps):
         optimizer.zero_grad()
-        (_losses(theta) * (1.0 if weights is None else weights)).mean().backward()
+        (losses(theta) * (1.0 if weights is None else weights)).mean().backward()
         optimizer.step()
         visited.append(theta.detach().clone())
     return visited
@@ -84,9 +43,9 @@ def _scores(
 
 def _unrolled(theta: Tensor, lr: float, steps: int, **sgd: Any) -> Tensor:
     return oracles.unrolled_influence(
-        _measure,
+        measure,
         theta,
-        oracles.weighted_gradient(_losses),
+        oracles.weighted_gradient(losses),
         [list(m) for m in GROUPS.members],
         N,
         [lr] * steps,
@@ -111,10 +70,10 @@ SGD_FORMS = {
 def test_scores_converge_to_unrolled_sgd_as_the_step_size_goes_to_zero(tmp_path: Path, form: str) -> None:
     """From the optimum the group gradients are constant, so one segment suffices; the error is of the step's order."""
     sgd = SGD_FORMS[form]
-    start = _optimum(sgd.get("weight_decay", 0.0))
+    start = optimum(sgd.get("weight_decay", 0.0))
     effective = (1 - sgd.get("dampening", 0.0)) / (1 - sgd.get("momentum", 0.0)) if "momentum" in sgd else 1.0
     errors = []
-    for steps in (200, 400, 800):
+    for steps in (100, 200, 400):
         lr = 0.6 / effective / steps
         visited = dict.fromkeys((steps // 2, steps), start)
         found = _scores(tmp_path / str(steps), visited, lr, sf.Source(segments=1), **sgd)
@@ -126,7 +85,7 @@ def test_scores_converge_to_unrolled_sgd_as_the_step_size_goes_to_zero(tmp_path:
 def test_one_segment_a_step_follows_a_run_from_its_start(tmp_path: Path) -> None:
     """Far from the optimum the gradients change; with a segment for every step SOURCE is unrolling in the limit."""
     start, errors = torch.zeros(FEATURES + 1).double(), []
-    for steps in (10, 20, 40):
+    for steps in (8, 16, 32):
         lr = 0.4 / steps
         visited = dict(enumerate(_path(start, lr, steps), start=1))
         found = _scores(tmp_path / str(steps), visited, lr, sf.Source(segments=steps))
@@ -145,44 +104,47 @@ def test_predicted_change_agrees_with_retraining_without_the_group(tmp_path: Pat
     y = x @ torch.arange(1.0, FEATURES + 1).double() + 2 * torch.sin(5 * x[:, 0])
     model, query = nn.Linear(FEATURES, 1).double(), QUERY.tensors[0]
     groups = sf.Groups.random(n, size=6)
+    inputs = torch.cat([x, torch.ones(n, 1).double()], 1)
+    recipe = {"lr": lr, "weight_decay": weight_decay}
 
-    def trained(kept: Tensor, folder: Path | None = None) -> Tensor:
-        """The queries' predictions after training from zero on the kept examples, the mean still over all."""
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.zero_()
-        optimizer = torch.optim.SGD(model.parameters(), lr=lr, weight_decay=weight_decay)
-        context = (
-            sf.record(model, optimizer, folder, dataset_size=n, total_steps=steps, checkpoints=20)
-            if folder
-            else nullcontext()
-        )
-        with context:
-            for _ in range(steps):
-                optimizer.zero_grad()
-                ((model(x)[:, 0] - y).square() * kept).mean().backward()
-                optimizer.step()
-        return model(query)[:, 0].detach()
+    def retrained(kept: Tensor) -> Tensor:
+        """The queries' predictions [Q, runs] after training from zero on the kept examples [n, runs], apart."""
+        theta = torch.zeros(FEATURES + 1, kept.shape[1], dtype=torch.float64, requires_grad=True)
+        optimizer = torch.optim.SGD([theta], **recipe)
+        for _ in range(steps):
+            optimizer.zero_grad()
+            ((inputs @ theta - y[:, None]).square() * kept).mean(0).sum().backward()
+            optimizer.step()
+        return (query @ theta[:-1] + theta[-1]).detach()
 
-    everything = torch.ones(n).double()
-    before = trained(everything, tmp_path / "run")
-    train = TensorDataset(x, y[:, None])
-    trajectory = sf.Trajectory.load(tmp_path / "run")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    optimizer = torch.optim.SGD(model.parameters(), **recipe)
+    with sf.record(model, optimizer, tmp_path / "run", dataset_size=n, total_steps=steps, checkpoints=20):
+        for _ in range(steps):
+            optimizer.zero_grad()
+            (model(x)[:, 0] - y).square().mean().backward()
+            optimizer.step()
+    train, trajectory = TensorDataset(x, y[:, None]), sf.Trajectory.load(tmp_path / "run")
     analyzer = analyzer_of(model, trajectory, tmp_path / "store", task=Linear(), method=sf.Source(segments=20))
     analyzer.fit(train)
     found = analyzer.score(groups, train, QUERY).values
-    changes = []
-    for members in groups.members[:20]:
-        kept = everything.clone()
-        kept[members] = 0.0
-        changes.append(trained(kept) - before)
-    assert _error(found[:, :20], torch.stack(changes, 1)) < 0.05
+    kept = torch.ones(n, 21, dtype=torch.float64)  # the mean is over all examples, as in the first run
+    for run, members in enumerate(groups.members[:20], start=1):
+        kept[members, run] = 0.0
+    model.load_state_dict(trajectory.state(len(trajectory) - 1))
+    predictions = retrained(kept)
+    torch.testing.assert_close(predictions[:, 0], model(query)[:, 0].detach(), rtol=1e-9, atol=1e-12)
+    assert _error(found[:, :20], predictions[:, 1:] - predictions[:, :1]) < 0.05
 
 
-def _mlp_scores(folder: Path, method: Any, lr: Any = 0.1, task: Any = None, **sgd: Any) -> Tensor:
+def _mlp_scores(
+    folder: Path, method: Any, lr: Any = 0.1, task: Any = None, store: Path | None = None, **sgd: Any
+) -> Tensor:
     model, train, query = mlp(), vectors(N), vectors(QUERIES, seed=5)
     trajectory = trajectory_of(folder / "run", perturbed_states(model, 4), N, lr=lr, **sgd)
-    analyzer = analyzer_of(model, trajectory, folder / "store", task=task, method=method)
+    analyzer = analyzer_of(model, trajectory, store or folder / "store", task=task, method=method)
     analyzer.fit(train)
     return analyzer.score(GROUPS, train, query).values
 
@@ -238,10 +200,12 @@ CHANGES: dict[str, dict[str, Any]] = {
 
 
 def test_every_option_changes_the_scores(tmp_path: Path) -> None:
-    task = sf.tasks.Classification()
-    results = {"base": _mlp_scores(tmp_path / "base", **{"task": task, **BASE})}
-    for name, change in CHANGES.items():
-        results[name] = _mlp_scores(tmp_path / name, **{"task": task, **BASE, **change})
+    """Most share their factors, so one store holds them; a task is part of what factors are made from."""
+    results: dict[str, Tensor] = {}
+    for name, change in {"base": {}, **CHANGES}.items():
+        options = {"task": sf.tasks.Classification(), **BASE, **change}
+        store = tmp_path / f"store-{options['task'].measurement}"
+        results[name] = _mlp_scores(tmp_path / name, store=store, **options)
     names = list(results)
     for place, first in enumerate(names):
         for second in names[:place]:
@@ -249,8 +213,7 @@ def test_every_option_changes_the_scores(tmp_path: Path) -> None:
 
 
 def test_cut_points_equal_the_count_that_they_spell_out(tmp_path: Path) -> None:
-    counted = _mlp_scores(tmp_path / "a", sf.Source(segments=2))
-    cut = _mlp_scores(tmp_path / "b", sf.Source(segments=[20]))
+    counted, cut = (_mlp_scores(tmp_path, sf.Source(segments=segments)) for segments in (2, [20]))
     assert torch.equal(counted, cut)
 
 

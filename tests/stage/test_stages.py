@@ -16,10 +16,10 @@ import segflow as sf
 from segflow.report import segmentation_figure
 from segflow.training.segments import covered, cut, segmentation
 
-from ..methods.test_source import DESIGN, FEATURES, GROUPS, QUERY, TRAIN, Linear, _measure, _optimum
-from ..methods.test_source import N as LINEAR_N
 from ..support import oracles
 from ..support.helpers import analyzer_of, mlp, perturbed_states, trajectory_of, vectors
+from ..support.linear import DESIGN, FEATURES, GROUPS, QUERY, TRAIN, Linear, measure, optimum
+from ..support.linear import N as LINEAR_N
 
 N, QUERIES = 20, 4
 SOME = sf.Groups.from_lists([[0, 3, 5], range(6, 20), [1], [2, 4]], N)
@@ -39,7 +39,7 @@ def _stage(folder: Path, theta: Tensor, steps: int, lr: float, size: int, stage:
 
 def test_first_stage_data_reaches_the_final_model_through_the_second_stages_decay(tmp_path: Path) -> None:
     """From the first stage's optimum its gradients are constant; the second stage has another dataset, rate, decay."""
-    other, start, errors = _other_data(), _optimum(0.1), []
+    other, start, errors = _other_data(), optimum(0.1), []
     design = torch.cat([other.tensors[0], torch.ones(24, 1).double()], 1)
 
     def losses(theta: Tensor) -> Tensor:
@@ -56,7 +56,7 @@ def test_first_stage_data_reaches_the_final_model_through_the_second_stages_deca
         final = oracles.train_sgd(
             middle, oracles.weighted_gradient(later), ones, [second] * steps, momentum=0.5, weight_decay=0.3
         )
-        rows = [torch.autograd.grad(value, weights, retain_graph=True)[0] for value in _measure(final)]
+        rows = [torch.autograd.grad(value, weights, retain_graph=True)[0] for value in measure(final)]
         exact = torch.stack([torch.stack([-row[list(m)].sum() for m in GROUPS.members]) for row in rows])
         pretrain = _stage(tmp_path / f"a{steps}", middle.detach(), steps, first, LINEAR_N, "pretrain", weight_decay=0.1)
         finetune = _stage(

@@ -279,9 +279,13 @@ def tracin_scores(checkpoints: Iterable[tuple[Tensor, float, Tensor]], dataset_s
 # ---- preconditioned optimizers ----
 
 
-def preconditioner(second_moments: Tensor, eps: float) -> Tensor:
-    """P = 1 / (sqrt(v_hat) + eps), elementwise, as Adam, RMSprop and Adagrad divide their steps (SOURCE App. C)."""
-    return 1 / (second_moments.sqrt() + eps)
+def preconditioner(second_moments: Sequence[Tensor], eps: float, weights: Sequence[float] | None = None) -> Tensor:
+    """P = 1 / (sqrt(v_hat) + eps), elementwise (SOURCE App. C); over checkpoints the harmonic mean, that of 1 / P.
+
+    Weights are equal by default.
+    """
+    weights = weights or [1 / len(second_moments)] * len(second_moments)
+    return 1 / sum(w * (moments.sqrt() + eps) for w, moments in zip(weights, second_moments, strict=True))
 
 
 def rank_one(P: Tensor) -> tuple[Tensor, Tensor]:

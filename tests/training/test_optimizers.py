@@ -1,4 +1,4 @@
-"""What SOURCE takes from each optimizer: its second moments, its preconditioner, and how far one step goes.
+"""What SOURCE takes from each optimizer: its second moments, how far one step goes, and what is known of its options.
 
 Every claim is checked on a live loop under record(), against torch's own optimizer and an independent computation.
 """
@@ -44,7 +44,7 @@ def random_gradients(step: int, model: nn.Module) -> Iterator[Tensor]:
         yield torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
 
 
-# (b) Second moments against a computation from the gradients alone
+# Second moments against a computation from the gradients alone
 
 
 def moments_of_adam(gradients: list[Tensor], beta2: float, amsgrad: bool = False) -> Tensor:
@@ -168,7 +168,7 @@ def test_a_checkpoint_with_second_moments_is_still_the_models_and_names_no_optim
     assert all(map(torch.equal, other.parameters(), model.parameters()))
 
 
-# (c) A linear loss: once moments are at their fixed point, theta moves by -lr_steps * P * g
+# A linear loss: once moments are at their fixed point, theta moves by -lr_steps * P * g
 
 
 def slope(_: int, model: nn.Module) -> Iterator[Tensor]:
@@ -216,7 +216,7 @@ def test_under_a_linear_loss_late_steps_move_by_lr_steps_times_p_times_the_gradi
     lr_steps = found.lr_steps(steps - 20, steps)[0]
     assert found.optimizer.maximize is maximize
     for (parameter, _), gradient in zip(model.named_parameters(), slope(0, model), strict=True):
-        p = 1 if moments is None else oracles.preconditioner(moments[parameter], found.eps[0])
+        p = 1 if moments is None else oracles.preconditioner([moments[parameter]], found.eps[0])
         expected = -lr_steps * p * gradient * (-1 if maximize else 1)
         torch.testing.assert_close(after[parameter] - before[parameter], expected, rtol=tolerance, atol=1e-12)
 
@@ -256,7 +256,7 @@ def test_adagrads_rates_go_on_decaying_where_a_resumed_optimizer_had_left_off(tm
     assert found.learning_rates[:, 0].tolist() == pytest.approx(expected, rel=1e-12)
 
 
-# (d) Parameter groups
+# Parameter groups
 
 
 @pytest.mark.parametrize("make", [Adam, AdamW, RMSprop, Adagrad])
@@ -284,7 +284,7 @@ def test_betas_and_amsgrad_are_those_of_the_parameters_group(tmp_path: Path) -> 
         torch.testing.assert_close(moments[name], expected, rtol=1e-12, atol=0)
 
 
-# (e) What is recorded of the optimizer
+# What is recorded of the optimizer
 
 
 @pytest.mark.parametrize(
@@ -347,7 +347,7 @@ def test_a_batch_size_that_is_no_count_is_refused(tmp_path: Path, given: Any) ->
         trajectory_of(tmp_path, perturbed_states(model, 1), N, batch_size=given)
 
 
-# (f) Refusals
+# Refusals
 
 
 class OwnAdam(Adam):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import textwrap
@@ -450,25 +449,47 @@ def test_overwriting_a_finished_run_and_failing_reads_as_unfinished_not_as_the_o
         sf.Trajectory.load(tmp_path)
 
 
-def test_a_process_killed_inside_the_block_leaves_a_run_that_reads_as_unfinished(tmp_path: Path) -> None:
-    script = """
-        import os, signal, sys, torch, segflow as sf
+KILLED = """
+    import os, signal, sys, torch, segflow as sf
+
+    def train(folder, die_at, stage):
         model = torch.nn.Linear(2, 1)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        with sf.record(model, optimizer, sys.argv[1], dataset_size=4, total_steps=10, checkpoints=5):
+        with sf.record(model, optimizer, folder, dataset_size=4, total_steps=10, checkpoints=5, stage=stage):
             for step in range(10):
-                if step == 7:
+                if step == die_at:
                     os.kill(os.getpid(), signal.SIGKILL)
                 optimizer.zero_grad()
                 model(torch.ones(4, 2)).square().mean().backward()
                 optimizer.step()
-    """
+
+    for folder, die_at, stage in zip(*[iter(sys.argv[1:])] * 3):
+        child = os.fork()  # so that libraries are imported once
+        if not child:
+            train(folder, int(die_at), stage or None)
+            os._exit(0)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+"""
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int], Path]:
+    """Folders of runs whose process was killed by SIGKILL, by the stage ("" for none) and the steps taken."""
+    folders = {case: tmp_path_factory.mktemp("killed") for case in (("", 7), ("finetune", 7), ("finetune", 0))}
+    for (stage, _), folder in folders.items():
+        if stage:
+            staged(folder, "pretrain", nn.Sequential(nn.Linear(5, 3)).double())
+    arguments = [str(word) for (stage, die_at), folder in folders.items() for word in (folder, die_at, stage)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(script), str(tmp_path)], env=environment, check=False)
-    assert done.returncode == -signal.SIGKILL
-    assert len(list((tmp_path / "checkpoints").iterdir())) == 3
+    subprocess.run([sys.executable, "-c", textwrap.dedent(KILLED), *arguments], env=environment, check=True)
+    return lambda stage, die_at: folders[stage, die_at]
+
+
+def test_a_process_killed_inside_the_block_leaves_a_run_that_reads_as_unfinished(killed: Any) -> None:
+    folder = killed("", 7)
+    assert len(list((folder / "checkpoints").iterdir())) == 3
     with pytest.raises(sf.TrajectoryError, match="the recorded run did not finish, its process was stopped"):
-        sf.Trajectory.load(tmp_path)
+        sf.Trajectory.load(folder)
 
 
 def test_a_step_that_raises_is_not_logged_and_a_checkpoint_left_behind_can_be_used(tmp_path: Path) -> None:
@@ -660,41 +681,24 @@ def test_a_stage_name_that_is_no_plain_word_is_refused_before_anything_is_writte
         sf.Trajectory(files[-1:], [STEPS], 0.1, N, stage=name)
 
 
-KILLED = """
-    import os, signal, sys, torch, segflow as sf
-    folder, die_at = sys.argv[1], int(sys.argv[2])
-    model = torch.nn.Linear(2, 1)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    with sf.record(model, optimizer, folder, dataset_size=4, total_steps=10, checkpoints=5, stage="finetune"):
-        for step in range(10):
-            if step == die_at:
-                os.kill(os.getpid(), signal.SIGKILL)
-            optimizer.zero_grad()
-            model(torch.ones(4, 2)).square().mean().backward()
-            optimizer.step()
-"""
-
-
 @pytest.mark.parametrize(("die_at", "steps"), [(7, (2, 4, 6)), (0, None)])
 def test_a_kill_in_the_second_stage_leaves_the_first_and_what_the_second_had(
-    tmp_path: Path, die_at: int, steps: tuple[int, ...] | None
+    killed: Any, die_at: int, steps: tuple[int, ...] | None
 ) -> None:
-    staged(tmp_path, "pretrain", torch.nn.Sequential(torch.nn.Linear(5, 3)).double())
-    script, environment = textwrap.dedent(KILLED), {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", script, str(tmp_path), str(die_at)], env=environment, check=False)
-    assert done.returncode == -signal.SIGKILL and listed(tmp_path) == ["pretrain", "finetune"]
+    folder = killed("finetune", die_at)
+    assert listed(folder) == ["pretrain", "finetune"]
     with pytest.raises(sf.TrajectoryError, match=r"finetune: the recorded run did not finish.*overwrite=True"):
-        sf.Trajectory.load(tmp_path)
+        sf.Trajectory.load(folder)
     with pytest.raises(sf.TrajectoryError, match="stage 'finetune', before 'third', did not finish"):
-        staged(tmp_path, "third")
+        staged(folder, "third")
     if steps is None:
         with pytest.raises(sf.TrajectoryError, match=r"finetune: .* stopped before its first .*loaded from its own"):
-            sf.Trajectory.load(tmp_path, unfinished=True)
+            sf.Trajectory.load(folder, unfinished=True)
     else:
-        found = sf.Trajectory.load(tmp_path, unfinished=True)
+        found = sf.Trajectory.load(folder, unfinished=True)
         assert found.steps == steps and [stage.stage for stage in found.stages] == ["pretrain", "finetune"]
-    assert sf.Trajectory.load(tmp_path / "pretrain").total_steps == 6
-    assert [stage.stage for stage in staged(tmp_path, "finetune", overwrite=True).stages] == ["pretrain", "finetune"]
+    assert sf.Trajectory.load(folder / "pretrain").total_steps == 6
+    assert [stage.stage for stage in staged(folder, "finetune", overwrite=True).stages] == ["pretrain", "finetune"]
 
 
 def test_an_earlier_stage_that_did_not_finish_is_refused_even_if_unfinished_is_asked_for(tmp_path: Path) -> None:
