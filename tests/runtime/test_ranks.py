@@ -171,9 +171,9 @@ def _one_is_stopped() -> None:
 
 
 def test_a_rank_that_is_stopped_ends_the_others_after_the_bound(gang: Gang) -> None:
-    first, second = gang.run(2, _one_is_stopped, SEGFLOW_RANK_TIMEOUT="2")
+    first, second = gang.run(2, _one_is_stopped, SEGFLOW_RANK_TIMEOUT="1")
     assert first.kind == "RankError" and "fit: the connection between the ranks broke" in first.text
-    assert "kept the others waiting for 2 s (SEGFLOW_RANK_TIMEOUT)" in first.text
+    assert "kept the others waiting for 1 s (SEGFLOW_RANK_TIMEOUT)" in first.text
     assert second.kind == "RankError"
 
 
@@ -194,15 +194,18 @@ def test_a_rank_that_hangs_where_nobody_looks_learns_who_failed_when_that_rank_h
 
 
 def _one_comes_late() -> None:
-    if not current().main:
-        time.sleep(3)
-    with current().together("fit"):
-        pass
+    time.sleep(0 if current().main else 2)
+    try:
+        with current().together("fit"):
+            pass
+    finally:
+        time.sleep(2 if current().main else 0)  # it hosts what the other reads
 
 
 def test_a_rank_that_does_not_come_within_the_bound_is_named(gang: Gang) -> None:
-    first, _ = gang.run(2, _one_comes_late, SEGFLOW_RANK_TIMEOUT="1")
+    first, second = gang.run(2, _one_comes_late, SEGFLOW_RANK_TIMEOUT="1")
     assert first.kind == "RankError" and "fit: rank 1" in first.text and "did not call fit within 1 s" in first.text
+    assert second.kind == "RankError" and "did not call fit within 1 s" in second.text
 
 
 def _one_takes_no_part() -> str:
