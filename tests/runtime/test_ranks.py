@@ -20,7 +20,7 @@ from segflow.runtime.ranks import Ranks, balanced, current
 
 from ..support.gang import Failed, Gang, free_port
 
-COUNTS = [1, 2, 3, 4]
+COUNTS = [1, 2, 3, pytest.param(4, marks=pytest.mark.slow)]
 ODD = {
     "float64": torch.arange(6.0, dtype=torch.float64).reshape(2, 3).T,
     "bfloat16": torch.tensor([1.5, -2.0], dtype=torch.bfloat16),
@@ -275,7 +275,7 @@ def _sharded() -> list[Any]:
     return [sharding.is_sharded(model), sharding.is_sharded(nn.Linear(2, 2)), same, doubled]
 
 
-@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize("count", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_sharded_parameters_are_put_together_and_laid_out_again(gang: Gang, count: int) -> None:
     assert gang.run(count, _sharded) == [[True, False, True, True]] * count
 

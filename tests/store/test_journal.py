@@ -210,7 +210,7 @@ class Slow:
     def __init__(self, data): self.data = data
     def __len__(self): return len(self.data)
     def __getitem__(self, i):
-        import time; time.sleep(0.02); return self.data[i]
+        import time; time.sleep(0.01); return self.data[i]
 root, model = Path(sys.argv[1]), mlp()
 trajectory = trajectory_of(root / "run", perturbed_states(model, 2), 21)
 analyzer = analyzer_of(model, trajectory, root / "store", method=sf.InfluenceFunction())
