@@ -16,6 +16,7 @@ from torch import nn
 from torch.utils.data import Dataset, TensorDataset
 
 import segflow as sf
+from segflow.store import files
 
 from ..support.gang import forkserver
 from ..support.helpers import (
@@ -42,6 +43,12 @@ UNITS = [
     "eigenvalues/steps-10-20-w515fa117/step-20",
     "eigenvalues/steps-30/step-30",
 ]
+
+
+@pytest.fixture(autouse=True)
+def _without_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No power is cut here."""
+    monkeypatch.setattr(files.os, "fsync", lambda _descriptor: None)
 
 
 class Drawn(sf.tasks.Classification):
