@@ -14,14 +14,14 @@ import sys
 import time
 from contextlib import suppress
 from dataclasses import asdict
-from typing import Any
 
 from ..errors import RankError
 from .identity import ProcessIdentity
+from .rendezvous import Rendezvous
 
 _TIMEOUT = 7200.0  # seconds that one rank may keep the others waiting; SEGFLOW_RANK_TIMEOUT sets another bound
 _LATE = 60.0  # seconds of waiting for others to arrive after which the wait is reported
-_FOUND_OUT = 5.0  # seconds in which it shows which rank broke a connection
+_FOUND_OUT = 3.0  # seconds in which it shows which rank broke a connection
 _READ = 1.0  # seconds that rank 0, which may host the store, leaves the others to read what was noted
 
 
@@ -31,13 +31,13 @@ def rank_timeout() -> float:
 
 
 class Peers:
-    """What rank `index` of `count` knows of the others; store: the rendezvous store (set, get, check)."""
+    """What rank `index` of `count` knows of the others, told through the store."""
 
-    def __init__(self, store: Any, index: int, count: int):
+    def __init__(self, store: Rendezvous, index: int, count: int):
         self._store, self._index, self._count = store, index, count
         self._number, self._call = 0, "start"  # of the call under way
         self._processes: dict[int, ProcessIdentity] = {}
-        store.set(f"process/{index}", json.dumps(asdict(ProcessIdentity.own())))
+        self._store.set(f"process/{index}", json.dumps(asdict(ProcessIdentity.own())))
         atexit.register(self.leave)
 
     def arrive(self, call: str) -> bool:
@@ -49,9 +49,9 @@ class Peers:
         try:
             self._store.set(f"arrived/{self._number}/{self._index}", call)
             self._wait_for_all()
-            calls = {rank: self._get(f"arrived/{self._number}/{rank}") for rank in range(self._count)}
+            calls = {rank: self._store.get(f"arrived/{self._number}/{rank}") for rank in range(self._count)}
             if set(calls.values()) == {call}:
-                return bool(self._get(f"failed/{self._number - 1}"))
+                return bool(self._store.get(f"failed/{self._number - 1}"))
         except RuntimeError as problem:  # the store is gone
             raise self.explain(problem) from problem
         self._let_others_read()
@@ -63,7 +63,7 @@ class Peers:
         self._let_others_read()
 
     def require_all(self) -> None:
-        """Raise RankError, naming the rank, if another is known to have failed, ended or died in this call."""
+        """Raise RankError, naming the rank, if one is known to have failed, ended or died in this call."""
         failure = self._noted()
         for rank, process in self._processes.items():
             if not failure and process.is_surely_dead():
@@ -98,7 +98,7 @@ class Peers:
     def _wait_for_all(self) -> None:
         """Wait until every rank has arrived at this call, and learn which processes they are."""
         missing, begun, reported = list(range(self._count)), time.monotonic(), False
-        while missing := [rank for rank in missing if not self._get(f"arrived/{self._number}/{rank}")]:
+        while missing := [rank for rank in missing if not self._store.get(f"arrived/{self._number}/{rank}")]:
             waited = time.monotonic() - begun
             if waited > 1:
                 self._meet()
@@ -113,28 +113,28 @@ class Peers:
 
     def _meet(self) -> None:
         for rank in range(self._count):
-            if rank not in self._processes and (content := self._get(f"process/{rank}")):
+            if rank not in self._processes and (content := self._store.get(f"process/{rank}")):
                 self._processes[rank] = ProcessIdentity(**json.loads(content))
 
     def _blame_missing(self, missing: list[int], waited: float) -> None:
         for rank in missing:
-            if self._get(f"ended/{rank}"):
+            if self._store.get(f"ended/{rank}"):
                 self._blame(rank, "has ended, and every rank must take part")
             elif waited > rank_timeout():
                 self._blame(rank, f"did not call {self._call} within {rank_timeout():,.0f} s")
 
     def _blame(self, rank: int, text: str) -> str:
-        """Note who failed, unless the failure of another was noted already; returns what is noted."""
+        """Note who failed, unless a failure was noted already; returns what is noted."""
         if not (noted := self._noted()):
             with suppress(RuntimeError):  # the store is gone
                 self._store.set(f"failed/{self._number}", json.dumps([rank, text]))
         return noted or self._named(rank, text)
 
     def _noted(self) -> str:
-        """Which other rank failed in this call and how; empty if none was noted, or the store is gone."""
+        """Which rank failed in this call and how; empty if none was noted, or the store is gone."""
         with suppress(RuntimeError):
-            rank, text = json.loads(self._get(f"failed/{self._number}") or "[null, null]")
-            return "" if rank in (None, self._index) else self._named(rank, text)
+            if noted := self._store.get(f"failed/{self._number}"):
+                return self._named(*json.loads(noted))
         return ""
 
     def _named(self, rank: int, text: str) -> str:
@@ -145,7 +145,3 @@ class Peers:
         """Leave the others time to read what was noted in the store, if this rank may host it, before it fails."""
         if self._index == 0:
             time.sleep(_READ)
-
-    def _get(self, key: str) -> str:
-        """A key's value, "" if there is none (a plain get would wait for it)."""
-        return self._store.get(key).decode() if self._store.check([key]) else ""

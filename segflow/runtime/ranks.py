@@ -22,6 +22,7 @@ from torch import distributed as dist
 
 from ..errors import RankError
 from .liveness import Peers, rank_timeout
+from .rendezvous import Rendezvous
 
 Item = TypeVar("Item")
 Header = tuple[str, list[int]] | None  # a tensor's dtype and shape; None where there is no tensor
@@ -240,10 +241,8 @@ def _join() -> Ranks:
     if count == 1:
         return Ranks()
     _times_joined += 1
-    store = dist.distributed_c10d._get_default_store().clone()  # type: ignore[attr-defined]
-    store.set_timeout(timedelta(seconds=rank_timeout()))
-    prefixed = dist.PrefixStore(f"segflow/{_times_joined}", store)  # type: ignore[attr-defined]
-    return Ranks(index, count, Peers(prefixed, index, count))
+    store = Rendezvous(f"segflow/{_times_joined}", rank_timeout())
+    return Ranks(index, count, Peers(store, index, count))
 
 
 def leave() -> None:

@@ -32,7 +32,8 @@ def orderly() -> Iterator[None]:
     """Inside, SIGTERM raises Terminated and SIGINT KeyboardInterrupt, at the latest when the block ends.
 
     Such an exception may be lost on its way: torch turns one that meets it in a conversion into a ValueError, and
-    Python drops one that is raised in a finalizer. A handler of the program's own is left alone; main thread only.
+    Python drops one that is raised in a finalizer. A handler of the program's own is left alone, and so is a signal
+    that is ignored (SIGINT under nohup or cron); main thread only.
     """
     if not _in_main_thread():
         yield
@@ -62,7 +63,8 @@ def orderly() -> Iterator[None]:
 def shielded() -> Iterator[None]:
     """Hold SIGINT and SIGTERM back until the block, a short commit, has ended; main thread only.
 
-    Both are delivered if both arrived, each once; SIGTERM last, so that its exception is the one that goes on.
+    Both are delivered if both arrived, each once; SIGTERM last, so that its exception is the one that goes on. One that
+    is ignored stays ignored.
     """
     if not _in_main_thread():
         yield
@@ -73,7 +75,7 @@ def shielded() -> Iterator[None]:
             after.callback(_deliver, number, waiting)
         for number in reversed(_SIGNALS):
             handler = signal.getsignal(number)
-            if handler is not None:  # None: it was not set from Python and cannot be put back
+            if handler not in (None, signal.SIG_IGN):  # None: it was not set from Python and cannot be put back
                 after.callback(_put_back, number, handler)
                 signal.signal(number, waiting.__setitem__)
         yield

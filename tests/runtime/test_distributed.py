@@ -113,11 +113,18 @@ def _run(folder: str, store: str, options: dict[str, Any]) -> list[Any]:
     return run(folder, store, **options)
 
 
+MORE = pytest.param([3, 4], marks=pytest.mark.slow)  # ranks beyond two
+
+
+@pytest.mark.parametrize("counts", [[2], MORE])
 @pytest.mark.parametrize(("kind", "method"), [("mlp", "source"), ("conv", "influence"), ("mlp", "tracin")])
-def test_one_to_four_ranks_get_the_numbers_of_one_process(gang: Gang, tmp_path: Path, kind: str, method: str) -> None:
-    _agree(gang, tmp_path, [2, 3, 4], kind=kind, method=method)
+def test_several_ranks_get_the_numbers_of_one_process(
+    gang: Gang, tmp_path: Path, kind: str, method: str, counts: list[int]
+) -> None:
+    _agree(gang, tmp_path, counts, kind=kind, method=method)
 
 
+@pytest.mark.parametrize("counts", [[2], pytest.param([3], marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "options",
     [
@@ -130,8 +137,10 @@ def test_one_to_four_ranks_get_the_numbers_of_one_process(gang: Gang, tmp_path: 
     ],
     ids=["cut group", "no group", "no batch", "queries apart", "singletons and queries apart", "cosine"],
 )
-def test_any_share_of_the_work_gives_the_same_numbers(gang: Gang, tmp_path: Path, options: dict[str, Any]) -> None:
-    _agree(gang, tmp_path, [2, 3], **options)
+def test_any_share_of_the_work_gives_the_same_numbers(
+    gang: Gang, tmp_path: Path, options: dict[str, Any], counts: list[int]
+) -> None:
+    _agree(gang, tmp_path, counts, **options)
 
 
 @pytest.mark.parametrize(
@@ -228,11 +237,17 @@ def _plans(folder: str, names: list[str], sharded: bool = False, memory: int = 2
     ("count", "names", "options"),
     [
         (2, list(PLANS), {}),
-        (3, [*SOME, "AdamW, moments estimated", "the first of two stages"], {}),
+        pytest.param(3, [*SOME, "AdamW, moments estimated", "the first of two stages"], {}, marks=pytest.mark.slow),
         (2, [*SOME, "fisher", "lissa"], {"memory": 12000}),  # queries stay apart on their ranks
-        (2, [*SOME, "automatic", "AdamW, moments estimated"], {"kind": "deep", "sharded": True}),
+        (2, ["AdamW", "automatic"], {"kind": "deep", "sharded": True}),
+        pytest.param(
+            2,
+            [*SOME, "automatic", "AdamW, moments estimated"],
+            {"kind": "deep", "sharded": True},
+            marks=pytest.mark.slow,
+        ),
     ],
-    ids=["two ranks", "three ranks", "queries apart", "sharded"],
+    ids=["two ranks", "three ranks", "queries apart", "sharded", "more of them sharded"],
 )
 def test_every_plan_has_the_numbers_of_one_process(
     gang: Gang, tmp_path: Path, count: int, names: list[str], options: dict[str, Any]
@@ -277,7 +292,9 @@ def test_the_same_ranks_and_seeds_end_in_the_same_bytes(gang: Gang, tmp_path: Pa
     assert _content(tmp_path / "first") == _content(tmp_path / "second")
 
 
-@pytest.mark.parametrize(("first", "second"), [(1, 3), (3, 1), (2, 3)])
+@pytest.mark.parametrize(
+    ("first", "second"), [(2, 3), *(pytest.param(*counts, marks=pytest.mark.slow) for counts in ((1, 3), (3, 1)))]
+)
 def test_a_run_goes_on_with_another_number_of_ranks_and_does_only_what_is_missing(
     gang: Gang, tmp_path: Path, first: int, second: int
 ) -> None:
@@ -381,7 +398,7 @@ def _count(kept: Any, seed: int) -> list[float]:
     return [float(len(kept)), float(seed)]
 
 
-@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize("count", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_retrainings_are_shared_out_to_the_ranks(gang: Gang, count: int) -> None:
     expected = _retrained()
     assert gang.run(count, _retrained) == [expected] * count

@@ -13,12 +13,15 @@ from collections.abc import Iterator
 
 import pytest
 
+from segflow.runtime import signals
 from segflow.runtime.signals import Terminated, orderly, shielded
 
 
-@pytest.fixture
-def handlers() -> Iterator[None]:
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+@pytest.fixture(autouse=True)
+def _handlers() -> Iterator[None]:
+    """Each test begins with Python's own handlers: one started in the background inherits that SIGINT is ignored."""
+    defaults = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+    before = {number: signal.signal(number, handler) for number, handler in defaults.items()}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
@@ -39,9 +42,7 @@ def _send(*numbers: int) -> None:
 
 
 @pytest.mark.parametrize("order", [(signal.SIGINT, signal.SIGTERM), (signal.SIGTERM, signal.SIGINT)])
-def test_two_signals_in_one_commit_are_both_delivered_and_termination_wins(
-    order: tuple[int, int], handlers: None
-) -> None:
+def test_two_signals_in_one_commit_are_both_delivered_and_termination_wins(order: tuple[int, int]) -> None:
     calls: list[int] = []
 
     def interrupt(number: int, _frame: object) -> None:
@@ -56,7 +57,7 @@ def test_two_signals_in_one_commit_are_both_delivered_and_termination_wins(
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
-def test_a_signal_sent_many_times_in_nested_shields_is_delivered_once_at_the_outermost_end(handlers: None) -> None:
+def test_a_signal_sent_many_times_in_nested_shields_is_delivered_once_at_the_outermost_end() -> None:
     calls: list[int] = []
     signal.signal(signal.SIGINT, lambda number, _frame: calls.append(number))
     with shielded():
@@ -94,11 +95,15 @@ def test_a_commit_that_fails_still_delivers() -> None:
     assert isinstance(caught.value.__context__, OSError)
 
 
-def test_an_ignored_signal_stays_ignored(handlers: None) -> None:
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    with orderly(), shielded():
-        _send(signal.SIGTERM)
-    assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_ignored_signal_stays_ignored(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    signal.signal(number, signal.SIG_IGN)
+    with orderly(), monkeypatch.context() as patched:
+        patched.setattr(signals.signal, "raise_signal", None)  # nothing is delivered
+        with shielded():
+            os.kill(os.getpid(), number)
+            assert signal.getsignal(number) is signal.SIG_IGN
+    assert signal.getsignal(number) is signal.SIG_IGN
 
 
 def test_another_thread_changes_no_handler() -> None:
@@ -115,7 +120,7 @@ def test_another_thread_changes_no_handler() -> None:
     assert seen == [before]
 
 
-def test_signals_at_random_moments_of_many_commits_are_all_counted(handlers: None) -> None:
+def test_signals_at_random_moments_of_many_commits_are_all_counted() -> None:
     counts = {signal.SIGINT: 0, signal.SIGTERM: 0}
 
     def count(number: int, _frame: object) -> None:

@@ -165,6 +165,7 @@ def test_an_analyzer_logs_and_sums_up_its_work(tmp_path: Path) -> None:
 SCRIPT = """
 import os, signal, sys, time
 from segflow.runtime.signals import orderly, shielded
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
 with orderly():
     try:
         with shielded():
@@ -200,15 +201,16 @@ def test_a_handler_of_the_programs_own_is_respected() -> None:
 
 
 FITTING = """
-import sys
+import signal, sys
 from pathlib import Path
+signal.signal(signal.SIGINT, signal.SIG_IGN if sys.argv[2:] == ["ignoring"] else signal.default_int_handler)
 import segflow as sf
 from tests.support.helpers import *
 class Slow:
     def __init__(self, data): self.data = data
     def __len__(self): return len(self.data)
     def __getitem__(self, i):
-        import time; time.sleep(0.02); return self.data[i]
+        import time; time.sleep(0.01); return self.data[i]
 root, model = Path(sys.argv[1]), mlp()
 trajectory = trajectory_of(root / "run", perturbed_states(model, 2), 21)
 analyzer = analyzer_of(model, trajectory, root / "store", method=sf.InfluenceFunction())
@@ -217,17 +219,31 @@ analyzer.fit(Slow(vectors(21)), batch_size=2)
 """
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, -signal.SIGINT)])
-def test_a_fit_that_is_asked_to_stop_lets_go_of_its_store(tmp_path: Path, number: int, status: int) -> None:
-    (tmp_path / "script.py").write_text(FITTING)
+def _fitting(folder: Path, *how: str) -> tuple[subprocess.Popen[str], Path]:
+    """A process in the middle of a fit, and its log."""
+    (folder / "script.py").write_text(FITTING)
     environment = os.environ | {"PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(tmp_path / "script.py"), str(tmp_path)]
+    command = [sys.executable, str(folder / "script.py"), str(folder), *how]
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    events = tmp_path / "store" / "events.jsonl"
+    events = folder / "store" / "events.jsonl"
     deadline = time.monotonic() + 60
     while not (events.exists() and "call_started" in events.read_text()):
         assert time.monotonic() < deadline and process.poll() is None, process.communicate()
         time.sleep(0.02)
+    return process, events
+
+
+def test_a_fit_that_ignores_interrupts_goes_on(tmp_path: Path) -> None:
+    process, events = _fitting(tmp_path, "ignoring")
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=30)
+    assert process.returncode == 0
+    assert [event["event"] for event in read_events(events)][-1] == "call_finished"
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, -signal.SIGINT)])
+def test_a_fit_that_is_asked_to_stop_lets_go_of_its_store(tmp_path: Path, number: int, status: int) -> None:
+    process, events = _fitting(tmp_path)
     process.send_signal(number)
     process.communicate(timeout=30)
     assert process.returncode == status

@@ -5,9 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import subprocess
-import sys
-import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +16,9 @@ from torch import nn
 from torch.utils.data import Dataset, TensorDataset
 
 import segflow as sf
+from segflow.store import files
 
+from ..support.gang import forkserver
 from ..support.helpers import (
     FixedLabels,
     Stopped,
@@ -44,6 +43,12 @@ UNITS = [
     "eigenvalues/steps-10-20-w515fa117/step-20",
     "eigenvalues/steps-30/step-30",
 ]
+
+
+@pytest.fixture(autouse=True)
+def _without_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No power is cut here."""
+    monkeypatch.setattr(files.os, "fsync", lambda _descriptor: None)
 
 
 class Drawn(sf.tasks.Classification):
@@ -198,44 +203,45 @@ def test_a_scoring_stopped_while_walking_the_data_does_only_what_is_missing(tmp_
     assert torch.equal(scores.values, scored(fitted(tmp_path, "other")).values)
 
 
-KILLED = """
-    import os, signal, sys
-    from pathlib import Path
-    import torch
+def _kill() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _killed_while_fitting(folder: Path) -> None:
     torch.set_num_threads(1)
-    from tests.store import test_resume as t
-
-    def kill():
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    folder = Path(sys.argv[1])
-    if sys.argv[2] == "fit":
-        t.analyzer(folder).fit(t.Walked(t.vectors(t.N), 4 * t.PASSES + 2, kill), batch_size=t.BATCH)
-    else:
-        real, calls = os.replace, []
-        def replace(*args):
-            calls.append(args)
-            kill() if len(calls) == 3 else real(*args)
-        os.replace = replace
-        t.scored(t.analyzer(folder))
-"""
+    analyzer(folder).fit(Walked(vectors(N), 4 * PASSES + 2, _kill), batch_size=BATCH)
 
 
-def killed(folder: Path, call: str) -> None:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", textwrap.dedent(KILLED), str(folder), call]
-    done = subprocess.run(command, env=environment, cwd=Path(__file__).parents[2], check=False)
-    assert done.returncode == -signal.SIGKILL
+def _killed_while_scoring(folder: Path) -> None:
+    torch.set_num_threads(1)
+    real, calls = os.replace, []
+
+    def replace(*paths: Any) -> None:
+        calls.append(paths)
+        if len(calls) == 3:
+            _kill()
+        real(*paths)
+
+    os.replace = replace  # type: ignore[assignment]
+    scored(analyzer(folder))
+
+
+def killed(job: Callable[[Path], None], folder: Path) -> None:
+    """Run a job in a process of its own, which must end by being killed."""
+    process = forkserver().Process(target=job, args=(folder,))
+    process.start()
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL
 
 
 def test_a_killed_process_s_store_is_gone_on_with_and_ends_in_the_same_bytes(tmp_path: Path) -> None:
     """SIGKILL in the middle of a pass while fitting, then in the middle of a commit while scoring."""
     whole = scored(fitted(tmp_path, "whole"))
-    killed(tmp_path, "fit")
+    killed(_killed_while_fitting, tmp_path)
     train = Walked(vectors(N))
     (found := analyzer(tmp_path)).fit(train, batch_size=BATCH)
     assert train.reads == 2 * PASSES  # four of six passes were committed
-    killed(tmp_path, "score")
+    killed(_killed_while_scoring, tmp_path)
     assert list((tmp_path / "store").rglob("*.partial"))
     assert torch.equal(scored(found).values, whole.values)
     assert content(tmp_path / "store") == content(tmp_path / "whole")

@@ -31,7 +31,7 @@ def free_port() -> int:
 def forkserver() -> Any:
     """How to start processes quickly: forked from one that has everything imported."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.support.helpers", __name__])
+    context.set_forkserver_preload(["tests.support.helpers", "torch._dynamo", __name__])
     return context
 
 
@@ -93,6 +93,7 @@ class Gang:
 
 def _work(pipe: Any) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
+    os.fsync = lambda _descriptor: None  # no power is cut here
     import torch
     from torch import distributed
 
