@@ -131,9 +131,9 @@ class Analyzer:
                     self._check_needs(contexts, trains, None)
             for context, data in zip(self.runs[0], trains, strict=True):
                 if data is not None:
-                    scale = checks.check_stage(context, data, query if context is self.context else None)
-                    checks.require_scale(scale, curvature_tolerance, context.task)
-                    reports[context.trajectory.stage] = checks.report(context.model, context.layers, scale)
+                    of_stage = query if context is self.context else None
+                    report = checks.check_stage(context, data, of_stage, curvature_tolerance)
+                    reports[context.trajectory.stage] = report
         *earlier, last = reports.items()
         return replace(last[1], earlier=dict(earlier))
 

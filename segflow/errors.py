@@ -1,4 +1,8 @@
-"""One exception per stage. Every message says where, what was expected, what was found, and what to do."""
+"""One kind of error for each room of the package, in the order of the rooms.
+
+Every message says where it happened, what was expected, what was found, and what to do. Two checks of options that all
+rooms share stand at the end.
+"""
 
 from __future__ import annotations
 
@@ -11,48 +15,48 @@ class SegflowError(Exception):
 
 
 class RankError(SegflowError):
-    """Another process of this run failed, died, or was given something else."""
+    """Another process of this run failed, died, or was given something else. Raised by `runtime`."""
 
 
 class StoreError(SegflowError):
-    """A store's file is missing, damaged, or was made from something else."""
+    """A file of a store is missing, damaged, or was made from something else. Raised by `store`."""
 
 
 class TaskError(SegflowError):
-    """The task's losses are not what the mathematics needs."""
+    """A task, a property or a dataset is not what the mathematics needs. Raised by `tasks`, `properties` and `data`."""
 
 
 class TrajectoryError(SegflowError):
-    """The record of the training run is incomplete, inconsistent, or of another model."""
+    """The record of the training run is incomplete, inconsistent, or of another model. Raised by `training`."""
 
 
 class LayerError(SegflowError):
-    """A layer cannot be tracked, was never reached, or yields non-finite numbers."""
+    """A layer cannot be tracked, was never reached, or yields non-finite numbers. Raised by `model`."""
 
 
 class FactorError(SegflowError):
-    """A curvature factor is missing or not finite."""
+    """A curvature factor is missing or not finite. Raised by `curvature`."""
 
 
 class MethodError(SegflowError):
-    """A method's options make no sense for this trajectory."""
+    """A method's options make no sense, by themselves or for this trajectory. Raised by `methods`."""
 
 
 class GroupError(SegflowError):
-    """Groups overlap, are empty, or do not fit the dataset."""
+    """Groups overlap, are empty, or do not fit the dataset. Raised by `groups`."""
 
 
 class ScoreError(SegflowError):
-    """Scores cannot be computed, combined or evaluated as asked."""
+    """Scores cannot be computed, combined, judged or shown as asked. Raised by the rooms from `scoring` on."""
 
 
 def is_whole(value: object, least: int) -> bool:
-    """Whether it is a whole number (and no bool), and at least that."""
+    """Whether the value is a whole number (and no bool) of at least `least`."""
     return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= least
 
 
 def check_choice(option: str, value: object, choices: Iterable[str], error: type[SegflowError]) -> None:
-    """Raise `error` unless `value` is one of `choices`; the message lists them."""
+    """Raise `error` unless the option's value is one of `choices`; the message lists them."""
     known = sorted(choices)
     if value not in known:
         raise error(f"{option}={value!r} is not known. Choose one of: {', '.join(map(repr, known))}.")

@@ -155,7 +155,7 @@ def test_only_the_runtime_talks_to_accelerate_and_torch_distributed() -> None:
             full = [f"{node.module}.{name}" for name in names] if isinstance(node, ast.ImportFrom) else names
             if any(name.startswith(("accelerate", "torch.distributed")) for name in full):
                 talking.add(_name(path))
-    assert talking == {"runtime/ranks.py", "runtime/sharding.py"}
+    assert talking and all(name.startswith("runtime/") for name in talking)
 
 
 def test_every_room_says_what_it_hands_on_or_that_it_is_an_engine_room() -> None:

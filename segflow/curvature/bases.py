@@ -1,4 +1,4 @@
-"""From covariances at several points to eigenbases: pooled, scaled by P's rank-one part, and shared out to the ranks.
+"""From covariances at several points to one eigenbasis for each layer, the eigenproblems dealt out to the ranks.
 
 Axes: P parts, O outputs, I inputs of a layer, D either of these.
 """
@@ -20,7 +20,7 @@ from .preconditioner import PreconditionerBlock, RankOne
 
 
 class _Side(NamedTuple):
-    """One side of a layer's curvature: "inputs" or "outputs", and the shape of its covariance."""
+    """One side of a layer's curvature: its name, "inputs" or "outputs", and the shape of its covariance."""
 
     layer: str
     name: str
@@ -28,20 +28,20 @@ class _Side(NamedTuple):
 
 
 class Pool(NamedTuple):
-    """The covariances that a curvature is made of: a unit for each point, and the points' weights."""
+    """The covariances that a curvature is made of: the unit of each point, and the points' weights."""
 
     units: Sequence[StoredUnit]
     weights: Sequence[float]
 
     def mean(self, side: _Side) -> Tensor | None:
-        """A layer's A or S [P, D, D] averaged over the points, on rank 0."""
+        """A layer's A or S [P, D, D] averaged over the points, on rank 0; None on the others."""
         total, rows = ("a_PII", "a_rows") if side.name == "inputs" else ("g_POO", "g_rows")
         files = [unit.file for unit in self.units if unit.file is not None]
         sums = [(f.tensor(f"{side.layer}.{total}", side.shape), f.tensor(f"{side.layer}.{rows}", ())) for f in files]
         return mean_over(sums, self.weights) if files else None
 
     def positions(self, layer: str, examples: int) -> float:
-        """How many positions an example has in a layer, on average; on rank 0."""
+        """How many positions an example has in a layer, on average; on rank 0, as the others hold no files."""
         rows = [unit.file.tensor(f"{layer}.g_rows", ()).item() for unit in self.units if unit.file is not None]
         return sum(weight * row for weight, row in zip(self.weights, rows, strict=False)) / examples
 
@@ -49,17 +49,19 @@ class Pool(NamedTuple):
 def pooled_eigenvectors(
     pool: Pool, view: LossView, scales: Mapping[str, PreconditionerBlock] | None, ranks: Ranks, where: str
 ) -> Tensors:
-    """`<layer>.inputs` and `<layer>.outputs`, in float64, each side of each layer on one rank; on rank 0.
+    """The eigenvectors `<layer>.inputs` and `<layer>.outputs` [P, D, D], in float64; on rank 0, nothing elsewhere.
 
-    scales: P of each layer, whose rank-one part scales the tokens; where: names the points in errors.
+    The sides of the layers are dealt out to the ranks, each of which solves the eigenproblems of its own. scales: P of
+    each layer, whose rank-one part scales the tokens; where: names the points in errors.
     """
     sides = [side for name, layer in view.layers.items() for side in _sides(name, *layer.shape)]
     owners = balanced([shape[0] * shape[1] ** 3 for _, _, shape in sides], ranks.count)
     hands = [[side for side, owner in zip(sides, owners, strict=True) if owner == rank] for rank in range(ranks.count)]
     turns = list(zip_longest(*hands))  # one side for each rank, None where it has no more
     dealt = [ranks.deal([side and pool.mean(side) for side in turn], view.device) for turn in turns]
+    matrices = [matrix for matrix in dealt if matrix is not None]
     bases = []
-    for side, matrix in zip(hands[ranks.index], [one for one in dealt if one is not None], strict=True):
+    for side, matrix in zip(hands[ranks.index], matrices, strict=True):
         scaled = matrix if scales is None else _scaled(matrix, side, scales[side.layer].part)
         bases.append(eigenvectors(scaled, f"layer {side.layer!r}, {side.name}, {where}"))
     collected: Tensors = {}
@@ -71,7 +73,10 @@ def pooled_eigenvectors(
 
 
 def pooled_kfac(pool: Pool, view: LossView, bases: Mapping[str, Eigenbasis], examples: int) -> Tensors:
-    """K-FAC's eigenvalues [P, O, I] of each layer, on rank 0; examples: how many the covariances are of."""
+    """K-FAC's eigenvalues [P, O, I] of each layer, on rank 0, nothing elsewhere.
+
+    examples: the number of those that the covariances are of.
+    """
     eigenvalues = {}
     for name, layer in view.layers.items():
         inputs, outputs = (pool.mean(side) for side in _sides(name, *layer.shape))
@@ -87,6 +92,6 @@ def _sides(layer: str, P: int, O: int, I: int) -> tuple[_Side, _Side]:
 
 
 def _scaled(matrix_PDD: Tensor, side: _Side, part: RankOne) -> Tensor:
-    """A or S of tokens that are scaled by the square root of P's rank-one part."""
+    """A or S of tokens that are scaled by the square root of one side of P's rank-one part."""
     root_PD = (part.inputs_PI if side.name == "inputs" else part.outputs_PO).double().sqrt()
     return root_PD[:, :, None] * matrix_PDD * root_PD[:, None, :]

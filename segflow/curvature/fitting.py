@@ -1,4 +1,4 @@
-"""What a plan needs of the training data as units of the store, each made once, from the units below it.
+"""Fitting: what plans need of the training data, made once as units of the store, each from the units below it.
 
 Each rank walks its share of the data, and the sums are reduced once for each unit. `names` lists the units.
 """
@@ -28,6 +28,7 @@ from ..store.files import Tensors
 from ..store.shared import UnitRecipe
 from ..store.store import MadeFrom
 from .bases import Pool, pooled_eigenvectors, pooled_kfac
+from .kronecker import Eigenbasis
 from .names import (
     at_point,
     basis_unit,
@@ -41,31 +42,40 @@ from .names import (
 )
 from .needs import Needs
 from .passes import corrected_eigenvalues, covariances, gradient_moments, projected_kernel, sketches
+from .preconditioner import PreconditionerBlock
 from .saved_moments import unsaved
 from .second_moments import preconditioner_blocks
 from .stored import stored_basis
 
 _PROBED = 256  # training examples whose gradients tell checkpoints apart
 _SKETCH = Projection(64, 0)
+_WITHOUT_PASS = ("eigenbasis", "kfac", "statistics")  # kinds of units whose making the progress does not count
+_PASS_SHARE = 8  # gradients of single examples may take an eighth of the memory budget in a pass
 
 
 def _needed(recipes: Mapping[str, UnitRecipe], targets: Iterable[str], held: set[str]) -> list[UnitRecipe]:
-    """The targets and whatever is missing below those that are not held, in the order in which they are made."""
-    chosen: set[str] = set()
+    """The targets, and all that those which are not held are made of, in the order of the recipes."""
+    needed: set[str] = set()
 
-    def choose(name: str) -> None:
-        if name not in chosen:
-            chosen.add(name)
+    def need(name: str) -> None:
+        if name not in needed:
+            needed.add(name)
             for source in () if name in held else recipes[name].inputs:
-                choose(source)
+                need(source)
 
     for name in targets:
-        choose(name)
-    return [unit for name, unit in recipes.items() if name in chosen]
+        need(name)
+    return [recipe for name, recipe in recipes.items() if name in needed]
 
 
 class FactorFitter:
-    """One fitting run of one stage: lists the units that are needed and makes them; only inside `observing(model)`."""
+    """Fits what is needed of one stage: lists the units and makes those that are missing; inside `observing(model)`.
+
+    Args:
+        context: the stage's.
+        train: the stage's training data.
+        batch_size: examples that are run forward together.
+    """
 
     def __init__(self, context: StageContext, train: Any, batch_size: int):
         self.context, self.train, self.batch_size = context, train, batch_size
@@ -80,14 +90,14 @@ class FactorFitter:
             **sampling_identity(context, train, self.sample, batch_size),
             "dtype": str(self.view.dtype),
         }
-        self.blocks = lru_cache(2)(lambda of: preconditioner_blocks(context, of, self.train_from, self.view))
+        self.preconditioner = lru_cache(2)(self._read_preconditioner)
         self.bases = lru_cache(1)(self._read_bases)
         self._recipes: dict[str, UnitRecipe] = {}
 
     def run(self, needs: Needs) -> None:
         """Make every unit that is needed and that the store does not hold.
 
-        A unit whose only use is in units that are there is not made.
+        A unit that is needed for others alone is not made where the store holds those.
         """
         store, (recipes, targets) = self.context.store, self.recipes(needs)
         while True:  # a covariance made anew may make another pool's eigenbasis stale
@@ -101,9 +111,9 @@ class FactorFitter:
                 return
 
     def recipes(self, needs: Needs) -> tuple[dict[str, UnitRecipe], list[str]]:
-        """Units by name in the order of making, and the names of those that must be there in the end."""
-        missing = dict.fromkeys(point for of in needs.preconditioners for point in self._unsaved(of))
-        targets = [self._moments(point) for point in missing]
+        """Recipes by name in the order of making, and the names of the units that must be there in the end."""
+        unsaved_points = dict.fromkeys(point for scale in needs.preconditioners for point in self._unsaved(scale))
+        targets = [self._moments(point) for point in unsaved_points]
         for curvature in needs.curvatures:
             targets += self._curvature(curvature)
         targets += [self._kernel(inverse) for inverse in needs.kernels]
@@ -112,16 +122,18 @@ class FactorFitter:
             targets += [self._statistics(Point.at(stage, index)) for index in range(len(self.context.trajectory))]
         return self._recipes, targets
 
-    def _unsaved(self, of: Preconditioner) -> list[Point]:
-        return [Point.at(of.stage, index) for index in unsaved(self.context, of)]
+    def _unsaved(self, preconditioner: Preconditioner) -> list[Point]:
+        """The checkpoints whose second moments must be estimated."""
+        return [Point.at(preconditioner.stage, index) for index in unsaved(self.context, preconditioner)]
 
     def _add(self, kind: str, name: str, made_from: Mapping[str, Any], make: Any, inputs: Sequence[str] = ()) -> str:
-        examples = 0 if kind in ("eigenbasis", "kfac", "statistics") else sum(map(len, self._lists(1)))
+        """Add a recipe; returns its unit's name."""
+        examples = 0 if kind in _WITHOUT_PASS else sum(map(len, self._lists(1)))
         self._recipes.setdefault(name, UnitRecipe(kind, name, dict(made_from), tuple(inputs), examples, make))
         return name
 
     def _curvature(self, curvature: Curvature) -> list[str]:
-        """Recipes for a curvature's units; the names of those that must be there in the end."""
+        """Add the recipes of a curvature's units; the names of those that must be there in the end."""
         if curvature.kind == "diagonal":
             return [self._eigenvalues(curvature, point, self.sampled_from, ()) for point in curvature.points]
         sources = [self._covariance(point) for point in curvature.points]
@@ -145,14 +157,15 @@ class FactorFitter:
         name, make = eigenvalues_unit(self.context, curvature, point), partial(self._make_eigenvalues, point, curvature)
         return self._add(kind, name, at_point(made_from, self.context, point), make, inputs)
 
-    def _lists(self, batch: int) -> list[np.ndarray]:
-        """This rank's batches of the examples that curvature is fitted to, `batch` in a row always in the same one.
+    def _lists(self, summed: int) -> list[np.ndarray]:
+        """This rank's batches, as indices, of the examples that curvature is fitted to.
 
-        In the data's order where `batch` is 1; otherwise as drawn, for neighbours in the data may be alike.
+        `summed` examples in a row are always in one batch, for their gradients are summed. The batches are in the
+        data's order where that is 1, otherwise as the examples were drawn, for neighbours in the data may be alike.
         """
-        walked = np.sort(self.drawn) if batch == 1 else self.drawn
-        size = self.batch_size if batch == 1 else max(1, self.batch_size // batch) * batch
-        return self.context.ranks.share([walked[part.start : part.stop] for part in in_order(len(walked), size)])
+        examples = np.sort(self.drawn) if summed == 1 else self.drawn
+        size = self.batch_size if summed == 1 else max(1, self.batch_size // summed) * summed
+        return self.context.ranks.share([examples[part.start : part.stop] for part in in_order(len(examples), size)])
 
     def _moments(self, point: Point) -> str:
         made_from = at_point(self.train_from, self.context, point)
@@ -167,30 +180,30 @@ class FactorFitter:
         name = statistics_unit(self.context, point)
         return self._add("statistics", name, made_from, partial(self._make_statistics, point))
 
-    def _pass(self, point: Point, view: LossView, kind: str, batch: int = 1) -> tuple[LossView, Iterator[Batch], str]:
-        """The view and the data for one pass at a point, and the point's name; batch: see `_lists`."""
+    def _pass(self, point: Point, view: LossView, kind: str, summed: int = 1) -> tuple[LossView, Iterator[Batch], str]:
+        """The view and the data for one pass at a point, and the point's name; summed: see `_lists`."""
         self.context.load(point)
         steps = self.context.run.stages[point.stage].steps
         view, where = replace(view, place=steps[point.weights[-1][0]]), self.context.where(point)
-        return view, self.context.walk(view, self.train, self._lists(batch), f"{kind}, {where}"), where
+        return view, self.context.walk(view, self.train, self._lists(summed), f"{kind}, {where}"), where
 
     def _make_covariance(self, point: Point) -> Tensors:
         view, data, where = self._pass(point, self.sample, "covariance")
-        found = covariances(view, data, self.context.ranks, where)
-        return {f"{name}.{key}": value for name, sums in found.items() for key, value in vars(sums).items()}
+        by_layer = covariances(view, data, self.context.ranks, where)
+        return {f"{name}.{key}": value for name, sums in by_layer.items() for key, value in vars(sums).items()}
 
     def _make_eigenvalues(self, point: Point, curvature: Curvature) -> Tensors:
         bases = None if curvature.kind == "diagonal" else self.bases(curvature)
         if bases and curvature.scaled is not None:
-            blocks = self.blocks(curvature.scaled)
-            bases = {name: basis.scaled(blocks[name].part) for name, basis in bases.items()}
+            preconditioner = self.preconditioner(curvature.scaled)
+            bases = {name: basis.scaled(preconditioner[name].part) for name, basis in bases.items()}
         view, data, where = self._pass(point, self.sample, "eigenvalues", curvature.batch)
-        ranks, budget = self.context.ranks, self.context.memory // 8
+        ranks, budget = self.context.ranks, self.context.memory // _PASS_SHARE
         return corrected_eigenvalues(view, data, bases, ranks, where, budget, curvature.batch)
 
     def _make_moments(self, point: Point) -> Tensors:
         view, data, where = self._pass(point, self.view, "moments")
-        return gradient_moments(view, data, self.context.ranks, where, self.context.memory // 8)
+        return gradient_moments(view, data, self.context.ranks, where, self.context.memory // _PASS_SHARE)
 
     def _make_kernel(self, inverse: ProjectedInverse) -> Tensors:
         self.context.load(inverse.point)
@@ -199,19 +212,19 @@ class FactorFitter:
         return projected_kernel(view, data, inverse.projection, self.context.ranks, where, inverse.batch)
 
     def _make_statistics(self, point: Point) -> Tensors:
-        """Sketches of some examples' training gradients (`gradients`) and pseudo-gradients (`curvature`)."""
+        """Sketches of some examples' training gradients (`gradients`) and pseudo-gradients (`curvature`) by layer."""
         chosen = evenly_spaced(len(self.train), _PROBED)
         lists = [chosen[part.start : part.stop] for part in in_order(len(chosen), self.batch_size)]
-        found: Tensors = {}
+        statistics: Tensors = {}
         for kind, loss_view in (("gradients", self.view), ("curvature", self.sample)):
             view, _, where = self._pass(point, loss_view, "statistics")
             data = self.context.walk(view, self.train, self.context.ranks.share(lists), f"statistics, {where}")
             rows = sketches(view, data, _SKETCH, self.context.ranks, where)
-            found |= {f"{name}.{kind}": value for name, value in rows.items()}
-        return found
+            statistics |= {f"{name}.{kind}": value for name, value in rows.items()}
+        return statistics
 
     def _make_bases(self, curvature: Curvature, sources: list[str]) -> Tensors:
-        scales = self.blocks(curvature.scaled) if curvature.scaled else None
+        scales = self.preconditioner(curvature.scaled) if curvature.scaled else None
         where = ", ".join(self.context.where(point) for point in curvature.points)
         return pooled_eigenvectors(self._pool(curvature, sources), self.view, scales, self.context.ranks, where)
 
@@ -223,7 +236,12 @@ class FactorFitter:
         units = [self.context.store.open(source, self._recipes[source].made_from) for source in sources]
         return Pool(units, curvature.weights)
 
-    def _read_bases(self, curvature: Curvature) -> dict[str, Any]:
+    def _read_preconditioner(self, preconditioner: Preconditioner) -> Mapping[str, PreconditionerBlock]:
+        """A preconditioner's block of each layer."""
+        return preconditioner_blocks(self.context, preconditioner, self.train_from, self.view)
+
+    def _read_bases(self, curvature: Curvature) -> dict[str, Eigenbasis]:
+        """A curvature's eigenbasis of each layer, from the unit that was made."""
         made_from = self.sampled_from | pool_from(self.context, curvature, {}, self.view)
         basis = self.context.store.open(basis_unit(self.context, curvature), made_from)
         return {name: stored_basis(basis, name, self.view) for name in self.view.layers}

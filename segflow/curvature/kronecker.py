@@ -1,7 +1,9 @@
-"""Covariance sums, eigenbases, corrected eigenvalues, and functions of a Kronecker-factored curvature.
+"""The mathematics of a Kronecker-factored curvature: covariances, eigenbases, and eigenvalues in them.
 
-EK-FAC: George et al. 2018, arXiv 1806.03884; over checkpoints: Bae et al. 2024, arXiv 2405.12186, Appendix D.
-Axes: P parts, B examples, S positions, N = B * S tokens, I inputs, O outputs, Q any leading axis of gradients.
+A is the covariance of a layer's inputs a, S that of its output gradients g; Q_A and Q_S are their eigenvectors. EK-FAC:
+George et al. 2018, arXiv 1806.03884; over checkpoints: Bae et al. 2024, arXiv 2405.12186, Appendix D.
+
+Axes: P parts, B examples, S positions, N = B * S tokens, I inputs, O outputs, D either of these, Q gradients.
 """
 
 from __future__ import annotations
@@ -16,10 +18,12 @@ from ..errors import FactorError
 from ..model.tokens import Tokens
 from .preconditioner import RankOne
 
+Gradients = dict[str, Tensor]  # by layer, [Q, P, O, I] each
+
 
 @dataclass(frozen=True)
 class Covariance:
-    """Sums over tokens of a a^T and g g^T, and how many tokens each has seen."""
+    """Sums over tokens of a a^T and g g^T, and the number of tokens in each."""
 
     a_PII: Tensor
     g_POO: Tensor
@@ -28,7 +32,7 @@ class Covariance:
 
     @classmethod
     def zeros(cls, shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -> Covariance:
-        """An empty sum for a layer of [P, O, I]."""
+        """Empty sums for a layer of shape [P, O, I]."""
         P, O, I = shape
         inputs = torch.zeros(P, I, I, dtype=dtype, device=device)
         outputs = torch.zeros(P, O, O, dtype=dtype, device=device)
@@ -36,7 +40,7 @@ class Covariance:
         return cls(inputs, outputs, rows, rows.clone())
 
     def add_(self, tokens: Tokens, mask_BS: Tensor | None = None) -> None:
-        """Add a batch's tokens in place; where the mask is 0 an input token is padding and does not count."""
+        """Add a batch's tokens, in place; an input token is padding where the mask is 0, and does not count."""
         a, g = tokens
         if mask_BS is not None:
             mask = mask_BS.to(a.dtype)
@@ -52,7 +56,7 @@ class Covariance:
 
 @dataclass(frozen=True)
 class Eigenbasis:
-    """Orthonormal eigenvectors (in columns) of A and S."""
+    """Orthonormal eigenvectors of A and S, in columns."""
 
     inputs_PII: Tensor
     outputs_POO: Tensor
@@ -63,12 +67,12 @@ class Eigenbasis:
         return torch.einsum("qpji,pik->qpjk", left, self.inputs_PII)
 
     def rotate_tokens(self, tokens: Tokens) -> Tokens:
-        """Tokens whose gradients stand in this basis."""
+        """Tokens whose gradients are those of the given tokens in this basis."""
         a = torch.einsum("pbsi,pij->pbsj", tokens.a_PBSI, self.inputs_PII)
         return Tokens(a, torch.einsum("pbso,poj->pbsj", tokens.g_PBSO, self.outputs_POO))
 
     def scaled(self, preconditioner: RankOne) -> Eigenbasis:
-        """P^1/2 in front of the basis: tokens rotated by it are those scaled by P's square root, in this basis."""
+        """P^1/2 times this basis: rotating tokens by it scales them by P^1/2 and then rotates them by this basis."""
         inputs, outputs = preconditioner.inputs_PI.sqrt(), preconditioner.outputs_PO.sqrt()
         return Eigenbasis(inputs[:, :, None] * self.inputs_PII, outputs[:, :, None] * self.outputs_POO)
 
@@ -77,7 +81,7 @@ class Eigenbasis:
         return Eigenbasis(self.inputs_PII.square(), self.outputs_POO.square()).rotate(matrix_POI[None])[0]
 
     def to(self, other: Eigenbasis) -> Eigenbasis:
-        """The change of basis: its `rotate` brings what stands in this basis into the other one."""
+        """The change of basis whose `rotate` takes gradients from this basis into the other one."""
         return Eigenbasis(self.inputs_PII.mT @ other.inputs_PII, self.outputs_POO.mT @ other.outputs_POO)
 
     def unrotate(self, rotated_QPOI: Tensor) -> Tensor:
@@ -88,19 +92,22 @@ class Eigenbasis:
 
 @dataclass(frozen=True)
 class KroneckerBlock:
-    """One layer's curvature: Q_S, Q_A (None: the parameters' own axes) and the eigenvalues [P, O, I]."""
+    """One layer's curvature: the basis Q_S, Q_A (None: the parameters' own axes), and the eigenvalues [P, O, I]."""
 
     basis: Eigenbasis | None
     eigenvalues_POI: Tensor
 
 
 def mean_over(checkpoints: Iterable[tuple[Tensor, Tensor]], weights: Sequence[float]) -> Tensor:
-    """A or S [P, D, D] averaged over checkpoints, in float64, from each one's (sum over tokens, number of tokens)."""
+    """A or S [P, D, D] averaged over checkpoints, in float64.
+
+    checkpoints: the sum over tokens and the number of tokens of each.
+    """
     return weighted_mean([total.double() / rows.double().clamp_min(1) for total, rows in checkpoints], weights)
 
 
 def weighted_mean(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    """Their sum with weights that add up to 1; where all weigh the same, their mean to the last bit."""
+    """The tensors' sum with weights that add up to 1; where all weigh the same it is their mean, to the last bit."""
     stacked = torch.stack(list(tensors))
     if len(set(weights)) == 1:
         return stacked.mean(0)
@@ -108,9 +115,9 @@ def weighted_mean(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor
 
 
 def eigenvectors(side_PDD: Tensor, where: str) -> Tensor:
-    """Orthonormal eigenvectors of A or S, in columns, in its precision.
+    """Orthonormal eigenvectors of A or S, in columns, in the precision of the matrix.
 
-    where: the layer, its side and checkpoints, for errors. Raises FactorError if the matrix is not finite.
+    where: names the layer, the side and the checkpoints in errors. Raises FactorError if the matrix is not finite.
     """
     if not torch.isfinite(side_PDD).all():
         raise FactorError(
@@ -122,18 +129,18 @@ def eigenvectors(side_PDD: Tensor, where: str) -> Tensor:
 
 def kfac_eigenvalues(basis: Eigenbasis, inputs_PII: Tensor, outputs_POO: Tensor) -> Tensor:
     """K-FAC's eigenvalues [P, O, I]: the products of those of S and A (Martens and Grosse 2015, arXiv 1503.05671)."""
-    of_inputs, of_outputs = (
+    inputs_PI, outputs_PO = (
         torch.einsum("pij,pik,pkj->pj", vectors, side, vectors)
         for vectors, side in ((basis.inputs_PII, inputs_PII), (basis.outputs_POO, outputs_POO))
     )
-    return of_outputs[:, :, None] * of_inputs[:, None, :]
+    return outputs_PO[:, :, None] * inputs_PI[:, None, :]
 
 
 def add_squared_projections_(total_POI: Tensor, tokens: Tokens, basis: Eigenbasis | None, budget: int) -> None:
     """Add sum_b (Q_S^T G_b Q_A)^2 of a batch, in place, without forming G_b where an example is one token.
 
-    basis: None for sum_b G_b^2. budget: bytes that per-example gradients may take at once; examples beyond it are taken
-    in turn.
+    basis: None for sum_b G_b^2. budget: bytes that the gradients of single examples may take at once; examples beyond
+    it are taken in turn.
     """
     a_PBSI, g_PBSO = tokens
     P, B, S, I = a_PBSI.shape
@@ -146,17 +153,17 @@ def add_squared_projections_(total_POI: Tensor, tokens: Tokens, basis: Eigenbasi
         return
     step = max(1, budget // (2 * P * O * I * a_PBSI.element_size()))
     for start in range(0, B, step):
-        some = Tokens(a_PBSI[:, start : start + step], g_PBSO[:, start : start + step])
-        total_POI.add_(example_gradients(some, basis).square_().sum(0))
+        piece = Tokens(a_PBSI[:, start : start + step], g_PBSO[:, start : start + step])
+        total_POI.add_(example_gradients(piece, basis).square_().sum(0))
 
 
 def example_gradients(tokens: Tokens, basis: Eigenbasis | None = None) -> Tensor:
-    """G_b [B, P, O, I] of every example, or Q_S^T G_b Q_A where a basis is given, by the cheaper of two ways."""
+    """G_b [B, P, O, I] of every example, or Q_S^T G_b Q_A where a basis is given.
+
+    Either the tokens or the gradients are rotated, whichever takes fewer multiplications.
+    """
     (_, _, S, I), O = tokens.a_PBSI.shape, tokens.g_PBSO.shape[-1]
-    rotate_tokens = basis is not None and S * (I * I + O * O) <= O * I * (O + I)  # multiplications
+    rotate_tokens = basis is not None and S * (I * I + O * O) <= O * I * (O + I)
     a, g = basis.rotate_tokens(tokens) if basis is not None and rotate_tokens else tokens
     gradient = torch.einsum("pbso,pbsi->bpoi", g, a)
     return gradient if basis is None or rotate_tokens else basis.rotate(gradient)
-
-
-Gradients = dict[str, Tensor]

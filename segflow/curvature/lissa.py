@@ -22,72 +22,77 @@ from .kronecker import Gradients
 
 _AT_ONCE = 8  # queries that are differentiated together: each keeps the batch's activations
 _POWER_ITERATIONS = 10
-_HOPELESS = 5.0  # a residual above this is divergence; noise of small batches and few steps leave up to about 1
-_MARGIN = 1.2  # the largest eigenvalue found may still be below the true one
+_DIVERGED = 5.0  # a residual above this is divergence; noise of small batches and few steps leave up to about 1
+_MARGIN = 1.2  # the largest eigenvalue by power iteration may still be below the true one
 
 
 def hessian_products(view: LossView, batch: Batch, values: Mapping[str, Tensor]) -> Gradients:
-    """H v for each query, layer by layer [Q, P, O, I]; H: of the batch's mean loss. Inside `observing(model)`."""
+    """H v for each query, layer by layer [Q, P, O, I]; H: the Hessian of the batch's mean loss.
+
+    Call it inside `observing(model)`.
+    """
     layers = view.layers.values()
     parameters = [parameter for layer in layers for parameter in layer.parameters]
-    vectors = [part for name, layer in view.layers.items() for part in layer.by_parameter(values[name])]
+    vectors = [vector for name, layer in view.layers.items() for vector in layer.by_parameter(values[name])]
     math_only = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
     pieces: list[tuple[Tensor, ...]] = []
     with torch.enable_grad(), requiring_grad(parameters), math_only:
         loss = view.loss(batch) / batch.size
         slopes = torch.autograd.grad(loss, parameters, create_graph=True, materialize_grads=True)
-        for some in zip(*(vector.split(_AT_ONCE) for vector in vectors), strict=True):
-            along = [vector.to(slope.dtype) for slope, vector in zip(slopes, some, strict=True)]
+        for queries in zip(*(vector.split(_AT_ONCE) for vector in vectors), strict=True):
+            along = [vector.to(slope.dtype) for slope, vector in zip(slopes, queries, strict=True)]
             pieces.append(
                 torch.autograd.grad(
                     slopes, parameters, along, retain_graph=True, is_grads_batched=True, materialize_grads=True
                 )
             )
-    joined = iter(torch.cat(of_parameter).to(view.dtype) for of_parameter in zip(*pieces, strict=True))
+    products = iter(torch.cat(by_query).to(view.dtype) for by_query in zip(*pieces, strict=True))
     return {
-        layer.name: layer.gradient_matrices(next(joined), next(joined) if layer.has_bias else None) for layer in layers
+        layer.name: layer.gradient_matrices(next(products), next(products) if layer.has_bias else None)
+        for layer in layers
     }
 
 
 def lissa(
     view: LossView, train: Any, collate_fn: Collate | None, operator: IterativeInverse, values: Gradients
 ) -> Gradients:
-    """(H + damping)^-1 of each query by v <- q + v - (H_batch + damping) v / scale, averaged over repetitions.
+    """(H + damping)^-1 of each query q, layer by layer [Q, P, O, I].
 
-    Only inside `observing(model)`, at the operator's point. Raises MethodError where it diverges, or on sharded models.
+    By the iteration v <- q + v - (H_batch + damping) v / scale, averaged over repetitions. Call it inside
+    `observing(model)`, at the operator's point. Raises MethodError where it diverges, and for sharded models.
     """
     if is_sharded(view.model):
         raise MethodError("LiSSA differentiates twice, which a sharded model does not allow. Use InfluenceFunction.")
     if not len(next(iter(values.values()))):
         return values
     draws = np.random.default_rng(operator.seed)
-    scale = operator.scale or _MARGIN * _largest(view, train, collate_fn, operator)
-    total = {name: torch.zeros_like(value) for name, value in values.items()}
+    scale = operator.scale or _MARGIN * _largest_eigenvalue(view, train, collate_fn, operator)
+    mean = {name: torch.zeros_like(value) for name, value in values.items()}
     for _ in range(operator.repetitions):
-        found = dict(values)
+        iterate = dict(values)
         for batch in _drawn(view, train, collate_fn, draws, operator, operator.steps):
-            bent = hessian_products(view, batch, found)
-            found = {n: values[n] + v - (bent[n] + operator.damping * v) / scale for n, v in found.items()}
-        for name, value in found.items():
-            total[name] += value / (scale * operator.repetitions)
+            products = hessian_products(view, batch, iterate)
+            iterate = {n: values[n] + v - (products[n] + operator.damping * v) / scale for n, v in iterate.items()}
+        for name, value in iterate.items():
+            mean[name] += value / (scale * operator.repetitions)
     [batch] = _drawn(view, train, collate_fn, draws, operator, 1)
-    bent = hessian_products(view, batch, total)
-    residual = _norm({n: bent[n] + operator.damping * v - values[n] for n, v in total.items()}) / _norm(values)
-    if not residual < _HOPELESS:
+    products = hessian_products(view, batch, mean)
+    residual = _norm({n: products[n] + operator.damping * v - values[n] for n, v in mean.items()}) / _norm(values)
+    if not residual < _DIVERGED:
         raise MethodError(
             f"LiSSA diverged (scale={scale:.3g}, damping={operator.damping:g}): (H + damping) times its answer misses "
             f"the query gradients by {residual:.2g} times their size. The Hessian has eigenvalues above twice the "
             "scale or below minus the damping. Give a larger scale or more damping."
         )
-    return total
+    return mean
 
 
 def _norm(values: Gradients) -> float:
     return torch.stack([torch.linalg.vector_norm(value.double()) for value in values.values()]).norm().item()
 
 
-def _largest(view: LossView, train: Any, collate_fn: Collate | None, operator: IterativeInverse) -> float:
-    """The largest absolute eigenvalue of H + damping over some batches, by power iteration."""
+def _largest_eigenvalue(view: LossView, train: Any, collate_fn: Collate | None, operator: IterativeInverse) -> float:
+    """The largest absolute eigenvalue of H, plus the damping; by power iteration, each step on another batch."""
     generator = torch.Generator().manual_seed(operator.seed)
     vector = {
         name: torch.randn(1, *layer.shape, generator=generator, dtype=torch.float64).to(view.device, view.dtype)
@@ -96,7 +101,7 @@ def _largest(view: LossView, train: Any, collate_fn: Collate | None, operator: I
     draws, largest = np.random.default_rng(operator.seed), 0.0
     for batch in _drawn(view, train, collate_fn, draws, operator, _POWER_ITERATIONS):
         norm = _norm(vector)
-        vector = hessian_products(view, batch, {name: part / norm for name, part in vector.items()})
+        vector = hessian_products(view, batch, {name: value / norm for name, value in vector.items()})
         largest = max(largest, _norm(vector))
     return largest + operator.damping
 
@@ -109,7 +114,7 @@ def _drawn(
     operator: IterativeInverse,
     count: int,
 ) -> Iterator[Batch]:
-    """Batches of distinct examples, drawn anew each time (all of the data where a batch holds all)."""
+    """`count` batches of examples, each drawn without replacement from all of the training data."""
     size = min(operator.sample_size, len(train))
     lists = [np.sort(draws.choice(len(train), size, replace=False)) for _ in range(count)]
     return batches(train, lists, collate_fn, view.device)

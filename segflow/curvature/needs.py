@@ -1,4 +1,4 @@
-"""What plans need of the training data of each stage."""
+"""What plans need to have fitted on the training data of each stage of training."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .saved_moments import check_saved, unsaved
 
 
 class Needs(NamedTuple):
-    """What plans need of one stage's data."""
+    """What plans need to have fitted on one stage's data; statistics: what tells its checkpoints apart."""
 
     curvatures: Sequence[Curvature] = ()
     preconditioners: Sequence[Preconditioner] = ()
@@ -30,23 +30,19 @@ class Needs(NamedTuple):
 
 
 def fitting_needs(plans: Iterable[Plan]) -> dict[int, Needs]:
-    """What plans need of each stage's data; stages of which they need nothing are absent."""
+    """What plans need of each stage, by its index; stages of which they need nothing are absent."""
     terms = tuple(term for plan in plans for term in plan)
-    needed = (curvatures(terms), preconditioners(terms), projected(terms))
-    stages = sorted({one.stage for kind in needed for one in kind})
+    kinds: tuple[Sequence[Any], ...] = (curvatures(terms), preconditioners(terms), projected(terms))
+    stages = sorted({needed.stage for kind in kinds for needed in kind})
     needs = {}
     for stage in stages:
-        blocks, scales, kernels = (_of_stage(kind, stage) for kind in needed)
+        blocks, scales, kernels = ([needed for needed in kind if needed.stage == stage] for kind in kinds)
         needs[stage] = Needs(blocks, scales, kernels)
     return needs
 
 
-def _of_stage(needed: Iterable[Any], stage: int) -> list[Any]:
-    return [one for one in needed if one.stage == stage]
-
-
 def check_needs(context: StageContext, needs: Needs) -> None:
-    """Raise TrajectoryError if second moments can be neither read nor estimated; warn if any must be estimated."""
+    """Warn if second moments must be estimated; raise TrajectoryError if they can be neither read nor estimated."""
     missing = {index for preconditioner in needs.preconditioners for index in unsaved(context, preconditioner)}
     for preconditioner in needs.preconditioners:
         preconditioner_from(context, preconditioner)

@@ -1,8 +1,9 @@
-"""Random projections of gradients that never form a gradient: each feature is a rank-one probe of every layer.
+"""Random projections that need not form a gradient: each feature is a rank-one probe of every layer.
 
 Feature j of a gradient G is the sum over layers and parts of u_j^T G w_j / sqrt(k) with standard normal u_j and w_j, so
-that products of features estimate products of gradients without bias. Of tokens it is (u_j . g)(w_j . a), summed over
+that products of features estimate products of gradients without bias. From tokens it is (u_j . g)(w_j . a), summed over
 positions.
+
 Axes: k features, P parts, B examples, S positions, O outputs, I inputs, Q gradients.
 """
 
@@ -22,7 +23,7 @@ from .kronecker import example_gradients
 
 @dataclass(frozen=True)
 class Probes:
-    """One layer's probes; None where nothing is projected and every parameter is a feature."""
+    """One layer's probes u and w; None where nothing is projected and every parameter is a feature."""
 
     outputs_kPO: Tensor | None
     inputs_kPI: Tensor | None
@@ -30,7 +31,7 @@ class Probes:
 
     @property
     def features(self) -> int:
-        """How many features the layer has: k, or its parameters."""
+        """How many features the layer has: k, or the number of its parameters."""
         P, O, I = self.shape
         return P * O * I if self.outputs_kPO is None else len(self.outputs_kPO)
 
@@ -39,7 +40,7 @@ class Probes:
         if self.outputs_kPO is None:
             return example_gradients(tokens).flatten(1)
         (_, _, S, I), O, k = tokens.a_PBSI.shape, tokens.g_PBSO.shape[-1], len(self.outputs_kPO)
-        if S * O * I + k * O * I < S * k * (O + I):  # many positions: their gradient first, by multiplications
+        if S * O * I + k * O * I < S * k * (O + I):  # fewer multiplications, with many positions
             return self.of_gradients(example_gradients(tokens))
         left = torch.einsum("pbso,kpo->pbsk", tokens.g_PBSO, self.outputs_kPO)
         right = torch.einsum("pbsi,kpi->pbsk", tokens.a_PBSI, self.inputs_kPI)
@@ -63,28 +64,31 @@ class Probes:
 def probes(
     projection: Projection, shapes: Mapping[str, tuple[int, int, int]], dtype: torch.dtype, device: torch.device
 ) -> dict[str, Probes]:
-    """Each layer's probes: a function of the projection's seed and the layer's name, in any order and on any rank."""
-    found = {}
+    """Each layer's probes; they depend on the projection's seed and the layer's name only.
+
+    shapes: [P, O, I] of each layer.
+    """
+    by_layer = {}
     for name, (P, O, I) in shapes.items():
         k = projection.dimension
         if k is None:
-            found[name] = Probes(None, None, (P, O, I))
+            by_layer[name] = Probes(None, None, (P, O, I))
             continue
-        word = hashlib.sha256(f"{projection.seed}/{name}".encode()).digest()[:7]
-        generator = torch.Generator().manual_seed(int.from_bytes(word, "big"))
+        layer_seed = hashlib.sha256(f"{projection.seed}/{name}".encode()).digest()[:7]
+        generator = torch.Generator().manual_seed(int.from_bytes(layer_seed, "big"))
         u, w = (torch.randn(k, P, D, generator=generator, dtype=torch.float64) for D in (O, I))
-        found[name] = Probes((u / k**0.5).to(device, dtype), w.to(device, dtype), (P, O, I))
-    return found
+        by_layer[name] = Probes((u / k**0.5).to(device, dtype), w.to(device, dtype), (P, O, I))
+    return by_layer
 
 
-def joined(features: Mapping[str, Tensor], projection: Projection) -> Tensor:
-    """All layers' features: summed where they are random probes, side by side where nothing is projected."""
-    parts = list(features.values())
-    return torch.cat(parts, 1) if projection.dimension is None else torch.stack(parts).sum(0)
+def join_layers(features: Mapping[str, Tensor], projection: Projection) -> Tensor:
+    """The features of all layers: summed where they are random probes, side by side where nothing is projected."""
+    by_layer = list(features.values())
+    return torch.cat(by_layer, 1) if projection.dimension is None else torch.stack(by_layer).sum(0)
 
 
-def parted(features_Qk: Tensor, probes_of: Mapping[str, Probes], projection: Projection) -> dict[str, Tensor]:
-    """The transpose of `joined`: each layer's own features."""
+def split_layers(features_Qk: Tensor, probes_of: Mapping[str, Probes], projection: Projection) -> dict[str, Tensor]:
+    """The transpose of `join_layers`: each layer's own features."""
     if projection.dimension is not None:
         return dict.fromkeys(probes_of, features_Qk)
     sizes = [probe.features for probe in probes_of.values()]

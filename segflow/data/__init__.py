@@ -1,4 +1,4 @@
-"""Datasets as batches of chosen examples, and digests that tell datasets, tasks and functions apart.
+"""Datasets as batches of chosen examples, and fingerprints that tell datasets, tasks and functions apart.
 
 Engine room: users import nothing from here.
 """

@@ -1,4 +1,4 @@
-"""Map-style datasets as batches of chosen examples, and what identifies a dataset."""
+"""Map-style datasets as batches of chosen examples, and lists of the examples to choose."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ Indices = Sequence[int] | np.ndarray
 
 
 class Batch(NamedTuple):
-    """One batch: its examples' indices in the dataset, and what the collate function made of them.
+    """One batch: the indices of its examples in the dataset, and what the collate function made of them.
 
-    idle: True for a batch that is run only because other ranks have one more, so that all take part in what a sharded
-    model's forward exchanges.
+    idle: True for a batch that is run but counts for nothing. A rank runs one where other ranks have more batches, so
+    that all ranks take part in what the forward of a sharded model exchanges.
     """
 
     examples: Indices
@@ -40,7 +40,7 @@ class Batch(NamedTuple):
 def batches(
     dataset: Any, index_lists: Sequence[Indices], collate_fn: Collate | None, device: torch.device, idle: int = 0
 ) -> Iterator[Batch]:
-    """Yield one collated batch on `device` for each list of example indices, in that order; then `idle` idle ones."""
+    """Yield a collated batch on `device` for each list of example indices, in that order; then `idle` idle batches."""
     lists = [np.asarray(indices).tolist() for indices in index_lists] + [[0]] * idle
     contents = _contents(dataset, lists, collate_fn)
     for number, (indices, content) in enumerate(zip(lists, contents, strict=True)):
@@ -48,7 +48,7 @@ def batches(
 
 
 def _contents(dataset: Any, lists: list[list[int]], collate_fn: Collate | None) -> Iterable[Any]:
-    """What the collate function makes of each list of examples; of a plain TensorDataset without a call for each."""
+    """What the collate function makes of each list of examples; a plain TensorDataset is indexed as a whole."""
     if type(dataset) is TensorDataset and collate_fn is None:
         return ([tensor[indices] for tensor in dataset.tensors] for indices in lists)
     return DataLoader(
@@ -60,14 +60,14 @@ def _contents(dataset: Any, lists: list[list[int]], collate_fn: Collate | None) 
 
 
 def in_order(length: int, batch_size: int) -> list[range]:
-    """Index lists that walk a dataset of `length` examples once, `batch_size` at a time."""
+    """Lists of indices that walk a dataset of `length` examples once and in order, `batch_size` at a time."""
     if batch_size < 1:
         raise SegflowError(f"batch_size={batch_size}: expected at least 1.")
     return [range(start, min(start + batch_size, length)) for start in range(0, length, batch_size)]
 
 
 def dataset_length(dataset: Any, role: str) -> int:
-    """The dataset's length; `role` names it in errors."""
+    """The dataset's length; TaskError if it has none, is not indexed, or is empty. role: names it in errors."""
     try:
         length = len(dataset)
     except TypeError:

@@ -1,4 +1,8 @@
-"""What a dataset, a task or a function is, as a digest that tells it from others."""
+"""Fingerprints: what a dataset, a task or a function is, in a form that tells it from others and that JSON can hold.
+
+From the whole to its parts: a dataset is told by its examples, a task by its options and its code, and all of these
+end in `digest`, a sha256 of whatever they hold.
+"""
 
 from __future__ import annotations
 
@@ -16,30 +20,79 @@ from ..runtime.progress import track
 from ..runtime.ranks import Ranks
 from .batches import dataset_length, evenly_spaced, in_order
 
-_LARGE = 1024  # a TensorDataset beyond this is digested by its tensors, not by its examples
+_LARGE = 1024  # a longer TensorDataset is digested by its tensors, not by its examples
 _PIECE = 256  # examples that are digested together, by one rank
 _REREAD = 64  # examples that are read three times, to see whether reading is random
 
 
 def dataset_fingerprint(dataset: Any, role: str, ranks: Ranks, progress: bool | None = None) -> dict[str, Any]:
-    """Length, and a digest of every example ("random" where reading one twice differs, as with augmentation).
+    """A dataset's length, and a digest of every example ("random" where reading one twice differs: augmentation).
 
-    Each rank reads its share of the examples; RankError where the ranks' datasets differ in length or in some examples.
+    Each rank reads its share of the examples. Raises RankError where the datasets of the ranks differ in length or in
+    those examples that all read. role: names the dataset in errors.
     """
     length = dataset_length(dataset, role)
     ranks.agree(f"the {role} dataset's length", length)
-    some = evenly_spaced(length, _REREAD)
-    readings = {digest([dataset[index] for index in some]) for _ in range(3)}
+    reread = evenly_spaced(length, _REREAD)
+    readings = {digest([dataset[index] for index in reread]) for _ in range(3)}
     if max(ranks.gather(len(readings))) > 1:
         return {"length": length, "examples": "random"}
     ranks.agree(f"some examples of the {role} dataset (does every rank build it with the same seed?)", sorted(readings))
     if type(dataset) is TensorDataset and length > _LARGE:
         return {"length": length, "examples": digest(dataset.tensors)}
     pieces = in_order(length, _PIECE)
-    own = track(ranks.share(pieces), f"reading the {role} data", enabled=progress)
-    shares = ranks.gather([digest([digest(dataset[index]) for index in piece]) for piece in own])
-    every = [shares[number % ranks.count][number // ranks.count] for number in range(len(pieces))]
-    return {"length": length, "examples": digest(every)}
+    share = track(ranks.share(pieces), f"reading the {role} data", enabled=progress)
+    by_rank = ranks.gather([digest([digest(dataset[index]) for index in piece]) for piece in share])
+    in_turn = [by_rank[number % ranks.count][number // ranks.count] for number in range(len(pieces))]
+    return {"length": length, "examples": digest(in_turn)}
+
+
+def task_fingerprint(task: Any) -> dict[str, Any]:
+    """What tells apart the factors fitted for a task: its class, plain options, and the code of its training loss.
+
+    Options that only the measurement depends on, by the task's `measurement_options`, do not count.
+    """
+    ignored = getattr(task, "measurement_options", ())
+    options = {name: value for name, value in plain_options(task).items() if name not in ignored}
+    return {
+        "class": type(task).__qualname__,
+        "options": options,
+        "code": code_digest(task, "compute_train_loss", "get_attention_mask"),
+    }
+
+
+def measurement_fingerprint(task: Any) -> dict[str, Any]:
+    """What tells apart scores of a task: its plain options, and the code of its measurement."""
+    return {"options": plain_options(task), "code": code_digest(task, "compute_measurement")}
+
+
+def output_fingerprint(task: Any) -> dict[str, Any]:
+    """What tells apart kernels of a task's output function: its plain options, and that function's code."""
+    return {"options": plain_options(task), "code": code_digest(task, "compute_output")}
+
+
+def plain_options(subject: Any) -> dict[str, str]:
+    """The `repr` of each attribute of an object that holds a number, a text, None, or a list or tuple."""
+    plain = (bool, int, float, str, type(None), list, tuple)
+    return {
+        key: repr(value) for key, value in sorted(getattr(subject, "__dict__", {}).items()) if isinstance(value, plain)
+    }
+
+
+def code_digest(subject: Any, *methods: str) -> str:
+    """A digest of the compiled code of some of an object's methods."""
+    sha = hashlib.sha256()
+    for name in methods:
+        code = getattr(getattr(type(subject), name, None), "__code__", None)
+        sha.update(repr(_instructions(code)).encode())
+    return sha.hexdigest()[:16]
+
+
+def _instructions(code: Any) -> Any:
+    """What a function's code does: its instructions, names and constants, but not the lines where its text stands."""
+    if not isinstance(code, CodeType):
+        return code if isinstance(code, bool | int | float | str | bytes | tuple | None) else type(code).__name__
+    return (code.co_code, code.co_names, [_instructions(constant) for constant in code.co_consts])
 
 
 def digest(content: Any) -> str:
@@ -50,6 +103,7 @@ def digest(content: Any) -> str:
 
 
 def _feed(sha: Any, content: Any) -> None:
+    """Add the content to the hash, each piece behind a word that says what it is."""
     if isinstance(content, torch.Tensor):
         content = content.detach().cpu().to_dense().resolve_conj().contiguous()
         sha.update(f"tensor {content.dtype} {tuple(content.shape)}".encode())
@@ -76,48 +130,3 @@ def _feed(sha: Any, content: Any) -> None:
         _feed(sha, np.asarray(content))
     else:
         sha.update(f"object {type(content).__qualname__}".encode())
-
-
-def task_fingerprint(task: Any) -> dict[str, Any]:
-    """The task's class, plain-valued attributes and training loss's compiled code: what tells apart fitted factors."""
-    ignored = getattr(task, "measurement_options", ())
-    options = {name: value for name, value in plain_options(task).items() if name not in ignored}
-    return {
-        "class": type(task).__qualname__,
-        "options": options,
-        "code": code_digest(task, "compute_train_loss", "get_attention_mask"),
-    }
-
-
-def output_fingerprint(task: Any) -> dict[str, Any]:
-    """What tells apart kernels of the task's output function."""
-    return {"options": plain_options(task), "code": code_digest(task, "compute_output")}
-
-
-def measurement_fingerprint(task: Any) -> dict[str, Any]:
-    """The task's plain-valued attributes and measurement's compiled code: what tells apart scores."""
-    return {"options": plain_options(task), "code": code_digest(task, "compute_measurement")}
-
-
-def plain_options(task: Any) -> dict[str, str]:
-    """An object's plain-valued attributes."""
-    plain = (bool, int, float, str, type(None), list, tuple)
-    return {
-        key: repr(value) for key, value in sorted(getattr(task, "__dict__", {}).items()) if isinstance(value, plain)
-    }
-
-
-def code_digest(task: Any, *methods: str) -> str:
-    """A digest of some methods' compiled code."""
-    sha = hashlib.sha256()
-    for name in methods:
-        code = getattr(getattr(type(task), name, None), "__code__", None)
-        sha.update(repr(_instructions(code)).encode())
-    return sha.hexdigest()[:16]
-
-
-def _instructions(code: Any) -> Any:
-    """What a function does, without where its text stands."""
-    if not isinstance(code, CodeType):
-        return code if isinstance(code, bool | int | float | str | bytes | tuple | None) else type(code).__name__
-    return (code.co_code, code.co_names, [_instructions(constant) for constant in code.co_consts])

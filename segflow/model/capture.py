@@ -1,7 +1,7 @@
-"""One forward and one backward that hand each layer's tokens to a consumer, leaving the model as it was.
+"""One forward and one backward that hand each layer's tokens to a consumer, and leave the model as it was.
 
-Parameters are frozen while segflow looks on, so a backward computes no weight gradients; a tap on every tracked
-layer's output keeps the graph alive and catches the output's gradient.
+Parameters are frozen meanwhile, so that the backward computes no weight gradients. A tap on the output of every tracked
+layer keeps the graph alive and catches the output's gradient.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ Consumer = Callable[[TrackedLayer, Tokens], None]
 
 @contextmanager
 def observing(model: nn.Module) -> Iterator[None]:
-    """Evaluate the model with frozen parameters, then put modes, flags, values and the random state back.
+    """Inside, the model is in eval mode and its parameters are frozen; afterwards it is as it was.
 
-    Inside, checkpoints may be loaded into the model; also after an exception everything is as it was. Fused
-    attention that bypasses layers is off meanwhile.
+    Inside, checkpoints may be loaded into the model, and the fused attention that bypasses layers is off. Afterwards
+    modes, flags, values and the random state are put back, also after an exception.
 
     Raises LayerError if a lazy module has no parameters yet.
     """
@@ -38,7 +38,7 @@ def observing(model: nn.Module) -> Iterator[None]:
     modes = {module: module.training for module in model.modules()}
     flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
     values = [(tensor, tensor.detach().clone()) for tensor in (*model.parameters(), *model.buffers())]
-    registers = [(held, dict(held)) for module in modes for held in (module._parameters, module._buffers)]
+    registers = [(register, dict(register)) for module in modes for register in (module._parameters, module._buffers)]
     fused = torch.backends.mha.get_fastpath_enabled()
     devices = [p.device for p in model.parameters() if p.device.type == "cuda"][:1]
     with torch.random.fork_rng(devices=devices):
@@ -49,9 +49,9 @@ def observing(model: nn.Module) -> Iterator[None]:
             yield
         finally:
             torch.backends.mha.set_fastpath_enabled(fused)
-            for held, content in registers:
-                held.clear()
-                held.update(content)  # type: ignore[arg-type]
+            for register, content in registers:
+                register.clear()
+                register.update(content)  # type: ignore[arg-type]
             with torch.no_grad():
                 for tensor, value in values:
                     tensor.copy_(value)
@@ -63,7 +63,7 @@ def observing(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def requiring_grad(parameters: Sequence[Tensor]) -> Iterator[None]:
-    """Let gradients reach these frozen parameters for a while."""
+    """Inside, gradients reach these parameters, which are frozen again afterwards."""
     for parameter in parameters:
         parameter.requires_grad_(True)
     try:
@@ -75,25 +75,25 @@ def requiring_grad(parameters: Sequence[Tensor]) -> Iterator[None]:
 
 @contextmanager
 def called_parameters(layers: Mapping[str, TrackedLayer]) -> Iterator[dict[str, list[Tensor]]]:
-    """Collect each layer's parameters as its calls see them, and let gradients reach them for a while.
+    """Inside, each layer's parameters are collected as its calls see them, and gradients reach them.
 
-    A sharded model's layers hold shards between their calls, and whole parameters only within them.
+    For a sharded model, whose layers hold whole parameters within their calls only, and shards between them.
     """
-    found: dict[str, list[Tensor]] = {}
+    by_layer: dict[str, list[Tensor]] = {}
 
-    def adapt(layer: TrackedLayer) -> Callable[..., None]:
-        def note(_module: nn.Module, _args: Any) -> None:
-            found[layer.name] = [parameter.requires_grad_(True) for parameter in layer.parameters]
+    def pre_hook(layer: TrackedLayer) -> Callable[..., None]:
+        def collect(_module: nn.Module, _args: Any) -> None:
+            by_layer[layer.name] = [parameter.requires_grad_(True) for parameter in layer.parameters]
 
-        return note
+        return collect
 
     with ExitStack() as stack:
         for layer in layers.values():
-            stack.callback(layer.module.register_forward_pre_hook(adapt(layer)).remove)
+            stack.callback(layer.module.register_forward_pre_hook(pre_hook(layer)).remove)
         try:
-            yield found
+            yield by_layer
         finally:
-            for parameter in (parameter for own in found.values() for parameter in own):
+            for parameter in (parameter for parameters in by_layer.values() for parameter in parameters):
                 parameter.requires_grad_(False)
 
 
@@ -117,7 +117,10 @@ class _Tap(torch.autograd.Function):
 
 @dataclass
 class _Call:
-    """One call of a layer within a forward."""
+    """One call of a layer within a forward: its input, and its output's gradient once the backward came by.
+
+    version: torch's count of in-place changes of the input, at the time of the call.
+    """
 
     value: Tensor
     version: int
@@ -125,16 +128,21 @@ class _Call:
 
 
 @dataclass
-class _Watch:
-    """The calls of one layer within one batch."""
+class _LayerCalls:
+    """All calls of one layer within one batch; axis: where its input counts the examples, dtype: of the tokens."""
 
     layer: TrackedLayer
     axis: int
     dtype: torch.dtype
     calls: list[_Call] = field(default_factory=list)
 
+    @property
+    def complete(self) -> bool:
+        """Whether the backward has come by every call."""
+        return all(call.gradient is not None for call in self.calls)
+
     def tokens(self) -> Tokens | None:
-        """The tokens of every call that the loss depends on, joined along the positions; frees them here."""
+        """The tokens of every call that the loss depends on, joined along the positions; the calls are forgotten."""
         used, self.calls = [call for call in self.calls if call.gradient is not None], []
         for call in used:
             if call.value._version != call.version:
@@ -155,9 +163,9 @@ class _Watch:
 
 @contextmanager
 def _forward_hooks(layers: Mapping[str, TrackedLayer], hook: Callable[..., Any]) -> Iterator[None]:
-    """Call `hook(layer, input tensor, output)` at each call of each layer; what it returns replaces the output."""
+    """Inside, each call of a layer runs `hook(layer, input tensor, output)`; what it returns replaces the output."""
 
-    def adapt(layer: TrackedLayer) -> Callable[..., Any]:
+    def forward_hook(layer: TrackedLayer) -> Callable[..., Any]:
         def run(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
             value = args[0] if args else kwargs["input"]
             return hook(layer, value, output)
@@ -166,9 +174,63 @@ def _forward_hooks(layers: Mapping[str, TrackedLayer], hook: Callable[..., Any])
 
     with ExitStack() as stack:
         for layer in layers.values():
-            handle = layer.module.register_forward_hook(adapt(layer), prepend=True, with_kwargs=True)
+            handle = layer.module.register_forward_hook(forward_hook(layer), prepend=True, with_kwargs=True)
             stack.callback(handle.remove)
         yield
+
+
+class _Capture:
+    """One forward and backward over a batch: records each layer's calls, and hands on their tokens."""
+
+    def __init__(
+        self, layers: Mapping[str, TrackedLayer], axes: Mapping[str, int], consume: Consumer, dtype: torch.dtype
+    ):
+        self._calls_of = {name: _LayerCalls(layers[name], axis, dtype) for name, axis in axes.items() if name in layers}
+        self._consume = consume
+        self._in_backward = False  # True only during our own, to tell it from a backward inside the loss
+        weight = next(iter(layers.values())).module.get_parameter("weight")
+        self._anchor = torch.zeros((), dtype=weight.dtype, device=weight.device, requires_grad=True)
+
+    def tap(self, layer: TrackedLayer, value: Tensor, output: Tensor) -> Tensor:
+        """Record one call of a layer; returns its output with a tap that catches its gradient."""
+        if layer.name not in self._calls_of:
+            raise LayerError(
+                f"layer {layer.name!r}: not reached by the first example, but by another one. Put an example that "
+                "reaches every layer first, or leave it out of get_influence_tracked_modules()."
+            )
+        calls = self._calls_of[layer.name]
+        call = _Call(value.detach(), value._version)
+        calls.calls.append(call)
+
+        def receive(gradient: Tensor) -> None:
+            if not self._in_backward:
+                _refuse_double_backward(layer)
+                return
+            call.gradient = gradient
+            if calls.complete:
+                self._hand_on(calls)
+
+        return _Tap.apply(output, self._anchor, receive)  # type: ignore[no-any-return]
+
+    def backward(self, loss: Tensor) -> None:
+        """Walk back from the loss, handing on each layer's tokens as soon as its last call has its gradient."""
+        if not loss.requires_grad:
+            raise TaskError(
+                "the loss does not depend on any tracked layer's output: the task detaches it, runs the model under "
+                "no_grad, or uses none of the tracked layers. Return a differentiable loss."
+            )
+        self._in_backward = True
+        torch.autograd.grad(loss, self._anchor, allow_unused=True)
+
+    def hand_on_rest(self) -> None:
+        """Hand on the tokens of layers some of whose calls the loss does not depend on."""
+        for calls in self._calls_of.values():
+            self._hand_on(calls)
+
+    def _hand_on(self, calls: _LayerCalls) -> None:
+        tokens = calls.tokens()
+        if tokens is not None:
+            self._consume(calls.layer, tokens)
 
 
 def capture(
@@ -191,53 +253,25 @@ def capture(
 
     Returns:
         The loss, detached.
+
+    Raises:
+        LayerError: a layer is reached that `axes` lacks, its input was changed after the call, or the loss
+            differentiates through its gradient.
+        TaskError: the loss depends on no tracked layer.
     """
-    watches = {name: _Watch(layers[name], axis, dtype) for name, axis in axes.items() if name in layers}
-    walking: list[bool] = []  # not empty during the backward below, to tell it from one inside the loss
-    weight = next(iter(layers.values())).module.get_parameter("weight")
-    anchor = torch.zeros((), dtype=weight.dtype, device=weight.device, requires_grad=True)
-
-    def deliver(watch: _Watch) -> None:
-        tokens = watch.tokens()
-        if tokens is not None:
-            consume(watch.layer, tokens)
-
-    def tap(layer: TrackedLayer, value: Tensor, output: Tensor) -> Tensor:
-        if layer.name not in watches:
-            raise LayerError(
-                f"layer {layer.name!r}: not reached by the first example, but by another one. Put an example that "
-                "reaches every layer first, or leave it out of get_influence_tracked_modules()."
-            )
-        watch = watches[layer.name]
-        call = _Call(value.detach(), value._version)
-        watch.calls.append(call)
-
-        def receive(gradient: Tensor) -> None:
-            if not walking:
-                _refuse_double_backward(layer)
-                return
-            call.gradient = gradient
-            if all(other.gradient is not None for other in watch.calls):
-                deliver(watch)
-
-        return _Tap.apply(output, anchor, receive)  # type: ignore[no-any-return]
-
-    with torch.enable_grad(), _forward_hooks(layers, tap):
+    captured = _Capture(layers, axes, consume, dtype)
+    with torch.enable_grad(), _forward_hooks(layers, captured.tap):
         total = loss()
-        if not total.requires_grad:
-            raise TaskError(
-                "the loss does not depend on any tracked layer's output: the task detaches it, runs the model under "
-                "no_grad, or uses none of the tracked layers. Return a differentiable loss."
-            )
-        walking.append(True)
-        torch.autograd.grad(total, anchor, allow_unused=True)
-    for watch in watches.values():
-        deliver(watch)
+        captured.backward(total)
+    captured.hand_on_rest()
     return total.detach()
 
 
 def _refuse_double_backward(layer: TrackedLayer) -> None:
-    """A backward inside the loss is harmless (an adversarial example) unless the loss differentiates through it."""
+    """Raise LayerError if the loss differentiates through a backward of its own.
+
+    Without that, a backward inside the loss is harmless, as for an adversarial example.
+    """
     if torch.is_grad_enabled():  # create_graph=True
         raise LayerError(
             f"layer {layer.name!r}: the loss differentiates through its gradient (create_graph=True), so the layer's "
@@ -249,8 +283,8 @@ def _refuse_double_backward(layer: TrackedLayer) -> None:
 class Layout(NamedTuple):
     """How the layers see a batch.
 
-    axes: the axis of each layer's input that counts the examples; shapes: its input's shape for two examples;
-    coarse: True if some layer computes in 16 bits.
+    axes: the axis of each layer's input that counts the examples; shapes: the shape of its input for two examples;
+    coarse: True if some layer computes in 16 bits. Layers that are not reached are absent.
     """
 
     axes: dict[str, int]
@@ -259,31 +293,20 @@ class Layout(NamedTuple):
 
 
 def example_axes(layers: Mapping[str, TrackedLayer], run: Callable[[int], Any]) -> Layout:
-    """Which axis of each layer's input counts the examples, found by running batches of two and three.
+    """Find which axis of each layer's input counts the examples, by running batches of two and of three.
 
     Args:
         run: runs the model on a batch of that many copies of one example.
-
-    Returns:
-        The layout; layers that were not reached are absent from it.
 
     Raises:
         LayerError: no axis of a layer's input counts the examples, as when examples and positions are flattened
             together, or the layer's calls differ in their layout.
     """
-    shapes: list[dict[str, list[torch.Size]]] = [{}, {}]
     precisions: set[torch.dtype] = set()
-    for copies, found in zip((2, 3), shapes, strict=True):
-
-        def note(layer: TrackedLayer, value: Tensor, output: Tensor, found: Any = found) -> None:
-            found.setdefault(layer.name, []).append(value.shape)
-            precisions.add(output.dtype)
-
-        with torch.enable_grad(), _forward_hooks(layers, note):  # a loss may differentiate inside
-            run(copies)
+    shapes_of_two, shapes_of_three = (_input_shapes(layers, run, copies, precisions) for copies in (2, 3))
     axes = {}
-    for name, two in shapes[0].items():
-        three = shapes[1].get(name, [])
+    for name, two in shapes_of_two.items():
+        three = shapes_of_three.get(name, [])
         axis_of_calls = {_example_axis(a, b) for a, b in zip(two, three, strict=False)}
         axis = axis_of_calls.pop() if len(axis_of_calls) == 1 and len(two) == len(three) else None
         if axis is None or (layers[name].examples_first and axis != 0):
@@ -294,11 +317,26 @@ def example_axes(layers: Mapping[str, TrackedLayer], run: Callable[[int], Any]) 
                 "get_influence_tracked_modules()."
             )
         axes[name] = axis
-    return Layout(axes, {name: two[0] for name, two in shapes[0].items()}, bool(precisions & _COARSE))
+    return Layout(axes, {name: two[0] for name, two in shapes_of_two.items()}, bool(precisions & _COARSE))
+
+
+def _input_shapes(
+    layers: Mapping[str, TrackedLayer], run: Callable[[int], Any], copies: int, precisions: set[torch.dtype]
+) -> dict[str, list[torch.Size]]:
+    """The shape of each call's input in a batch of `copies` examples; adds the outputs' dtypes to `precisions`."""
+    shapes: dict[str, list[torch.Size]] = {}
+
+    def note(layer: TrackedLayer, value: Tensor, output: Tensor) -> None:
+        shapes.setdefault(layer.name, []).append(value.shape)
+        precisions.add(output.dtype)
+
+    with torch.enable_grad(), _forward_hooks(layers, note):  # a loss may differentiate inside
+        run(copies)
+    return shapes
 
 
 def _example_axis(two: torch.Size, three: torch.Size) -> int | None:
-    """The one axis on which a batch of two has length 2 and a batch of three length 3."""
+    """The one axis on which a batch of two has length 2 and a batch of three length 3; None if there is none."""
     if len(two) != len(three):
         return None
     differing = [axis for axis, (a, b) in enumerate(zip(two, three, strict=True)) if a != b]

@@ -1,4 +1,4 @@
-"""A watch for numbers that are not finite, which does not wait for the device at every batch."""
+"""A check that all numbers of a pass are finite, which does not wait for the device at every batch."""
 
 from __future__ import annotations
 
@@ -12,50 +12,53 @@ from ..data.batches import Batch
 from ..errors import LayerError, TaskError
 from ..runtime.ranks import Ranks
 
-_DRAIN_EVERY = 64  # batches between two looks at the device for non-finite numbers
+_DRAIN_EVERY = 64  # batches between two looks at the numbers that the device computed
 
 
 @dataclass
 class FiniteCheck:
-    """Collects one number for each layer and batch, and looks at them only now and then.
+    """Collects a number for each layer and loss of each batch, and looks only now and then whether all are finite.
 
-    where: what the pass is, for errors (a checkpoint and a pass's name).
+    where: the pass's name and its checkpoint, for errors.
     """
 
     where: str
-    _places: list[tuple[str, str | None]] = field(default_factory=list)
-    _pending: list[str] = field(default_factory=list)
     _numbers: list[Tensor] = field(default_factory=list)
+    _origins: list[tuple[str, str | None]] = field(default_factory=list)  # of each number: batch, and layer or loss
+    _layers_of_batch: list[str] = field(default_factory=list)  # noted since the last batch's loss
+    _reached: set[str] = field(default_factory=set)  # layers, by any batch so far
     _batches: int = 0
-    _seen: set[str] = field(default_factory=set)
 
     def see(self, layer: str, number: Tensor) -> None:
-        """Note a number that is finite only if all of a layer's tokens are."""
-        self._seen.add(layer)
-        self._pending.append(layer)
+        """Note a number that is finite only if all of a layer's tokens in the current batch are."""
+        self._reached.add(layer)
+        self._layers_of_batch.append(layer)
         self._numbers.append(number)
 
     def see_loss(self, batch: Batch, loss: Tensor) -> None:
-        """Note the batch's loss; every so often all that was noted is looked at."""
-        self._places += [(str(batch), layer) for layer in [*self._pending, None]]
+        """Note the loss of the current batch, which ends the batch; every so often look at all that was noted."""
+        self._origins += [(str(batch), layer) for layer in [*self._layers_of_batch, None]]
         self._numbers.append(loss)
-        self._pending.clear()
+        self._layers_of_batch.clear()
         self._batches += 1
         if self._batches % _DRAIN_EVERY == 0:
             self.drain()
 
     def drain(self) -> None:
-        """Raise for the first batch with a non-finite number."""
+        """Look at all that was noted; raise for the first batch with a number that is not finite.
+
+        Raises TaskError for a loss, LayerError for a layer's gradient or input.
+        """
         if not self._numbers:
             return
         finite = torch.stack([torch.isfinite(number) for number in self._numbers]).tolist()
-        bad = [place for place, good in zip(self._places, finite, strict=True) if not good]
+        bad = [origin for origin, is_finite in zip(self._origins, finite, strict=True) if not is_finite]
         self._numbers.clear()
-        self._places.clear()
+        self._origins.clear()
         if not bad:
             return
-        losses = [place for place in bad if place[1] is None]
-        batch, layer = (losses or bad)[0]
+        bad_losses = [origin for origin in bad if origin[1] is None]
+        batch, layer = (bad_losses or bad)[0]
         what = "loss" if layer is None else f"gradient or input of layer {layer!r}"
         raise (TaskError if layer is None else LayerError)(
             f"{self.where}: the {what} of {batch} is not finite. Look at that batch's data and at the "
@@ -63,14 +66,14 @@ class FiniteCheck:
         )
 
     def finish(self, layers: Iterable[str], ranks: Ranks, every: bool = True) -> None:
-        """Look at what is left, and raise unless every layer was reached by some batch's loss on some rank.
+        """Look at what is left, and raise LayerError unless every layer was reached by some batch on some rank.
 
-        every: False where one is enough, as the gradient of a measurement may be zero in some.
+        every: False where one reached layer is enough, as the gradient of a measurement may be zero in others.
         """
         self.drain()
-        asked = set(layers)
-        unreached = sorted(asked.difference(*ranks.gather(sorted(self._seen))))
-        if unreached and (every or len(unreached) == len(asked)):
+        expected = set(layers)
+        unreached = sorted(expected.difference(*ranks.gather(sorted(self._reached))))
+        if unreached and (every or len(unreached) == len(expected)):
             raise LayerError(
                 f"{self.where}: layer {unreached[0]!r} was never reached: no batch's loss depends on it"
                 f"{f' (nor on {unreached[1:]})' if unreached[1:] else ''}. "

@@ -1,7 +1,7 @@
-"""Random numbers that depend on (seed, checkpoint, example) only, whatever batch an example is in.
+"""Where pseudo-labels are drawn: random numbers that depend on (seed, checkpoint, example) only, not on the batch.
 
-Random functions that run inside `drawing` are caught where torch dispatches them, and answered from a counter: a hash
-of (key of the example, number of the draw, place within the example's part of the result).
+Random functions that run inside `drawing` are caught where torch dispatches them, and answered by a hash of the
+example's key, the draw's number among those of the batch, and the place within the example's share of the result.
 
 Axes: B examples, R rows of a result, C categories, N draws from a row.
 """
@@ -20,57 +20,58 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 _aten = torch.ops.aten
-_GOLDEN, _MIX = -7046029254386353131, (-4658895280553007687, -7723592293110705685)  # splitmix64's, as signed integers
+# The constants of splitmix64 (Steele et al. 2014), as signed integers.
+_GOLDEN, _FACTORS = -7046029254386353131, (-4658895280553007687, -7723592293110705685)
 
 
 @contextmanager
 def drawing(seed: int, place: object, examples: Sequence[int] | np.ndarray) -> Iterator[None]:
-    """Inside, what random functions draw for a batch's example depends on (seed, place, its index) only.
+    """Inside, what random functions draw for an example of the batch depends on (seed, place, its index) only.
 
-    Known are uniform, normal, exponential, Bernoulli and multinomial draws (so torch.distributions' Categorical, Normal
-    and the like) whose result has the examples on its first axis, or the second, or flattened with their positions. All
-    others, and draws for a selection of rows, come from a generator that depends on the batch as well. NumPy's and
-    Python's random functions cannot be caught. The caller's random state does not move.
+    This holds for uniform, normal, exponential, Bernoulli and multinomial draws (so for Categorical, Normal and the
+    like of torch.distributions) whose result has the examples on its first axis, on its second, or flattened with
+    their positions. All other draws, and those for a selection of rows, come from a generator that depends on the batch
+    as well. NumPy's and Python's random functions cannot be caught. The caller's random state does not move.
 
     Args:
         place: what else the numbers shall depend on, such as a checkpoint's step.
-        examples: the dataset's indices of the batch's examples, in order.
+        examples: the indices of the batch's examples in their dataset, in order.
     """
-    plain = [int(index) for index in examples]
+    indices = [int(index) for index in examples]
     digest = hashlib.sha256(repr((seed, place)).encode()).digest()
     root = int.from_bytes(digest[:8], "little", signed=True)
-    whole = hashlib.sha256(repr((seed, place, plain)).encode()).digest()
+    batch_digest = hashlib.sha256(repr((seed, place, indices)).encode()).digest()
     devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
-    with torch.random.fork_rng(devices=devices), _Draws(_mixed(torch.tensor(plain) * _GOLDEN + root)):
-        torch.manual_seed(int.from_bytes(whole[:7], "little"))
+    with torch.random.fork_rng(devices=devices), _Draws(_mixed(torch.tensor(indices) * _GOLDEN + root)):
+        torch.manual_seed(int.from_bytes(batch_digest[:7], "little"))
         yield
 
 
 class _NoExamples(Exception):
-    """What is drawn has no part for each example."""
+    """The result of a draw has no share for each example."""
 
 
 class _Draws(TorchDispatchMode):
-    """Answers random functions for a batch whose examples have these keys [B]."""
+    """Inside, answers the random functions that are called for a batch whose examples have these keys [B]."""
 
     def __init__(self, keys_B: Tensor):
         super().__init__()
         self._keys_B = keys_B
-        self._count = 0
+        self._draws = 0  # how many draws there were so far
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         sampler = _SAMPLERS.get(func)
         if sampler is None or kwargs.get("generator") is not None:
             return func(*args, **kwargs)
-        self._count += 1
+        self._draws += 1
         try:
             return sampler(self._uniforms, *args, **kwargs)
         except _NoExamples:
             return func(*args, **kwargs)
 
     def _uniforms(self, like: Tensor, draws: int = 0) -> Tensor:
-        """Uniform numbers in (0, 1), float64, of a tensor's shape (with `draws` more of each row of a matrix instead).
+        """Uniform numbers in (0, 1), in float64, of a tensor's shape; its last axis is `draws` long if that is given.
 
         Raises _NoExamples if the tensor has no axis of examples.
         """
@@ -86,27 +87,27 @@ class _Draws(TorchDispatchMode):
             keys = self._keys_B.to(like.device)[None, :, None]
         else:
             raise _NoExamples
-        of_draw = torch.tensor(self._count, device=like.device) * _GOLDEN
-        bits = _mixed(_mixed(keys + of_draw) + places * _GOLDEN)
+        draw = torch.tensor(self._draws, device=like.device) * _GOLDEN
+        bits = _mixed(_mixed(keys + draw) + places * _GOLDEN)
         return ((bits >> 11) & ((1 << 53) - 1)).double().add_(0.5).mul_(2.0**-53).reshape(shape)
 
 
 def _mixed(bits: Tensor) -> Tensor:
     """splitmix64's finaliser on signed 64-bit integers, which wrap around."""
-    for shift, factor in zip((30, 27), _MIX, strict=True):
+    for shift, factor in zip((30, 27), _FACTORS, strict=True):
         bits = (bits ^ ((bits >> shift) & ((1 << (64 - shift)) - 1))) * factor
     return bits ^ ((bits >> 31) & ((1 << 33) - 1))
 
 
-Uniforms = Callable[..., Tensor]
+Uniforms = Callable[..., Tensor]  # _Draws._uniforms, bound to a batch
 
 
 def _rand_like(uniforms: Uniforms, like: Tensor, **options: Any) -> Tensor:
-    return _as_asked(uniforms(like), like, options)
+    return _converted(uniforms(like), like, options)
 
 
 def _randn_like(uniforms: Uniforms, like: Tensor, **options: Any) -> Tensor:
-    return _as_asked(_normal(uniforms(like)), like, options)
+    return _converted(_normal(uniforms(like)), like, options)
 
 
 def _rand(uniforms: Uniforms, size: Sequence[int], **options: Any) -> Tensor:
@@ -117,36 +118,36 @@ def _randn(uniforms: Uniforms, size: Sequence[int], **options: Any) -> Tensor:
     return _randn_like(uniforms, _empty(size, options))
 
 
-def _uniform_(uniforms: Uniforms, own: Tensor, low: float = 0.0, high: float = 1.0, **_: Any) -> Tensor:
-    return own.copy_(low + (high - low) * _rand_like(uniforms, own))
+def _uniform_(uniforms: Uniforms, target: Tensor, low: float = 0.0, high: float = 1.0, **_: Any) -> Tensor:
+    return target.copy_(low + (high - low) * _rand_like(uniforms, target))
 
 
-def _normal_(uniforms: Uniforms, own: Tensor, mean: float = 0.0, std: float = 1.0, **_: Any) -> Tensor:
-    return own.copy_(mean + std * _normal(uniforms(own)))
+def _normal_(uniforms: Uniforms, target: Tensor, mean: float = 0.0, std: float = 1.0, **_: Any) -> Tensor:
+    return target.copy_(mean + std * _normal(uniforms(target)))
 
 
-def _normal_of(uniforms: Uniforms, mean: Any, std: Any = 1.0, *_: Any, **__: Any) -> Tensor:
+def _normal_of_parameters(uniforms: Uniforms, mean: Any, std: Any = 1.0, *_: Any, **__: Any) -> Tensor:
     like = mean if isinstance(mean, Tensor) else std
     shape = torch.broadcast_shapes(*(t.shape for t in (mean, std) if isinstance(t, Tensor)))
     drawn: Tensor = mean + std * _normal(uniforms(like.new_empty(shape))).to(like.dtype)
     return drawn
 
 
-def _exponential_(uniforms: Uniforms, own: Tensor, rate: float = 1.0, **_: Any) -> Tensor:
-    waited = (uniforms(own).log().neg() / rate).to(own.dtype)
-    return own.copy_(waited.clamp_min(torch.finfo(own.dtype).tiny))
+def _exponential_(uniforms: Uniforms, target: Tensor, rate: float = 1.0, **_: Any) -> Tensor:
+    times = (uniforms(target).log().neg() / rate).to(target.dtype)
+    return target.copy_(times.clamp_min(torch.finfo(target.dtype).tiny))
 
 
 def _bernoulli(uniforms: Uniforms, p: Tensor, **_: Any) -> Tensor:
     return (uniforms(p) < p).to(p.dtype)
 
 
-def _bernoulli_(uniforms: Uniforms, own: Tensor, p: Any = 0.5, **_: Any) -> Tensor:
-    return own.copy_(uniforms(own) < p)
+def _bernoulli_(uniforms: Uniforms, target: Tensor, p: Any = 0.5, **_: Any) -> Tensor:
+    return target.copy_(uniforms(target) < p)
 
 
 def _multinomial(uniforms: Uniforms, p_RC: Tensor, draws: int, replacement: bool = False, **_: Any) -> Tensor:
-    """By the inverse of the distribution function; without replacement the largest of exponential races."""
+    """Draws from each row by the inverse of its distribution function; without replacement, by exponential races."""
     if p_RC.ndim != 2:
         raise _NoExamples
     p = p_RC.double()
@@ -155,7 +156,7 @@ def _multinomial(uniforms: Uniforms, p_RC: Tensor, draws: int, replacement: bool
         return (p / uniforms(p_RC).log().neg()).topk(draws, -1).indices
     ends_RC = p.cumsum(-1)
     drawn_RN = torch.searchsorted(ends_RC, uniforms(p_RC, draws) * ends_RC[:, -1:], right=True)
-    last_R1 = p.shape[-1] - 1 - (p > 0).flip(-1).to(torch.uint8).argmax(-1, keepdim=True)  # rounding ends there
+    last_R1 = p.shape[-1] - 1 - (p > 0).flip(-1).to(torch.uint8).argmax(-1, keepdim=True)  # where rounding must end
     return torch.minimum(drawn_RN, last_R1)
 
 
@@ -163,8 +164,8 @@ def _normal(u: Tensor) -> Tensor:
     return torch.special.ndtri(u)
 
 
-def _as_asked(values: Tensor, like: Tensor, options: dict[str, Any]) -> Tensor:
-    """The numbers with the dtype and on the device that were asked for; those below 1 stay below it."""
+def _converted(values: Tensor, like: Tensor, options: dict[str, Any]) -> Tensor:
+    """The numbers in the dtype and on the device of the options, else of `like`; those below 1 stay below it."""
     dtype, device = options.get("dtype") or like.dtype, options.get("device") or like.device
     rounded = values.to(device, dtype)
     return torch.where((values < 1).to(device) & (rounded == 1), 1 - torch.finfo(dtype).eps / 2, rounded)
@@ -181,9 +182,9 @@ _SAMPLERS: dict[Any, Callable[..., Tensor]] = {
     _aten.randn.default: _randn,
     _aten.uniform_.default: _uniform_,
     _aten.normal_.default: _normal_,
-    _aten.normal.Tensor_float: _normal_of,
-    _aten.normal.float_Tensor: _normal_of,
-    _aten.normal.Tensor_Tensor: _normal_of,
+    _aten.normal.Tensor_float: _normal_of_parameters,
+    _aten.normal.float_Tensor: _normal_of_parameters,
+    _aten.normal.Tensor_Tensor: _normal_of_parameters,
     _aten.exponential_.default: _exponential_,
     _aten.bernoulli.default: _bernoulli,
     _aten.bernoulli_.float: _bernoulli_,

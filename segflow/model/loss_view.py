@@ -1,4 +1,4 @@
-"""A model seen through one of its task's losses: its tracked layers, and one watched forward and backward."""
+"""A model seen through one of its task's losses: its tracked layers, and a forward and backward that are checked."""
 
 from __future__ import annotations
 
@@ -23,10 +23,12 @@ from .tokens import Tokens
 
 @dataclass(frozen=True)
 class LossView:
-    """What a pass needs to look at the model with one of the task's losses.
+    """What a pass over data needs: the model, its layers, and one of the task's losses.
 
-    kind: "train", "sample" (pseudo-labels), "measurement" or "output"; layout: how the layers see a batch.
-    seed, place: with an example's index, what its pseudo-labels depend on.
+    Args:
+        kind: "train", "sample" (with pseudo-labels), "measurement" or "output".
+        layout: how the layers see a batch.
+        seed, place: with an example's index, all that its pseudo-labels depend on; place: a checkpoint's step.
     """
 
     model: nn.Module
@@ -44,20 +46,20 @@ class LossView:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of tokens and whatever is made of them: the layers' own, single precision where they have 16 bits."""
-        own = _reference(self.layers).dtype
-        return own if own in (torch.float32, torch.float64) else torch.float32
+        """Of tokens and of what is made of them: the layers' own, but single precision where they have 16 bits."""
+        of_layers = _reference(self.layers).dtype
+        return of_layers if of_layers in (torch.float32, torch.float64) else torch.float32
 
     @property
     def tolerance(self) -> float:
-        """Relative difference that rounding may make between two ways to compute one gradient."""
+        """The relative difference that rounding may make between two ways to compute one gradient."""
         if self.layout.coarse:
             return 0.1
         exact = self.device.type == "cpu"  # accelerators may multiply in reduced precision
         return 1e-6 if self.dtype == torch.float64 else 1e-3 if exact else 1e-2
 
     def positions(self, name: str) -> int:
-        """About how many positions a layer has for an example (the first example's, a convolution's of its input)."""
+        """About how many positions an example has in a layer: those of the first example, in a convolution's input."""
         return self.layers[name].positions(self.layout.shapes[name])
 
     def loss(self, batch: Batch) -> Tensor:
@@ -68,10 +70,10 @@ class LossView:
             return summed_loss(self.task, batch.content, self.model, kind=self.kind)
 
     def capture(self, batch: Batch, consume: Consumer, finite: FiniteCheck) -> Tensor:
-        """Walk one batch, handing tokens to `consume` and their finiteness to `finite`; returns the loss.
+        """Run one batch forward and back, handing each layer's tokens to `consume`; returns the loss.
 
-        Of an idle batch nothing is handed on. Raises LayerError where a layer's input does not have one row (or slice)
-        for each example.
+        All numbers are noted in `finite`. Nothing is handed on of an idle batch. Raises LayerError where a layer's
+        input does not have one row (or slice) for each example.
         """
 
         def checked(layer: TrackedLayer, tokens: Tokens) -> None:
@@ -99,10 +101,10 @@ def make_loss_view(
     dataset: Any,
     collate_fn: Collate | None,
 ) -> LossView:
-    """Find each layer's example axis with the dataset's first example; call it inside `observing(model)`.
+    """A view of the model, whose layout is found with the dataset's first example; call it inside `observing(model)`.
 
-    Raises LayerError where a layer is not reached by a training loss (a measurement may leave layers out: their part
-    of it is zero), its input has no axis of examples, or its weight is also used outside its calls.
+    Raises LayerError where a layer is not reached by the loss, its input has no axis of examples, or its weight is
+    used outside its calls as well. A measurement may leave layers out: their share of its gradient is zero.
     """
     device = _reference(layers).device
 
@@ -125,20 +127,20 @@ def make_loss_view(
 
 
 def _reference(layers: Mapping[str, TrackedLayer]) -> Tensor:
-    """The weight whose precision and device are the view's."""
+    """The weight whose dtype and device are those of the view."""
     return next(iter(layers.values())).module.get_parameter("weight")
 
 
 def _require_whole_gradients(view: LossView, batch: Batch) -> None:
-    """Raise LayerError unless each layer's tokens make up autograd's gradient of its parameters.
+    """Raise LayerError unless each layer's tokens make up the gradient of its parameters, as autograd computes it.
 
     They do not where the loss uses a weight outside the layer's own calls, as in F.linear(x, self.head.weight).
     """
-    found: dict[str, Tensor] = {}
+    from_tokens: dict[str, Tensor] = {}
     scales: dict[str, float] = {}
 
     def consume(layer: TrackedLayer, tokens: Tokens) -> None:
-        found[layer.name] = torch.einsum("pbso,pbsi->poi", tokens.g_PBSO, tokens.a_PBSI)
+        from_tokens[layer.name] = torch.einsum("pbso,pbsi->poi", tokens.g_PBSO, tokens.a_PBSI)
         scales[layer.name] = _magnitude(tokens).sqrt().item()
 
     torch.manual_seed(0)
@@ -147,7 +149,7 @@ def _require_whole_gradients(view: LossView, batch: Batch) -> None:
     relative, rounding = view.tolerance, 0.01 * view.tolerance
     for name, gradient in exact.items():
         norm = torch.linalg.vector_norm(gradient).item()
-        off = torch.linalg.vector_norm(gradient - found.get(name, 0.0)).item()
+        off = torch.linalg.vector_norm(gradient - from_tokens.get(name, 0.0)).item()
         if off > relative * norm + rounding * scales.get(name, 0.0):
             raise LayerError(
                 f"layer {name!r}: its calls do not make up its gradient of the {view.kind} loss (they differ by "
@@ -157,27 +159,30 @@ def _require_whole_gradients(view: LossView, batch: Batch) -> None:
 
 
 def _autograd_gradients(view: LossView, batch: Batch) -> dict[str, Tensor]:
-    """The gradient of a batch's loss in each layer's [P, O, I], by autograd; inside `observing(model)`."""
+    """The gradient [P, O, I] of a batch's loss in each layer, by autograd; inside `observing(model)`."""
     torch.manual_seed(0)
-    held = {} if is_sharded(view.model) else {name: layer.parameters for name, layer in view.layers.items()}
+    by_layer = {} if is_sharded(view.model) else {name: layer.parameters for name, layer in view.layers.items()}
     with ExitStack() as stack:
-        stack.enter_context(requiring_grad([parameter for own in held.values() for parameter in own]))
-        held = held or stack.enter_context(called_parameters(view.layers))
+        stack.enter_context(requiring_grad(_flat(by_layer)))
+        by_layer = by_layer or stack.enter_context(called_parameters(view.layers))
         stack.enter_context(torch.enable_grad())
         loss = view.loss(batch)
-        parameters = [parameter for own in held.values() for parameter in own]
-        found = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
-    gradients = iter(gradient.to(view.dtype) for gradient in found)
+        slopes = torch.autograd.grad(loss, _flat(by_layer), allow_unused=True, materialize_grads=True)
+    gradients = iter(gradient.to(view.dtype) for gradient in slopes)
     return {
         name: view.layers[name].gradient_matrix(
             next(gradients), next(gradients) if view.layers[name].has_bias else None
         )
-        for name in held
+        for name in by_layer
     }
 
 
+def _flat(by_layer: Mapping[str, list[Tensor]]) -> list[Tensor]:
+    return [parameter for parameters in by_layer.values() for parameter in parameters]
+
+
 def _ignore(_layer: TrackedLayer, _tokens: Tokens) -> None:
-    """Consume nothing."""
+    """The consumer of an idle batch, of which nothing counts."""
 
 
 def _magnitude(tokens: Tokens) -> Tensor:

@@ -1,4 +1,4 @@
-"""A model seen through one layer's input: representations take the place of gradients in all that follows."""
+"""A model seen through one layer's input: an example's representation takes the place of its gradient."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .tokens import Tokens
 
 @dataclass(frozen=True)
 class FeatureLayer:
-    """One layer's input as a gradient of shape [1, 1, I]."""
+    """A layer whose input takes the place of a gradient, of shape [1, 1, I]."""
 
     name: str
     shape: tuple[int, int, int]
@@ -27,9 +27,13 @@ class FeatureLayer:
 
 @dataclass(frozen=True)
 class RepresentationView:
-    """Walks batches as a view does, and hands on each example's representation h as the tokens of a gradient h.
+    """As a LossView, but what it hands on are tokens whose gradient is the example's representation h.
 
-    view: of a loss that depends on the layer, with that layer alone; normalized: brings each h to norm 1.
+    h is the layer's input, averaged over the positions.
+
+    Args:
+        view: of a loss that depends on the layer, with that layer alone.
+        normalized: brings each h to norm 1.
     """
 
     view: LossView
@@ -67,10 +71,10 @@ class RepresentationView:
         return 1
 
     def capture(self, batch: Batch, consume: Consumer, finite: FiniteCheck) -> Tensor:
-        """Walk one batch, handing each example's representation to `consume`."""
+        """Run one batch forward and back, handing each example's representation to `consume`; returns the loss."""
         feature = self.layers[self.layer.name]
 
-        def see(layer: TrackedLayer, tokens: Tokens) -> None:
+        def represent(layer: TrackedLayer, tokens: Tokens) -> None:
             a_PBSI = tokens.a_PBSI[..., : tokens.a_PBSI.shape[-1] - int(layer.has_bias)]
             h_BI = a_PBSI.mean(2).movedim(0, 1).flatten(1)
             if self.normalized:
@@ -78,11 +82,11 @@ class RepresentationView:
             ones = h_BI.new_ones(1, len(h_BI), 1, 1)
             consume(feature, Tokens(h_BI[None, :, None, :], ones))  # type: ignore[arg-type]
 
-        return self.view.capture(batch, see, finite)
+        return self.view.capture(batch, represent, finite)
 
 
 def representation_view(view: LossView, name: str | None, normalized: bool) -> RepresentationView:
-    """A view restricted to one layer (None: the last); LayerError if it is not tracked."""
+    """A view of one layer's input (None: the last layer's); LayerError if it is not tracked, or not reached."""
     chosen = list(view.layers)[-1] if name is None else name
     if chosen not in view.layers:
         raise LayerError(f"layer={name!r} is not tracked. Choose one of {list(view.layers)[:8]}.")

@@ -21,7 +21,10 @@ class Tokens(NamedTuple):
 
 
 def joined_examples(tokens: Tokens, size: int) -> Tokens:
-    """`size` examples as one with all of their positions, whose gradient is their sum; the last one may have fewer."""
+    """Tokens in which every `size` examples in a row are one, with all of their positions: its gradient is their sum.
+
+    The last one may be made of fewer examples.
+    """
 
     def join(side_PBSD: Tensor) -> Tensor:
         padded = functional.pad(side_PBSD, (0, 0, 0, 0, 0, -side_PBSD.shape[1] % size))

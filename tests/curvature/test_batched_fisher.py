@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -18,6 +19,7 @@ from segflow.errors import MethodError, SegflowError
 from segflow.methods.plan import Projection
 from segflow.runtime.ranks import current
 
+from ..methods import test_baselines
 from ..methods.test_baselines import (
     GROUPS,
     QUERIES,
@@ -26,7 +28,6 @@ from ..methods.test_baselines import (
     _close,
     _flat,
     _found,
-    _gradients,
     _grouped,
     _layers,
     _problem,
@@ -35,6 +36,8 @@ from ..methods.test_baselines import (
 from ..support import oracles
 from ..support.gang import Failed, Gang
 from ..support.helpers import analyzer_of, example_loss, perturbed_states, trajectory_of
+
+_gradients = lru_cache(None)(test_baselines._gradients)  # naive loops, the same for every case
 
 
 def _batched(rows: Tensor, batch: int, seed: int = 0) -> Tensor:
@@ -47,8 +50,14 @@ def _relative_error(batched: Tensor, exact: Tensor) -> float:
     return ((batched - exact).norm() / exact.norm()).item()
 
 
-@pytest.mark.parametrize("net", ["mlp", "conv"])
-@pytest.mark.parametrize("batch", [3, 8, 50])
+@pytest.mark.parametrize(
+    ("net", "batch"),
+    [
+        ("conv", 3),
+        ("mlp", 8),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in [("mlp", 3), ("conv", 8), ("mlp", 50), ("conv", 50)]),
+    ],
+)
 @pytest.mark.parametrize(("method", "kind"), [(sf.TRAK, "output"), (sf.ProjectedFisher, "train")])
 def test_the_batched_fisher_is_that_of_summed_gradients(
     tmp_path: Path, method: Any, kind: str, batch: int, net: str
@@ -56,10 +65,10 @@ def test_the_batched_fisher_is_that_of_summed_gradients(
     asked, real, features = (_gradients(net, of) for of in ("measurement", "train", kind))
     batched, exact = _batched(_flat(features), batch), _flat(features)
     expected = _projected(batched, _flat(asked), _grouped(_flat(real)), 0.02)
-    found = _found(tmp_path, method(None, 0.02, fisher_batch=batch), net)
-    _close(found.values, expected, 1e-6)
+    scores = _found(tmp_path, method(None, 0.02, fisher_batch=batch), net)
+    _close(scores.values, expected, 1e-6)
     error = _relative_error(batched.mT @ batched, exact.mT @ exact)
-    assert found.provenance["batching_error"] == [pytest.approx(error, rel=1e-6)]
+    assert scores.provenance["batching_error"] == [pytest.approx(error, rel=1e-6)]
 
 
 def test_the_batched_fisher_is_projected_too(tmp_path: Path) -> None:
@@ -94,10 +103,10 @@ def test_batched_eigenvalues_are_squares_of_summed_pseudo_gradients(tmp_path: Pa
         for part, block in enumerate(oracles.dense_curvature(Q_A, Q_S, Lambda)):
             query, group = asked[name][:, part].flatten(1), _grouped(real[name][:, part].flatten(1))
             expected += oracles.influence_scores(query, block, damping, group, N)
-    found = _found(tmp_path, sf.InfluenceFunction(damping, kind, fisher_batch=batch), net)
-    _close(found.values, expected)
+    scores = _found(tmp_path, sf.InfluenceFunction(damping, kind, fisher_batch=batch), net)
+    _close(scores.values, expected)
     error = _relative_error(*(torch.cat(side) for side in zip(*sides, strict=True)))
-    assert found.provenance["batching_error"] == [pytest.approx(error, rel=1e-6)]
+    assert scores.provenance["batching_error"] == [pytest.approx(error, rel=1e-6)]
 
 
 METHODS: dict[str, Any] = {
@@ -132,7 +141,9 @@ def test_batches_do_not_depend_on_how_the_data_is_walked(tmp_path: Path, method:
     _close(values[2], values[0])
 
 
-def test_the_error_is_told_from_some_of_the_examples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_of_batching_is_measured_on_some_of_the_examples(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(passes, "_COMPARED", 6)
     rows = _flat(_gradients("mlp", "train"))
     method = sf.ProjectedFisher(None, 0.02, fisher_batch=3)
@@ -140,13 +151,15 @@ def test_the_error_is_told_from_some_of_the_examples(tmp_path: Path, monkeypatch
     trajectory = trajectory_of(tmp_path / "run", perturbed_states(model, 3), N, lr=0.3)
     analyzer = analyzer_of(model, trajectory, tmp_path / "store", Margins(), method=method)
     analyzer.fit(train, batch_size=3)
-    found = analyzer.score(GROUPS, train, query)
+    scores = analyzer.score(GROUPS, train, query)
     order = np.random.default_rng(0).permutation(N)[:6]
     exact, batched = rows[order], torch.stack([rows[order[:3]].sum(0), rows[order[3:]].sum(0)])
     error = _relative_error(batched.mT @ batched, exact.mT @ exact)
-    assert found.provenance["batching_error"] == [pytest.approx(error, rel=1e-6)]
+    assert scores.provenance["batching_error"] == [pytest.approx(error, rel=1e-6)]
     _close(
-        found.values, _projected(_batched(rows, 3), _flat(_gradients("mlp", "measurement")), _grouped(rows), 0.02), 1e-6
+        scores.values,
+        _projected(_batched(rows, 3), _flat(_gradients("mlp", "measurement")), _grouped(rows), 0.02),
+        1e-6,
     )
 
 
@@ -159,13 +172,15 @@ def _on_ranks(folder: str, store: str, name: str, few: int | None) -> list[list[
     return analyzer.score(GROUPS, train, query).values.tolist()  # type: ignore[no-any-return]
 
 
+@pytest.mark.parametrize("count", [2, pytest.param(3, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("name", "few"), [("source", None), ("fisher", 13), ("trak", None)])
-def test_any_number_of_ranks_makes_the_same_batches(gang: Gang, tmp_path: Path, name: str, few: int | None) -> None:
+def test_any_number_of_ranks_makes_the_same_batches(
+    gang: Gang, tmp_path: Path, name: str, few: int | None, count: int
+) -> None:
     alone = _on_ranks(str(tmp_path), "alone", name, few)
-    for count in (2, 3):
-        for found in gang.run(count, _on_ranks, str(tmp_path), f"store-{count}", name, few):
-            assert not isinstance(found, Failed), found
-            torch.testing.assert_close(torch.tensor(found), torch.tensor(alone), rtol=1e-8, atol=1e-12)
+    for of_rank in gang.run(count, _on_ranks, str(tmp_path), "ranks", name, few):
+        assert not isinstance(of_rank, Failed), of_rank
+        torch.testing.assert_close(torch.tensor(of_rank), torch.tensor(alone), rtol=1e-8, atol=1e-12)
 
 
 def test_curvature_of_some_examples_is_theirs_and_groups_are_whole(tmp_path: Path) -> None:
@@ -182,16 +197,16 @@ def test_curvature_of_some_examples_is_theirs_and_groups_are_whole(tmp_path: Pat
         [block] = oracles.dense_curvature(*oracles.pooled_ekfac([(A, S, sampled[name][drawn])]))
         query, group = asked[name][:, 0].flatten(1), _grouped(real[name][:, 0].flatten(1))
         expected += oracles.influence_scores(query, block, damping, group, N)
-    found = _found(tmp_path, sf.InfluenceFunction(damping), curvature_examples=few)
-    _close(found.values, expected)
-    assert found.provenance["curvature_examples"] == few
+    scores = _found(tmp_path, sf.InfluenceFunction(damping), curvature_examples=few)
+    _close(scores.values, expected)
+    assert scores.provenance["curvature_examples"] == few
 
 
 @pytest.mark.parametrize("curvature", ["ekfac", "kfac", "diagonal"])
 def test_fewer_examples_change_the_curvature_and_more_than_there_are_do_not(tmp_path: Path, curvature: str) -> None:
     method = sf.InfluenceFunction(0.05, curvature)
     every, more, few = (
-        _found(tmp_path / str(count), method, "conv", curvature_examples=count).values for count in (None, 1000, 9)
+        _found(tmp_path / str(count), method, curvature_examples=count).values for count in (None, 1000, 9)
     )
     assert every.equal(more)
     assert not torch.allclose(every, few, rtol=1e-3)

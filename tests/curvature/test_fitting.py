@@ -81,7 +81,7 @@ def test_pooled_factors_equal_a_naive_per_example_loop(tmp_path: Path, case: str
     method = sf.Source(segments=1, checkpoint_weights=weighting)
     analyzer = analyzer_of(model, trajectory, tmp_path / "store", method=method, memory=memory)
     analyzer.fit(train, batch_size=5)
-    found = _fitted(analyzer, train)
+    blocks = _fitted(analyzer, train)
 
     layers = {name: layer.module for name, layer in analyzer.context.layers.tracked.items()}
     per_checkpoint = []
@@ -91,7 +91,7 @@ def test_pooled_factors_equal_a_naive_per_example_loop(tmp_path: Path, case: str
         per_checkpoint.append(
             (oracles.naive_covariances(model, layers, loss, N), oracles.example_gradients(model, layers, loss, N))
         )
-    for name, block in found.items():
+    for name, block in blocks.items():
         expected = oracles.pooled_ekfac(
             [(*cov[name], grads[name]) for cov, grads in per_checkpoint],
             None if weighting == "equal" else (0.5, 1 / 3, 1 / 6),  # of 30 steps 15, 10 and 5 are nearest
@@ -172,7 +172,7 @@ def test_factors_equal_kronfluence_on_the_same_labels(tmp_path: Path, case: str)
     trajectory = trajectory_of(tmp_path / "run", [state], N)
     ours = analyzer_of(model, trajectory, tmp_path / "store", task=Peer(), method=sf.InfluenceFunction())
     ours.fit(train, batch_size=7)
-    found = _fitted(ours, train)
+    blocks = _fitted(ours, train)
 
     model.load_state_dict(state)
     precise = dict.fromkeys(
@@ -185,7 +185,7 @@ def test_factors_equal_kronfluence_on_the_same_labels(tmp_path: Path, case: str)
         "factors", train, per_device_batch_size=7, factor_args=FactorArguments(use_empirical_fisher=False, **precise)
     )
     theirs = peer.load_all_factors("factors")
-    for name, block in found.items():
+    for name, block in blocks.items():
         basis = (theirs[f"{side}_eigenvectors"][name] for side in ("activation", "gradient"))
         count = theirs["num_lambda_processed"][name]
         expected = oracles.dense_curvature(
@@ -227,5 +227,6 @@ def test_seed_changes_the_pseudo_labels_and_nothing_else_does(tmp_path: Path) ->
         analyzer.fit(train)
         return _fitted(analyzer, train)["0"].eigenvalues_POI
 
-    assert torch.equal(eigenvalues("first", 0), eigenvalues("second", 0))
-    assert not torch.allclose(eigenvalues("first", 0), eigenvalues("third", 1))
+    first = eigenvalues("first", 0)
+    assert torch.equal(eigenvalues("second", 0), first)
+    assert not torch.allclose(eigenvalues("third", 1), first)

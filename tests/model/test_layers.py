@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable
 from types import MethodType
 from typing import Any
 
@@ -16,102 +16,13 @@ from torch.nn import functional
 from torch.nn.utils import parametrizations, prune
 
 import segflow as sf
-from segflow.model.capture import capture, example_axes, observing
 from segflow.model.layers.registry import LayerChoice, choose_layers, track
-from segflow.model.layers.tracked import TrackedLayer
-from segflow.model.tokens import Tokens
 
 from ..support import oracles
+from ..support.exactness import RANDOMISED, Along, Calls, assert_exact, captured, example_matrices, normal
 
-Loss = Callable[[nn.Module, Tensor], Tensor]
-RANDOMISED = settings(max_examples=60, deadline=None, derandomize=True, database=None)
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-
-
-# ---- how tokens are compared with autograd; test_capture.py uses it too ----
-
-
-def sines(model: nn.Module, x: Tensor) -> Tensor:
-    """A loss that is a sum over examples and bends."""
-    return model(x).sin().sum()
-
-
-def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
-
-
-def captured(
-    model: nn.Module, layers: Mapping[str, TrackedLayer], x: Tensor, loss: Loss = sines
-) -> tuple[Tensor, dict[str, Tokens]]:
-    """The loss of the batch x, and each layer's tokens."""
-    found: dict[str, Tokens] = {}
-
-    def consume(layer: TrackedLayer, tokens: Tokens) -> None:
-        assert layer.name not in found, "tokens were handed out twice"
-        found[layer.name] = tokens
-
-    with observing(model):
-        axes, _, _ = example_axes(layers, lambda copies: loss(model, torch.stack([x[0]] * copies)))
-        total = capture(layers, axes, lambda: loss(model, x), consume, torch.float64)
-    return total, found
-
-
-def example_matrices(tokens: Tokens) -> Tensor:
-    return torch.einsum("pbso,pbsi->bpoi", tokens.g_PBSO, tokens.a_PBSI)
-
-
-def assert_exact(
-    model: nn.Module, x: Tensor, loss: Loss = sines, names: Collection[str] | None = None
-) -> dict[str, TrackedLayer]:
-    """Every tracked layer's tokens make up autograd's gradient: summed, and of each example alone."""
-    tracked = choose_layers(model, names).tracked
-    modules = {name: layer.module for name, layer in tracked.items()}
-    total, found = captured(model, tracked, x, loss)
-    torch.testing.assert_close(total, loss(model, x).detach(), rtol=1e-12, atol=0)
-    alone = oracles.example_gradients(model, modules, lambda i: loss(model, x[i : i + 1]), len(x))
-    summed = oracles.example_gradients(model, modules, lambda _i: loss(model, x), 1)
-    assert found.keys() == tracked.keys()
-    for name, layer in tracked.items():
-        got = example_matrices(found[name])
-        assert layer.shape == got.shape[1:]
-        scale = max(1.0, summed[name].abs().max().item())
-        torch.testing.assert_close(got, alone[name], rtol=0, atol=1e-10 * scale)
-        torch.testing.assert_close(got.sum(0), summed[name][0], rtol=0, atol=1e-10 * scale)
-        assert summed[name].abs().max() > 0, "a gradient of zero proves nothing"
-    return tracked
-
-
-class Along(nn.Module):
-    """Runs a layer with the examples on another axis of its input than the first."""
-
-    def __init__(self, layer: nn.Module, axis: int = 0):
-        super().__init__()
-        self.layer, self.axis = layer, axis
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.layer(x.movedim(0, self.axis).tanh()).movedim(self.axis, 0)
-
-
-class Calls(nn.Module):
-    """Modules, and a function of them and the input."""
-
-    def __init__(self, forward: Callable[..., Tensor], **modules: nn.Module):
-        super().__init__()
-        for name, module in modules.items():
-            self.add_module(name, module)
-        self.run = forward
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.run(self, x)
-
-
-@pytest.fixture(autouse=True)
-def _float64() -> Any:
-    torch.manual_seed(0)
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(before)
+DTYPE = torch.float64
 
 
 # ---- exact: linear layers and convolutions ----
@@ -343,11 +254,11 @@ def test_every_parametrised_module_is_either_tracked_or_reported() -> None:
     layers += [nn.BatchNorm1d(6, affine=False), nn.ReLU(), parametrizations.orthogonal(nn.Linear(2, 2))]
     model = nn.Sequential(*layers)
     choice = choose_layers(model)
-    from_rank = {*choice.tracked, *choice.skipped}
+    reported = {*choice.tracked, *choice.skipped}
     holders = {name.rpartition(".")[0] for name, _ in model.named_parameters()}
-    assert holders <= from_rank
+    assert holders <= reported
     assert set(choice.tracked) == {"1.linear1", "1.linear2", "4"}
-    assert choose_layers(model, ["4"]).skipped.keys() == from_rank - {"4"}
+    assert choose_layers(model, ["4"]).skipped.keys() == reported - {"4"}
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
-"""Convolutions in one, two or three dimensions, with every stride, padding mode, dilation and groups.
+"""Convolutions in one, two or three dimensions, with every stride, dilation, padding mode and number of groups.
 
-Axes: P parts, B examples, S output positions, C channels, O outputs.
+Axes: P parts (the convolution's groups), B examples, S output positions, C channels, O outputs of a part.
 """
 
 from __future__ import annotations
@@ -18,23 +18,23 @@ from .tracked import TrackedLayer
 
 @register
 class ConvolutionLayer(TrackedLayer):
-    """nn.Conv1d, nn.Conv2d and nn.Conv3d: a token for each output position, its receptive field being the input."""
+    """nn.Conv1d, nn.Conv2d and nn.Conv3d: a token for each output position, whose input is its receptive field."""
 
     modules: ClassVar = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
     methods: ClassVar = ("forward", "_conv_forward", "__call__")
     examples_first: ClassVar = True
 
     def sides(self, value: Tensor, gradient: Tensor, axis: int) -> tuple[Tensor, Tensor]:
-        """Receptive fields, and the outputs' gradients."""
+        """The receptive fields, and the gradients of the outputs; the examples are always on the first axis."""
         return _patches(self.module, value), _channels(self.module, gradient)
 
     def positions(self, shape: torch.Size) -> int:
-        """Those of the input, of which the output may have fewer."""
+        """How many positions the input has; the output may have fewer."""
         return max(1, shape.numel() // (2 * shape[1]))
 
     @property
     def parts(self) -> int:
-        """P: the convolution's groups."""
+        """P: the number of the convolution's groups."""
         return int(self.module.groups)  # type: ignore[arg-type]
 
 
@@ -54,5 +54,5 @@ def _patches(convolution: nn.Module, value_BC: Tensor) -> Tensor:
 
 
 def _channels(convolution: nn.Module, gradient_BC: Tensor) -> Tensor:
-    """Output gradients as [P, B, S, O/P]."""
+    """Output gradients as [P, B, S, O]."""
     return rearrange(gradient_BC, "b (p o) ... -> p b (...) o", p=convolution.groups)

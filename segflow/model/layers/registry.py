@@ -1,4 +1,4 @@
-"""Which kind of layer a module is, and which layers of a model are attributed."""
+"""The kinds of layers that are known, which of them a module is, and which layers of a model are attributed."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from ...errors import LayerError
 from .tracked import TrackedLayer
 
 Kind = TypeVar("Kind", bound=type[TrackedLayer])
-_KINDS: list[type[TrackedLayer]] = []  # the latest first, so that a kind of the user's own comes before ours
+_KINDS: list[type[TrackedLayer]] = []  # the latest first, so that a user's own kind comes before the built-in ones
 
 
 def register(kind: Kind) -> Kind:
-    """Have modules of a kind attributed; use it as a decorator of a subclass of `TrackedLayer`.
+    """Make a kind of layer known, so that its modules are attributed: a decorator for subclasses of `TrackedLayer`.
 
-    A module that two kinds claim is taken by the one registered last. LayerError where the kind names no modules.
+    Where two kinds claim a module, the one registered last takes it. Raises LayerError if the kind names no modules.
     """
     if not kind.modules:
         raise LayerError(f"{kind.__name__}: expected the module types of this kind in `modules`, found none.")
@@ -54,14 +54,14 @@ class LayerChoice(NamedTuple):
 def choose_layers(
     model: nn.Module, names: Collection[str] | None = None, is_trained: Callable[[str], bool] | None = None
 ) -> LayerChoice:
-    """The layers to attribute.
+    """The layers to attribute, and the reason for every other module that has parameters.
 
     Args:
-        names: the modules asked for; None takes every supported one.
+        names: the names of the modules to attribute; None takes every supported one.
         is_trained: tells for a parameter's name whether training changed it; None asks `requires_grad`.
 
     Raises:
-        LayerError: a module asked for is unknown or not supported, or nothing is left to attribute.
+        LayerError: a module of these names is unknown or not supported, or nothing is left to attribute.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
     _check_names(names, modules)
@@ -75,7 +75,7 @@ def choose_layers(
         if not _has_parameters(module):
             continue
         prefix = f"{name}." if name else ""
-        reason = _why_not(module, name, modules, prefix, trained) or _shared(module, name, owners)
+        reason = _why_not(module, name, modules, prefix, trained) or _why_shared(module, name, owners)
         if wanted is not None and name not in wanted:
             reason = "not among the tracked modules that the task names"
         elif wanted is not None and reason:
@@ -86,8 +86,8 @@ def choose_layers(
             has_bias = module.bias is not None and trained(f"{prefix}bias")
             tracked[name] = track(name, module, has_bias)
     if not tracked:
-        found = "; ".join(f"{name}: {reason}" for name, reason in skipped.items()) or "no module has parameters"
-        raise LayerError(f"no layer can be attributed ({found}). Supported: {_supported()}.")
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in skipped.items()) or "no module has parameters"
+        raise LayerError(f"no layer can be attributed ({reasons}). Supported: {_supported()}.")
     return LayerChoice(tracked, skipped)
 
 
@@ -112,11 +112,11 @@ def _has_parameters(module: nn.Module) -> bool:
 def _why_not(
     module: nn.Module, name: str, modules: dict[str, nn.Module], prefix: str, trained: Callable[[str], bool]
 ) -> str | None:
-    """Why this module cannot be tracked, judged by itself; None if it can."""
+    """Why this module cannot be tracked, whatever other modules hold; None if it can."""
     kind = kind_of(module)
     if kind is None:
         return f"{type(module).__name__} is not supported"
-    actual, base = type(module), next(one for one in kind.modules if isinstance(module, one))
+    actual, base = type(module), next(supported for supported in kind.modules if isinstance(module, supported))
     overridden = [m for m in kind.methods if m in vars(module) or getattr(actual, m, 0) is not getattr(base, m, 0)]
     extra = sorted(set(module._parameters) - {"weight", "bias"})
     weight = module._parameters.get("weight")
@@ -130,12 +130,12 @@ def _why_not(
         f"it has extra parameters {extra}": bool(extra),
         "it is lazy and not initialised yet": isinstance(weight, nn.UninitializedParameter),
     }
-    first = next((reason for reason, holds in reasons.items() if holds), None)
-    return first or (None if trained(f"{prefix}weight") else "its weight was not trained")
+    first_reason = next((reason for reason, holds in reasons.items() if holds), None)
+    return first_reason or (None if trained(f"{prefix}weight") else "its weight was not trained")
 
 
 def _identity(parameter: nn.Parameter) -> Hashable:
-    """Equal for parameters that share memory (also under two Parameter objects)."""
+    """What is equal for parameters that share memory, also where two Parameter objects do."""
     if isinstance(parameter, nn.UninitializedParameter) or parameter.data_ptr() == 0:
         return id(parameter)
     return parameter.device, parameter.data_ptr()
@@ -150,10 +150,10 @@ def _owners(model: nn.Module) -> dict[Hashable, list[str]]:
     return owners
 
 
-def _shared(module: nn.Module, name: str, owners: dict[Hashable, list[str]]) -> str | None:
-    """Names another module that holds one of this module's parameters, if there is one."""
-    held = [_identity(p) for p in module._parameters.values() if p is not None]
-    others = [other for key in held for other in owners[key] if other != name]
+def _why_shared(module: nn.Module, name: str, owners: dict[Hashable, list[str]]) -> str | None:
+    """Why a module that shares a parameter with another one cannot be tracked; None if it shares none."""
+    identities = [_identity(p) for p in module._parameters.values() if p is not None]
+    others = [owner for identity in identities for owner in owners[identity] if owner != name]
     if not others:
         return None
     other = others[0] or "the model itself"

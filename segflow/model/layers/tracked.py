@@ -1,8 +1,10 @@
-"""What every kind of layer gives: tokens whose product is the weight's gradient, and the gradient's layout.
+"""What every kind of layer gives: tokens whose product is the weight's gradient, and the layout of that gradient.
 
-Axes: B examples, S positions, P parts (the groups of a grouped convolution; 1 elsewhere), I inputs of a part
-(with the bias as a last input that is always 1), O outputs of a part, Q gradients. The gradient of example b is, for
-each part, sum_s g_PBSO[p,b,s,o] a_PBSI[p,b,s,i] (Eschenhagen et al. 2023, "expand").
+The gradient of example b is, for each part p, sum_s g_PBSO[p,b,s,o] a_PBSI[p,b,s,i] (Eschenhagen et al. 2023, arXiv
+2311.00636, the setting "expand").
+
+Axes: B examples, S positions, P parts (the groups of a grouped convolution; 1 elsewhere), I inputs of a part (with the
+bias as a last input that is always 1), O outputs of a part, Q gradients.
 """
 
 from __future__ import annotations
@@ -23,27 +25,32 @@ from ..tokens import Tokens
 class TrackedLayer(ABC):
     """One layer to attribute: its weight, and its bias as one more input.
 
-    A kind of layer derives from it and says which modules are of its kind, how a call's input and output gradient
-    become tokens (`sides`), and how many positions an example has (`positions`). A weight that does not have its
-    outputs first, as nn.Linear's has, needs `shape`, `gradient_matrices` and `by_parameter` as well.
+    A kind of layer is a subclass that says which modules are of its kind (`modules`), how the input and the output
+    gradient of a call become tokens (`sides`), and how many positions an example has (`positions`). Where the weight
+    does not have the outputs on its first axis, as nn.Linear's has, the subclass defines `shape`, `gradient_matrices`
+    and `by_parameter` as well.
 
-    has_bias is False for a layer without bias, or whose bias was not trained.
+    Args:
+        name: the module's name in the model.
+        has_bias: False for a layer without a bias, or whose bias was not trained.
     """
 
     name: str
     module: nn.Module
     has_bias: bool
 
-    modules: ClassVar[tuple[type[nn.Module], ...]] = ()  # that are of this kind
-    methods: ClassVar[tuple[str, ...]] = ("forward", "__call__")  # which a subclass of those must not override
+    modules: ClassVar[tuple[type[nn.Module], ...]] = ()  # the types of modules that are of this kind
+    methods: ClassVar[tuple[str, ...]] = ("forward", "__call__")  # a module that overrides one of these is refused
     examples_first: ClassVar[bool] = False  # True if only the first axis of an input may count the examples
 
     @abstractmethod
     def sides(self, value: Tensor, gradient: Tensor, axis: int) -> tuple[Tensor, Tensor]:
-        """a [P, B, S, I] without the bias's input, and g [P, B, S, O], of one call.
+        """Inputs a [P, B, S, I], without the bias's, and output gradients g [P, B, S, O] of one call of the layer.
 
-        value: the call's input; gradient: of the summed loss with respect to its output; axis: where both count the
-        examples.
+        Args:
+            value: the call's input.
+            gradient: the gradient of the summed loss with respect to the call's output.
+            axis: the axis on which both count the examples.
         """
 
     @abstractmethod
@@ -52,12 +59,12 @@ class TrackedLayer(ABC):
 
     @property
     def parts(self) -> int:
-        """P: groups of a convolution, 1 elsewhere."""
+        """P: the number of groups of a convolution, 1 elsewhere."""
         return 1
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """[P, O, I] of the layer's gradient, the bias being the last input."""
+        """[P, O, I], the shape of the layer's gradient; the bias is the last input."""
         weight = self.module.get_parameter("weight")
         outputs = weight.shape[0] // self.parts
         return self.parts, outputs, weight.shape[1:].numel() + int(self.has_bias)

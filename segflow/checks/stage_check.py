@@ -1,0 +1,75 @@
+"""One stage of training checked on a few batches: its checkpoints, its losses, and the curvature of `sample=True`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+from ..curvature.passes import covariances
+from ..data.batches import Batch, batches, in_order
+from ..methods.plan import Point
+from ..model.loss_view import LossView
+from ..runtime.progress import track
+from ..runtime.ranks import Ranks
+from ..scoring.query_sets import query_set
+from ..stage.context import StageContext
+from ..tasks.task import defines_output
+from .check_report import CheckReport
+from .curvature_scale import curvature_scale, require_scale
+from .losses import check_examples, check_reached, check_sum
+
+_BATCH = 16  # examples of a batch
+_BATCHES = 4
+_ALONE = 4  # examples that are compared alone and in a batch
+
+
+def check_checkpoints(contexts: Sequence[StageContext]) -> None:
+    """Raise TrajectoryError unless every checkpoint of these stages fits the model."""
+    points = [
+        (context, Point.at(context.stage, index)) for context in contexts for index in range(len(context.trajectory))
+    ]
+    for context, point in track(points, "checkpoints fit the model", enabled=contexts[-1].settings.progress):
+        context.load(point)
+
+
+def check_stage(context: StageContext, train: Any, query: Any | None, curvature_tolerance: float) -> CheckReport:
+    """Check one stage's training loss and pseudo-labels, and the measurement where queries are given.
+
+    curvature_tolerance: the factor, at least 1, by which the curvature of `sample=True` may be off. Call it inside
+    `observing(model)`. Raises TaskError and LayerError.
+    """
+    context.load(context.last)
+    view = context.loss_view("train", train)
+    _check_loss(context, view, train)
+    if query is not None:
+        query_set(query).check(
+            context, view.layers, lambda data: _check_loss(context, context.loss_view("measurement", data), data)
+        )
+    if defines_output(context.task):
+        _check_loss(context, context.loss_view("output", train), train)
+    sample = replace(view, kind="sample", seed=context.settings.seed)
+    covariances(sample, _few_batches(context, train), Ranks(), f"check, {context.where(context.last)}")
+    context.load(Point.at(context.stage, 0))  # the least converged checkpoint: pseudo-labels still vary there
+    scale = curvature_scale(view, sample, next(_few_batches(context, train)))
+    require_scale(scale, curvature_tolerance, context.task)
+    parameters = sum(parameter.numel() for parameter in context.model.parameters())
+    return CheckReport(context.parameters, parameters, context.layers.skipped, scale)
+
+
+def _check_loss(context: StageContext, view: LossView, dataset: Any) -> None:
+    """Check one loss, which `view` sees the model through, on the first examples of a dataset."""
+    count = min(len(dataset), _BATCH)
+    lists = [range(count), *in_order(count, max(1, (count + 1) // 2))]
+    whole, *halves = batches(dataset, lists, context.collate_fn, view.device)
+    check_sum(view, whole, halves)
+    first = range(min(count, _ALONE))
+    together, *alone = batches(dataset, [first, *([index] for index in first)], context.collate_fn, view.device)
+    check_examples(view, together, alone)
+    check_reached(view, _few_batches(context, dataset), context.where(context.last))
+
+
+def _few_batches(context: StageContext, dataset: Any) -> Iterator[Batch]:
+    device = next(context.model.parameters()).device
+    lists = in_order(min(len(dataset), _BATCHES * _BATCH), _BATCH)
+    return batches(dataset, lists, context.collate_fn, device)
