@@ -15,13 +15,13 @@ from segflow.evaluation import (
     Table,
     leave_one_group_out,
     linear_datamodeling_score,
-    linear_datamodeling_scores,
+    linear_datamodeling_curve,
     noise_ceiling,
     random_subsets,
     read_bank,
     removal_counterfactual,
 )
-from segflow.evaluation.statistics import student, unchanged, welch, wilson
+from segflow.evaluation.statistics import student_interval, unchanged_interval, welch_interval, wilson_interval
 
 from .test_removal import EFFECTS, TRUE, Linear, N, Q, noise_of, scores_of
 
@@ -55,7 +55,7 @@ def test_each_right_query_loses_its_own_supporters_and_turns_or_not(tmp_path: Pa
         expected = [_turns(np.argsort(-EFFECTS[query]), query, count) for query in (0, 1)]
         row = table.value("Oracle", count)
         assert row.values == tuple(map(float, expected))
-        np.testing.assert_allclose((row.mean, row.low, row.high), wilson(np.mean(expected), 2))
+        np.testing.assert_allclose((row.mean, row.low, row.high), wilson_interval(np.mean(expected), 2))
     assert [table.value("Oracle", count).mean for count in (1, 10)] == [0.5, 1.0]
     assert table.references["nothing removed"][0] == 0
     assert "Wilson" in table.settings["interval"]
@@ -70,7 +70,7 @@ def test_random_removal_turns_queries_as_often_as_its_draws_do(tmp_path: Path) -
     expected = [np.mean([_turns(np.flatnonzero(~row), q, 8) for q in (0, 1)]) for row in drawn]
     row = table.value("random", 8)
     assert sorted(row.values) == pytest.approx(sorted(expected))
-    mean, low, high = student(expected)
+    mean, low, high = student_interval(expected)
     np.testing.assert_allclose((row.mean, row.low, row.high), (mean, max(0, low), min(1, high)))
     assert low < 0, "clipped"
     assert "Student's t, within 0 and 1" in table.settings["interval"]
@@ -88,7 +88,7 @@ def test_a_query_turns_by_its_mean_over_the_repetitions(tmp_path: Path) -> None:
     right = np.flatnonzero(first > 0)
     assert table.settings["right"] == right.tolist()
     nothing = (second[right] < 0).mean()
-    np.testing.assert_allclose(table.references["nothing removed"], wilson(nothing, len(right)))
+    np.testing.assert_allclose(table.references["nothing removed"], wilson_interval(nothing, len(right)))
     for query, value in zip(right, table.value("Oracle", 3).values, strict=True):
         kept = tuple(np.sort(np.argsort(-EFFECTS[query])[3:]))
         seeds = [seed for own, seed in training.jobs if own == kept]
@@ -106,7 +106,7 @@ def test_runs_count_by_the_share_of_them_in_which_a_query_turns(tmp_path: Path) 
     )
     assert table.value("one", 10).values == (1, 1)
     assert table.value("both", 10).values == (0.5, 0.5)
-    assert table.value("both", 10).low == pytest.approx(wilson(0.5, 2).low)
+    assert table.value("both", 10).low == pytest.approx(wilson_interval(0.5, 2).low)
 
 
 def test_a_counterfactual_resumes_and_its_seed_draws_others(tmp_path: Path) -> None:
@@ -143,7 +143,7 @@ def test_a_counterfactual_that_makes_no_sense_is_refused(tmp_path: Path, change:
 
 def _datamodeling(folder: Path, scores: Any = TRUE, noise: float = 1.0, **options: Any) -> Table:
     plain: dict[str, Any] = {"ratios": (0.25, 0.5), "subsets": 12, "resamples": 30, "progress": False}
-    return linear_datamodeling_scores(scores, Linear(noise=noise), folder, **(plain | options))
+    return linear_datamodeling_curve(scores, Linear(noise=noise), folder, **(plain | options))
 
 
 def _bank_of(folder: Path, ratio: float) -> tuple[np.ndarray, np.ndarray]:
@@ -200,7 +200,7 @@ def test_one_repetition_has_no_noise_ceiling(tmp_path: Path) -> None:
     assert _datamodeling(tmp_path, repetitions=1).series == ("Oracle", "random")
 
 
-def test_options_of_linear_datamodeling_scores_change_the_result(tmp_path: Path) -> None:
+def test_options_of_linear_datamodeling_curve_change_the_result(tmp_path: Path) -> None:
     plain = _datamodeling(tmp_path / "plain")
     assert _datamodeling(tmp_path / "plain") == plain
     for name, options in enumerate(({"subsets": 9}, {"seed": 1}, {"repetitions": 2})):
@@ -229,7 +229,7 @@ def test_options_of_linear_datamodeling_scores_change_the_result(tmp_path: Path)
         ({"scores": TRUE.total()}, r"expected \[M, 20\] and \[M, 1\]"),
     ],
 )
-def test_linear_datamodeling_scores_that_make_no_sense_are_refused(tmp_path: Path, options: Any, message: str) -> None:
+def test_linear_datamodeling_curve_that_make_no_sense_are_refused(tmp_path: Path, options: Any, message: str) -> None:
     with pytest.raises(sf.ScoreError, match=message):
         _datamodeling(tmp_path, **options)
     assert not list(tmp_path.iterdir()) or "scores" in options, "nothing was trained"
@@ -277,9 +277,9 @@ def test_a_groups_interval_is_welchs_against_the_retrainings_with_all(tmp_path: 
     assert len(everything) == 4
     for row, members in zip(table.rows, GROUPS.members, strict=True):
         own = measured(np.setdiff1d(np.arange(N), members))
-        np.testing.assert_allclose((row.mean, row.low, row.high), welch(own, everything))
+        np.testing.assert_allclose((row.mean, row.low, row.high), welch_interval(own, everything))
         np.testing.assert_allclose(row.values, own - everything.mean())
-    np.testing.assert_allclose(table.references["nothing removed"], unchanged(everything))
+    np.testing.assert_allclose(table.references["nothing removed"], unchanged_interval(everything))
     low, high = table.references["nothing removed"][1:]
     assert low < 0 < high
 

@@ -24,7 +24,7 @@ from segflow.evaluation import (
     retraining_score,
 )
 from segflow.evaluation.retraining.reuse import Retrainings
-from segflow.evaluation.statistics import student
+from segflow.evaluation.statistics import student_interval
 
 N, Q = 20, 3
 EFFECTS = np.random.default_rng(0).normal(size=(Q, N))  # what each example lowers each query's measurement by
@@ -143,10 +143,10 @@ def test_a_rows_interval_is_students_over_its_retrainings(tmp_path: Path) -> Non
     values = [-EFFECTS[:, kept].sum(1).mean() + noise_of(seed, Q).mean() for own, seed in training.jobs if own == kept]
     row = table.value("Oracle", 0.1)
     np.testing.assert_allclose(row.values, values)
-    np.testing.assert_allclose((row.mean, row.low, row.high), student(values))
+    np.testing.assert_allclose((row.mean, row.low, row.high), student_interval(values))
     assert len(set(values)) == 4, "each retraining has a seed of its own"
     everything = [seed for own, seed in training.jobs if own == tuple(range(N))]
-    nothing = student([-EFFECTS.sum(1).mean() + noise_of(seed, Q).mean() for seed in everything])
+    nothing = student_interval([-EFFECTS.sum(1).mean() + noise_of(seed, Q).mean() for seed in everything])
     np.testing.assert_allclose(table.references["nothing removed"], nothing)
     assert "Student's t, of the mean over the retrainings" in table.settings["interval"]
 
@@ -158,7 +158,7 @@ def test_several_runs_are_averaged_and_the_interval_is_over_the_runs(tmp_path: P
     expected = [_expected(removal_order(run)[:5]) for run in runs]
     row = table.value("ensemble", 0.25)
     np.testing.assert_allclose(row.values, expected)
-    np.testing.assert_allclose((row.mean, row.low, row.high), student(expected))
+    np.testing.assert_allclose((row.mean, row.low, row.high), student_interval(expected))
     assert len(table.value("true", 0.25).values) == 2
     assert len(table.value("random", 0.25).values) == 6, "as many orders as the series has retrainings"
     assert table.settings["runs"] == {"ensemble": 3, "true": 1}
