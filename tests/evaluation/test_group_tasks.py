@@ -14,8 +14,8 @@ import segflow as sf
 from segflow.evaluation import (
     Table,
     leave_one_group_out,
-    linear_datamodeling_score,
     linear_datamodeling_curve,
+    linear_datamodeling_score,
     noise_ceiling,
     random_subsets,
     read_bank,
