@@ -8,7 +8,7 @@ from typing import Any
 
 import segflow as sf
 from segflow.evaluation import noisy_label_detection
-from segflow.evaluation.statistics import student
+from segflow.evaluation.statistics import student_interval
 
 from .runs import accuracy, groups_of, say, shared_out, singles_of
 from .settings import GROUPINGS, Setting
@@ -41,7 +41,7 @@ def detect(setting: Setting, reuse: bool = False) -> Path:
         found[name] = {grouping: {} for grouping in GROUPINGS}
         for grouping, size in places:
             values = table.value(json.dumps((grouping, size))).values
-            found[name][grouping][str(size)] = student(values)._asdict() | {"values": values}
+            found[name][grouping][str(size)] = student_interval(values)._asdict() | {"values": values}
         say(f"{setting.name}, {name}: AUC of single examples {found[name]['random']['1']['mean']:.3f}")
     [perfect] = [reference for title, reference in table.references.items() if "perfect" in title]
     content = {

@@ -1,13 +1,24 @@
-"""Does retraining agree? Ground truths, how far scores agree with them, and the tasks that scores are used for."""
+"""Does retraining agree? Ground truths, how far scores agree with them, and the tasks that scores are used for.
+
+Ground truths: `random_subsets`, `retrain`, and `Bank`, which keeps what a `FunctionTraining` or a `BatchedTraining` of
+`Stage`s measured.
+
+Scores against retrainings that are there: `linear_datamodeling_score` and `linear_datamodeling_difference`,
+`noise_ceiling`, `empirical_influence`. Tasks that retrain what they need, each a `Table` of `Row`s with a random
+baseline: `linear_datamodeling_curve`, `retraining_score`, `dataset_pruning`, `removal_counterfactual`,
+`leave_one_group_out`.
+
+Wrong labels, without retraining: `noisy_label_detection`, `found_among_lowest`, `detection_auc`.
+"""
 
 from ..report import Row, Table
 from .counterfactual import removal_counterfactual
 from .datamodeling import (
     LinearDatamodelingDifference,
     LinearDatamodelingScore,
+    linear_datamodeling_curve,
     linear_datamodeling_difference,
     linear_datamodeling_score,
-    linear_datamodeling_scores,
 )
 from .detection import Detection, detection_auc, found_among_lowest, noisy_label_detection
 from .empirical import empirical_influence
@@ -42,9 +53,9 @@ __all__ = [
     "empirical_influence",
     "found_among_lowest",
     "leave_one_group_out",
+    "linear_datamodeling_curve",
     "linear_datamodeling_difference",
     "linear_datamodeling_score",
-    "linear_datamodeling_scores",
     "noise_ceiling",
     "noisy_label_detection",
     "random_subsets",

@@ -1,6 +1,6 @@
 """Removing the examples that hold a query's prediction up: does it turn?
 
-Axis letters: Q queries, N examples, C counts that are removed, R repetitions, D random draws.
+Axis letters: Q queries, N examples, C counts that are removed, M subsets, R repetitions, D random draws.
 """
 
 from __future__ import annotations
@@ -14,28 +14,27 @@ import numpy as np
 from ..errors import ScoreError, is_whole
 from ..report.table import Estimate, Row, Table
 from ..results.scores import Scores
+from .arguments import finite_numbers
 from .retraining.bank import Training
 from .retraining.reuse import RetrainingOptions, Retrainings
 from .series import (
+    NOTHING_REMOVED,
     RANDOM,
     Series,
+    check_examples,
     check_queries,
-    check_training,
-    numbers,
     ordered,
     over_examples,
     random_order,
     values_of,
     without,
 )
-from .statistics import student, wilson
+from .statistics import student_interval, wilson_interval
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 _DRAWS = 5  # random sets of each count, each for all queries
-
-
 _INTERVAL = (
     "Intervals: 95%, Wilson's, of a share of the queries; a query of a series with several runs counts by the share of "
     "the runs in which it turns. A row's values are those of the queries. For random, whose draws are each removed for "
@@ -74,33 +73,32 @@ def removal_counterfactual(
         ScoreError: scores or training do not fit, no query is right, or the folder holds something else.
     """
     series, N = over_examples(scores)
-    how = Retrainings(training, folder, **options)
-    check_training(training, N)
-    wanted = numbers("counts", counts)
-    if not wanted or not all(is_whole(own, 1) and own < N for own in wanted) or len(set(wanted)) < len(wanted):
-        raise ScoreError(f"counts={wanted} of {N} examples: expected some, each once, from 1 to {N - 1}.")
-    counts = [int(own) for own in wanted]
-    whole = how.nothing_removed(N, 2 * how.repetitions)
-    first, second = whole[: how.repetitions].mean(0), whole[how.repetitions :].mean(0)
-    right = np.flatnonzero(first > 0)
-    check_queries(series, len(first))
+    retrainings = Retrainings(training, folder, **options)
+    check_examples(training, N)
+    counts = _checked_counts(counts, N)
+    repetitions = retrainings.repetitions
+    whole_RQ = retrainings.nothing_removed(N, 2 * repetitions)
+    first_Q, second_Q = whole_RQ[:repetitions].mean(0), whole_RQ[repetitions:].mean(0)
+    right = np.flatnonzero(first_Q > 0)
+    check_queries(series, len(first_Q))
     if not len(right):
         raise ScoreError(
-            f"none of {len(first)} queries has a measurement above 0 when nothing is removed. Measure margins, not "
+            f"none of {len(first_Q)} queries has a measurement above 0 when nothing is removed. Measure margins, not "
             "losses."
         )
+    turned = {**_turned(series, retrainings, counts, right), RANDOM: _turned_at_random(retrainings, counts, right, N)}
     rows = tuple(
-        Row(name, count, *_interval(name, columns[:, place]), tuple(columns[:, place]))
-        for name, columns in _turned(series, how, counts, right, N).items()
+        Row(name, count, *_interval(name, values[:, place]), tuple(values[:, place]))
+        for name, values in turned.items()
         for place, count in enumerate(counts)
     )
     settings = {
-        **how.settings(series),
+        **retrainings.settings(series),
         "interval": _INTERVAL,
         "examples": N,
-        "queries": len(first),
+        "queries": len(first_Q),
         "queries_right": len(right),
-        "queries_left_out": len(first) - len(right),
+        "queries_left_out": len(first_Q) - len(right),
         "right": right.tolist(),
         "random_draws": _DRAWS,
     }
@@ -109,35 +107,51 @@ def removal_counterfactual(
         "training examples removed for each query",
         "share of right queries that turn wrong",
         rows,
-        {"nothing removed": wilson(float((second[right] < 0).mean()), len(right))},
+        {NOTHING_REMOVED: wilson_interval(float((second_Q[right] < 0).mean()), len(right))},
         settings,
     )
+
+
+def _checked_counts(given: Sequence[int], examples: int) -> list[int]:
+    counts = finite_numbers("counts", given)
+    if not counts or not all(is_whole(n, 1) and n < examples for n in counts) or len(set(counts)) < len(counts):
+        raise ScoreError(f"counts={counts} of {examples} examples: expected some, each once, from 1 to {examples - 1}.")
+    return [int(count) for count in counts]
 
 
 def _interval(name: str, values: np.ndarray) -> Estimate:
     """Of the queries, which are independent, or of the random draws: each is the same for all queries."""
     if name != RANDOM:
-        return wilson(float(values.mean()), len(values))
-    mean, low, high = student(values)
+        return wilson_interval(float(values.mean()), len(values))
+    mean, low, high = student_interval(values)
     return Estimate(mean, max(0.0, low), min(1.0, high))
 
 
 def _turned(
-    series: Mapping[str, Sequence[Scores]], how: Retrainings, counts: Sequence[int], right: np.ndarray, N: int
+    series: Mapping[str, Sequence[Scores]],
+    retrainings: Retrainings,
+    counts: Sequence[int],
+    right: np.ndarray,
 ) -> dict[str, np.ndarray]:
-    """{series: [right queries, C]}: the share of the runs in which each query turns; random: [D, C], of the queries."""
+    """{series: [right queries, C]}: the share of the series' runs in which each query turns."""
     subsets = []
     for runs in series.values():
         for number, run in enumerate(runs):
             values_QN = values_of(run)
-            orders = (ordered(-values_QN[query], values_QN, [how.seed, number, query]) for query in right)
+            orders = (ordered(-values_QN[query], values_QN, [retrainings.seed, number, query]) for query in right)
             subsets += [without(order, count) for order in orders for count in counts]
+    measured_MQ = retrainings.measured(np.stack(subsets)).mean(1)
     shape = (len(right), len(counts))
-    measured = how.measured(np.stack(subsets)).mean(1)
-    own_Q = np.tile(np.repeat(right, len(counts)), len(measured) // (shape[0] * shape[1]))
-    below = (measured[np.arange(len(measured)), own_Q] < 0).reshape(-1, *shape)
-    parts = np.split(below, np.cumsum([len(runs) for runs in series.values()])[:-1])
-    chance = [random_order(N, [how.seed, draw]) for draw in range(_DRAWS)]
-    drawn = how.measured(np.stack([without(order, count) for order in chance for count in counts])).mean(1)
-    by_chance = (drawn[:, right] < 0).reshape(_DRAWS, len(counts), len(right)).mean(2)
-    return {**{name: part.mean(0) for name, part in zip(series, parts, strict=True)}, RANDOM: by_chance}
+    query_M = np.tile(np.repeat(right, len(counts)), len(subsets) // (shape[0] * shape[1]))
+    turned = (measured_MQ[np.arange(len(subsets)), query_M] < 0).reshape(-1, *shape)
+    by_series = np.split(turned, np.cumsum([len(runs) for runs in series.values()])[:-1])
+    return {name: of_runs.mean(0) for name, of_runs in zip(series, by_series, strict=True)}
+
+
+def _turned_at_random(retrainings: Retrainings, counts: Sequence[int], right: np.ndarray, examples: int) -> np.ndarray:
+    """[D, C]: the share of the right queries that turn when the same random examples are removed for all of them."""
+    orders = [random_order(examples, [retrainings.seed, draw]) for draw in range(_DRAWS)]
+    subsets = np.stack([without(order, count) for order in orders for count in counts])
+    turned = retrainings.measured(subsets).mean(1)[:, right] < 0
+    share: np.ndarray = turned.reshape(_DRAWS, len(counts), len(right)).mean(2)
+    return share

@@ -1,4 +1,10 @@
-"""Linear datamodeling score: do summed group scores rank retrainings as retraining does? (Park et al. 2023)"""
+"""Linear datamodeling score: do summed group scores rank retrainings as retraining does? (Park et al. 2023)
+
+`linear_datamodeling_score` is of one method and of retrainings that are there already, `linear_datamodeling_difference`
+compares two methods on them, and `linear_datamodeling_curve` retrains by itself, on subsets of several sizes.
+
+Axis letters: M subsets, K groups, N examples, R repetitions, Q queries.
+"""
 
 from __future__ import annotations
 
@@ -12,21 +18,31 @@ import torch
 from torch import Tensor
 
 from ..errors import ScoreError, is_whole
-from ..report.table import Estimate, Row, Table
+from ..report.table import Row, Table
 from ..results.scores import Scores
+from .arguments import as_measurements, as_subsets, finite_numbers
 from .retraining.bank import Training
 from .retraining.pool import random_subsets
 from .retraining.reuse import RetrainingOptions, Retrainings
-from .series import CEILING, RANDOM, Series, check_training, numbers, over_examples
-from .statistics import CONFIDENCE, checked_subsets, noise_ceiling, plain, quantiles, resampled, spearman
+from .series import CEILING, RANDOM, Series, check_examples, over_examples, values_of
+from .statistics import CONFIDENCE, noise_ceiling, quantile_interval, resampled_correlations, spearman
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
+_RANDOM_SERIES = 10  # series of random scores, averaged
+_SPLITS = 10  # of the repetitions, in each resample of the noise ceiling
+_INTERVAL = (
+    "Intervals: 95%, the quantiles of a bootstrap that draws subsets and queries, the same ones for each series (of "
+    "the mean over the runs, where a series has several). A row's values are those of the queries."
+)
+
+# ---- of retrainings that are there ----
+
 
 @dataclass(frozen=True)
-class _Estimate:
-    """per_query: [Q]; mean: over queries; low, high: the interval of `confidence`, from resampling."""
+class _WithInterval:
+    """A number for each query, and their mean with its interval."""
 
     per_query: np.ndarray
     mean: float
@@ -36,7 +52,7 @@ class _Estimate:
 
 
 @dataclass(frozen=True)
-class LinearDatamodelingScore(_Estimate):
+class LinearDatamodelingScore(_WithInterval):
     """Spearman correlations over subsets, one for each query, with the mean and its bootstrap interval.
 
     per_query: [Q]; mean: over queries; low, high: the interval of `confidence`, from resampling subsets and queries.
@@ -73,15 +89,14 @@ def linear_datamodeling_score(
         >>> linear_datamodeling_score(scores, kept, [[4.0], [2.0], [1.0], [6.0]]).mean
         1.0
     """
-    predicted, measured = compared(scores, subsets, measurements)
+    predicted, measured = _predicted_and_measured(scores, subsets, measurements)
     correlations = spearman(predicted, measured)
-    (means,) = resampled([predicted], measured, resamples, seed, confidence)
-    estimate = quantiles(correlations.mean(), means, confidence)
-    return LinearDatamodelingScore(correlations, *estimate, confidence)
+    (means,) = resampled_correlations([predicted], measured, resamples, seed, confidence)
+    return LinearDatamodelingScore(correlations, *quantile_interval(correlations.mean(), means, confidence), confidence)
 
 
 @dataclass(frozen=True)
-class LinearDatamodelingDifference(_Estimate):
+class LinearDatamodelingDifference(_WithInterval):
     """By how much the first linear datamodeling score exceeds the second, with its paired bootstrap interval.
 
     per_query: [Q]; mean: over queries; low, high: the interval of `confidence`. One that excludes 0 says that the two
@@ -122,58 +137,53 @@ def linear_datamodeling_difference(
         >>> linear_datamodeling_difference(good, bad, kept, [[4.0], [2.0], [1.0], [6.0]]).mean
         2.0
     """
-    (one, measured), (other, _) = (compared(scores, subsets, measurements) for scores in (first, second))
-    difference = spearman(one, measured) - spearman(other, measured)
-    means = resampled([one, other], measured, resamples, seed, confidence)
-    estimate = quantiles(difference.mean(), means[0] - means[1], confidence)
-    return LinearDatamodelingDifference(difference, *estimate, confidence)
+    predicted_first, measured = _predicted_and_measured(first, subsets, measurements)
+    predicted_second, _ = _predicted_and_measured(second, subsets, measurements)
+    differences = spearman(predicted_first, measured) - spearman(predicted_second, measured)
+    means = resampled_correlations([predicted_first, predicted_second], measured, resamples, seed, confidence)
+    return LinearDatamodelingDifference(
+        differences, *quantile_interval(differences.mean(), means[0] - means[1], confidence), confidence
+    )
 
 
-def compared(
+def _predicted_and_measured(
     scores: Scores, subsets: np.ndarray | Tensor, measurements: np.ndarray | Tensor
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The predicted and the measured side [M, Q], checked."""
-    kept, measured = checked_subsets(subsets), plain(measurements).astype(float)
-    values = scores.values.detach().cpu().double().numpy()
-    _check_shapes(kept, measured, values)
-    predicted = (~kept).astype(float) @ values.T  # the predicted change from leaving groups out
-    _check_varying(predicted, measured)
-    return predicted, measured
+    """The predicted change from leaving groups out and the measurement, each [M, Q], checked to have ranks."""
+    kept_MK, measured_MQ, values_QK = as_subsets(subsets), as_measurements(measurements), values_of(scores)
+    _check_shapes(kept_MK, measured_MQ, values_QK)
+    predicted_MQ = (~kept_MK).astype(float) @ values_QK.T
+    _check_varying("predicted change", predicted_MQ)
+    _check_varying("measurement", measured_MQ)
+    return predicted_MQ, measured_MQ
 
 
-def _check_shapes(kept: np.ndarray, measured: np.ndarray, values: np.ndarray) -> None:
-    Q, K = values.shape
-    if kept.ndim != 2 or kept.shape[1] != K or measured.shape != (len(kept), Q):
+def _check_shapes(kept_MK: np.ndarray, measured_MQ: np.ndarray, values_QK: np.ndarray) -> None:
+    Q, K = values_QK.shape
+    if kept_MK.ndim != 2 or kept_MK.shape[1] != K or measured_MQ.shape != (len(kept_MK), Q):
         raise ScoreError(
-            f"subsets {kept.shape} and measurements {measured.shape}: expected [M, {K}] and [M, {Q}] for these scores."
+            f"subsets {kept_MK.shape} and measurements {measured_MQ.shape}: expected [M, {K}] and [M, {Q}] for these "
+            "scores."
         )
-    if len(kept) < 3:
-        raise ScoreError(f"{len(kept)} subsets: expected at least 3 to rank.")
-    if not np.isfinite(measured).all() or not np.isfinite(values).all():
-        raise ScoreError("scores or measurements are not finite. Look for a retraining that diverged.")
+    if len(kept_MK) < 3:
+        raise ScoreError(f"{len(kept_MK)} subsets: expected at least 3 to rank.")
+    if not np.isfinite(values_QK).all():
+        raise ScoreError("scores: a number is not finite. Score again, or leave the method out.")
 
 
-def _check_varying(predicted: np.ndarray, measured: np.ndarray) -> None:
-    for name, side in (("predicted change", predicted), ("measurement", measured)):
-        spread, size = np.ptp(side, axis=0), np.abs(side).max(0)
-        constant = np.flatnonzero(spread <= 1e-14 * size)
-        if len(constant):
-            raise ScoreError(
-                f"query {constant[0]}: the {name} is the same for every subset, so there is no rank. Vary the subsets."
-            )
+def _check_varying(name: str, values_MQ: np.ndarray) -> None:
+    spread, size = np.ptp(values_MQ, axis=0), np.abs(values_MQ).max(0)
+    constant = np.flatnonzero(spread <= 1e-14 * size)
+    if len(constant):
+        raise ScoreError(
+            f"query {constant[0]}: the {name} is the same for every subset, so there is no rank. Vary the subsets."
+        )
 
 
-_DRAWS = 10  # random scores, averaged
-_SPLITS = 10  # of the repetitions, in each resample of the noise ceiling
+# ---- with retrainings of its own ----
 
 
-_INTERVAL = (
-    "Intervals: 95%, the quantiles of a bootstrap that draws subsets and queries, the same ones for each series (of "
-    "the mean over the runs, where a series has several). A row's values are those of the queries."
-)
-
-
-def linear_datamodeling_scores(
+def linear_datamodeling_curve(
     scores: Series,
     training: Training,
     folder: str | os.PathLike[str],
@@ -183,7 +193,9 @@ def linear_datamodeling_scores(
     resamples: int = 200,
     **options: Unpack[RetrainingOptions],
 ) -> Table:
-    """The linear datamodeling score (Park et al. 2023) of each series at several shares of kept data.
+    """Retrain on random subsets of several sizes: the linear datamodeling score of each series over the share kept.
+
+    For retrainings that are there already, `linear_datamodeling_score` is the same number (Park et al. 2023).
 
     Args:
         scores: over single examples [Q, N] with a row for each query; or {name: scores}; or {name: [scores of each of
@@ -202,45 +214,48 @@ def linear_datamodeling_scores(
         ScoreError: scores or training do not fit, a ratio keeps none or all, or the folder holds something else.
     """
     series, N = over_examples(scores)
-    how = Retrainings(training, folder, **options)
-    check_training(training, N)
-    ratios = _checked(numbers("ratios", ratios), N)
+    retrainings = Retrainings(training, folder, **options)
+    check_examples(training, N)
+    _check_ratios(ratios := finite_numbers("ratios", ratios), N)
     if not is_whole(subsets, 3) or not is_whole(resamples, 1):
         raise ScoreError(f"subsets={subsets}, resamples={resamples}: expected at least 3 subsets and 1 resample.")
     like = next(iter(series.values()))[0]
-    chance = [_random_scores(like, [how.seed, draw]) for draw in range(_DRAWS)]
-    found: dict[str, list[Row]] = {name: [] for name in (*series, RANDOM, CEILING)}
+    seed = retrainings.seed
+    random_scores = [_random_scores(like, [seed, draw]) for draw in range(_RANDOM_SERIES)]
+    rows: dict[str, list[Row]] = {name: [] for name in (*series, RANDOM, CEILING)}
     for place, ratio in enumerate(ratios):
-        kept = random_subsets(subsets, N, ratio, how.seed * len(ratios) + place)
-        measured_MRQ = how.measured(kept)
-        for name, runs in {**series, RANDOM: chance}.items():
-            found[name].append(_row(name, ratio, runs, kept, measured_MRQ.mean(1), (resamples, how.seed)))
-        if how.repetitions > 1:
-            found[CEILING].append(_ceiling(ratio, measured_MRQ, resamples, how.seed))
+        kept = random_subsets(subsets, N, ratio, seed * len(ratios) + place)
+        measured_MRQ = retrainings.measured(kept)
+        for name, runs in {**series, RANDOM: random_scores}.items():
+            rows[name].append(_row(name, ratio, runs, kept, measured_MRQ.mean(1), (resamples, seed)))
+        if retrainings.repetitions > 1:
+            rows[CEILING].append(_ceiling_row(ratio, measured_MRQ, resamples, seed))
     settings = {
-        **how.settings(series),
+        **retrainings.settings(series),
         "interval": _INTERVAL,
         "examples": N,
         "queries": len(like.query_labels),
         "subsets": subsets,
-        "random_draws": _DRAWS,
+        "random_draws": _RANDOM_SERIES,
         "resamples": resamples,
     }
-    rows = tuple(row for own in found.values() for row in own)
     return Table(
-        "Linear datamodeling score", "share of the training examples kept", "Spearman correlation", rows, {}, settings
+        "Linear datamodeling score",
+        "share of the training examples kept",
+        "Spearman correlation",
+        tuple(row for of_series in rows.values() for row in of_series),
+        settings=settings,
     )
 
 
-def _checked(ratios: tuple[float, ...], examples: int) -> tuple[float, ...]:
-    """The ratios, before anything is trained; ScoreError if one keeps none or all, or two keep as many."""
+def _check_ratios(ratios: tuple[float, ...], examples: int) -> None:
+    """ScoreError, before anything is trained, if a ratio keeps none or all, or two keep as many."""
     kept = [round(ratio * examples) for ratio in ratios]
     if not kept or not all(0 < count < examples for count in kept) or len(set(kept)) < len(kept):
         raise ScoreError(
             f"ratios={ratios} keep {kept} of {examples} examples: expected a ratio or more that keep some, but not "
             "all, and no two of them as many."
         )
-    return ratios
 
 
 def _row(
@@ -251,24 +266,24 @@ def _row(
     measured_MQ: np.ndarray,
     bootstrap: tuple[int, int],
 ) -> Row:
-    """bootstrap: its resamples and its seed."""
-    sides = [compared(run, kept, measured_MQ)[0] for run in runs]
-    per_query = np.mean([spearman(side, measured_MQ) for side in sides], axis=0)
-    means = resampled(sides, measured_MQ, *bootstrap, CONFIDENCE).mean(0)
-    return Row(name, ratio, *quantiles(float(per_query.mean()), means), tuple(per_query))
+    """The score of one series at one ratio, averaged over its runs. bootstrap: its resamples and its seed."""
+    predictions = [_predicted_and_measured(run, kept, measured_MQ)[0] for run in runs]
+    score_Q = np.mean([spearman(predicted_MQ, measured_MQ) for predicted_MQ in predictions], axis=0)
+    means = resampled_correlations(predictions, measured_MQ, *bootstrap, CONFIDENCE).mean(0)
+    return Row(name, ratio, *quantile_interval(float(score_Q.mean()), means), tuple(score_Q))
 
 
-def _ceiling(ratio: float, measured_MRQ: np.ndarray, resamples: int, seed: int) -> Row:
+def _ceiling_row(ratio: float, measured_MRQ: np.ndarray, resamples: int, seed: int) -> Row:
     M, _, Q = measured_MRQ.shape
-    found, generator = noise_ceiling(measured_MRQ, seed=seed), np.random.default_rng(seed)
+    ceiling, generator = noise_ceiling(measured_MRQ, seed=seed), np.random.default_rng(seed)
     draws = [
         noise_ceiling(
             measured_MRQ[generator.integers(0, M, M)][:, :, generator.integers(0, Q, Q)], splits=_SPLITS
         ).ceiling
         for _ in range(resamples)
     ]
-    estimate: Estimate = quantiles(found.ceiling, np.array(draws))
-    return Row(CEILING, ratio, *estimate, tuple(np.sqrt(np.clip(found.per_query, 0, None))))
+    ceiling_Q = np.sqrt(np.clip(ceiling.per_query, 0, None))
+    return Row(CEILING, ratio, *quantile_interval(ceiling.ceiling, np.array(draws)), tuple(ceiling_Q))
 
 
 def _random_scores(like: Scores, seed: Sequence[int]) -> Scores:

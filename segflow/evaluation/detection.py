@@ -1,5 +1,8 @@
 """Finding wrong labels: what share of them is met when examples are inspected from the most harmful on.
 
+`noisy_label_detection` compares series of scores and gives intervals; `found_among_lowest` and `detection_auc` are one
+number for one ranking.
+
 Axis letters: N examples, Q queries, T blocks of tied examples.
 """
 
@@ -16,18 +19,66 @@ from torch import Tensor
 from ..errors import ScoreError, is_whole
 from ..report.table import Estimate, Row, Table
 from ..results.scores import Scores
-from .series import PERFECT, RANDOM, Series, numbers, over_examples, values_of
-from .statistics import exactly, plain, quantiles
+from .arguments import as_array, as_booleans, finite_numbers
+from .series import PERFECT, RANDOM, Series, over_examples, values_of
+from .statistics import exactly, quantile_interval
 
 _GRID = tuple(round(0.05 * step, 2) for step in range(1, 21))
-
-
 _INTERVAL = (
     "Intervals: 95%, the quantiles of a bootstrap that draws examples, the same ones for each series; examples whose "
     "scores are identical for every query, such as the members of one group, are drawn together, as one block. Where a "
     "series has several runs, runs are drawn too, and a block's scores are identical in each of them. The random and "
     "the perfect ranking are exact for these labels."
 )
+
+# ---- one ranking, one number ----
+
+
+def found_among_lowest(ranking: np.ndarray | Tensor, wrong: np.ndarray | Tensor, count: int | None = None) -> int:
+    """How many of the `count` examples with the lowest `ranking` are wrong (count: as many as are wrong).
+
+    ranking: [N], low where an example is suspected, such as the predicted change of its own loss on its removal;
+    wrong: [N] booleans.
+
+    Example:
+        >>> found_among_lowest(np.array([0.3, -2.0, 0.1, 5.0]), np.array([False, True, True, False]))
+        2
+    """
+    ranked, is_wrong = _checked_pair(ranking, wrong)
+    size = int(is_wrong.sum()) if count is None else count
+    if size < 0:
+        raise ScoreError(f"count={count}: expected how many examples to look at.")
+    return int(is_wrong[np.argsort(ranked, kind="stable")[:size]].sum())
+
+
+def detection_auc(ranking: np.ndarray | Tensor, wrong: np.ndarray | Tensor) -> float:
+    """Probability that a wrong example ranks below a right one (area under the ROC curve; 0.5 is chance).
+
+    Example:
+        >>> detection_auc(np.array([0.3, -2.0, 0.1, 5.0]), np.array([False, True, True, False]))
+        1.0
+    """
+    from scipy.stats import rankdata
+
+    ranked, is_wrong = _checked_pair(ranking, wrong)
+    wrongs, rights = int(is_wrong.sum()), int((~is_wrong).sum())
+    if not wrongs or not rights:
+        raise ScoreError("detection_auc needs both wrong and right examples.")
+    pairs_in_order = rankdata(ranked)[~is_wrong].sum() - rights * (rights + 1) / 2  # Mann and Whitney 1947; ties: half
+    return float(pairs_in_order / (wrongs * rights))
+
+
+def _checked_pair(ranking: np.ndarray | Tensor, wrong: np.ndarray | Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Both as arrays [N], of numbers and of booleans; ScoreError if they do not fit."""
+    ranked, is_wrong = as_array(ranking).astype(float), as_booleans("wrong", wrong, "[N]")
+    if ranked.ndim != 1 or ranked.shape != is_wrong.shape:
+        raise ScoreError(f"ranking {ranked.shape} and wrong {is_wrong.shape}: expected [N] and [N].")
+    if not np.isfinite(ranked).all():
+        raise ScoreError(f"ranking: example {np.flatnonzero(~np.isfinite(ranked))[0]} has a number that is not finite.")
+    return ranked, is_wrong
+
+
+# ---- series of scores, with intervals ----
 
 
 @dataclass(frozen=True)
@@ -78,54 +129,48 @@ def noisy_label_detection(
         >>> import torch
         >>> from segflow import Scores
         >>> scores = Scores(torch.tensor([[-2.0, 0.0, -1.0, 3.0]]), ("q",), tuple("0123"), (1,) * 4)
-        >>> found = noisy_label_detection({"Source": scores}, [True, False, False, False], shares=(0.25, 0.5))
-        >>> found.curve.value("Source", 0.25).mean, found.curve.value("random", 0.25).mean
+        >>> detection = noisy_label_detection({"Source": scores}, [True, False, False, False], shares=(0.25, 0.5))
+        >>> detection.curve.value("Source", 0.25).mean, detection.curve.value("random", 0.25).mean
         (1.0, 0.25)
-        >>> found.auc.value("Source").mean, found.auc.references["perfect ranking"][0]
+        >>> detection.auc.value("Source").mean, detection.auc.references["perfect ranking"][0]
         (0.875, 0.875)
     """
     series, N = over_examples(scores)
-    points = np.array(numbers("shares", shares))
+    points = np.array(finite_numbers("shares", shares))
     if not is_whole(seed, 0):
         raise ScoreError(f"seed={seed}: expected a whole number that is not negative.")
     if not points.size or not ((points > 0) & (points <= 1)).all() or not is_whole(resamples, 1):
         raise ScoreError(f"shares={tuple(shares)}, resamples={resamples}: expected 0 < share <= 1, and 1 or more.")
-    marked = plain(wrong)
-    if not np.isin(marked, (0, 1)).all():
-        raise ScoreError("wrong: expected [N] booleans, found other numbers. Are they indices?")
-    marked = marked.astype(bool)
     sign = -1.0 if largest else 1.0
     rankings = {
-        name: [_Ranking.of(*checked_pair(sign * values_of(run).sum(0), marked)) for run in runs]
+        name: [_Ranking.of(*_checked_pair(sign * values_of(run).sum(0), wrong)) for run in runs]
         for name, runs in series.items()
     }
-    part = float(np.mean(marked))
-    if part in (0.0, 1.0):
-        raise ScoreError(f"wrong: {int(marked.sum())} of {N} labels are wrong. Detection needs wrong and right ones.")
+    is_wrong = as_booleans("wrong", wrong, "[N]")
+    wrong_share = float(is_wrong.mean())
+    if wrong_share in (0.0, 1.0):
+        raise ScoreError(f"wrong: {int(is_wrong.sum())} of {N} labels are wrong. Detection needs wrong and right ones.")
     blocks = {name: _identical(runs) for name, runs in series.items()}
     drawn = _resampled(rankings, blocks, points, resamples, seed)
     settings = {
         "interval": _INTERVAL,
         "examples": N,
-        "wrong": int(marked.sum()),
+        "wrong": int(is_wrong.sum()),
         "runs": {name: len(runs) for name, runs in series.items()},
         "resamples": resamples,
         "seed": seed,
         "largest": largest,
     }
-    found = {}
-    for name, runs in rankings.items():
-        values = np.stack([run.found(points) for run in runs])
-        found[name] = [
-            _Number(quantiles(values[:, place].mean(), drawn[name][:, place]), tuple(values[:, place]))
-            for place in range(values.shape[1])
-        ]
-    return _tables(found, part, points, settings)
+    numbers = {name: _with_intervals(runs, drawn[name], points) for name, runs in rankings.items()}
+    return _tables(numbers, wrong_share, points, settings)
 
 
 @dataclass(frozen=True)
 class _Ranking:
-    """block: [N], the place of each example's score among the T distinct ones; wrong: [N] booleans."""
+    """The order of inspection of one run.
+
+    block: [N], the place of each example's score among the T distinct ones; wrong: [N] booleans.
+    """
 
     block: np.ndarray
     wrong: np.ndarray
@@ -134,8 +179,8 @@ class _Ranking:
     def of(cls, ranking: np.ndarray, wrong: np.ndarray) -> _Ranking:
         return cls(np.unique(ranking, return_inverse=True)[1].reshape(-1), wrong)
 
-    def found(self, shares: np.ndarray, times: np.ndarray | None = None) -> np.ndarray:
-        """[shares + 2]: the share found at each share inspected, and the areas under the detection and ROC curves.
+    def measures(self, shares: np.ndarray, times: np.ndarray | None = None) -> np.ndarray:
+        """[shares + 2]: the share met at each share inspected, and the areas under the detection and ROC curves.
 
         Within a block of ties the expected curve is a straight line. times: [N], how often each example is taken.
         """
@@ -145,8 +190,9 @@ class _Ranking:
             return np.full(len(shares) + 2, np.nan)
         inspected, met = (np.concatenate([[0.0], end / end[-1]]) for end in ends)
         area = float((np.diff(inspected) * (met[1:] + met[:-1])).sum() / 2)
-        part = ends[1][-1] / ends[0][-1]
-        return np.array([*np.interp(shares, inspected, met), area, (area - part / 2) / (1 - part)])
+        wrong_share = ends[1][-1] / ends[0][-1]
+        roc_area = (area - wrong_share / 2) / (1 - wrong_share)
+        return np.array([*np.interp(shares, inspected, met), area, roc_area])
 
 
 def _identical(runs: Sequence[Scores]) -> np.ndarray:
@@ -155,7 +201,7 @@ def _identical(runs: Sequence[Scores]) -> np.ndarray:
     for run in runs:
         columns_NQ = np.ascontiguousarray(values_of(run).T) + 0.0  # -0 becomes 0
         seen: dict[tuple[int, bytes], int] = {}
-        keys = ((own, sha256(column).digest()) for own, column in zip(block_N.tolist(), columns_NQ, strict=True))
+        keys = ((block, sha256(column).digest()) for block, column in zip(block_N.tolist(), columns_NQ, strict=True))
         block_N = np.array([seen.setdefault(key, len(seen)) for key in keys])
     return block_N
 
@@ -170,14 +216,15 @@ def _resampled(
     """{series: [resamples, shares + 2]}, all series of the same blocks [N] on the same draws of them."""
     generators = [np.random.default_rng([seed, 1 + number]) for number in range(len(rankings))]
     draws = {block_N.tobytes(): (block_N, np.random.default_rng([seed, 0])) for block_N in blocks.values()}
-    found: dict[str, list[np.ndarray]] = {name: [] for name in rankings}
+    drawn: dict[str, list[np.ndarray]] = {name: [] for name in rankings}
     for _ in range(resamples):
         times = {key: _times(*draw) for key, draw in draws.items()}
         for (name, runs), generator in zip(rankings.items(), generators, strict=True):
             chosen = generator.integers(0, len(runs), len(runs))
-            each = {run: runs[run].found(shares, times[blocks[name].tobytes()]) for run in set(chosen.tolist())}
-            found[name].append(np.mean([each[run] for run in chosen.tolist()], axis=0))
-    return {name: np.stack(drawn) for name, drawn in found.items()}
+            times_N = times[blocks[name].tobytes()]
+            measures = {run: runs[run].measures(shares, times_N) for run in set(chosen.tolist())}
+            drawn[name].append(np.mean([measures[run] for run in chosen.tolist()], axis=0))
+    return {name: np.stack(of_series) for name, of_series in drawn.items()}
 
 
 def _times(block_N: np.ndarray, generator: np.random.Generator) -> np.ndarray:
@@ -188,37 +235,46 @@ def _times(block_N: np.ndarray, generator: np.random.Generator) -> np.ndarray:
 
 
 class _Number(NamedTuple):
-    """A number with its interval, and the runs' own."""
+    """A number with its interval, and the numbers of the runs that it is the mean of."""
 
     estimate: Estimate
     values: tuple[float, ...]
 
+    def row(self, series: str, x: float) -> Row:
+        return Row(series, x, *self.estimate, self.values)
+
+
+def _with_intervals(runs: Sequence[_Ranking], drawn: np.ndarray, shares: np.ndarray) -> list[_Number]:
+    """The measures of one series, averaged over its runs, with the quantiles of what was drawn [resamples, ...]."""
+    by_run = np.stack([run.measures(shares) for run in runs])
+    return [
+        _Number(quantile_interval(values.mean(), draws), tuple(values))
+        for values, draws in zip(by_run.T, drawn.T, strict=True)
+    ]
+
 
 def _tables(
-    found: Mapping[str, Sequence[_Number]], part: float, shares: np.ndarray, settings: Mapping[str, Any]
+    numbers: Mapping[str, Sequence[_Number]], wrong_share: float, shares: np.ndarray, settings: Mapping[str, Any]
 ) -> Detection:
-    """part: the share of labels that are wrong."""
-    chance = [*shares, 0.5, 0.5]
-    perfect = [exactly(value) for value in (*np.minimum(1.0, shares / part), 1 - part / 2, 1.0)]
-    series = {**found, RANDOM: [_Number(exactly(value), (value,)) for value in chance]}
+    """Each series' measures, in the order of `_Ranking.measures`, as tables beside the random and perfect rankings."""
+    at_random = [exactly(value) for value in (*shares, 0.5, 0.5)]
+    perfect = [exactly(value) for value in (*np.minimum(1.0, shares / wrong_share), 1 - wrong_share / 2, 1.0)]
+    series = {**numbers, RANDOM: [_Number(estimate, (estimate.mean,)) for estimate in at_random]}
     curves = {**series, PERFECT: [_Number(estimate, (estimate.mean,)) for estimate in perfect]}
     curve = Table(
         "Wrong labels found",
         "share of the examples inspected",
         "share of the wrong labels found",
         tuple(
-            Row(name, share, *numbers[place].estimate, numbers[place].values)
-            for name, numbers in curves.items()
+            of_series[place].row(name, share)
+            for name, of_series in curves.items()
             for place, share in enumerate(shares)
         ),
         settings=settings,
     )
 
     def area(title: str, y: str, place: int) -> Table:
-        rows = tuple(
-            Row(name, number, *numbers[place].estimate, numbers[place].values)
-            for number, (name, numbers) in enumerate(series.items())
-        )
+        rows = tuple(of_series[place].row(name, x) for x, (name, of_series) in enumerate(series.items()))
         return Table(title, "series", y, rows, {PERFECT: perfect[place]}, settings, "bars")
 
     return Detection(
@@ -226,45 +282,3 @@ def _tables(
         area("Area under the detection curve", "mean share of the wrong labels found", -2),
         area("Area under the ROC curve", "probability that a wrong label ranks before a right one", -1),
     )
-
-
-def found_among_lowest(ranking: np.ndarray | Tensor, wrong: np.ndarray | Tensor, count: int | None = None) -> int:
-    """How many of the `count` examples with the lowest `ranking` are wrong (count: as many as are wrong).
-
-    ranking: [N], low where an example is suspected, such as the predicted change of its own loss on its removal;
-    wrong: [N] booleans.
-
-    Example:
-        >>> found_among_lowest(np.array([0.3, -2.0, 0.1, 5.0]), np.array([False, True, True, False]))
-        2
-    """
-    ranked, is_wrong = checked_pair(ranking, wrong)
-    size = int(is_wrong.sum()) if count is None else count
-    if size < 0:
-        raise ScoreError(f"count={count}: expected how many examples to look at.")
-    return int(is_wrong[np.argsort(ranked, kind="stable")[:size]].sum())
-
-
-def detection_auc(ranking: np.ndarray | Tensor, wrong: np.ndarray | Tensor) -> float:
-    """Probability that a wrong example ranks below a right one (area under the ROC curve; 0.5 is chance).
-
-    Example:
-        >>> detection_auc(np.array([0.3, -2.0, 0.1, 5.0]), np.array([False, True, True, False]))
-        1.0
-    """
-    ranked, is_wrong = checked_pair(ranking, wrong)
-    right = np.sort(ranked[~is_wrong])
-    if len(right) in (0, len(ranked)):
-        raise ScoreError("detection_auc needs both wrong and right examples.")
-    above = [len(right) - np.searchsorted(right, ranked[is_wrong], side=side) for side in ("right", "left")]  # type: ignore[call-overload]
-    return float((above[0] + above[1]).mean() / 2 / len(right))
-
-
-def checked_pair(ranking: np.ndarray | Tensor, wrong: np.ndarray | Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """Both as arrays [N], of numbers and of booleans; ScoreError if they do not fit."""
-    ranked, is_wrong = np.asarray(ranking, dtype=float), np.asarray(wrong, dtype=bool)
-    if ranked.ndim != 1 or ranked.shape != is_wrong.shape:
-        raise ScoreError(f"ranking {ranked.shape} and wrong {is_wrong.shape}: expected [N] and [N].")
-    if not np.isfinite(ranked).all():
-        raise ScoreError(f"ranking: example {np.flatnonzero(~np.isfinite(ranked))[0]} has a number that is not finite.")
-    return ranked, is_wrong

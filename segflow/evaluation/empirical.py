@@ -1,4 +1,7 @@
-"""Empirical influence: scores fitted to retrainings, which need no gradient and no method."""
+"""Empirical influence: scores fitted to retrainings, which need no gradient and no method.
+
+Axis letters: M subsets, R repetitions, Q queries, K groups.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from torch import Tensor
 from ..errors import ScoreError
 from ..groups.groups import Groups
 from ..results.scores import Scores
-from .statistics import checked_subsets, plain
+from .arguments import as_measurements, as_subsets
 
 
 def empirical_influence(
@@ -36,7 +39,7 @@ def empirical_influence(
         >>> empirical_influence(kept, measured).values
         tensor([[-2.0000, -0.5000,  2.5000]], dtype=torch.float64)
     """
-    kept, values = checked_subsets(subsets), plain(measured).astype(float)
+    kept, values = as_subsets(subsets), as_measurements(measured)
     if kept.ndim != 2 or values.ndim not in (2, 3) or len(values) != len(kept):
         raise ScoreError(
             f"subsets {kept.shape}, measured {values.shape}: expected [M, K], and [M, Q] or [M, R, Q] for the same M."
@@ -44,21 +47,11 @@ def empirical_influence(
     M, K = kept.shape
     if groups is not None and len(groups) != K:
         raise ScoreError(f"{len(groups)} groups for subsets of {K}. Give the groups that the subsets are about.")
-    if not np.isfinite(values).all():
-        raise ScoreError("measurements are not finite. Look for a retraining that diverged.")
-    count = kept.sum(0)
-    fixed = np.flatnonzero((count == 0) | (count == M))
-    if len(fixed):
-        how = "every" if count[fixed[0]] else "no"
-        raise ScoreError(
-            f"group {fixed[0]} is in {how} one of the {M} subsets, as {len(fixed)} groups are, so its influence "
-            "does not show. Give more subsets, or leave the group out."
-        )
-    repetitions = values.shape[1] if values.ndim == 3 else 1
+    _check_kept_and_left_out(kept)
     values_MQ = values if values.ndim == 2 else values.mean(1)
-    without, within = (side.T.astype(float) / side.sum(0)[:, None] for side in (~kept, kept))
+    mean_without_KM, mean_with_KM = (side.T.astype(float) / side.sum(0)[:, None] for side in (~kept, kept))
     return Scores(
-        torch.from_numpy(((without - within) @ values_MQ).T.copy()),
+        torch.from_numpy(((mean_without_KM - mean_with_KM) @ values_MQ).T.copy()),
         tuple(map(str, range(values_MQ.shape[1]))),
         tuple(map(str, range(K))) if groups is None else groups.labels,
         (1,) * K if groups is None else tuple(groups.sizes.tolist()),
@@ -66,7 +59,19 @@ def empirical_influence(
             "method": "EmpiricalInfluence",
             "estimator": "mean without - mean with (arXiv 2008.03703)",
             "subsets": M,
-            "repetitions": repetitions,
+            "repetitions": values.shape[1] if values.ndim == 3 else 1,
             "kept_share": float(kept.mean()),
         },
     )
+
+
+def _check_kept_and_left_out(kept_MK: np.ndarray) -> None:
+    """ScoreError for a group that is in every subset, or in none."""
+    M, count_K = len(kept_MK), kept_MK.sum(0)
+    fixed = np.flatnonzero((count_K == 0) | (count_K == M))
+    if len(fixed):
+        how = "every" if count_K[fixed[0]] else "no"
+        raise ScoreError(
+            f"group {fixed[0]} is in {how} one of the {M} subsets, as {len(fixed)} groups are, so its influence "
+            "does not show. Give more subsets, or leave the group out."
+        )

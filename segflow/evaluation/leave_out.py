@@ -1,6 +1,6 @@
 """Leaving one group out: is the change that was predicted the change that retraining gives?
 
-Axis letters: Q queries, K groups, N examples, R repetitions.
+Axis letters: Q queries, K groups, N examples, R repetitions, B resamples.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from ..groups.groups import Groups
 from ..report.table import Row, Table
 from .retraining.bank import Training
 from .retraining.reuse import RetrainingOptions, Retrainings
-from .series import RANDOM, Series, check_queries, check_training, named_runs, values_of
-from .statistics import pearson, quantiles, spearman, unchanged, welch
+from .series import NOTHING_REMOVED, RANDOM, Series, check_examples, check_queries, named_runs, values_of
+from .statistics import pearson, quantile_interval, spearman, unchanged_interval, welch_interval
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -28,6 +28,7 @@ _INTERVAL = (
     "the change of a group without effect lies in 95% of cases. Correlations: quantiles of a bootstrap that draws "
     "groups; of random, quantiles over random orders of the groups."
 )
+_CORRELATIONS = {"spearman": spearman, "pearson": pearson}
 
 
 def leave_one_group_out(
@@ -54,8 +55,8 @@ def leave_one_group_out(
         A Table with a row for each series and chosen group, labelled as the group: x is the predicted change, the mean
         the actual one. `settings["correlations"]` has each series' "spearman" and "pearson" over the chosen groups as
         [value, low, high] (null where there are fewer than three groups, or one side does not vary), and those of
-        "random". The reference, "nothing removed", is where the
-        actual change of a group without effect lies in 95% of cases, by the seeds alone.
+        "random". The reference, "nothing removed", is where the actual change of a group without effect lies in 95% of
+        cases, by the seeds alone.
 
     Raises:
         ScoreError: scores, groups or training do not fit, a chosen group does not exist, or the folder holds something
@@ -65,30 +66,29 @@ def leave_one_group_out(
     for runs in series.values():
         for run in runs:
             run.check_groups(groups, "leave_one_group_out: groups")
-    how = Retrainings(training, folder, **options)
-    check_training(training, groups.length)
+    retrainings = Retrainings(training, folder, **options)
+    check_examples(training, groups.length)
     if not is_whole(resamples, 1):
         raise ScoreError(f"resamples={resamples}: expected at least one, a whole number.")
     places = _places(groups, chosen)
     kept = np.stack([_without(groups, place) for place in places])
-    whole_RQ = how.nothing_removed(groups.length)
+    whole_RQ = retrainings.nothing_removed(groups.length)
     check_queries(series, whole_RQ.shape[1])
-    actual_KR, whole_R = how.measured(kept).mean(2), whole_RQ.mean(1)
+    without_KR, whole_R = retrainings.measured(kept).mean(2), whole_RQ.mean(1)
     predicted = {
         name: np.mean([values_of(run).mean(0)[places] for run in runs], axis=0) for name, runs in series.items()
     }
     rows = tuple(
-        Row(name, x, *welch(own_R, whole_R), tuple(own_R - whole_R.mean()), groups.labels[place])
-        for name, own in predicted.items()
-        for x, own_R, place in zip(own, actual_KR, places, strict=True)
+        Row(name, x, *welch_interval(without_R, whole_R), tuple(without_R - whole_R.mean()), groups.labels[place])
+        for name, predicted_K in predicted.items()
+        for x, without_R, place in zip(predicted_K, without_KR, places, strict=True)
     )
-    change_K = actual_KR.mean(1) - whole_R.mean()
-    correlations = _correlations(predicted, change_K, resamples, how.seed)
+    correlations = _correlations(predicted, without_KR.mean(1) - whole_R.mean(), resamples, retrainings.seed)
     settings = {
-        **how.settings(series),
+        **retrainings.settings(series),
         "interval": _INTERVAL,
         "correlations": correlations,
-        "notes": {name: _in_words(found) for name, found in correlations.items()},
+        "notes": {name: _in_words(of_series) for name, of_series in correlations.items()},
         "groups": len(groups),
         "chosen": [groups.labels[place] for place in places],
         "examples": groups.length,
@@ -99,7 +99,7 @@ def leave_one_group_out(
         "predicted change of the mean measurement",
         "actual change of the mean measurement",
         rows,
-        {"nothing removed": unchanged(whole_R)},
+        {NOTHING_REMOVED: unchanged_interval(whole_R)},
         settings,
         "scatter",
     )
@@ -108,10 +108,10 @@ def leave_one_group_out(
 def _places(groups: Groups, chosen: Sequence[int | str] | None) -> list[int]:
     """The chosen groups' places."""
     wanted = list(range(len(groups)) if chosen is None else chosen)
-    places = [groups.labels.index(own) if own in groups.labels else own for own in wanted]
+    places = [groups.labels.index(group) if group in groups.labels else group for group in wanted]
     known = [isinstance(place, int | np.integer) and 0 <= place < len(groups) for place in places]
     if not all(known) or not places or len(set(places)) < len(places):
-        wrong = next((own for own, there in zip(wanted, known, strict=True) if not there), wanted)
+        wrong = next((group for group, is_known in zip(wanted, known, strict=True) if not is_known), wanted)
         raise ScoreError(
             f"chosen: {wrong!r}; expected labels of groups, or places from 0 to {len(groups) - 1}, each once. "
             f"The labels are {list(groups.labels[:8])}..."
@@ -120,6 +120,7 @@ def _places(groups: Groups, chosen: Sequence[int | str] | None) -> list[int]:
 
 
 def _without(groups: Groups, place: int) -> np.ndarray:
+    """[N] booleans: what is kept without one group."""
     kept = np.ones(groups.length, dtype=bool)
     kept[groups.members[place]] = False
     if not kept.any():
@@ -137,35 +138,32 @@ def _correlations(
     generator = np.random.default_rng(seed)
     K = len(change_K)
     rows_KB = generator.integers(0, K, (K, resamples))
-    shuffled_KB = generator.permuted(np.tile(change_K[:, None], resamples), axis=0)
-    found: dict[str, dict[str, list[float] | None]] = {}
-    for name, own_K in predicted.items():
-        found[name] = {
+    change_KB = np.tile(change_K[:, None], resamples)
+    shuffled_KB = generator.permuted(change_KB, axis=0)
+    correlations: dict[str, dict[str, list[float] | None]] = {}
+    for name, predicted_K in predicted.items():
+        correlations[name] = {
             kind: _with_interval(
-                float(correlate(own_K[:, None], change_K[:, None])[0]),
-                correlate(own_K[rows_KB], change_K[rows_KB]) if K > 2 else np.array([np.nan]),
+                float(correlate(predicted_K[:, None], change_K[:, None])[0]),
+                correlate(predicted_K[rows_KB], change_K[rows_KB]) if K > 2 else np.array([np.nan]),
             )
             for kind, correlate in _CORRELATIONS.items()
         }
-    still = np.tile(change_K[:, None], resamples)
-    found[RANDOM] = {
-        kind: _with_interval(0.0, correlate(still, shuffled_KB) if K > 2 else np.array([np.nan]))
+    correlations[RANDOM] = {
+        kind: _with_interval(0.0, correlate(change_KB, shuffled_KB) if K > 2 else np.array([np.nan]))
         for kind, correlate in _CORRELATIONS.items()
     }
-    return found
-
-
-def _in_words(found: Mapping[str, Sequence[float] | None]) -> str:
-    """The correlations of one series."""
-    return ", ".join(
-        f"{kind.capitalize()} " + ("none" if own is None else "{:.2f} [{:.2f}, {:.2f}]".format(*own))
-        for kind, own in found.items()
-    )
+    return correlations
 
 
 def _with_interval(value: float, draws: np.ndarray) -> list[float] | None:
-    found = quantiles(value, draws)
-    return list(found) if np.isfinite(found).all() else None
+    interval = quantile_interval(value, draws)
+    return list(interval) if np.isfinite(interval).all() else None
 
 
-_CORRELATIONS = {"spearman": spearman, "pearson": pearson}
+def _in_words(correlations: Mapping[str, Sequence[float] | None]) -> str:
+    """The correlations of one series."""
+    return ", ".join(
+        f"{kind.capitalize()} " + ("none" if interval is None else "{:.2f} [{:.2f}, {:.2f}]".format(*interval))
+        for kind, interval in correlations.items()
+    )

@@ -15,16 +15,24 @@ import numpy as np
 from ..errors import ScoreError, check_choice
 from ..report.table import Row, Table
 from ..results.scores import Scores
+from .arguments import finite_numbers
 from .retraining.bank import Training
 from .retraining.reuse import RetrainingOptions, Retrainings
-from .series import RANDOM, Series, check_training, numbers, ordered, over_examples, random_order, values_of, without
-from .statistics import student
+from .series import (
+    NOTHING_REMOVED,
+    RANDOM,
+    Series,
+    check_examples,
+    ordered,
+    over_examples,
+    random_order,
+    values_of,
+    without,
+)
+from .statistics import student_interval
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
-
-NOTHING = "nothing removed"
-
 
 _INTERVAL = (
     "Intervals: 95%, Student's t, of the mean over the retrainings; where a series has several runs, of the mean over "
@@ -91,7 +99,11 @@ def retraining_score(
         ScoreError: scores or training do not fit, a share removes none or all, or the folder holds something else.
     """
     curve = _Curve(
-        "Retraining score: the most important examples removed", numbers("shares", shares), largest, largest, summary
+        "Retraining score: the most important examples removed",
+        finite_numbers("shares", shares),
+        largest,
+        largest,
+        summary,
     )
     return _table(curve, scores, Retrainings(training, folder, **options))
 
@@ -122,35 +134,35 @@ def dataset_pruning(
         ScoreError: as for `retraining_score`.
     """
     curve = _Curve(
-        "Pruning: the least important examples removed", numbers("shares", shares), not largest, largest, summary
+        "Pruning: the least important examples removed", finite_numbers("shares", shares), not largest, largest, summary
     )
     return _table(curve, scores, Retrainings(training, folder, **options))
 
 
 @dataclass(frozen=True)
 class _Curve:
-    """first: whether the largest scores are removed first; largest: as the caller gave it."""
+    """What a task removes and shows. largest_first: the order of removal; largest: as the caller gave it."""
 
     title: str
     shares: tuple[float, ...]
-    first: bool
+    largest_first: bool
     largest: bool
     summary: str
 
     def counts(self, examples: int) -> list[int]:
         """How many examples each share is; ScoreError for none or all."""
-        found = [round(share * examples) for share in self.shares]
-        for share, count in zip(self.shares, found, strict=True):
+        counts = [round(share * examples) for share in self.shares]
+        for share, count in zip(self.shares, counts, strict=True):
             if not 0 < count < examples:
                 raise ScoreError(f"shares: {share} of {examples} examples removes {count}. Remove some, but not all.")
-        if not found or len(set(found)) < len(found):
-            raise ScoreError(f"shares {self.shares}: expected some, each of another number of examples: {found}.")
-        return found
+        if not counts or len(set(counts)) < len(counts):
+            raise ScoreError(f"shares {self.shares}: expected some, each of another number of examples: {counts}.")
+        return counts
 
     def summarised(self, measured: np.ndarray) -> np.ndarray:
         """One number of the queries' measurements [..., Q]."""
-        found: np.ndarray = (measured > 0).mean(-1) if self.summary == "positive" else measured.mean(-1)
-        return found
+        summary: np.ndarray = (measured > 0).mean(-1) if self.summary == "positive" else measured.mean(-1)
+        return summary
 
     @property
     def y(self) -> str:
@@ -158,29 +170,31 @@ class _Curve:
         return "share of queries above 0" if self.summary == "positive" else "mean measurement"
 
 
-def _table(curve: _Curve, scores: Series, how: Retrainings) -> Table:
+def _table(curve: _Curve, scores: Series, retrainings: Retrainings) -> Table:
     check_choice("summary", curve.summary, ("mean", "positive"), ScoreError)
     series, N = over_examples(scores)
-    check_training(how.training, N)
-    counts = curve.counts(N)
-    orders = {
-        name: [removal_order(run, curve.first, how.seed + number) for number, run in enumerate(runs)]
-        for name, runs in series.items()
-    }
-    draws = max(map(len, orders.values())) * how.repetitions
-    random_orders = [random_order(N, [how.seed, number]) for number in range(draws)]
-    measured = how.measured(_subsets([order for runs in orders.values() for order in runs], counts, whole=True))
-    found, nothing = curve.summarised(measured[:-1]).reshape(-1, len(counts), how.repetitions), measured[-1]
-    drawn = how.measured(_subsets(random_orders, counts), repetitions=1)
-    values = dict(zip(orders, _by_series(found, list(map(len, orders.values()))), strict=True))
-    values[RANDOM] = curve.summarised(drawn[:, 0]).reshape(draws, len(counts))
-    rows = [
-        Row(name, share, *student(columns[:, place]), tuple(columns[:, place]))
-        for name, columns in values.items()
-        for place, share in enumerate(curve.shares)
+    check_examples(retrainings.training, N)
+    counts, repetitions, seed = curve.counts(N), retrainings.repetitions, retrainings.seed
+    orders = [
+        [removal_order(run, curve.largest_first, seed + number) for number, run in enumerate(runs)]
+        for runs in series.values()
     ]
+    runs = [len(of_series) for of_series in orders]
+    draws = max(runs) * repetitions
+    random_orders = [random_order(N, [seed, number]) for number in range(draws)]
+    subsets = _subsets([order for of_series in orders for order in of_series], counts)
+    measured = retrainings.measured(np.concatenate([subsets, np.ones((1, N), dtype=bool)]))
+    measured_at_random = retrainings.measured(_subsets(random_orders, counts), repetitions=1)
+    by_order = curve.summarised(measured[:-1]).reshape(-1, len(counts), repetitions)
+    values = dict(zip(series, _by_series(by_order, runs), strict=True))
+    values[RANDOM] = curve.summarised(measured_at_random[:, 0]).reshape(draws, len(counts))
+    rows = tuple(
+        Row(name, share, *student_interval(of_series[:, place]), tuple(of_series[:, place]))
+        for name, of_series in values.items()
+        for place, share in enumerate(curve.shares)
+    )
     settings: dict[str, Any] = {
-        **how.settings(series),
+        **retrainings.settings(series),
         "interval": _INTERVAL,
         "examples": N,
         "queries": measured.shape[-1],
@@ -189,17 +203,16 @@ def _table(curve: _Curve, scores: Series, how: Retrainings) -> Table:
         "largest": curve.largest,
         "summary": curve.summary,
     }
-    references = {NOTHING: student(curve.summarised(nothing))}
-    return Table(curve.title, "share of the training examples removed", curve.y, tuple(rows), references, settings)
+    references = {NOTHING_REMOVED: student_interval(curve.summarised(measured[-1]))}
+    return Table(curve.title, "share of the training examples removed", curve.y, rows, references, settings)
 
 
-def _subsets(orders: Sequence[np.ndarray], counts: Sequence[int], whole: bool = False) -> np.ndarray:
-    """[orders x C, N] booleans: what is kept; `whole` adds a last row that keeps everything."""
-    rows = [without(order, count) for order in orders for count in counts]
-    return np.stack(rows + [without(orders[0], 0)] * whole)
+def _subsets(orders: Sequence[np.ndarray], counts: Sequence[int]) -> np.ndarray:
+    """[orders x C, N] booleans: what is kept."""
+    return np.stack([without(order, count) for order in orders for count in counts])
 
 
-def _by_series(found: np.ndarray, runs: Sequence[int]) -> list[np.ndarray]:
+def _by_series(values: np.ndarray, runs: Sequence[int]) -> list[np.ndarray]:
     """[values, C] of each series from [orders, C, R]: its retrainings, or its runs' means where there are several."""
-    parts = np.split(found, np.cumsum(runs)[:-1])
-    return [part[0].T if len(part) == 1 else part.mean(2) for part in parts]
+    of_series = np.split(values, np.cumsum(runs)[:-1])
+    return [of_runs[0].T if len(of_runs) == 1 else of_runs.mean(2) for of_runs in of_series]

@@ -1,13 +1,11 @@
-"""What the tasks compare: named series of scores, each of one run or several, over the same examples.
+"""What the tasks compare: named series of scores, each of one run or several, and the order in which they rank.
 
 Axis letters: Q queries, N examples.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping, Sequence
-from numbers import Real
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -15,6 +13,7 @@ from ..errors import ScoreError
 from ..results.scores import Scores
 
 RANDOM, PERFECT, CEILING = "random", "perfect ranking", "noise ceiling"  # baselines and bounds, beside the series
+NOTHING_REMOVED = "nothing removed"  # the reference
 Series = Scores | Mapping[str, Scores | Sequence[Scores]]
 
 
@@ -64,14 +63,6 @@ def check_queries(series: Mapping[str, Sequence[Scores]], queries: int) -> None:
                 )
 
 
-def numbers(name: str, given: object) -> tuple[float, ...]:
-    """A sequence of finite numbers as a tuple; ScoreError, by the option's name, for anything else."""
-    found = tuple(given) if isinstance(given, Iterable) else (None,)
-    if not all(isinstance(own, Real) and not isinstance(own, bool) and math.isfinite(own) for own in found):
-        raise ScoreError(f"{name}={given!r}: expected a sequence of finite numbers. Give one number as [number].")
-    return found
-
-
 def over_examples(scores: Series) -> tuple[dict[str, list[Scores]], int]:
     """The runs of each series, checked to be over single examples, and how many examples there are."""
     series = named_runs(scores)
@@ -84,28 +75,30 @@ def over_examples(scores: Series) -> tuple[dict[str, list[Scores]], int]:
     return series, len(sizes)
 
 
-def check_training(training: object, examples: int) -> None:
+def check_examples(training: object, examples: int) -> None:
     """ScoreError if the training says that it has another number of examples."""
-    own = getattr(training, "examples", examples)
-    if own != examples:
-        raise ScoreError(f"the training has {own} examples, the scores are about {examples}. Give those that fit.")
+    trained_on = getattr(training, "examples", examples)
+    if trained_on != examples:
+        raise ScoreError(
+            f"the training has {trained_on} examples, the scores are about {examples}. Give those that fit."
+        )
 
 
 def values_of(scores: Scores) -> np.ndarray:
-    """The values [Q, N] in float64."""
+    """The values [Q, N] of scores, in float64."""
     values: np.ndarray = np.ascontiguousarray(scores.values.detach().cpu().double().numpy())
     return values
 
 
 def ordered(values_N: np.ndarray, columns_QN: np.ndarray, seed: Sequence[int]) -> np.ndarray:
-    """Places by falling value; ties at random, except that examples with the same column stay together."""
+    """[N] places by falling value; ties at random, except that examples with the same column stay together."""
     generator = np.random.default_rng(seed)
-    mark = np.zeros(len(values_N))
-    for weight, row in zip(generator.normal(size=len(columns_QN)), columns_QN, strict=True):
-        mark += weight * row  # not a matrix product: equal columns give equal marks, to the last bit
-    marks, group = np.unique(mark, return_inverse=True)
-    turn = generator.permutation(len(marks))[group]
-    order: np.ndarray = np.lexsort((generator.random(len(values_N)), turn, -values_N))
+    mark_N = np.zeros(len(values_N))
+    for weight, row_N in zip(generator.normal(size=len(columns_QN)), columns_QN, strict=True):
+        mark_N += weight * row_N  # not a matrix product: equal columns give equal marks, to the last bit
+    marks, block_N = np.unique(mark_N, return_inverse=True)
+    turn_N = generator.permutation(len(marks))[block_N]
+    order: np.ndarray = np.lexsort((generator.random(len(values_N)), turn_N, -values_N))
     return order
 
 

@@ -1,4 +1,4 @@
-"""What people look at: figures of scores and of segments, and tables that can be read, drawn and compared."""
+"""What people look at: figures of scores and of segments, and tables that can be read, drawn, saved and compared."""
 
 from .figures import influence_figure, segmentation_figure
 from .table import Row, Table

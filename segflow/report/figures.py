@@ -1,8 +1,8 @@
-"""Figures of scores, drawn with matplotlib."""
+"""Figures of scores, drawn with matplotlib: which examples matter for a query, and how a run was cut into segments."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -26,11 +26,14 @@ def influence_figure(
         scores: of single examples, kept with `keep=("term",)`.
         query: its row.
         query_image: [H, W]; train_images: [N, H, W].
-        caption: text under a training image.
+        caption: text under a training image; query_caption: under the query's.
         k: images a row.
 
     Returns:
         A matplotlib Figure; save it with `figure.savefig(path)`.
+
+    Raises:
+        ScoreError: the scores have no terms, or are not of single examples with one image each.
     """
     if not scores.by_term:
         raise ScoreError('influence_figure: the scores have no terms. Score with keep=("term",).')
@@ -48,9 +51,9 @@ def influence_figure(
         ("removal raises the measurement (a loss: helpful)", True),
         ("removal lowers the measurement (a loss: harmful)", False),
     )
-    for part, (title, largest) in zip(middle.subfigures(2, 1), rows, strict=True):
-        part.suptitle(title, fontsize=9)
-        axes = np.atleast_1d(part.subplots(1, k))
+    for subfigure, (title, largest) in zip(middle.subfigures(2, 1), rows, strict=True):
+        subfigure.suptitle(title, fontsize=9)
+        axes = np.atleast_1d(subfigure.subplots(1, k))
         for axis, ranked in zip(axes, scores.top(query, k, largest), strict=False):
             text = f"{ranked.score:+.3f}" + (f"\n{caption(ranked)}" if caption else "")
             _image(axis, train_images[ranked.group], text)
@@ -67,7 +70,7 @@ def _image(axis: Any, image: np.ndarray, text: str) -> None:
 
 def _spread(axis: Any, scores: Scores, query: int) -> None:
     """Share of the absolute influence that falls in each term."""
-    size = np.array([part[query].abs().sum().item() for part in scores.by_term.values()])
+    size = np.array([values[query].abs().sum().item() for values in scores.by_term.values()])
     names = [label.replace(": ", "\n") for label in scores.by_term]
     axis.bar(names, size / (size.sum() or 1.0), color="#4477aa")
     axis.set_ylabel("share of the query's absolute influence", fontsize=8)
@@ -85,36 +88,50 @@ def segmentation_figure(scores: Scores, run: int = 0, stage: str | None = None) 
 
     Returns:
         A matplotlib Figure; save it with `figure.savefig(path)`.
+
+    Raises:
+        ScoreError: nothing was cut, or there is no such run or stage.
     """
-    found = scores.provenance.get("segmentation")
-    if not found:
+    by_run = scores.provenance.get("segmentation")
+    if not by_run:
         raise ScoreError("segmentation_figure: these scores were not made with segments='auto', so nothing was cut.")
-    if not 0 <= run < len(found) or (stage is not None and stage not in found[run]):
+    if not 0 <= run < len(by_run) or (stage is not None and stage not in by_run[run]):
         raise ScoreError(
-            f"segmentation_figure: no run {run} with stage {stage!r}; there are {[list(of) for of in found]}."
+            f"segmentation_figure: no run {run} with stage {stage!r}; there are {[list(stages) for stages in by_run]}."
         )
-    explained = found[run][list(found[run])[-1] if stage is None else stage]
+    explained = by_run[run][list(by_run[run])[-1] if stage is None else stage]
     from matplotlib.figure import Figure
 
     figure: Any = Figure(figsize=(9, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
-    steps, cuts = explained["checkpoints"], explained["cuts"]
-    image = left.imshow(np.sqrt(np.maximum(explained["distances"], 0)), cmap="viridis")
+    image = _distances(left, explained)
     figure.colorbar(image, ax=left, label="distance between checkpoints (relative)")
+    _scatter(right, explained)
+    return figure
+
+
+def _distances(axis: Any, explained: Mapping[str, Any]) -> Any:
+    """The image of the distances between checkpoints, with a white line at each cut."""
+    steps, cuts = explained["checkpoints"], explained["cuts"]
+    image = axis.imshow(np.sqrt(np.maximum(explained["distances"], 0)), cmap="viridis")
     for cut in cuts:
         place = steps.index(cut) + 0.5
-        left.axhline(place, color="white", linewidth=2)
-        left.axvline(place, color="white", linewidth=2)
-    left.set_xticks(range(len(steps)), steps, fontsize=8)
-    left.set_yticks(range(len(steps)), steps, fontsize=8)
-    left.set_xlabel("checkpoint at step")
-    left.set_title(f"cut after {cuts}" if cuts else "not cut", fontsize=10)
+        axis.axhline(place, color="white", linewidth=2)
+        axis.axvline(place, color="white", linewidth=2)
+    axis.set_xticks(range(len(steps)), steps, fontsize=8)
+    axis.set_yticks(range(len(steps)), steps, fontsize=8)
+    axis.set_xlabel("checkpoint at step")
+    axis.set_title(f"cut after {cuts}" if cuts else "not cut", fontsize=10)
+    return image
+
+
+def _scatter(axis: Any, explained: Mapping[str, Any]) -> None:
+    """The scatter within one, two and three segments, with and without the penalty; dotted: what was chosen."""
     scatter = np.array(explained["scatter_of_1_2_3_segments"])
     counts = np.arange(1, len(scatter) + 1)
-    right.plot(counts, scatter, "o-", label="scatter within segments")
-    right.plot(counts, scatter + explained["penalty"] * counts, "s-", label=f"+ {explained['penalty']:g} a segment")
-    right.axvline(len(cuts) + 1, color="grey", linestyle=":")
-    right.set_xticks(counts)
-    right.set_xlabel("segments")
-    right.legend(fontsize=8)
-    return figure
+    axis.plot(counts, scatter, "o-", label="scatter within segments")
+    axis.plot(counts, scatter + explained["penalty"] * counts, "s-", label=f"+ {explained['penalty']:g} a segment")
+    axis.axvline(len(explained["cuts"]) + 1, color="grey", linestyle=":")
+    axis.set_xticks(counts)
+    axis.set_xlabel("segments")
+    axis.legend(fontsize=8)

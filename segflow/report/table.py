@@ -13,7 +13,10 @@ from typing import Any, NamedTuple
 from ..data.fingerprints import digest
 from ..errors import ScoreError, check_choice
 from ..store.files import read_json, write_json
-from .table_figure import notes_by_series, table_figure
+from .table_figure import table_figure
+
+FORMAT = 1
+KINDS = ("lines", "bars", "scatter")
 
 
 class Estimate(NamedTuple):
@@ -24,10 +27,6 @@ class Estimate(NamedTuple):
     high: float
 
 
-FORMAT = 1
-KINDS = ("lines", "bars", "scatter")
-
-
 @dataclass(frozen=True)
 class Row:
     """One number of a table.
@@ -35,6 +34,9 @@ class Row:
     series: the method or baseline; x: the place on the x axis; mean, low, high: the number and its 95% interval
     (infinite ends: its spread is not known, as for a single value); values: what the mean is of, one for each seed or
     query as the table's settings say; label: a name for the row, where it has one (such as a group's).
+
+    Raises:
+        ScoreError: x, mean or a value is not finite, or low is above high.
     """
 
     series: str
@@ -98,7 +100,8 @@ class Table:
     def __post_init__(self) -> None:
         check_choice("kind", self.kind, KINDS, ScoreError)
         object.__setattr__(self, "rows", tuple(self.rows))
-        object.__setattr__(self, "references", {name: _checked(name, e) for name, e in self.references.items()})
+        references = {name: _checked_reference(name, ends) for name, ends in self.references.items()}
+        object.__setattr__(self, "references", references)
         if not self.rows:
             raise ScoreError(f"table {self.title!r}: no rows. Expected at least one.")
         places = [(row.series, row.x, row.label)[: 2 if self.kind == "lines" else 3] for row in self.rows]
@@ -114,34 +117,44 @@ class Table:
             raise ScoreError(f"table {self.title!r}: expected settings that JSON can hold ({problem}).") from problem
 
     @property
+    def notes(self) -> dict[str, str]:
+        """The lines of text about series, from the settings."""
+        notes = self.settings.get("notes")
+        return {str(series): str(text) for series, text in notes.items()} if isinstance(notes, dict) else {}
+
+    @property
     def series(self) -> tuple[str, ...]:
         """The names of the series, in order."""
         return tuple(dict.fromkeys(row.series for row in self.rows))
 
     def of(self, series: str) -> tuple[Row, ...]:
-        """The rows of one series."""
-        found = tuple(row for row in self.rows if row.series == series)
-        if not found:
+        """The rows of one series; ScoreError if there is no such series."""
+        rows = tuple(row for row in self.rows if row.series == series)
+        if not rows:
             raise ScoreError(f"table {self.title!r}: no series {series!r}; there are {list(self.series)}.")
-        return found
+        return rows
 
     def value(self, series: str, x: float | str | None = None) -> Row:
-        """One row: by its series and its x or its label; x may be left out where the series has one row."""
-        found = [row for row in self.of(series) if x is None or x == (row.label if isinstance(x, str) else row.x)]
-        if len(found) != 1:
-            there = [row.label if isinstance(x, str) else row.x for row in self.of(series)]
+        """One row: by its series and its x or its label; x may be left out where the series has one row.
+
+        Raises:
+            ScoreError: no row or several rows are there.
+        """
+        places = [row.label if isinstance(x, str) else row.x for row in self.of(series)]
+        rows = [row for row, place in zip(self.of(series), places, strict=True) if x is None or x == place]
+        if len(rows) != 1:
             raise ScoreError(
-                f"table {self.title!r}: {len(found)} rows of {series!r} at {x!r}; its rows are at {there[:20]}. Give "
+                f"table {self.title!r}: {len(rows)} rows of {series!r} at {x!r}; its rows are at {places[:20]}. Give "
                 "one of them."
             )
-        return found[0]
+        return rows[0]
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write everything to one JSON file, atomically. Infinite ends of intervals are written as null."""
         content = {name: getattr(self, name) for name in ("title", "x", "y", "kind", "settings")} | {
             "format": FORMAT,
-            "rows": [asdict(row) | _ends(Estimate(row.mean, row.low, row.high)) for row in self.rows],
-            "references": [{"name": name} | _ends(Estimate(*ends)) for name, ends in self.references.items()],
+            "rows": [asdict(row) | _to_json(Estimate(row.mean, row.low, row.high)) for row in self.rows],
+            "references": [{"name": name} | _to_json(Estimate(*ends)) for name, ends in self.references.items()],
         }
         write_json(Path(path), {"segflow": "table", "sha256": digest(json.dumps(content, sort_keys=True))} | content)
 
@@ -161,9 +174,9 @@ class Table:
                 content["x"],
                 content["y"],
                 tuple(
-                    Row(**row | _estimate(row)._asdict() | {"values": tuple(row["values"])}) for row in content["rows"]
+                    Row(**row | _from_json(row)._asdict() | {"values": tuple(row["values"])}) for row in content["rows"]
                 ),
-                {entry["name"]: _estimate(entry) for entry in content["references"]},
+                {entry["name"]: _from_json(entry) for entry in content["references"]},
                 content["settings"],
                 content["kind"],
             )
@@ -176,9 +189,9 @@ class Table:
         lines = [f"**{self.title}** ({self.y})", "", *map(_line, cells[:1]), "|" + "---|" * len(cells[0])]
         lines += map(_line, cells[1:])
         notes = [f"{name}: {_shown(Estimate(*ends))}" for name, ends in self.references.items()]
-        notes += [f"{series}: {text}" for series, text in notes_by_series(self.settings).items()]
+        notes += [f"{series}: {text}" for series, text in self.notes.items()]
         notes += [str(self.settings["interval"])] if "interval" in self.settings else []
-        return "\n".join(lines + [part for note in notes for part in ("", note)])
+        return "\n".join(lines + [line for note in notes for line in ("", note)])
 
     def to_pandas(self) -> Any:
         """A pandas DataFrame: one row for each row, with columns series, label, x, mean, low, high, values."""
@@ -193,18 +206,19 @@ class Table:
         return table_figure(self)
 
 
-def _checked(name: str, ends: Iterable[float]) -> Estimate:
-    found = Estimate(*map(float, ends))
-    if not math.isfinite(found.mean) or not found.low <= found.high:
-        raise ScoreError(f"reference {name!r}: {tuple(found)}, expected a finite mean, and low <= high.")
-    return found
+def _checked_reference(name: str, ends: Iterable[float]) -> Estimate:
+    estimate = Estimate(*map(float, ends))
+    if not math.isfinite(estimate.mean) or not estimate.low <= estimate.high:
+        raise ScoreError(f"reference {name!r}: {tuple(estimate)}, expected a finite mean, and low <= high.")
+    return estimate
 
 
-def _ends(estimate: Estimate) -> dict[str, float | None]:
+def _to_json(estimate: Estimate) -> dict[str, float | None]:
+    """JSON has no infinity: an infinite end is null."""
     return {name: end if math.isfinite(end) else None for name, end in estimate._asdict().items()}
 
 
-def _estimate(entry: Mapping[str, Any]) -> Estimate:
+def _from_json(entry: Mapping[str, Any]) -> Estimate:
     low, high = entry["low"], entry["high"]
     return Estimate(entry["mean"], -math.inf if low is None else low, math.inf if high is None else high)
 
@@ -219,9 +233,9 @@ def _line(cells: Iterable[object]) -> str:
 
 def _by_x(table: Table) -> list[list[object]]:
     """A line for each x, a column for each series."""
-    at = {(row.series, row.x): row for row in table.rows}
-    places = sorted({row.x for row in table.rows})
-    lines: list[list[object]] = [[f"{x:g}", *(at.get((series, x), "") for series in table.series)] for x in places]
+    rows = {(row.series, row.x): row for row in table.rows}
+    xs = sorted({row.x for row in table.rows})
+    lines: list[list[object]] = [[f"{x:g}", *(rows.get((series, x), "") for series in table.series)] for x in xs]
     return [[table.x, *table.series], *lines]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -29,16 +29,10 @@ def table_figure(table: Table) -> Any:
     return figure
 
 
-def notes_by_series(settings: Mapping[str, Any]) -> dict[str, str]:
-    """The lines of text about series, from a table's settings."""
-    notes = settings.get("notes")
-    return {str(series): str(text) for series, text in notes.items()} if isinstance(notes, dict) else {}
-
-
 def _columns(rows: Iterable[Row]) -> np.ndarray:
     """[4, rows]: x, mean, low, high, where an end that is infinite is not drawn."""
-    found = np.array([(row.x, row.mean, row.low, row.high) for row in rows]).T
-    return np.where(np.isfinite(found), found, np.nan)
+    columns = np.array([(row.x, row.mean, row.low, row.high) for row in rows]).T
+    return np.where(np.isfinite(columns), columns, np.nan)
 
 
 def _error_bars(columns: np.ndarray) -> np.ndarray:
@@ -49,7 +43,8 @@ def _error_bars(columns: np.ndarray) -> np.ndarray:
 
 def _legend(table: Table, series: str) -> str:
     """The series' name, and below it its note."""
-    return "\n".join([series, *filter(None, [notes_by_series(table.settings).get(series)])])
+    note = table.notes.get(series)
+    return f"{series}\n{note}" if note else series
 
 
 def _draw_lines(axes: Any, table: Table) -> None:

@@ -278,12 +278,13 @@ def _sums(kept: np.ndarray, seed: int) -> list[float]:
     return [float(kept.sum()), float(seed), float(os.getpid())]
 
 
-def test_a_bank_of_any_function_runs_in_processes(tmp_path: Path) -> None:
-    training = FunctionTraining(_sums, {"recipe": 1}, processes=2, each=2)
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_bank_of_any_function_runs_in_processes(tmp_path: Path, processes: int) -> None:
+    training = FunctionTraining(_sums, {"recipe": 1}, processes, each=4 // processes)
     bank = Bank(tmp_path, training, random_subsets(3, 6), repetitions=2, seed=7)
     found = bank.run(progress=False)
     assert len(list(tmp_path.glob("measured-*"))) == 2
-    assert (found[:, :, 2] != os.getpid()).all()
+    assert ((found[:, :, 2] != os.getpid()) == (processes > 1)).all()
     assert np.array_equal(found[:, :, 1], [[8, 11], [9, 12], [10, 13]])
     assert np.array_equal(found[:, 0, 0], retrain(_sums, bank.subsets, processes=1, progress=False)[:, 0, 0])
     with pytest.raises(ScoreError, match="recipe"):
@@ -294,7 +295,7 @@ def _rows(kept: np.ndarray, seed: int) -> Tensor:
     return torch.tensor([[kept.sum(), 1.0, 2.0], [seed, 3.0, 4.0]], requires_grad=True) * 1.0
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_several_measurements_of_a_function_keep_their_shape(tmp_path: Path, processes: int) -> None:
     training = FunctionTraining(_rows, {}, processes=processes)
     found = Bank(tmp_path, training, random_subsets(2, 6), repetitions=2).run(progress=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import permutations
 from typing import Any
@@ -11,19 +12,14 @@ import pytest
 import torch
 
 import segflow as sf
-from segflow.evaluation import Detection, detection_auc, noisy_label_detection
+from segflow.evaluation import Detection, detection_auc, found_among_lowest, noisy_label_detection
+
+from .closed_form import scores_of
 
 N = 40
 GENERATOR = np.random.default_rng(0)
 WRONG = GENERATOR.random(N) < 0.3
 VALUES = GENERATOR.normal(size=(3, N)) - 0.5 * WRONG
-
-
-def scores_of(values: Any, **provenance: Any) -> sf.Scores:
-    values = torch.as_tensor(np.atleast_2d(values))
-    queries, examples = values.shape
-    labels = tuple(map(str, range(examples)))
-    return sf.Scores(values, tuple(map(str, range(queries))), labels, (1,) * examples, provenance)
 
 
 SCORES = scores_of(VALUES, method="Source")
@@ -198,6 +194,48 @@ def test_a_resample_without_wrong_labels_does_not_spoil_the_interval() -> None:
     wrong = np.arange(6) == 2
     found = noisy_label_detection(scores_of(np.array([3.0, 2, 1, 0, 4, 5]), method="S"), wrong)
     assert 0 <= found.auc.value("S").low <= found.auc.value("S").high <= 1
+
+
+# ---- one ranking, one number ----
+
+
+@pytest.mark.parametrize("ties", [False, True])
+def test_detection_auc_is_scikit_learns(ties: bool) -> None:
+    from sklearn.metrics import roc_auc_score
+
+    generator = np.random.default_rng(2)
+    wrong = generator.random(50) < 0.3
+    ranking = generator.normal(size=50) - wrong
+    ranking = np.round(ranking) if ties else ranking
+    assert detection_auc(ranking, wrong) == pytest.approx(roc_auc_score(wrong, -ranking), rel=1e-12)
+    assert detection_auc(torch.tensor(ranking), torch.tensor(wrong)) == detection_auc(ranking, wrong)
+    assert detection_auc(-ranking, wrong) == pytest.approx(1 - detection_auc(ranking, wrong))
+    assert detection_auc(np.zeros(50), wrong) == 0.5
+
+
+def test_found_among_lowest_counts_wrong_examples_at_the_bottom() -> None:
+    ranking = np.array([5.0, -1.0, 0.5, -3.0, 2.0, 0.0])
+    wrong = np.array([True, True, False, True, False, False])
+    assert found_among_lowest(ranking, wrong) == 2  # of the lowest three: 3, 1, 5
+    assert [found_among_lowest(ranking, wrong, count) for count in range(8)] == [0, 1, 2, 2, 2, 2, 3, 3]
+    assert found_among_lowest(torch.tensor(ranking), torch.tensor(wrong), 1) == 1
+    assert found_among_lowest(np.zeros(3), np.array([True, False, False])) == 1, "ties in the order given"
+
+
+@pytest.mark.parametrize(
+    ("call", "text"),
+    [
+        (lambda: detection_auc(np.zeros(3), np.zeros(4, bool)), r"ranking \(3,\) and wrong \(4,\): expected \[N\] and"),
+        (lambda: found_among_lowest(np.zeros((2, 2)), np.zeros((2, 2), bool)), r"ranking \(2, 2\)"),
+        (lambda: detection_auc(np.zeros(3), np.zeros(3, bool)), "needs both wrong and right examples"),
+        (lambda: detection_auc(np.zeros(3), np.ones(3, bool)), "needs both wrong and right examples"),
+        (lambda: detection_auc(np.array([0, np.nan]), np.array([True, False])), "ranking: example 1 .* not finite"),
+        (lambda: found_among_lowest(np.zeros(2), np.ones(2, bool), -1), "count=-1: expected how many"),
+    ],
+)
+def test_rankings_that_do_not_fit_are_refused(call: Callable[[], Any], text: str) -> None:
+    with pytest.raises(sf.ScoreError, match=text):
+        call()
 
 
 # ---- results and refusals ----

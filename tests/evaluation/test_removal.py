@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,42 +23,9 @@ from segflow.evaluation import (
     removal_order,
     retraining_score,
 )
-from segflow.evaluation.retraining.reuse import Retrainings
-from segflow.evaluation.statistics import student
+from segflow.evaluation.statistics import student_interval
 
-N, Q = 20, 3
-EFFECTS = np.random.default_rng(0).normal(size=(Q, N))  # what each example lowers each query's measurement by
-
-
-def scores_of(values: Any, **provenance: Any) -> sf.Scores:
-    values = torch.as_tensor(np.asarray(values))
-    queries, examples = values.shape
-    labels = tuple(map(str, range(examples)))
-    return sf.Scores(values, tuple(f"q{q}" for q in range(queries)), labels, (1,) * examples, provenance)
-
-
-TRUE = scores_of(EFFECTS, method="Oracle")
-
-
-class Linear:
-    """A training that measures minus the sum of what is kept of `effects`, plus noise of the seed; it counts."""
-
-    def __init__(self, effects: np.ndarray = EFFECTS, noise: float = 0.0, offset: float = 0.0, recipe: Any = 0):
-        self.effects, self.noise, self.offset = effects, noise, offset
-        self.inner = FunctionTraining(self._measured, {"recipe": recipe}, processes=1)
-        self.settings, self.batches = self.inner.settings, self.inner.batches
-        self.jobs: list[tuple[tuple[int, ...], int]] = []
-
-    def _measured(self, kept: np.ndarray, seed: int) -> np.ndarray:
-        return self.offset - self.effects[:, kept].sum(1) + self.noise * noise_of(seed, len(self.effects))
-
-    def run(self, jobs: Sequence[tuple[np.ndarray, int]]) -> np.ndarray:
-        self.jobs += [(tuple(kept.tolist()), seed) for kept, seed in jobs]
-        return self.inner.run(jobs)
-
-
-def noise_of(seed: int, queries: int) -> np.ndarray:
-    return np.random.default_rng(seed).normal(size=queries)
+from .closed_form import EFFECTS, TRUE, Linear, N, Q, noise_of, scores_of
 
 
 def _expected(removed: np.ndarray) -> float:
@@ -143,10 +110,10 @@ def test_a_rows_interval_is_students_over_its_retrainings(tmp_path: Path) -> Non
     values = [-EFFECTS[:, kept].sum(1).mean() + noise_of(seed, Q).mean() for own, seed in training.jobs if own == kept]
     row = table.value("Oracle", 0.1)
     np.testing.assert_allclose(row.values, values)
-    np.testing.assert_allclose((row.mean, row.low, row.high), student(values))
+    np.testing.assert_allclose((row.mean, row.low, row.high), student_interval(values))
     assert len(set(values)) == 4, "each retraining has a seed of its own"
     everything = [seed for own, seed in training.jobs if own == tuple(range(N))]
-    nothing = student([-EFFECTS.sum(1).mean() + noise_of(seed, Q).mean() for seed in everything])
+    nothing = student_interval([-EFFECTS.sum(1).mean() + noise_of(seed, Q).mean() for seed in everything])
     np.testing.assert_allclose(table.references["nothing removed"], nothing)
     assert "Student's t, of the mean over the retrainings" in table.settings["interval"]
 
@@ -158,7 +125,7 @@ def test_several_runs_are_averaged_and_the_interval_is_over_the_runs(tmp_path: P
     expected = [_expected(removal_order(run)[:5]) for run in runs]
     row = table.value("ensemble", 0.25)
     np.testing.assert_allclose(row.values, expected)
-    np.testing.assert_allclose((row.mean, row.low, row.high), student(expected))
+    np.testing.assert_allclose((row.mean, row.low, row.high), student_interval(expected))
     assert len(table.value("true", 0.25).values) == 2
     assert len(table.value("random", 0.25).values) == 6, "as many orders as the series has retrainings"
     assert table.settings["runs"] == {"ensemble": 3, "true": 1}
@@ -243,124 +210,6 @@ def test_measurement_chooses_among_those_of_a_function(tmp_path: Path) -> None:
 def _holds(path: Path, kept: np.ndarray) -> bool:
     subsets, _ = sf.evaluation.read_bank(path)
     return any(np.array_equal(np.flatnonzero(row), kept) for row in subsets)
-
-
-# ---- nothing is trained twice ----
-
-
-def test_what_was_trained_is_not_trained_again_by_series_shares_or_tasks(tmp_path: Path) -> None:
-    options: dict[str, Any] = {"shares": (0.1, 0.25), "repetitions": 2, "progress": False}
-    first = Linear(noise=1.0)
-    table = retraining_score({"one": TRUE, "same": TRUE}, first, tmp_path, **options)
-    assert len(first.jobs) == len(set(first.jobs)) == (2 + 1) * 2 + 2 * 2, "two shares and everything; random ones"
-    assert table.of("one") == tuple(replace(row, series="one") for row in table.of("same"))
-
-    again = Linear(noise=1.0)
-    assert retraining_score({"one": TRUE, "same": TRUE}, again, tmp_path, **options) == table
-    assert again.jobs == []
-
-    other = scores_of(EFFECTS[:, ::-1].copy(), method="Other")
-    more = retraining_score({"one": TRUE, "same": TRUE, "more": other}, again, tmp_path, **options)
-    assert len(again.jobs) == 2 * 2, "the added series only"
-    assert set(table.rows) < set(more.rows)
-    pruned = dataset_pruning({"one": TRUE}, again, tmp_path, **options)
-    assert len(again.jobs) == 2 * 2 + 2 * 2, "the other end of the ranking; random orders and everything are there"
-    assert pruned.references == table.references
-
-
-def test_numbers_do_not_depend_on_what_was_trained_before(tmp_path: Path) -> None:
-    options: dict[str, Any] = {"shares": (0.1, 0.25), "repetitions": 2, "progress": False}
-    other = scores_of(-EFFECTS[::-1])
-    retraining_score({"other": other}, Linear(noise=1.0), tmp_path / "a", **options)
-    after = retraining_score({"one": TRUE, "other": other}, Linear(noise=1.0), tmp_path / "a", **options)
-    assert after == retraining_score({"one": TRUE, "other": other}, Linear(noise=1.0), tmp_path / "b", **options)
-
-
-def test_more_repetitions_train_only_the_rest_of_what_is_asked_for(tmp_path: Path) -> None:
-    options: dict[str, Any] = {"shares": (0.1,), "progress": False}
-    few = retraining_score({"one": TRUE}, Linear(noise=1.0), tmp_path, repetitions=2, **options)
-    training = Linear(noise=1.0)
-    more = retraining_score({"one": TRUE}, training, tmp_path, repetitions=3, **options)
-    assert len(training.jobs) == 2 + 1, "one more of each of two subsets, and one more random order"
-    assert more.value("one", 0.1).values[:2] == few.value("one", 0.1).values
-    assert more.value("random", 0.1).values[:2] == few.value("random", 0.1).values
-
-
-def test_a_stopped_task_goes_on_where_it_was(tmp_path: Path) -> None:
-    class Stopping(Linear):
-        def run(self, jobs: Sequence[tuple[np.ndarray, int]]) -> np.ndarray:
-            if len(self.jobs) >= 8:
-                raise KeyboardInterrupt
-            return super().run(jobs)
-
-    options: dict[str, Any] = {"shares": (0.1, 0.2, 0.3), "progress": False}
-    stopping = Stopping(noise=1.0)
-    with pytest.raises(KeyboardInterrupt):
-        retraining_score(TRUE, stopping, tmp_path / "stopped", **options)
-    rest, whole = Linear(noise=1.0), Linear(noise=1.0)
-    assert retraining_score(TRUE, rest, tmp_path / "stopped", **options) == retraining_score(
-        TRUE, whole, tmp_path / "whole", **options
-    )
-    assert 0 < len(stopping.jobs) < len(whole.jobs)
-    assert sorted(stopping.jobs + rest.jobs) == sorted(whole.jobs)
-
-
-@pytest.mark.parametrize(
-    ("change", "key"),
-    [
-        (lambda options: options | {"training": Linear(recipe=1)}, "recipe"),
-        (lambda options: options | {"seed": 1}, "seed"),
-    ],
-)
-def test_retrainings_of_another_recipe_are_refused(tmp_path: Path, change: Any, key: str) -> None:
-    options: dict[str, Any] = {"training": Linear(), "folder": tmp_path, "shares": (0.1,), "progress": False}
-    retraining_score(TRUE, **options)
-    with pytest.raises(sf.ScoreError, match=rf"made with \S*{key}.*Use another folder"):
-        dataset_pruning(TRUE, **change(options))
-
-
-def test_retrainings_about_other_examples_are_refused(tmp_path: Path) -> None:
-    retraining_score(TRUE, Linear(), tmp_path, shares=(0.1,), progress=False)
-    fewer = scores_of(EFFECTS[:, :10])
-    with pytest.raises(sf.ScoreError, match="about 20 examples, now there are 10"):
-        retraining_score(fewer, Linear(EFFECTS[:, :10]), tmp_path, shares=(0.1,), progress=False)
-
-
-def test_the_pool_gives_each_subset_its_own_numbers_in_the_order_that_was_asked(tmp_path: Path) -> None:
-    subsets = np.random.default_rng(0).random((6, N)) < 0.5
-    pool = Retrainings(Linear(), tmp_path, repetitions=2, progress=False)
-    pool.measured(subsets[[4, 1]])
-    asked = [0, 4, 1, 0, 5, 4]
-    expected = np.repeat(-(subsets[asked] @ EFFECTS.T)[:, None], 2, 1)
-    np.testing.assert_allclose(pool.measured(subsets[asked]), expected)
-    assert pool.nothing_removed(N).shape == (2, Q)
-    with pytest.raises(sf.ScoreError, match="keeps none of 20 examples"):
-        pool.measured(np.zeros((1, N), dtype=bool))
-    with pytest.raises(sf.ScoreError, match="repetitions=0, seed=0"):
-        Retrainings(Linear(), tmp_path, repetitions=0)
-    for name, wrong in (("repetitions", 2.5), ("seed", 1.5), ("seed", -1), ("measurement", 0.5)):
-        with pytest.raises(sf.ScoreError, match=f"{name}={wrong}"):
-            Retrainings(Linear(), tmp_path, **{name: wrong})
-    whole = np.int64(2)
-    table = retraining_score(TRUE, Linear(), tmp_path, shares=(0.1,), repetitions=whole, seed=whole - 2, progress=False)
-    assert table.settings["repetitions"] == 2
-    with pytest.raises(TypeError, match="epochs"):
-        retraining_score(TRUE, Linear(), tmp_path, epochs=3)
-
-
-def test_a_bank_takes_seeds_of_its_own_and_runs_the_rows_that_are_wanted(tmp_path: Path) -> None:
-    subsets = np.random.default_rng(0).random((3, N)) < 0.5
-    training = Linear(noise=1.0)
-    bank = Bank(tmp_path, training, subsets, 2, seeds=[70, 50, 60])
-    found = bank.run(progress=False, rows=[2, 0])
-    assert {seed for _, seed in training.jobs} == {60, 61, 70, 71}
-    expected = [[-EFFECTS[:, subsets[m]].sum(1) + noise_of(s, Q) for s in (a, a + 1)] for m, a in ((2, 60), (0, 70))]
-    np.testing.assert_allclose(found, expected)
-    assert bank.missing == [(0, 1), (1, 1)]
-    with pytest.raises(sf.ScoreError, match="seeds"):
-        Bank(tmp_path, training, subsets, 2, seeds=[70, 50, 61]).run()
-    with pytest.raises(sf.ScoreError, match="2 seeds for 3 subsets"):
-        Bank(tmp_path, training, subsets, 2, seeds=[70, 50])
 
 
 # ---- refusals ----

@@ -1,4 +1,4 @@
-"""Tables: exact round trips, refusals, text and figures; and the intervals against scipy."""
+"""Tables: exact round trips, refusals, text and figures."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 
 from segflow.errors import ScoreError
-from segflow.evaluation import Row, Table
-from segflow.evaluation.statistics import exactly, quantiles, student, unchanged, welch, wilson
+from segflow.report import Row, Table
 
 INF = float("inf")
 ROWS = (
@@ -234,53 +233,3 @@ def test_points_are_drawn_with_error_bars_and_the_line_of_agreement(tmp_path: Pa
     segments = axes.containers[0].lines[2][0].get_segments()
     np.testing.assert_array_equal(segments[1], [[2, 2], [2, 6]])
     figure.savefig(tmp_path / "figure.png")
-
-
-# ---- intervals ----
-
-VALUES = np.random.default_rng(0).normal(3, 2, size=7)
-OTHERS = np.random.default_rng(1).normal(1, 5, size=4)
-
-
-def test_students_interval_is_scipys() -> None:
-    from scipy import stats
-
-    expected = stats.t.interval(0.95, 6, loc=VALUES.mean(), scale=stats.sem(VALUES))
-    np.testing.assert_allclose(student(VALUES), (VALUES.mean(), *expected), rtol=1e-9)
-    assert student([2.5]) == (2.5, -INF, INF)
-    assert student([2.5, 2.5]) == (2.5, 2.5, 2.5)
-
-
-def test_welchs_interval_is_scipys() -> None:
-    from scipy import stats
-
-    ends = stats.ttest_ind(VALUES, OTHERS, equal_var=False).confidence_interval(0.95)
-    expected = (VALUES.mean() - OTHERS.mean(), ends.low, ends.high)
-    np.testing.assert_allclose(welch(VALUES, OTHERS), expected, rtol=1e-9)
-    assert welch([1.0, 1.0], [0.5, 0.5]) == (0.5, 0.5, 0.5)
-    assert welch([1.0], OTHERS)[1:] == (-INF, INF)
-
-
-@pytest.mark.parametrize("count", [2, 3, 8])
-def test_a_mean_that_has_not_changed_lies_within_the_interval_in_95_of_100_cases(count: int) -> None:
-    generator = np.random.default_rng(count)
-    first, second = generator.normal(3, 2, size=(2, 4000, count))
-    changes = second.mean(1) - first.mean(1)
-    held = [low <= change <= high for (_, low, high), change in zip(map(unchanged, first), changes, strict=True)]
-    assert np.mean(held) == pytest.approx(0.95, abs=0.012)
-    assert unchanged([1.0]) == (0, -INF, INF)
-
-
-@pytest.mark.parametrize(("share", "count"), [(0.0, 9), (0.25, 40), (1.0, 3)])
-def test_wilsons_interval_is_scipys(share: float, count: int) -> None:
-    from scipy import stats
-
-    ends = stats.binomtest(round(share * count), count).proportion_ci(0.95, "wilson")
-    np.testing.assert_allclose(wilson(share, count), (share, ends.low, ends.high), atol=1e-12)
-
-
-def test_quantiles_leave_out_what_is_no_number() -> None:
-    draws = np.linspace(0, 1, 1001)
-    np.testing.assert_allclose(quantiles(0.4, np.append(draws, np.nan)), (0.4, 0.025, 0.975))
-    assert quantiles(0.4, np.full(3, np.nan)) == (0.4, -INF, INF)
-    assert exactly(0.5) == (0.5, 0.5, 0.5)

@@ -1,4 +1,7 @@
-"""A bank of retrained models: the ground truth on disk, made once, resumed after a kill, refused for another recipe."""
+"""A bank of retrained models: the ground truth on disk, made once, resumed after a kill, refused for another recipe.
+
+Axis letters: J jobs, M subsets, K examples or groups, R repetitions, Q queries, P measurements of each query.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,10 @@ FORMAT = 1
 
 
 class Training(Protocol):
-    """What a bank runs: `BatchedTraining`, `FunctionTraining`, or one of your own."""
+    """What a bank or a task retrains with: `BatchedTraining`, `FunctionTraining`, or a class of your own.
+
+    One that has an `examples` attribute, the number of its examples, is checked to fit the scores it is given with.
+    """
 
     def settings(self) -> Mapping[str, Any]:
         """What the results depend on, as JSON."""
@@ -37,7 +43,7 @@ class Training(Protocol):
         """The measurements [J, ...] after training on each (indices of what is kept, seed)."""
 
 
-def check_runs(training: object) -> None:
+def check_is_training(training: object) -> None:
     """ScoreError for what is no training, such as a plain function."""
     if not all(callable(getattr(training, name, None)) for name in ("settings", "batches", "run")):
         raise ScoreError(
@@ -70,17 +76,21 @@ class FunctionTraining:
     def batches(self, jobs: Sequence[Job]) -> list[list[int]]:
         """A few jobs for each process."""
         size = max(1, self.each) * (self.processes or os.cpu_count() or 1)
-        return [list(range(at, min(at + size, len(jobs)))) for at in range(0, len(jobs), size)]
+        return [list(range(begin, min(begin + size, len(jobs)))) for begin in range(0, len(jobs), size)]
 
     def run(self, jobs: Sequence[Job]) -> np.ndarray:
-        """Train and measure in parallel processes: [J, Q] or [J, P, Q]."""
-        found = [np.atleast_1d(own) for own in run_jobs(self.train_and_measure, list(jobs), self.processes, False)]
-        shapes = sorted({own.shape for own in found})
+        """Train and measure in parallel processes: [J, Q] or [J, P, Q].
+
+        Raises:
+            ScoreError: the function gives no numbers, or not always of one shape.
+        """
+        measured = [np.atleast_1d(job) for job in run_jobs(self.train_and_measure, list(jobs), self.processes, False)]
+        shapes = sorted({of_job.shape for of_job in measured})
         if len(shapes) > 1 or len(shapes[0]) > 2:
             raise ScoreError(
                 f"train_and_measure gave measurements of shapes {shapes}: expected [Q] or [P, Q], the same each time."
             )
-        return np.stack(found)
+        return np.stack(measured)
 
 
 @dataclass(frozen=True)
@@ -131,25 +141,25 @@ class Bank:
             )
         if self.seeds is not None and len(self.seeds) != len(kept):
             raise ScoreError(f"bank: {len(self.seeds)} seeds for {len(kept)} subsets. Give one for each, or none.")
-        check_runs(self.training)
+        check_is_training(self.training)
         object.__setattr__(self, "_path", Path(self.folder))
 
     @cached_property
     def fingerprint(self) -> dict[str, Any]:
         """What the bank's numbers depend on."""
         kept = np.asarray(self.subsets)
-        own = {"format": FORMAT, "subsets": f"{kept.shape} {digest(kept)}", "seed": self.seed}
+        content = {"format": FORMAT, "subsets": f"{kept.shape} {digest(kept)}", "seed": self.seed}
         if self.seeds is not None:
-            own["seeds"] = digest(list(map(int, self.seeds)))
-        plain: dict[str, Any] = json.loads(json.dumps(own | {"training": self.training.settings()}))
-        return plain
+            content["seeds"] = digest(list(map(int, self.seeds)))
+        as_read_back: dict[str, Any] = json.loads(json.dumps(content | {"training": self.training.settings()}))
+        return as_read_back
 
     @property
     def missing(self) -> list[tuple[int, int]]:
         """The (repetition, subset) pairs that are still to be trained."""
-        done = _committed(self._path) if self._bound() else {}
+        committed = _committed(self._path) if self._is_bound() else {}
         pairs = [(r, m) for r in range(self.repetitions) for m in range(len(self.subsets))]
-        return [pair for pair in pairs if pair not in done]
+        return [pair for pair in pairs if pair not in committed]
 
     def run(self, progress: bool | None = None, rows: Sequence[int] | None = None) -> np.ndarray:
         """Train what is missing; the measurements of all, [M, repetitions, Q] (or [M, repetitions, P, Q]).
@@ -158,7 +168,7 @@ class Bank:
         """
         if current().count > 1:
             raise ScoreError("a bank is filled by one process. Start it without a launcher, or use `retrain`.")
-        if not self._bound():
+        if not self._is_bound():
             write_tensors(self._path / "subsets.safetensors", {"subsets": torch.from_numpy(np.asarray(self.subsets))})
             write_json(self._path / "bank.json", self.fingerprint, ScoreError)
         wanted = list(range(len(self.subsets)) if rows is None else rows)
@@ -177,9 +187,9 @@ class Bank:
     def _commit(self, pairs: list[tuple[int, int]], measured: np.ndarray) -> None:
         if len(measured) != len(pairs):
             raise ScoreError(f"bank: {len(measured)} results of {len(pairs)} trainings. Return one for each.")
-        lost = ~np.isfinite(measured.reshape(len(pairs), -1)).all(1)
-        if lost.any():
-            repetition, subset = pairs[int(np.argmax(lost))]
+        diverged = ~np.isfinite(measured.reshape(len(pairs), -1)).all(1)
+        if diverged.any():
+            repetition, subset = pairs[int(np.argmax(diverged))]
             raise ScoreError(
                 f"{self._path}: subset {subset}, repetition {repetition}: a measurement is not finite. "
                 "Did its training diverge? Lower the learning rate."
@@ -191,25 +201,25 @@ class Bank:
 
     def check(self) -> None:
         """Raise ScoreError if the folder holds a bank of something else."""
-        self._bound()
+        self._is_bound()
 
-    def _bound(self) -> bool:
+    def _is_bound(self) -> bool:
         """Whether the folder holds this bank already; ScoreError if it holds another one."""
         path = self._path / "bank.json"
         if not path.exists():
             return False
-        found, own = _flat(read_json(path, ScoreError)), _flat(self.fingerprint)
-        for key in sorted(found.keys() | own.keys()):
-            if found.get(key) != own.get(key):
+        on_disk, now = _flat(read_json(path, ScoreError)), _flat(self.fingerprint)
+        for key in sorted(on_disk.keys() | now.keys()):
+            if on_disk.get(key) != now.get(key):
                 raise ScoreError(
-                    f"{path}: this bank was made with {key} = {found.get(key)!r}, now it is {own.get(key)!r}. "
+                    f"{path}: this bank was made with {key} = {on_disk.get(key)!r}, now it is {now.get(key)!r}. "
                     "Use another folder, or delete this one to retrain everything."
                 )
         return True
 
 
 def read_bank(folder: str | os.PathLike[str]) -> tuple[np.ndarray, np.ndarray]:
-    """A bank's subsets [M, K] and its measurements [M, R, Q], as far as whole repetitions are there.
+    """A bank's subsets [M, K] and its measurements [M, R, Q] or [M, R, P, Q], as far as whole repetitions are there.
 
     Raises:
         ScoreError: there is no bank, no repetition is whole, or a file is damaged.
@@ -217,41 +227,42 @@ def read_bank(folder: str | os.PathLike[str]) -> tuple[np.ndarray, np.ndarray]:
     path = Path(folder)
     read_json(path / "bank.json", ScoreError)
     subsets: np.ndarray = read_tensors(path / "subsets.safetensors", None, ScoreError)["subsets"].numpy()
-    done = _committed(path)
-    whole = 0
-    while all((whole, m) in done for m in range(len(subsets))):
-        whole += 1
-    return subsets, _collected(done, range(len(subsets)), max(whole, 1), path)
+    committed = _committed(path)
+    repetitions = 0
+    while all((repetitions, m) in committed for m in range(len(subsets))):
+        repetitions += 1
+    return subsets, _collected(committed, range(len(subsets)), max(repetitions, 1), path)
 
 
 def _committed(path: Path) -> dict[tuple[int, int], np.ndarray]:
     """Every committed measurement by its (repetition, subset)."""
-    done: dict[tuple[int, int], np.ndarray] = {}
+    committed: dict[tuple[int, int], np.ndarray] = {}
     for file in sorted(path.glob("measured-*.safetensors")):
         tensors = read_tensors(file, None, ScoreError)
         if set(tensors) != {"pairs", "measured", "sha256"} or not tensors.pop("sha256").equal(_checksum(tensors)):
             raise ScoreError(f"{file}: damaged, its content has another checksum. Delete it and run the bank again.")
         measured = tensors["measured"].numpy()
-        done |= {(r, m): row for (r, m), row in zip(tensors["pairs"].tolist(), measured, strict=True)}
-    return done
+        committed |= {(r, m): row for (r, m), row in zip(tensors["pairs"].tolist(), measured, strict=True)}
+    return committed
 
 
 def _collected(
-    done: Mapping[tuple[int, int], np.ndarray], subsets: Sequence[int], repetitions: int, path: Path
+    committed: Mapping[tuple[int, int], np.ndarray], subsets: Sequence[int], repetitions: int, path: Path
 ) -> np.ndarray:
-    lost = [(r, m) for r in range(repetitions) for m in subsets if (r, m) not in done]
-    if lost:
+    """[subsets, repetitions, ...]: what was committed; ScoreError if some is missing, or of another shape."""
+    missing = [(r, m) for r in range(repetitions) for m in subsets if (r, m) not in committed]
+    if missing:
         raise ScoreError(
-            f"{path}: {len(lost)} of {repetitions * len(subsets)} trainings are missing, the first is repetition "
-            f"{lost[0][0]} of subset {lost[0][1]}. Run the bank to its end."
+            f"{path}: {len(missing)} of {repetitions * len(subsets)} trainings are missing, the first is repetition "
+            f"{missing[0][0]} of subset {missing[0][1]}. Run the bank to its end."
         )
-    shapes = sorted({done[r, m].shape for r in range(repetitions) for m in subsets})
+    shapes = sorted({committed[r, m].shape for r in range(repetitions) for m in subsets})
     if len(shapes) > 1:
         raise ScoreError(
             f"{path}: measurements of shapes {shapes}, expected one. Delete the bank to retrain everything, with a "
             "training that measures the same each time."
         )
-    return np.stack([np.stack([done[r, m] for r in range(repetitions)]) for m in subsets])
+    return np.stack([np.stack([committed[r, m] for r in range(repetitions)]) for m in subsets])
 
 
 def _checksum(tensors: Mapping[str, Tensor]) -> Tensor:
@@ -262,5 +273,5 @@ def _flat(content: Any, prefix: str = "") -> dict[str, Any]:
     """Nested mappings and lists as one mapping of dotted names."""
     if isinstance(content, Mapping | list) and content:
         items = content.items() if isinstance(content, Mapping) else enumerate(content)
-        return {k: v for key, part in items for k, v in _flat(part, f"{prefix}{'.' * bool(prefix)}{key}").items()}
+        return {k: v for key, inner in items for k, v in _flat(inner, f"{prefix}{'.' * bool(prefix)}{key}").items()}
     return {prefix: content}

@@ -1,6 +1,6 @@
 """Many models trained at once in one process: parameters stacked along a first axis, one forward for all.
 
-Axis letters: J models, B examples of a batch, Q queries.
+Axis letters: J models, N examples, B examples of a batch, Q queries, P measurements of each query.
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ _ELEMENTWISE = ("SGD", "Adam", "AdamW", "RMSprop", "Adagrad", "Adadelta", "NAdam
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage of training: its data, loss and optimizer, as an ordinary loop over shuffled batches has them.
+    """How `BatchedTraining` trains through one stage, as an ordinary loop over shuffled batches would.
+
+    It says how to train; the stages of a `Trajectory` say how a model was trained.
 
     Args:
         inputs, targets: tensors [N, ...] of the stage's examples.
@@ -33,6 +35,9 @@ class Stage:
         optimizer: parameters -> a torch.optim optimizer that treats each number by itself (SGD, Adam, AdamW, ...).
         epochs: passes over what a subset keeps of the examples; its last batch is as small as it comes.
         batch_size: examples in a batch.
+
+    Raises:
+        ScoreError: inputs and targets differ in number, or a number is below 1.
     """
 
     inputs: Tensor
@@ -69,6 +74,9 @@ class BatchedTraining:
         together: how many models are trained at a time. Small models gain from hundreds; a model that fills the
             processor's caches does best alone.
 
+    Raises:
+        ScoreError: there are no stages, or an optimizer does not treat each number by itself.
+
     Example:
         >>> from functools import partial
         >>> inputs, targets = torch.randn(8, 3), torch.randn(8, 1)
@@ -91,10 +99,10 @@ class BatchedTraining:
         if self.together < 1 or not self.stages:
             raise ScoreError(f"together={self.together}, {len(self.stages)} stages: expected at least one of each.")
         for stage in self.stages:
-            used = type(stage.optimizer([nn.Parameter(torch.zeros(1))]))
-            if used.__name__ not in _ELEMENTWISE or not used.__module__.startswith("torch.optim"):
+            kind = type(_optimizer_of(stage))
+            if kind.__name__ not in _ELEMENTWISE or not kind.__module__.startswith("torch.optim"):
                 raise ScoreError(
-                    f"optimizer {used.__name__}: models that are trained together need one that treats each number by "
+                    f"optimizer {kind.__name__}: models that are trained together need one that treats each number by "
                     f"itself: {', '.join(_ELEMENTWISE)}. Use FunctionTraining for others."
                 )
 
@@ -130,9 +138,9 @@ class BatchedTraining:
         """Places of the jobs that are trained together: those that keep as many examples of each stage."""
         alike: dict[tuple[int, ...], list[int]] = {}
         for place, (kept, _) in enumerate(jobs):
-            alike.setdefault(tuple(len(part) for part in self._by_stage(kept)), []).append(place)
+            alike.setdefault(tuple(map(len, self._by_stage(kept))), []).append(place)
         size = self.together
-        return [places[at : at + size] for places in alike.values() for at in range(0, len(places), size)]
+        return [places[begin : begin + size] for places in alike.values() for begin in range(0, len(places), size)]
 
     def run(self, jobs: Sequence[Job]) -> np.ndarray:
         """Train one model for each (indices of the kept examples, seed); the measurements [J, ...] in float64.
@@ -140,11 +148,11 @@ class BatchedTraining:
         Raises:
             ScoreError: a stage is left without examples, or the model cannot be trained this way.
         """
-        found: list[Any] = [None] * len(jobs)
+        measured: list[Any] = [None] * len(jobs)
         for places in self.batches(jobs):
-            for place, measured in zip(places, self._run([jobs[place] for place in places]), strict=True):
-                found[place] = measured
-        return np.stack(found)
+            for place, of_job in zip(places, self._run([jobs[place] for place in places]), strict=True):
+                measured[place] = of_job
+        return np.stack(measured)
 
     def _run(self, jobs: Sequence[Job]) -> np.ndarray:
         models = [_seeded(self.build, seed) for _, seed in jobs]
@@ -158,7 +166,7 @@ class BatchedTraining:
         kept = [self._by_stage(indices) for indices, _ in jobs]
         try:
             for number, stage in enumerate(self.stages):
-                _train(models[0], parameters, stage, [parts[number] for parts in kept], generators)
+                _train(models[0], parameters, stage, [by_stage[number] for by_stage in kept], generators)
             return self._measured(models[0], parameters, len(jobs))
         except RuntimeError as problem:
             if "vmap" not in str(problem):
@@ -172,20 +180,20 @@ class BatchedTraining:
         bounds = np.cumsum([0, *(len(stage.inputs) for stage in self.stages)])
         if len(kept) and not 0 <= min(kept) <= max(kept) < bounds[-1]:
             raise ScoreError(f"a subset names example {max(kept)}, but the stages have 0..{bounds[-1] - 1}.")
-        parts = [kept[(kept >= a) & (kept < b)] - a for a, b in pairwise(bounds)]
-        for number, part in enumerate(parts):
-            if not len(part):
+        by_stage = [kept[(kept >= begin) & (kept < end)] - begin for begin, end in pairwise(bounds)]
+        for number, of_stage in enumerate(by_stage):
+            if not len(of_stage):
                 raise ScoreError(f"a subset keeps no example of stage {number}. Keep at least one of each.")
-        return parts
+        return by_stage
 
     def _measured(self, model: nn.Module, parameters: dict[str, Tensor], models: int) -> np.ndarray:
-        def measured(own: dict[str, Tensor]) -> Tensor:
-            return self.measure(functional_call(model, own, (self.query_inputs,)), self.query_targets)
+        def measured(parameters_of_one: dict[str, Tensor]) -> Tensor:
+            return self.measure(functional_call(model, parameters_of_one, (self.query_inputs,)), self.query_targets)
 
         model.eval()
         with torch.no_grad():
-            found: np.ndarray = _each(measured, models)(parameters).double().numpy()
-        return found
+            of_each: np.ndarray = _each(measured, models)(parameters).double().numpy()
+        return of_each
 
 
 def _train(
@@ -197,14 +205,16 @@ def _train(
 ) -> None:
     """Train all models through one stage, in place."""
 
-    def loss(own: dict[str, Tensor], inputs: Tensor, targets: Tensor) -> Tensor:
-        return stage.loss(functional_call(model, own, (inputs,)), targets)
+    def loss(parameters_of_one: dict[str, Tensor], inputs: Tensor, targets: Tensor) -> Tensor:
+        return stage.loss(functional_call(model, parameters_of_one, (inputs,)), targets)
 
     losses_of = _each(loss, len(kept))
     optimizer = stage.optimizer(list(parameters.values()))
     kept_JN = torch.from_numpy(np.stack(kept))
     for _ in range(stage.epochs):
-        orders = [own[torch.randperm(len(own), generator=g)] for own, g in zip(kept_JN, generators, strict=True)]
+        orders = [
+            kept_N[torch.randperm(len(kept_N), generator=g)] for kept_N, g in zip(kept_JN, generators, strict=True)
+        ]
         for batch_JB in torch.stack(orders).split(stage.batch_size, dim=1):
             optimizer.zero_grad()
             losses_of(parameters, stage.inputs[batch_JB], stage.targets[batch_JB]).sum().backward()
@@ -217,20 +227,26 @@ def _each(function: Callable[..., Tensor], models: int) -> Callable[..., Tensor]
         return vmap(function)
 
     def alone(stacked: dict[str, Tensor], *batch: Tensor) -> Tensor:
-        own = {name: parameter.squeeze(0) for name, parameter in stacked.items()}
-        return function(own, *(part.squeeze(0) for part in batch))[None]
+        parameters = {name: parameter.squeeze(0) for name, parameter in stacked.items()}
+        return function(parameters, *(tensor.squeeze(0) for tensor in batch))[None]
 
     return alone
 
 
 def _seeded(build: Callable[[], nn.Module], seed: int) -> nn.Module:
+    """A model as the seed initialises it; the global random state stays as it is."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return build().train()
 
 
+def _optimizer_of(stage: Stage) -> torch.optim.Optimizer:
+    """The stage's optimizer, of a parameter that nobody trains."""
+    return stage.optimizer([nn.Parameter(torch.zeros(1))])
+
+
 def _describe_stage(stage: Stage) -> dict[str, Any]:
-    optimizer = stage.optimizer([nn.Parameter(torch.zeros(1))])
+    optimizer = _optimizer_of(stage)
     options = {key: str(value) for key, value in optimizer.defaults.items() if key not in ("foreach", "fused")}
     return {
         "data": digest([stage.inputs, stage.targets]),
@@ -240,8 +256,8 @@ def _describe_stage(stage: Stage) -> dict[str, Any]:
     }
 
 
-def _named(function: Any, found: Tensor) -> str:
+def _named(function: Any, result: Tensor) -> str:
     """A function by its name and by the first few numbers that it gave, rounded so that machines agree."""
     name = getattr(function, "__qualname__", None) or type(function).__qualname__
-    few = " ".join(f"{value:.3g}" for value in found.flatten()[:4].tolist())
-    return f"{name} {tuple(found.shape)}: {few}"
+    few = " ".join(f"{value:.3g}" for value in result.flatten()[:4].tolist())
+    return f"{name} {tuple(result.shape)}: {few}"

@@ -15,6 +15,7 @@ import torch
 from ...errors import ScoreError
 from ...runtime.progress import track
 from ...runtime.ranks import current, leave
+from ..arguments import as_array
 
 Job = tuple[np.ndarray, int]
 TrainAndMeasure = Callable[[np.ndarray, int], np.ndarray | Sequence[float]]
@@ -22,6 +23,9 @@ TrainAndMeasure = Callable[[np.ndarray, int], np.ndarray | Sequence[float]]
 
 def random_subsets(count: int, groups: int, fraction: float = 0.5, seed: int = 0) -> np.ndarray:
     """[count, groups] booleans, each row keeping that fraction of the groups at random.
+
+    Raises:
+        ScoreError: the fraction keeps none or all, or there are no subsets.
 
     Example:
         >>> random_subsets(3, 10).sum(1)
@@ -53,9 +57,14 @@ def retrain(
         subsets: [M, K] booleans.
         repetitions: retrainings of each subset, with seeds of their own.
         processes: how many at a time on each rank; by default as many as there are cores for each.
+        seed: moves all seeds.
+        progress: show a bar; None: where there is a terminal.
 
     Returns:
         [M, repetitions, Q] in float64; average over the second axis for the linear datamodeling score.
+
+    Raises:
+        ScoreError: there is nothing to train, or the function gives no numbers.
     """
     if len(subsets) < 1 or repetitions < 1:
         raise ScoreError(f"{len(subsets)} subsets, repetitions={repetitions}: expected at least one of each.")
@@ -66,10 +75,10 @@ def retrain(
     ]
     ranks = current()
     with ranks.together("retrain"):
-        own = run_jobs(train_and_measure, ranks.share(jobs), processes, progress)
-        shares = ranks.gather([measured.ravel().tolist() for measured in own])
-    done = [shares[number % ranks.count][number // ranks.count] for number in range(len(jobs))]
-    return np.asarray(done, dtype=np.float64).reshape(len(subsets), repetitions, -1)
+        by_this_rank = run_jobs(train_and_measure, ranks.share(jobs), processes, progress)
+        by_rank = ranks.gather([measured.ravel().tolist() for measured in by_this_rank])
+    in_order = [by_rank[number % ranks.count][number // ranks.count] for number in range(len(jobs))]
+    return np.asarray(in_order, dtype=np.float64).reshape(len(subsets), repetitions, -1)
 
 
 def run_jobs(
@@ -80,29 +89,27 @@ def run_jobs(
     workers = min(processes or cores, len(jobs))
     if workers <= 1:
         with _one_thread():
-            done = [_measured(train_and_measure, *job) for job in track(jobs, "retraining", enabled=progress)]
-    else:
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(workers, context, initializer=_begin_alone) as pool:
-            futures = [pool.submit(_measured, train_and_measure, *job) for job in jobs]
-            done = [future.result() for future in track(futures, "retraining", enabled=progress)]
-    return done
+            return [_measured(train_and_measure, *job) for job in track(jobs, "retraining", enabled=progress)]
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, context, initializer=_begin_alone) as pool:
+        futures = [pool.submit(_measured, train_and_measure, *job) for job in jobs]
+        return [future.result() for future in track(futures, "retraining", enabled=progress)]
 
 
 def _measured(train_and_measure: TrainAndMeasure, kept: np.ndarray, seed: int) -> np.ndarray:
     """An array of what the function gives; made where it ran, as a tensor with a gradient cannot leave its process."""
     given: Any = train_and_measure(kept, seed)
     try:
+        if given is None:
+            raise TypeError("nothing was returned")
         if isinstance(given, list | tuple):
-            given = [part.tolist() if isinstance(part, torch.Tensor | np.ndarray) else part for part in given]
-        plain = given.detach().cpu() if isinstance(given, torch.Tensor) else given
-        measured: np.ndarray = np.asarray("nothing" if plain is None else plain, dtype=np.float64)
+            given = [row.tolist() if isinstance(row, torch.Tensor | np.ndarray) else row for row in given]
+        return as_array(given).astype(np.float64)
     except (TypeError, ValueError) as problem:
         raise ScoreError(
             f"train_and_measure gave {type(given).__name__} for {len(kept)} kept and seed {seed}: {problem}. Return "
             "numbers [Q], or rows of equal length [P, Q]."
         ) from problem
-    return measured
 
 
 def _begin_alone() -> None:

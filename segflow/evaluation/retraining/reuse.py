@@ -17,34 +17,17 @@ import numpy as np
 from ...data.fingerprints import digest
 from ...errors import ScoreError, is_whole
 from ...store.files import read_tensors
-from .bank import Bank, Training, check_runs
+from .bank import Bank, Training, check_is_training
 from .pool import Job
 
 
 class RetrainingOptions(TypedDict, total=False):
-    """What every task that retrains takes: see `Retrainings` for meaning and defaults."""
+    """The options that every task which retrains hands on to `Retrainings`, which has their meaning and defaults."""
 
     repetitions: int
     seed: int
     measurement: int
     progress: bool | None
-
-
-@dataclass(frozen=True)
-class _Described:
-    """A training whose settings, which may hash much data, are found once for all banks."""
-
-    training: Training
-    found: Mapping[str, Any]
-
-    def settings(self) -> Mapping[str, Any]:
-        return self.found
-
-    def batches(self, jobs: Sequence[Job]) -> list[list[int]]:
-        return self.training.batches(jobs)
-
-    def run(self, jobs: Sequence[Job]) -> np.ndarray:
-        return self.training.run(jobs)
 
 
 @dataclass(frozen=True)
@@ -60,7 +43,10 @@ class Retrainings:
         repetitions: retrainings of each subset.
         seed: moves all seeds.
         measurement: which row, where the training measures several [P, Q].
-        progress: show a bar.
+        progress: show a bar; None: where there is a terminal.
+
+    Raises:
+        ScoreError: an option is no whole number, or the training is none.
     """
 
     training: Training
@@ -76,7 +62,7 @@ class Retrainings:
                 f"repetitions={self.repetitions}, seed={self.seed}, measurement={self.measurement}: expected at least "
                 "one repetition, no negative seed or measurement, and whole numbers."
             )
-        check_runs(self.training)
+        check_is_training(self.training)
         for name in ("repetitions", "seed", "measurement"):  # numpy's numbers cannot be written as JSON
             object.__setattr__(self, name, int(getattr(self, name)))
 
@@ -88,30 +74,28 @@ class Retrainings:
         """
         count = self.repetitions if repetitions is None else repetitions
         unique, places = np.unique(subsets, axis=0, return_inverse=True)
-        empty = np.flatnonzero(~unique.any(1))
-        if len(empty):
+        if not unique.any(1).all():
             raise ScoreError(f"a subset keeps none of {unique.shape[1]} examples, so nothing can be trained.")
         keys = [row.tobytes() for row in unique]
         banks = self._banks(count, unique.shape[1])
-        held = {row.tobytes(): (number, m) for number, bank in enumerate(banks) for m, row in enumerate(bank.subsets)}
-        missing = np.array([key not in held for key in keys])
-        if missing.any():
-            own = unique[missing]
-            held |= {row.tobytes(): (len(banks), m) for m, row in enumerate(own)}
-            banks.append(self._bank(Path(self.folder) / f"bank-{digest(own)[:16]}", own, count))
-        found: dict[bytes, np.ndarray] = {}
-        for number, bank in enumerate(banks):
-            wanted = [key for key in keys if held[key][0] == number]
+        held = {row.tobytes(): (bank, m) for bank in banks for m, row in enumerate(bank.subsets)}
+        missing = unique[[key not in held for key in keys]]
+        if len(missing):
+            banks.append(self._bank(Path(self.folder) / f"bank-{digest(missing)[:16]}", missing, count))
+            held |= {row.tobytes(): (banks[-1], m) for m, row in enumerate(missing)}
+        measured: dict[bytes, np.ndarray] = {}
+        for bank in banks:
+            wanted = {key: held[key][1] for key in keys if held[key][0] is bank}
             if wanted:
-                measured = bank.run(self.progress, [held[key][1] for key in wanted])
-                found |= dict(zip(wanted, self._chosen(measured), strict=True))
-        result: np.ndarray = np.stack([found[key] for key in keys])[places.reshape(-1)]
-        return result
+                of_bank = self._chosen(bank.run(self.progress, list(wanted.values())))
+                measured |= dict(zip(wanted, of_bank, strict=True))
+        in_order: np.ndarray = np.stack([measured[key] for key in keys])[places.reshape(-1)]
+        return in_order
 
     def settings(self, series: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
         """What a table says of how it was made: these retrainings, and how many runs each series has."""
-        own = {name: getattr(self, name) for name in ("repetitions", "seed", "measurement")}
-        return own | {"runs": {name: len(runs) for name, runs in series.items()}}
+        options = {name: getattr(self, name) for name in ("repetitions", "seed", "measurement")}
+        return options | {"runs": {name: len(runs) for name, runs in series.items()}}
 
     def nothing_removed(self, examples: int, repetitions: int | None = None) -> np.ndarray:
         """[R, Q]: the measurements of retrainings on everything."""
@@ -119,7 +103,7 @@ class Retrainings:
         return whole
 
     def _banks(self, repetitions: int, examples: int) -> list[Bank]:
-        """Those in the folder, each bound to this recipe."""
+        """The banks in the folder; ScoreError for one of other examples or another recipe."""
         banks = []
         for path in sorted(Path(self.folder).glob("bank-*/bank.json")):
             subsets = read_tensors(path.parent / "subsets.safetensors", None, ScoreError)["subsets"].numpy()
@@ -149,3 +133,20 @@ class Retrainings:
                 "counted from 0."
             )
         return rows_MRPQ[:, :, self.measurement]
+
+
+@dataclass(frozen=True)
+class _Described:
+    """A training whose settings, which may hash much data, are computed once for all banks."""
+
+    training: Training
+    described: Mapping[str, Any]
+
+    def settings(self) -> Mapping[str, Any]:
+        return self.described
+
+    def batches(self, jobs: Sequence[Job]) -> list[list[int]]:
+        return self.training.batches(jobs)
+
+    def run(self, jobs: Sequence[Job]) -> np.ndarray:
+        return self.training.run(jobs)

@@ -1,0 +1,111 @@
+"""Counterfactuals, against a training known in closed form."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import segflow as sf
+from segflow.evaluation import read_bank, removal_counterfactual
+from segflow.evaluation.statistics import student_interval, wilson_interval
+
+from .closed_form import EFFECTS, MARGINS, SUPPORT, Linear, Margins, N, Q, noise_of, scores_of
+
+
+def _turns(order: np.ndarray, query: int, count: int) -> bool:
+    return bool(MARGINS[query] - EFFECTS[query, order[:count]].sum() < 0)
+
+
+def test_each_right_query_loses_its_own_supporters_and_turns_or_not(tmp_path: Path) -> None:
+    counts = (1, 2, 4, 10)
+    table = removal_counterfactual(SUPPORT, Margins(), tmp_path, counts=counts, progress=False)
+    assert (table.settings["queries_right"], table.settings["queries_left_out"]) == (2, 1)
+    assert table.settings["right"] == [0, 1]
+    for count in counts:
+        expected = [_turns(np.argsort(-EFFECTS[query]), query, count) for query in (0, 1)]
+        row = table.value("Oracle", count)
+        assert row.values == tuple(map(float, expected))
+        np.testing.assert_allclose((row.mean, row.low, row.high), wilson_interval(np.mean(expected), 2))
+    assert [table.value("Oracle", count).mean for count in (1, 10)] == [0.5, 1.0]
+    assert table.references["nothing removed"][0] == 0
+    assert "Wilson" in table.settings["interval"]
+
+
+def test_random_removal_turns_queries_as_often_as_its_draws_do(tmp_path: Path) -> None:
+    table = removal_counterfactual(SUPPORT, Margins(), tmp_path, counts=(8,), progress=False)
+    subsets = [row for path in tmp_path.glob("bank-*") for row in read_bank(path)[0] if row.sum() == N - 8]
+    orders = {q: np.argsort(-EFFECTS[q])[:8] for q in (0, 1)}
+    drawn = [row for row in subsets if not any(set(np.flatnonzero(~row)) == set(order) for order in orders.values())]
+    assert len(drawn) == 5
+    expected = [np.mean([_turns(np.flatnonzero(~row), q, 8) for q in (0, 1)]) for row in drawn]
+    row = table.value("random", 8)
+    assert sorted(row.values) == pytest.approx(sorted(expected))
+    mean, low, high = student_interval(expected)
+    np.testing.assert_allclose((row.mean, row.low, row.high), (mean, max(0, low), min(1, high)))
+    assert low < 0, "clipped"
+    assert "Student's t, within 0 and 1" in table.settings["interval"]
+    assert 0 < table.value("random", 8).mean < table.value("Oracle", 8).mean
+
+
+def test_a_query_turns_by_its_mean_over_the_repetitions(tmp_path: Path) -> None:
+    training = Margins(noise=2.0)
+    table = removal_counterfactual(SUPPORT, training, tmp_path, counts=(3,), repetitions=4, progress=False)
+    everything = [seed for kept, seed in training.jobs if len(kept) == N]
+    assert len(everything) == 8
+    first, second = (
+        np.mean([MARGINS + 2 * noise_of(s, Q) for s in half], 0) for half in np.split(np.array(everything), 2)
+    )
+    right = np.flatnonzero(first > 0)
+    assert table.settings["right"] == right.tolist()
+    nothing = (second[right] < 0).mean()
+    np.testing.assert_allclose(table.references["nothing removed"], wilson_interval(nothing, len(right)))
+    for query, value in zip(right, table.value("Oracle", 3).values, strict=True):
+        kept = tuple(np.sort(np.argsort(-EFFECTS[query])[3:]))
+        seeds = [seed for own, seed in training.jobs if own == kept]
+        assert len(seeds) == 4
+        margin = (
+            MARGINS[query] - np.sort(EFFECTS[query])[-3:].sum() + 2 * np.mean([noise_of(s, Q)[query] for s in seeds])
+        )
+        assert value == (margin < 0)
+
+
+def test_runs_count_by_the_share_of_them_in_which_a_query_turns(tmp_path: Path) -> None:
+    opposite = scores_of(EFFECTS)
+    table = removal_counterfactual(
+        {"both": [SUPPORT, opposite], "one": SUPPORT}, Margins(), tmp_path, counts=(10,), progress=False
+    )
+    assert table.value("one", 10).values == (1, 1)
+    assert table.value("both", 10).values == (0.5, 0.5)
+    assert table.value("both", 10).low == pytest.approx(wilson_interval(0.5, 2).low)
+
+
+def test_a_counterfactual_resumes_and_its_seed_draws_others(tmp_path: Path) -> None:
+    first = removal_counterfactual(SUPPORT, Margins(), tmp_path / "a", counts=(2, 8), progress=False)
+    again = Margins()
+    assert removal_counterfactual(SUPPORT, again, tmp_path / "a", counts=(2, 8), progress=False) == first
+    assert again.jobs == []
+    other = removal_counterfactual(SUPPORT, Margins(), tmp_path / "b", counts=(2, 8), seed=5, progress=False)
+    assert other.of("Oracle") == first.of("Oracle")
+    assert other.of("random") != first.of("random")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"counts": (0,)}, "from 1 to 19"),
+        ({"counts": (2, 20)}, "from 1 to 19"),
+        ({"counts": ()}, "expected some"),
+        ({"counts": (0.1,)}, "expected some"),
+        ({"counts": 3}, "counts=3: expected a sequence"),
+        ({"counts": (2, 2)}, "each once"),
+        ({"scores": SUPPORT.total()}, "1 queries, the training measures 3"),
+        ({"training": Linear(np.abs(EFFECTS))}, "none of 3 queries has a measurement above 0.*margins"),
+    ],
+)
+def test_a_counterfactual_that_makes_no_sense_is_refused(tmp_path: Path, change: Any, message: str) -> None:
+    plain = {"scores": SUPPORT, "training": Margins(), "folder": tmp_path, "counts": (2,), "progress": False}
+    with pytest.raises(sf.ScoreError, match=message):
+        removal_counterfactual(**(plain | change))
