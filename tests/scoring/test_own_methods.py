@@ -89,11 +89,20 @@ def test_a_term_among_others_scores_what_it_scores_alone(
     torch.testing.assert_close(together.values, sum(alone[term] for term in terms), rtol=1e-12, atol=1e-15)
 
 
-def test_terms_of_different_sides_differ(alone: dict[str, Tensor]) -> None:
-    """Or else the comparisons above would not tell one side from another."""
-    for place, term in enumerate(names := list(alone)):
-        for other in names[place + 1 :]:
-            assert not torch.allclose(alone[term], alone[other], rtol=1e-2, atol=0), (term, other)
+def test_representations_are_those_of_the_layer_that_the_term_names(alone: dict[str, Tensor]) -> None:
+    """Against the inputs of layers, taken from the model by hand."""
+    model = mlp()
+    model.load_state_dict(perturbed_states(model, 2, 0.3)[-1])
+    with torch.no_grad():
+        last, other = ([model[:end](data.tensors[0]) for data in (vectors(3, seed=9), vectors(N))] for end in (4, 2))
+    unit = [side / side.norm(dim=1, keepdim=True) for side in last]
+    for term, (asked_QI, trained_NI), scale in (
+        ("representation", last, N),
+        ("other layer", other, N),
+        ("normalized", unit, 1),
+    ):
+        expected = torch.stack([asked_QI @ trained_NI[list(group)].sum(0) for group in GROUPS.members], 1) / scale
+        torch.testing.assert_close(alone[term], expected, rtol=1e-10, atol=1e-14)
 
 
 @pytest.mark.parametrize("terms", [("representation",), ("dot", "representation"), ("representation", "dot")])
