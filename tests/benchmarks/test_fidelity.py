@@ -112,6 +112,7 @@ def _small(monkeypatch: pytest.MonkeyPatch, row: Row) -> None:
     training.fill(row)
 
 
+@pytest.mark.slow
 def test_a_row_is_scored_compared_and_written(
     row: Row, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
