@@ -1,4 +1,4 @@
-"""What units of curvature are called, and what binds them.
+"""What units of curvature are called, and what they are made of.
 
 Units in the store, each below its stage's prefix if there are several stages or runs:
 
@@ -11,8 +11,9 @@ Units in the store, each below its stage's prefix if there are several stages or
     kernel/NAME/step-S            second moment of projected per-example gradients
     statistics/step-S             what tells checkpoints apart, for automatic segments
 
-POOL is `steps-S-T` for the checkpoints of steps S and T, `at-...` elsewhere; `-w...` where they do not weigh the same,
-`-scaled-...` for the curvature of P^1/2 H P^1/2. The mean of several checkpoints is `mean-...` instead of `step-S`.
+POOL is `steps-S-T` for the checkpoints of steps S and T of the stage, and `at-...` for other points. `-w...` is added
+where the points do not weigh the same, and `-scaled-...` for the curvature of P^1/2 H P^1/2. A point that is the mean
+of several checkpoints is called `mean-...` instead of `step-S`.
 """
 
 from __future__ import annotations
@@ -31,17 +32,17 @@ from .saved_moments import unsaved
 
 
 def covariance_unit(context: StageContext, point: Point) -> str:
-    """A point's covariances."""
+    """The name of the unit of a point's covariances."""
     return f"{context.prefix}covariance/{point_name(context, point)}"
 
 
 def basis_unit(context: StageContext, curvature: Curvature) -> str:
-    """A pool's eigenbasis."""
+    """The name of the unit of a pool's eigenbasis."""
     return f"{context.prefix}eigenbasis/{_pool(context, curvature)}"
 
 
 def eigenvalues_unit(context: StageContext, curvature: Curvature, point: Point) -> str:
-    """Eigenvalues at a point, of the curvature's kind (K-FAC's: of all points)."""
+    """The name of the unit of eigenvalues at a point, of the curvature's kind (K-FAC's: of the whole pool)."""
     if curvature.kind == "diagonal":
         return f"{context.prefix}diagonal{_batched(curvature)}/{point_name(context, point)}"
     if curvature.kind == "kfac":
@@ -50,31 +51,34 @@ def eigenvalues_unit(context: StageContext, curvature: Curvature, point: Point) 
 
 
 def moments_unit(context: StageContext, point: Point) -> str:
-    """Moments of training gradients at a point."""
+    """The name of the unit of training gradients' moments at a point."""
     return f"{context.prefix}moments/{point_name(context, point)}"
 
 
 def statistics_unit(context: StageContext, point: Point) -> str:
-    """What tells a checkpoint from others."""
+    """The name of the unit of the statistics that tell a checkpoint from others."""
     return f"{context.prefix}statistics/{point_name(context, point)}"
 
 
 def kernel_unit(context: StageContext, inverse: ProjectedInverse) -> str:
-    """A projected second moment at a point; damping is applied when it is read."""
+    """The name of the unit of a projected second moment at a point; damping is applied when it is read."""
     of = inverse.projection
     name = f"{inverse.features}-{of.dimension or 'all'}-{of.seed}{_batched(inverse)}"
     return f"{context.prefix}kernel/{name}/{point_name(context, inverse.point)}"
 
 
 def at_point(identity: MadeFrom, context: StageContext, point: Point) -> dict[str, Any]:
-    """What binds a unit of one point, given what binds the stage's units or a pool's."""
+    """What a unit of one point is made of, given what the stage's units (or a pool's) are made of."""
     return {**identity, "checkpoint": checkpoint_digest(context, point)}
 
 
 def kernel_from(
     context: StageContext, inverse: ProjectedInverse, train_from: MadeFrom, own: LossView, train: Any
 ) -> MadeFrom:
-    """What binds a kernel's unit; own: the view of the training loss. As a loss is, an output is told by its values."""
+    """What a kernel's unit is made of; own: the view of the training loss.
+
+    The task's output is identified by its values on some examples, as the training loss is.
+    """
     made = {**at_point(train_from, context, inverse.point), "dtype": str(own.dtype)}
     if inverse.features == "output":
         made |= {
@@ -85,7 +89,7 @@ def kernel_from(
 
 
 def pool_from(context: StageContext, curvature: Curvature, train_from: MadeFrom, view: LossView) -> dict[str, Any]:
-    """What binds a pool's units."""
+    """What a pool's units are made of."""
     made: dict[str, Any] = {**train_from, "dtype": str(view.dtype)}
     made["checkpoints"] = [checkpoint_digest(context, point) for point in curvature.points]
     if len(set(curvature.weights)) > 1:

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..data.batches import Collate, batches, dataset_length, in_order
+from ..data.batches import Batch, Collate, batches, dataset_length, in_order
 from ..data.fingerprints import code_digest, digest, plain_options
 from ..errors import TaskError
 from ..tasks.ready_made import inputs_and_targets
@@ -70,6 +70,16 @@ class Property(ABC):
         """What `value` needs to know of each example, [B, ...]: by default its labels."""
         return inputs_and_targets(batch, self.inputs, self.targets)[1]
 
+    def outputs_and_targets(self, batch: Batch, model: nn.Module) -> tuple[Tensor, Tensor]:
+        """A batch's outputs and targets, [B, ...] each; TaskError unless both have one row for each example."""
+        outputs_B, targets_B = self.outputs(batch.content, model), self.targets_of(batch.content)
+        if {outputs_B.shape[:1], targets_B.shape[:1]} != {(batch.size,)}:
+            raise TaskError(
+                f"{self.name}: outputs {tuple(outputs_B.shape)} and targets {tuple(targets_B.shape)} of {batch}: "
+                f"expected {batch.size} rows, one for each example."
+            )
+        return outputs_B, targets_B
+
     @abstractmethod
     def value(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """The number, [], from the outputs [N, ...] and targets [N, ...] of all of the data, in order."""
@@ -93,17 +103,17 @@ class Property(ABC):
 
     def evaluate(self, model: nn.Module, batch_size: int = 256) -> float:
         """The property's value of a model in eval mode, as after retraining."""
-        sides = self._walk(model, batch_size, lambda batch: (self.outputs(batch, model), self.targets_of(batch)))
+        sides = self._walk(model, batch_size, lambda batch: self.outputs_and_targets(batch, model))
         return self.number(*(torch.cat(side) for side in zip(*sides, strict=True))).item()
 
     @torch.no_grad()
-    def _walk(self, model: nn.Module, batch_size: int, see: Callable[[Any], Seen]) -> list[Seen]:
+    def _walk(self, model: nn.Module, batch_size: int, see: Callable[[Batch], Seen]) -> list[Seen]:
         """What is seen in each batch of the data, the model being in eval mode meanwhile."""
         lists, device = in_order(len(self.data), batch_size), next(model.parameters()).device
         training = model.training
         model.eval()
         try:
-            return [see(batch.content) for batch in batches(self.data, lists, self.collate_fn, device)]
+            return [see(batch) for batch in batches(self.data, lists, self.collate_fn, device)]
         finally:
             model.train(training)
 

@@ -48,7 +48,7 @@ class _MeanOverExamples(Property):
 
     def evaluate(self, model: nn.Module, batch_size: int = 256) -> float:
         """The mean of a model in eval mode."""
-        parts = self._walk(model, batch_size, lambda batch: self.part(batch, model, torch.ones(())))
+        parts = self._walk(model, batch_size, lambda batch: self.part(batch.content, model, torch.ones(())))
         return self.number(torch.stack(parts), torch.ones(())).item()
 
     def fingerprint(self) -> dict[str, Any]:

@@ -1,6 +1,6 @@
-"""Summed training gradients of groups, and the product where they meet the queries.
+"""Summed training gradients of groups, and the products in which they meet the queries.
 
-Axes: Q queries, K groups, P parts, O outputs, I inputs, L layers; a block of gradients is [Q or K, P, O, I].
+Axes: Q queries, K pieces of groups in a tile, B examples, P parts, O outputs, I inputs, L layers.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ AnyView = LossView | RepresentationView
 
 @dataclass
 class GroupGradients:
-    """Summed gradients of a tile's pieces of groups, met with a query side: scores [Q, K] for each layer.
+    """The summed gradients of a tile's pieces, and their products with the queries: [Q, K] for each layer.
 
-    queries: the query side; count: K, the tile's pieces; budget: bytes for what is formed on the way; normalized: bring
-    each piece's summed gradient to norm 1.
+    queries: ready to be met; count: K; budget: bytes for temporaries; normalized: divide each piece's products by the
+    norm of its summed gradient.
     """
 
     queries: MetQueries
@@ -70,18 +70,18 @@ class GroupGradients:
 
     def _add_products(self, layer: TrackedLayer | FeatureLayer, tokens: Tokens, batch: GroupBatch) -> None:
         """Add the products of all queries with each example, summed over the groups' examples."""
-        found_QB, K = token_products(self.queries.values[layer.name], tokens, self.budget), len(batch.sizes)
+        products_QB, K = token_products(self.queries.values[layer.name], tokens, self.budget), len(batch.sizes)
         if layer.name not in self._scores:
-            self._scores[layer.name] = found_QB.new_zeros(len(found_QB), self.count)
+            self._scores[layer.name] = products_QB.new_zeros(len(products_QB), self.count)
         scores_QK = self._scores[layer.name][:, batch.first : batch.first + K]
         if max(batch.sizes) == 1:
-            scores_QK += found_QB
+            scores_QK += products_QB
         else:
-            group_B = torch.arange(K).repeat_interleave(torch.tensor(batch.sizes)).to(found_QB.device)
-            scores_QK.index_add_(1, group_B, found_QB)
+            group_B = torch.arange(K).repeat_interleave(torch.tensor(batch.sizes)).to(products_QB.device)
+            scores_QK.index_add_(1, group_B, products_QB)
 
     def scores(self) -> Tensor:
-        """[L, Q, K]: for each layer the product of all queries with the tile's pieces."""
+        """[L, Q, K]: for each layer the products of all queries with the tile's pieces."""
         for name, basis in self.queries.sum_bases.items():
             if name in self._sums:
                 self._sums[name] = basis.rotate(self._sums[name])
@@ -90,7 +90,7 @@ class GroupGradients:
             for block in self.queries.blocks()
         ]
         product_LQK = torch.cat(blocks, 1)
-        if not self.normalized or not self._sums:  # without sums there is no piece
+        if not self.normalized or not self._sums:  # a tile without pieces has no sums
             return product_LQK
         square_K = torch.stack([sums_KPOI.flatten(1).square().sum(1) for sums_KPOI in self._sums.values()]).sum(0)
         return product_LQK / square_K.sqrt().clamp_min(torch.finfo(square_K.dtype).tiny)
@@ -103,26 +103,29 @@ class GroupGradients:
 
 
 def _by_group(side_PBSD: Tensor, sizes: Sequence[int]) -> Tensor:
-    """Tokens as [K * P, N, D]: each group's own, padded with zeros to the largest group of the batch."""
+    """Tokens [P, B, S, D] as [K * P, N, D]: group by group, padded with zeros to the largest group of the batch."""
     P, _, S, D = side_PBSD.shape
-    K, most = len(sizes), max(sizes)
-    if min(sizes) < most:
-        within = torch.arange(most)[None, :] < torch.tensor(sizes)[:, None]
+    K, largest = len(sizes), max(sizes)
+    if min(sizes) < largest:
+        within = torch.arange(largest)[None, :] < torch.tensor(sizes)[:, None]
         places = torch.nonzero(within.flatten()).flatten().to(side_PBSD.device)
-        side_PBSD = side_PBSD.new_zeros(P, K * most, S, D).index_copy_(1, places, side_PBSD)
+        side_PBSD = side_PBSD.new_zeros(P, K * largest, S, D).index_copy_(1, places, side_PBSD)
     return rearrange(side_PBSD, "p (k n) s d -> (k p) (n s) d", k=K)
 
 
-def tile_scores(view: AnyView, data: Iterable[Batch], tile: Tile, side: GroupGradients, where: str) -> Tensor:
-    """Scores [L, Q, K] of one tile's pieces: <query side, summed training gradients>, for each layer in order."""
-    finite = FiniteCheck(f"training gradients, {where}")
-    plans = iter(tile.batches)
-    for batch in data:
-        plan = None if batch.idle else next(plans)
+def tile_scores(view: AnyView, data: Iterable[Batch], tile: Tile, gradients: GroupGradients, where: str) -> Tensor:
+    """Scores [L, Q, K] of one tile's pieces: <query, summed training gradients>, for each layer in order.
 
-        def consume(layer: TrackedLayer, tokens: Tokens, plan: Any = plan) -> None:
-            side.add(layer, tokens, plan)
+    data: the tile's batches, then idle ones; gradients: collects the tile's; where: names the point in errors.
+    """
+    finite = FiniteCheck(f"training gradients, {where}")
+    group_batches = iter(tile.batches)
+    for batch in data:
+        group_batch = None if batch.idle else next(group_batches)
+
+        def consume(layer: TrackedLayer, tokens: Tokens, group_batch: Any = group_batch) -> None:
+            gradients.add(layer, tokens, group_batch)
 
         view.capture(batch, consume, finite)
     finite.drain()
-    return side.scores()
+    return gradients.scores()

@@ -24,9 +24,9 @@ from .query_operators import basis_of
 class MetQueries:
     """Queries that are ready to meet training gradients.
 
-    values: what this rank holds, for each layer; bases, sum_bases: the eigenbases of layers whose tokens, or whose
-    summed gradients, are rotated to meet the queries there;
-    holders: how many ranks hold a block of the queries; 1 where every rank holds all of them.
+    values: the queries on this rank, for each layer; bases, sum_bases: the eigenbases of layers whose tokens, or whose
+    summed gradients, are rotated to meet the queries there; holders: how many ranks hold a block of the queries each,
+    1 where every rank holds all of them.
     """
 
     values: Stacks
@@ -41,7 +41,7 @@ class MetQueries:
         return self.holders == 1
 
     def blocks(self) -> Iterator[Stacks]:
-        """All queries, in order, block by block; where they stay apart every rank must take part."""
+        """All queries, in order, block by block; where ranks hold blocks of their own, every rank must take part."""
         if self.here:
             yield self.values
             return
@@ -58,9 +58,9 @@ class Traffic(NamedTuple):
 
 
 class MeetingPlaces(NamedTuple):
-    """The queries where they will be met, and the eigenbases for what comes to them.
+    """The queries in the bases where they will be met, and the eigenbases for what comes to them.
 
-    tokens: of the layers whose training tokens are rotated; sums: of those whose summed gradients are.
+    tokens: bases of the layers whose training tokens are rotated; sums: of those whose summed gradients are.
     """
 
     values: Stacks
@@ -69,14 +69,15 @@ class MeetingPlaces(NamedTuple):
 
 
 def meeting_places(values: Stacks, blocks: StoredCurvature | None, traffic: Traffic, room: int) -> MeetingPlaces:
-    """Where each layer's queries meet the training tokens, by counting multiplications.
+    """The basis in which each layer's queries meet training gradients, by counting multiplications.
 
     Rotating training tokens into the eigenbasis, or few groups' summed gradients, costs less than taking many queries
     out of it; queries leave it where the bases do not fit the memory budget.
 
     Args:
         values: this rank's queries in the eigenbases of `blocks` (None where they stand in none).
-        room: how many queries may be formed that are outer products.
+        traffic: what will meet.
+        room: how many queries that are outer products may be formed.
     """
     places = MeetingPlaces(dict(values), {}, {})
     for name, queries_QPOI in values.items():
@@ -95,7 +96,7 @@ def meeting_places(values: Stacks, blocks: StoredCurvature | None, traffic: Traf
 
 
 def met_queries(places: MeetingPlaces, blocks: int, ranks: Ranks) -> MetQueries:
-    """Queries on the ranks that hold them: each its own of several blocks; one block becomes known to every rank."""
+    """Queries on the ranks that hold them: of several blocks each rank keeps its own; one block goes to every rank."""
     values = places.values
     if blocks == 1 and ranks.count > 1:
         values = {name: _from_all(value_QPOI, ranks) for name, value_QPOI in values.items()}
@@ -107,11 +108,12 @@ def outer_layers(plan: Plan, view: LossView, fits: bool) -> set[str]:
 
     fits: whether eigenbases fit the memory, so that queries need not leave them.
     """
-    stay = all(_stays_outer(term.operators, fits) for term in plan)
-    return {name for name in view.layers if stay and view.positions(name) == 1}
+    all_stay = all(_stays_outer(term.operators, fits) for term in plan)
+    return {name for name in view.layers if all_stay and view.positions(name) == 1}
 
 
 def _stays_outer(operators: Sequence[Operator], fits: bool) -> bool:
+    """Whether all operators are elementwise in one basis, which the queries need not change once they are scaled."""
     basis: Curvature | None = None
     scaled = False
     for operator in operators:
@@ -126,18 +128,21 @@ def _stays_outer(operators: Sequence[Operator], fits: bool) -> bool:
 
 
 def _from_rank(stack: Stack, source: int, ranks: Ranks) -> Stack:
-    """The stack of rank `source` on every rank; each gives its own. An outer product's scale is the same on all."""
-    mine = source == ranks.index
+    """The stack of rank `source` on every rank. An outer product's scale is the same on all ranks already."""
+    is_source = source == ranks.index
     if isinstance(stack, OuterProducts):
-        g, a = (ranks.broadcast(side if mine else None, source, side.device) for side in (stack.g_PQO, stack.a_PQI))
+        g, a = (
+            ranks.broadcast(side if is_source else None, source, side.device) for side in (stack.g_PQO, stack.a_PQI)
+        )
         return replace(stack, g_PQO=g, a_PQI=a)
-    return ranks.broadcast(stack if mine else None, source, stack.device)
+    return ranks.broadcast(stack if is_source else None, source, stack.device)
 
 
 def _from_all(stack: Stack, ranks: Ranks) -> Stack:
     """Every rank's queries, in rank order, on every rank."""
     stacks = [_from_rank(stack, rank, ranks) for rank in range(ranks.count)]
     if not isinstance(stack, OuterProducts):
-        return torch.cat([formed(one) for one in stacks])
-    every = together([replace(one, scale_POI=None) for one in stacks if isinstance(one, OuterProducts)], False)
-    return every if stack.scale_POI is None else every * stack.scale_POI
+        return torch.cat([formed(of_rank) for of_rank in stacks])
+    unscaled = [replace(of_rank, scale_POI=None) for of_rank in stacks if isinstance(of_rank, OuterProducts)]
+    of_all = together(unscaled, form=False)
+    return of_all if stack.scale_POI is None else of_all * stack.scale_POI

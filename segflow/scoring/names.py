@@ -1,4 +1,4 @@
-"""What a unit of scores is called, and what binds it."""
+"""What a unit of scores is called, and what it is made of."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from ..stage.context import StageContext
 from ..stage.identity import checkpoint_digest, point_name
 from .outer_products import Stacks, products, reference, squared_norms
 
-_SKETCHING = 1 << 28  # bytes
-# What may differ slightly on another machine: the store compares it, and a unit's name leaves it out.
+_SKETCHING = 1 << 28  # bytes for temporaries
+# Entries that may differ slightly on another machine: the store compares them, and a unit's name leaves them out.
 _ROUNDED = ("training losses", "outputs")
 
 
 def groups_identity(fitted: FittedFactors, stage: int, groups: str, per_layer: bool) -> dict[str, Any]:
-    """What binds all units of one call: the stage's training data and task, the groups' digest, the measurement."""
+    """What all units of one call of `score` are made of: training data, task, the groups' digest, the measurement."""
     return {
         **fitted.train_from(stage),
         "dtype": str(fitted.loss_view(stage).dtype),
@@ -32,7 +32,7 @@ def groups_identity(fitted: FittedFactors, stage: int, groups: str, per_layer: b
 
 
 def term_identity(fitted: FittedFactors, context: StageContext, term: Term, layers: list[str]) -> dict[str, Any]:
-    """What binds a term's units besides; layers: those in which its queries have values."""
+    """What a term's units are made of besides; layers: those in which its queries have values."""
     identity: dict[str, Any] = {
         "operators": [fitted.described(operator) for operator in term.operators],
         "query checkpoint": checkpoint_digest(context, term.query),
@@ -43,14 +43,14 @@ def term_identity(fitted: FittedFactors, context: StageContext, term: Term, laye
 
 
 def score_unit(context: StageContext, made_from: Mapping[str, Any], point: Point) -> str:
-    """One term's scores of a block of queries at a point."""
+    """The name of the unit that holds one term's scores of a block of queries at a point."""
     exact = {key: value for key, value in made_from.items() if key not in _ROUNDED}
     hashed = digest(json.dumps(exact, sort_keys=True))[:16]
     return f"{context.prefix}scores/{hashed}/{point_name(context, point)}"
 
 
 def sketch(values: Stacks) -> list[str]:
-    """Two numbers that hardly any change of the queries leaves alone, rounded so that another number of ranks does."""
+    """Two numbers that change with almost any change of the queries, and are rounded: sums differ between ranks."""
     if not len(next(iter(values.values()))):
         return []
     generator = torch.Generator().manual_seed(0)

@@ -1,4 +1,4 @@
-"""Gradients of one token each, kept as outer products: as many numbers as O + I, not O times I.
+"""Gradients of one token each, kept as outer products: O + I numbers each instead of O times I.
 
 A query whose example is one token has the gradient g a^T in every layer. Operators that are elementwise in one basis
 only scale it, alike for all queries, and it meets summed training gradients without ever being formed.
@@ -21,7 +21,7 @@ _QUICK = 8 << 20  # bytes of temporaries that stay in a processor's caches
 
 @dataclass(frozen=True)
 class OuterProducts:
-    """Gradients scale * (g a^T), [Q, P, O, I]; scale_POI: what all share, None for 1."""
+    """Gradients scale * (g a^T), [Q, P, O, I]; scale_POI: a factor that all queries share, None for 1."""
 
     g_PQO: Tensor
     a_PQI: Tensor
@@ -29,7 +29,7 @@ class OuterProducts:
 
     @classmethod
     def of(cls, tokens: Tokens, basis: Eigenbasis | None) -> OuterProducts:
-        """Of examples of one token, in a basis where one is given."""
+        """The gradients of examples of one token each, in a basis where one is given."""
         a, g = tokens if basis is None else basis.rotate_tokens(tokens)
         return cls(g.squeeze(2), a.squeeze(2))
 
@@ -41,36 +41,36 @@ class OuterProducts:
         return cls(*sides)
 
     def rotated(self, basis: Eigenbasis) -> OuterProducts:
-        """In an eigenbasis; only where nothing is scaled yet."""
+        """The same gradients in an eigenbasis; only where nothing is scaled yet."""
         return OuterProducts.of(Tokens(self.a_PQI[:, :, None], self.g_PQO[:, :, None]), basis)
 
     def __len__(self) -> int:
-        """Q."""
+        """How many queries, Q."""
         return self.g_PQO.shape[1]
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
-        """Q, P, O, I."""
+        """Of the formed gradients: Q, P, O, I."""
         P, Q, O = self.g_PQO.shape
         return Q, P, O, self.a_PQI.shape[2]
 
     def __mul__(self, factor: Tensor) -> OuterProducts:
-        """Elementwise by what all queries share, or by a number for each where it is [Q, 1, 1, 1]."""
+        """Times a factor that all queries share, elementwise, or times a number for each query, [Q, 1, 1, 1]."""
         if factor.ndim == 4:
             return replace(self, g_PQO=self.g_PQO * factor[None, :, 0, 0])
         return replace(self, scale_POI=factor if self.scale_POI is None else self.scale_POI * factor)
 
     def rows(self, start: int, stop: int) -> OuterProducts:
-        """Some of the queries."""
+        """The queries from `start` to `stop`."""
         return replace(self, g_PQO=self.g_PQO[:, start:stop], a_PQI=self.a_PQI[:, start:stop])
 
     def formed(self) -> Tensor:
-        """[Q, P, O, I]."""
+        """The gradients as a tensor [Q, P, O, I]."""
         formed_QPOI = torch.einsum("pqo,pqi->qpoi", self.g_PQO, self.a_PQI)
         return formed_QPOI if self.scale_POI is None else formed_QPOI.mul_(self.scale_POI)
 
     def squared_norms(self) -> Tensor:
-        """[Q]."""
+        """Each gradient's squared norm, [Q]."""
         g, a = self.g_PQO.square(), self.a_PQI.square()
         if self.scale_POI is None:
             return (g.sum(2) * a.sum(2)).sum(0)
@@ -81,21 +81,21 @@ class OuterProducts:
         """[Q, K]: <query, sum>, group by group in blocks whose temporaries take at most `budget` bytes."""
         Q, I = len(self), self.a_PQI.shape[2]
         step = max(1, _quick(budget, sums_KPOI) // max(1, Q * I * sums_KPOI.element_size()))
-        found_KQ = self.g_PQO.new_empty(len(sums_KPOI), Q)
+        products_KQ = self.g_PQO.new_empty(len(sums_KPOI), Q)
         for start in range(0, len(sums_KPOI), step):
-            some_KPOI = sums_KPOI[start : start + step]
-            some_KPOI = some_KPOI if self.scale_POI is None else some_KPOI * self.scale_POI
+            block_KPOI = sums_KPOI[start : start + step]
+            block_KPOI = block_KPOI if self.scale_POI is None else block_KPOI * self.scale_POI
             totals = [
-                torch.einsum("kqi,qi->kq", torch.matmul(g_QO, some_KPOI[:, part]), a_QI)
+                torch.einsum("kqi,qi->kq", torch.matmul(g_QO, block_KPOI[:, part]), a_QI)
                 for part, (g_QO, a_QI) in enumerate(zip(self.g_PQO, self.a_PQI, strict=True))
             ]
-            found_KQ[start : start + step] = torch.stack(totals).sum(0)
-        return found_KQ.mT
+            products_KQ[start : start + step] = torch.stack(totals).sum(0)
+        return products_KQ.mT
 
 
-def _quick(budget: int, on: Tensor) -> int:
-    """Bytes for temporaries: on a processor what its caches hold."""
-    return min(budget, _QUICK) if on.device.type == "cpu" else budget
+def _quick(budget: int, like: Tensor) -> int:
+    """Bytes for temporaries on a tensor's device: on a CPU no more than its caches hold."""
+    return min(budget, _QUICK) if like.device.type == "cpu" else budget
 
 
 Stack = Tensor | OuterProducts  # gradients of several queries, formed or not
@@ -108,17 +108,17 @@ def reference(stack: Stack) -> Tensor:
 
 
 def formed(stack: Stack) -> Tensor:
-    """[Q, P, O, I]."""
+    """The gradients as a tensor [Q, P, O, I]."""
     return stack.formed() if isinstance(stack, OuterProducts) else stack
 
 
 def squared_norms(stack: Stack) -> Tensor:
-    """[Q]."""
+    """Each gradient's squared norm, [Q]."""
     return stack.squared_norms() if isinstance(stack, OuterProducts) else stack.flatten(1).square().sum(1)
 
 
 def products(stack: Stack, sums_KPOI: Tensor, budget: int) -> Tensor:
-    """[Q, K]: <query, sum>."""
+    """[Q, K]: <query, sum>; budget: bytes for temporaries."""
     if isinstance(stack, OuterProducts):
         return stack.products(sums_KPOI, budget)
     return stack.flatten(1) @ sums_KPOI.flatten(1).mT
@@ -132,19 +132,21 @@ def token_products(stack: Stack, tokens: Tokens, budget: int) -> Tensor:
         products_QT = (torch.bmm(stack.g_PQO, g_PTO.mT) * torch.bmm(stack.a_PQI, a_PTI.mT)).sum(0)
         return products_QT.unflatten(1, (B, S)).sum(2)
     O, room = g_PTO.shape[2], _quick(budget, g_PTO) // g_PTO.element_size()
-    found_QT = g_PTO.new_empty(len(stack), B * S)
-    for at in range(0, B * S, most := max(1, room // (P * O))):
-        a_PtI, g_PtO = a_PTI[:, at : at + most], g_PTO[:, at : at + most]
+    products_QT = g_PTO.new_empty(len(stack), B * S)
+    tokens_at_once = max(1, room // (P * O))
+    for start in range(0, B * S, tokens_at_once):
+        stop = start + tokens_at_once
+        a_PtI, g_PtO = a_PTI[:, start:stop], g_PTO[:, start:stop]
         step = max(1, room // (P * O * (a_PtI.shape[1] + a_PtI.shape[2])))
         for first in range(0, len(stack), step):
-            some = (
-                stack.rows(first, first + step).formed()
-                if isinstance(stack, OuterProducts)
-                else stack[first : first + step]
-            )
-            answered_PQOt = torch.bmm(some.movedim(1, 0).flatten(1, 2), a_PtI.mT).unflatten(1, (-1, O))
-            found_QT[first : first + step, at : at + most] = answered_PQOt.mul_(g_PtO.mT[:, None]).sum((0, 2))
-    return found_QT.unflatten(1, (B, S)).sum(2)
+            block_QPOI = _formed_rows(stack, first, first + step)
+            answered_PQOt = torch.bmm(block_QPOI.movedim(1, 0).flatten(1, 2), a_PtI.mT).unflatten(1, (-1, O))
+            products_QT[first : first + step, start:stop] = answered_PQOt.mul_(g_PtO.mT[:, None]).sum((0, 2))
+    return products_QT.unflatten(1, (B, S)).sum(2)
+
+
+def _formed_rows(stack: Stack, start: int, stop: int) -> Tensor:
+    return stack.rows(start, stop).formed() if isinstance(stack, OuterProducts) else stack[start:stop]
 
 
 def token_cost(stack: Stack) -> int:
@@ -154,8 +156,8 @@ def token_cost(stack: Stack) -> int:
 
 
 def together(stacks: Sequence[Stack], form: bool) -> Stack:
-    """Stacks after one another; form: as formed gradients. Outer products must have no scale."""
+    """Stacks one after the other, as formed gradients if `form`, else as outer products, which must have no scale."""
     if form:
         return torch.cat([formed(stack) for stack in stacks if len(stack)] or [formed(stacks[0])])
     outer = [stack for stack in stacks if isinstance(stack, OuterProducts)]
-    return OuterProducts(torch.cat([one.g_PQO for one in outer], 1), torch.cat([one.a_PQI for one in outer], 1))
+    return OuterProducts(torch.cat([stack.g_PQO for stack in outer], 1), torch.cat([stack.a_PQI for stack in outer], 1))

@@ -47,7 +47,8 @@ _NO_TILE = Tile(np.arange(0), ())
 class ScoringRequest:
     """What is scored: groups of a stage's training data against queries, by a plan.
 
-    fitted: what `fit` left for every stage; stage: whose data; per_layer: keep the layers' scores apart.
+    fitted: what `fit` left for every stage; stage: whose data; batch_size: examples in one forward and backward;
+    per_layer: keep the layers' scores apart.
     """
 
     fitted: FittedFactors
@@ -65,29 +66,29 @@ class ScoringRequest:
 
 
 class QueryBlocks(NamedTuple):
-    """Blocks of queries that are worked on at a time: how many queries each holds, and what identifies them."""
+    """The blocks of queries of one round: how many queries each holds, and what identifies them."""
 
     sizes: tuple[int, ...]
     identities: list[dict[str, Any]]
 
 
 def score_parts(request: ScoringRequest) -> Tensor:
-    """Scores [T, L, Q, K] of a plan's terms (L = 1, the layers' sum, unless per_layer); inside `observing(model)`.
+    """Scores [T, L, Q, K] of a plan's terms (L = 1, the layers' sum, unless per_layer); only inside `observing(model)`.
 
     Queries and groups are taken in blocks and tiles that fit the memory budget; each term, checkpoint and block of
     queries is a unit of the store, so that a run that was stopped goes on where it was, on any number of ranks.
     """
     context, walk = request.context, _PlanWalk(request)
     blocks = in_order(len(request.queries), walk.room(walk.query_bytes()))
-    at_a_time = context.ranks.count if len(blocks) > 1 else 1  # blocks that are on their ranks together
+    at_a_time = context.ranks.count if len(blocks) > 1 else 1  # blocks of one round, each on a rank of its own
     rounds = [blocks[start : start + at_a_time] for start in range(0, len(blocks), at_a_time)]
     passes = len(rounds) * sum(len(term.train) for term in request.plan)
     context.store.journal.expect({"groups": walk.examples * passes})
-    return torch.cat([walk.scores(some) for some in rounds], 2)
+    return torch.cat([walk.scores(of_round) for of_round in rounds], 2)
 
 
 class _PlanWalk:
-    """One scoring run: walks the plan for some blocks of queries."""
+    """One call of `score`: walks the plan for the blocks of queries of one round after another."""
 
     def __init__(self, request: ScoringRequest):
         self.request, self.context, self.fitted = request, request.context, request.fitted
@@ -117,8 +118,8 @@ class _PlanWalk:
         return max(1, self.context.memory // _QUERY_SHARE // (_QUERY_COPIES * query_bytes))
 
     def query_bytes(self) -> int:
-        """What one query's gradient takes: of a layer where it stays an outer product, its two sides only."""
-        fits = all(self.fitted.curvature(of).fits for of in curvatures(self.plan))
+        """Bytes of one query's gradient: of a layer where it stays an outer product, its two sides only."""
+        fits = all(self.fitted.curvature(curvature).fits for curvature in curvatures(self.plan))
         outer = outer_layers(self.plan, self.view, fits) if self.request.queries.made_of_tokens else set()
         sizes = {name: (layer.shape, layer.size) for name, layer in self.view.layers.items()}
         numbers = sum(P * (O + I) if name in outer else size for name, ((P, O, I), size) in sizes.items())
@@ -130,25 +131,25 @@ class _PlanWalk:
         rows = blocks if len(blocks) > 1 else _split(blocks[0], ranks.count)
         here = rows[ranks.index] if ranks.index < len(rows) else range(0)
         identities = [queries.identity(block, self.fitted.contexts[-1]) for block in blocks]
-        asked = QueryBlocks(tuple(map(len, blocks)), identities)
+        query_blocks = QueryBlocks(tuple(map(len, blocks)), identities)
         every = range(blocks[0].start, blocks[-1].stop)
         share = QueryShare(queries, every, here, self.view.layers, self.request.batch_size)
         by_place: dict[int, Tensor] = {}
         for place, operated in QueryOperators(self.plan, self.fitted, share).walk():
-            met = self._met(operated, asked, len(self.plan[place].train))
-            by_place[place] = self._term(self.plan[place], met, asked)
+            met = self._met(operated, query_blocks, len(self.plan[place].train))
+            by_place[place] = self._term(self.plan[place], met, query_blocks)
         return torch.stack([by_place[place] for place in range(len(self.plan))])
 
-    def _met(self, queries: Queries, asked: QueryBlocks, points: int) -> MetQueries:
-        """The query side where training gradients will meet it, at so many points."""
+    def _met(self, queries: Queries, query_blocks: QueryBlocks, points: int) -> MetQueries:
+        """The queries in the bases and on the ranks where training gradients will meet them, at so many points."""
         blocks = self.fitted.curvature(queries.basis) if queries.basis else None
         examples = int(self.groups.sizes.sum()) * points
         tokens = {name: examples * self.view.positions(name) for name in queries.values}
-        traffic = Traffic(sum(asked.sizes), len(self.groups) * points, tokens)
+        traffic = Traffic(sum(query_blocks.sizes), len(self.groups) * points, tokens)
         places = meeting_places(queries.values, blocks, traffic, self.room(self.gradient_bytes))
-        return met_queries(places, len(asked.sizes), self.context.ranks)
+        return met_queries(places, len(query_blocks.sizes), self.context.ranks)
 
-    def _term(self, term: Term, met: MetQueries, asked: QueryBlocks) -> Tensor:
+    def _term(self, term: Term, met: MetQueries, query_blocks: QueryBlocks) -> Tensor:
         """One term's scores [L, Q, K] on every rank, from the store or computed into it."""
         context = self.context
         identity = self.scored_from | term_identity(self.fitted, context, term, list(met.values))
@@ -156,10 +157,10 @@ class _PlanWalk:
         layers = len(met.values) if self.request.per_layer else 1
         at_points = []
         for point in term.train:
-            recipes = self._recipes(term, point, met, asked, identity, sketches, inputs)
+            recipes = self._recipes(term, point, met, query_blocks, identity, sketches, inputs)
             context.store.settle(recipes, context.store.held(recipes))
             units = [context.store.open(recipe.name, recipe.made_from) for recipe in recipes]
-            shapes = [(layers, size, len(self.groups)) for size in asked.sizes]
+            shapes = [(layers, size, len(self.groups)) for size in query_blocks.sizes]
             of_blocks = [unit.tensor("scores", shape) for unit, shape in zip(units, shapes, strict=True)]
             at_points.append(torch.cat(of_blocks, 1))
         total = weighted_mean(at_points, term.weights)
@@ -170,25 +171,25 @@ class _PlanWalk:
         term: Term,
         point: Point,
         met: MetQueries,
-        asked: QueryBlocks,
+        query_blocks: QueryBlocks,
         identity: dict[str, Any],
         sketches: list[Any],
         inputs: tuple[str, ...],
     ) -> list[UnitRecipe]:
-        """A unit for each block of queries at a point; all are computed together, when the first is made."""
-        context, starts = self.context, np.cumsum([0, *asked.sizes]).tolist()
+        """The recipe of each block's unit at a point; all are computed together, when the first is made."""
+        context, starts = self.context, np.cumsum([0, *query_blocks.sizes]).tolist()
         compute = lru_cache(1)(partial(self._at_point, term, point, met))
         at_point = identity | {"checkpoint": checkpoint_digest(context, point)}
         recipes = []
-        for block, size in enumerate(asked.sizes):
-            made_from = at_point | {"queries": asked.identities[block], "sketch": sketches[block]}
+        for block, size in enumerate(query_blocks.sizes):
+            made_from = at_point | {"queries": query_blocks.identities[block], "sketch": sketches[block]}
             make = partial(_rows, compute, starts[block], size)
             name = score_unit(context, made_from, point)
             recipes.append(UnitRecipe("groups", name, made_from, inputs, self.examples, make))
         return recipes
 
     def _at_point(self, term: Term, point: Point, met: MetQueries) -> Tensor | None:
-        """<query side, group gradients at a point>, [L, Q, K] on rank 0: each rank's groups, tile by tile."""
+        """<query, group gradients at a point>, [L, Q, K] on rank 0: each rank's groups, tile by tile."""
         context, ranks, where = self.context, self.context.ranks, self.context.where(point)
         context.load(point)
         view: AnyView = self.view
@@ -197,17 +198,17 @@ class _PlanWalk:
         normalized, train = term.normalized and term.side == "gradient", self.fitted.trains[self.request.stage]
         tiles_of_ranks, scores = self.tiles[term.normalized], None
         for number in range(max(map(len, tiles_of_ranks))):
-            in_turn = [of_rank[number] if number < len(of_rank) else _NO_TILE for of_rank in tiles_of_ranks]
-            tile = in_turn[ranks.index]
+            tile_of_rank = [of_rank[number] if number < len(of_rank) else _NO_TILE for of_rank in tiles_of_ranks]
+            tile = tile_of_rank[ranks.index]
             data = context.walk(self.view, train, [batch.examples for batch in tile.batches], f"groups, {where}")
             gradients = GroupGradients(met, len(tile.groups), context.memory // _PASSING_SHARE, normalized)
             of_tile_LQK = tile_scores(view, data, tile, gradients, where)
             of_tile_LQK = of_tile_LQK if self.request.per_layer else of_tile_LQK.sum(0, keepdim=True)
             if scores is None and ranks.main:
                 scores = of_tile_LQK.new_zeros(*of_tile_LQK.shape[:2], len(self.groups))
-            for theirs, columns in zip(in_turn, ranks.collect(of_tile_LQK), strict=False):
+            for scored, columns in zip(tile_of_rank, ranks.collect(of_tile_LQK), strict=False):
                 if scores is not None and columns is not None:
-                    scores.index_add_(2, torch.from_numpy(theirs.groups).to(scores.device), columns)
+                    scores.index_add_(2, torch.from_numpy(scored.groups).to(scores.device), columns)
         if scores is not None and not torch.isfinite(scores).all():
             raise ScoreError(
                 f"scores at the {where} are not finite: gradients or the method's operator overflow. "
@@ -223,5 +224,6 @@ def _split(block: range, count: int) -> list[range]:
 
 
 def _rows(compute: Callable[[], Tensor | None], start: int, size: int) -> Tensors:
+    """One block's rows of the scores that `compute` gives; nothing on ranks other than 0."""
     scores = compute()
     return {} if scores is None else {"scores": scores[:, start : start + size]}

@@ -1,4 +1,7 @@
-"""Query gradients of properties: two passes over each one's data, shared out to the ranks and summed.
+"""Query gradients of properties: two passes over a property's data, whose batches the ranks share.
+
+The first pass collects the model's outputs, in which autograd takes the property's slopes; the second sums the
+gradients of <slopes, outputs> over the batches (see properties/property.py).
 
 Axes: N examples of a property's data, P parts, O outputs, I inputs of a layer.
 """
@@ -44,89 +47,88 @@ class _Streamed:
     slopes_N: of the value in each example's outputs; None for ones.
     """
 
-    def __init__(self, of: Property, slopes_N: Tensor | None = None):
-        self.of, self.slopes_N = of, slopes_N
+    def __init__(self, prop: Property, slopes_N: Tensor | None = None):
+        self.prop, self.slopes_N = prop, slopes_N
 
     def compute_measurement(self, batch: tuple[Tensor, Any], model: nn.Module) -> Tensor:
         examples, content = batch
         slopes_B = torch.ones((), device=examples.device) if self.slopes_N is None else self.slopes_N[examples]
-        return self.of.part(content, model, slopes_B)
+        return self.prop.part(content, model, slopes_B)
 
 
-def property_identity(of: Property, context: StageContext) -> dict[str, Any]:
+def property_identity(prop: Property, context: StageContext) -> dict[str, Any]:
     """What identifies a property and its data; TaskError where reading the data is random."""
-    data = dataset_fingerprint(of.data, "property's", context.ranks, context.settings.progress)
-    if data["examples"] == "random" and of.needs_outputs:
+    data = dataset_fingerprint(prop.data, "property's", context.ranks, context.settings.progress)
+    if data["examples"] == "random" and prop.needs_outputs:
         raise TaskError(
-            f"{of.name}: reading its data twice gives different examples (augmentation?), but a property is "
+            f"{prop.name}: reading its data twice gives different examples (augmentation?), but a property is "
             "differentiated in two passes that must see the same. Give data that is read alike each time."
         )
-    return of.fingerprint() | {"data": data}
+    return prop.fingerprint() | {"data": data}
 
 
 def property_gradient(
-    context: StageContext, layers: Mapping[str, TrackedLayer], of: Property, where: str, batch_size: int
+    context: StageContext, layers: Mapping[str, TrackedLayer], prop: Property, where: str, batch_size: int
 ) -> Gradients:
-    """A property's gradient at the parameters that are loaded, for each layer [P, O, I], the same on every rank.
+    """A property's gradient at the parameters in the model: for each layer [P, O, I], on every rank.
 
-    Only inside `observing(model)`. where: names the parameters in errors.
+    Only inside `observing(model)`. where: names the parameters in errors; batch_size: examples in one forward and
+    backward. Raises TaskError where the property cannot be differentiated.
     """
-    collate = of.collate_fn or context.collate_fn or default_collate
-    data = _Indexed(of.data)
+    collate = prop.collate_fn or context.collate_fn or default_collate
+    data = _Indexed(prop.data)
 
-    def joined(items: list[tuple[int, Any]]) -> tuple[Tensor, Any]:
+    def collate_indexed(items: list[tuple[int, Any]]) -> tuple[Tensor, Any]:
         return torch.tensor([index for index, _ in items]), collate([example for _, example in items])
 
-    view = make_loss_view(context.model, _Streamed(of), "measurement", layers, data, joined)
-    every = in_order(len(of.data), batch_size)
-    if of.needs_outputs:
-        view = replace(view, task=_Streamed(of, _slopes(context, view, of, every)))
+    view = make_loss_view(context.model, _Streamed(prop), "measurement", layers, data, collate_indexed)
+    batch_rows = in_order(len(prop.data), batch_size)
+    if prop.needs_outputs:
+        view = replace(view, task=_Streamed(prop, _slopes(context, view, prop, batch_rows)))
     totals = {name: torch.zeros(*layer.shape, dtype=view.dtype, device=view.device) for name, layer in layers.items()}
-    finite = FiniteCheck(f"{of.name}, {where}")
+    finite = FiniteCheck(f"{prop.name}, {where}")
 
     def consume(layer: TrackedLayer, tokens: Tokens) -> None:
         a, g = (side.flatten(1, 2) for side in tokens)
         totals[layer.name].baddbmm_(g.mT, a)
 
-    for batch in context.walk(view, data, context.ranks.share(every), f"{of.name}, {where}", joined):
+    here = context.ranks.share(batch_rows)
+    for batch in context.walk(view, data, here, f"{prop.name}, {where}", collate_indexed):
         view.capture(batch, consume, finite)
     finite.finish(view.layout.axes, context.ranks, every=False)
     context.ranks.sum_(list(totals.values()))
     return totals
 
 
-def _slopes(context: StageContext, view: LossView, of: Property, every: Sequence[range]) -> Tensor:
+def _slopes(context: StageContext, view: LossView, prop: Property, batch_rows: Sequence[range]) -> Tensor:
     """The property's slopes in all outputs, [N, ...]: a pass without a graph, then autograd on the outputs alone."""
-    own: list[tuple[Tensor, Tensor]] = []
+    outputs: list[Tensor] = []
+    targets: list[Tensor] = []
+    here = context.ranks.share(batch_rows)
     with torch.no_grad():
-        for batch in context.walk(view, of.data, context.ranks.share(every), f"{of.name}'s outputs", of.collate_fn):
-            outputs_B, targets_B = of.outputs(batch.content, context.model), of.targets_of(batch.content)
-            if {outputs_B.shape[:1], targets_B.shape[:1]} != {(batch.size,)} and not batch.idle:
-                raise TaskError(
-                    f"{of.name}: outputs {tuple(outputs_B.shape)} and targets {tuple(targets_B.shape)} of {batch}: "
-                    f"expected {batch.size} rows, one for each example."
-                )
+        for batch in context.walk(view, prop.data, here, f"{prop.name}'s outputs", prop.collate_fn):
+            outputs_B, targets_B = prop.outputs_and_targets(batch, context.model)
             if not batch.idle:
-                own.append((outputs_B, targets_B))
-    outputs_N = _of_all_ranks(context, [outputs_B for outputs_B, _ in own], every)
-    targets_N = _of_all_ranks(context, [targets_B for _, targets_B in own], every)
+                outputs.append(outputs_B)
+                targets.append(targets_B)
+    outputs_N = _of_all_ranks(context, outputs, batch_rows)
+    targets_N = _of_all_ranks(context, targets, batch_rows)
     with torch.enable_grad():
         outputs_N.requires_grad_()
-        value = of.number(outputs_N, targets_N)
+        value = prop.number(outputs_N, targets_N)
         if not value.requires_grad:
-            raise TaskError(f"{of.name}: its value does not depend on the outputs. Return a differentiable number.")
+            raise TaskError(f"{prop.name}: its value does not depend on the outputs. Return a differentiable number.")
         return torch.autograd.grad(value, outputs_N)[0]
 
 
-def _of_all_ranks(context: StageContext, own: list[Tensor], every: Sequence[range]) -> Tensor:
-    """Rows of all ranks in the data's order; each rank gives those of its share of `every`."""
+def _of_all_ranks(context: StageContext, blocks: list[Tensor], batch_rows: Sequence[range]) -> Tensor:
+    """[N, ...] on every rank, in the data's order; blocks: this rank's, one for each batch of its share."""
     ranks = context.ranks
-    mine = torch.cat(own) if own else None
-    parts = []
-    for rank in range(min(ranks.count, len(every))):
-        rows = [row for part in every[rank :: ranks.count] for row in part]
-        found = mine if ranks.count == 1 else ranks.broadcast(mine if rank == ranks.index else None, rank)
-        parts.append((torch.tensor(rows), found))
-    order = torch.argsort(torch.cat([rows for rows, _ in parts]))
+    here = torch.cat(blocks) if blocks else None
+    rows, values = [], []
+    for rank in range(min(ranks.count, len(batch_rows))):
+        rows += [row for batch in batch_rows[rank :: ranks.count] for row in batch]
+        values.append(here if ranks.count == 1 else ranks.broadcast(here if rank == ranks.index else None, rank))
+    order = torch.argsort(torch.tensor(rows))
     device = next(context.model.parameters()).device
-    return torch.cat([found.to(device) for _, found in parts if found is not None])[order.to(device)]
+    return torch.cat([of_rank.to(device) for of_rank in values if of_rank is not None])[order.to(device)]

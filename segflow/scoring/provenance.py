@@ -1,4 +1,4 @@
-"""From the parts that scoring yields for each run to labelled Scores."""
+"""From the parts that scoring yields for each run to Scores with labels and provenance."""
 
 from __future__ import annotations
 
@@ -42,7 +42,10 @@ def labelled_scores(
     keep: Collection[str],
     queries: QuerySet,
 ) -> Scores:
-    """The mean over the runs, with the parts that are to be kept."""
+    """The mean over the runs, with the parts that `keep` names: "term", "layer", "run".
+
+    stage: whose training data was scored; labels: the queries'. ScoreError for "term" where the runs' terms differ.
+    """
     first = runs[0]
     context = first.contexts[stage]
     terms = [term.label for term in first.plan]
@@ -80,7 +83,7 @@ def _layers_of(run: RunParts, context: StageContext) -> list[str]:
 def _provenance(runs: Sequence[RunParts], method: Method, stage: int, queries: QuerySet) -> dict[str, Any]:
     first = runs[0]
     context, last = first.contexts[stage], first.contexts[-1]
-    found = {
+    provenance = {
         **describe(method),
         "terms": {term.label: [_named(context, point) for point in term.train] for term in first.plan},
         "optimizer": context.trajectory.optimizer.name,
@@ -92,28 +95,28 @@ def _provenance(runs: Sequence[RunParts], method: Method, stage: int, queries: Q
         "segflow": __version__,
     }
     if any(term.side == "gradient" and term.normalized for term in first.plan):
-        found["additive"] = False  # cosines of groups' gradients do not add up, whatever the method says
+        provenance["additive"] = False  # cosines of groups' gradients do not add up, whatever the method says
     if context.settings.curvature_examples is not None:
-        found["curvature_examples"] = min(context.settings.curvature_examples, context.trajectory.dataset_size)
+        provenance["curvature_examples"] = min(context.settings.curvature_examples, context.trajectory.dataset_size)
     if first.batching_error is not None:
-        found["batching_error"] = [run.batching_error for run in runs]
+        provenance["batching_error"] = [run.batching_error for run in runs]
     if len(first.contexts) > 1:
-        found["stage"] = context.trajectory.stage
+        provenance["stage"] = context.trajectory.stage
     if len(runs) > 1:
-        found["runs"] = len(runs)
-    wanted = [(run, of) for run in runs for of in preconditioners(run.plan)]
-    if wanted:
-        estimated = any(unsaved(run.contexts[of.stage], of) for run, of in wanted)
-        found["second_moments"] = "estimated from gradients" if estimated else "recorded"
+        provenance["runs"] = len(runs)
+    needed = [(run, preconditioner) for run in runs for preconditioner in preconditioners(run.plan)]
+    if needed:
+        estimated = any(unsaved(run.contexts[preconditioner.stage], preconditioner) for run, preconditioner in needed)
+        provenance["second_moments"] = "estimated from gradients" if estimated else "recorded"
     if first.cuts is not None:
-        found["segmentation"] = [
+        provenance["segmentation"] = [
             {first.contexts[place].trajectory.stage: cut.explained() for place, cut in (run.cuts or {}).items()}
             for run in runs
         ]
-    return found
+    return provenance
 
 
 def _named(context: StageContext, point: Point) -> Any:
-    """The step of a checkpoint, or a word for another point."""
-    alone = len(point.weights) == 1 and point.stage == context.stage
-    return context.trajectory.steps[point.weights[0][0]] if alone else context.where(point)
+    """The step of one checkpoint of the stage, or words for another point."""
+    one_checkpoint = len(point.weights) == 1 and point.stage == context.stage
+    return context.trajectory.steps[point.weights[0][0]] if one_checkpoint else context.where(point)

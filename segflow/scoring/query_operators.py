@@ -1,4 +1,4 @@
-"""The query side: query gradients under a plan's operators, kept in the eigenbasis of the operator applied last.
+"""Query gradients under a plan's operators, kept in the eigenbasis of the operator that was applied last.
 
 Queries of one token stay outer products as long as their operators allow it (module outer_products).
 
@@ -35,7 +35,7 @@ from .query_sets import QueryShare
 class Queries:
     """This rank's query gradients of every layer, in the eigenbasis of a curvature (None: in no basis).
 
-    A layer that the curvature's stage did not train stands in none.
+    A layer that the curvature's stage did not train is in none.
     """
 
     values: Stacks
@@ -43,12 +43,12 @@ class Queries:
 
 
 def basis_of(curvature: Curvature | None) -> Curvature | None:
-    """What identifies the eigenbasis in which a curvature is diagonal; None if that is the parameters' own."""
+    """The curvature whose eigenbasis makes it diagonal; None where it is diagonal in the parameters' own axes."""
     return None if curvature is None or curvature.kind == "diagonal" else curvature
 
 
 class Start(NamedTuple):
-    """Where a term's query side starts: gradients at a point, or representations of a layer there."""
+    """What a term applies its operators to: the queries' gradients at a point, or a layer's representations there."""
 
     point: Point
     layer: str | None = None
@@ -56,14 +56,14 @@ class Start(NamedTuple):
 
     @classmethod
     def of(cls, term: Term, last_layer: str) -> Start:
-        """A term's; last_layer: whose representations are taken where the term names none."""
+        """A term's start; last_layer: whose representations are taken where the term names none."""
         if term.side != "representation":
             return cls(term.query)
         return cls(term.query, term.layer or last_layer, term.normalized)
 
     @property
     def order(self) -> tuple[Any, ...]:
-        """What terms are sorted by, so that those of one start follow one another."""
+        """A sort key: terms of one start follow one another."""
         return self.point.stage, self.point.weights, self.layer or "", self.normalized
 
 
@@ -81,7 +81,7 @@ class QueryOperators:
         self._started = lru_cache(1)(self._start)
 
     def walk(self) -> Iterator[tuple[int, Queries]]:
-        """Each term's place in the plan with its query side, shortest operators first: little is kept between."""
+        """Each term's place in the plan with its queries; in an order in which little has to be kept between terms."""
         last_layer = list(self.share.layers)[-1]
         starts = [Start.of(term, last_layer) for term in self.plan]
         remaining = sorted(
@@ -98,15 +98,15 @@ class QueryOperators:
             self._kept = {key: value for key, value in self._kept.items() if key in useful}
 
     def _applied(self, start: Start, operators: tuple[Operator, ...]) -> Queries:
-        """The query gradients of a start with the operators applied in order."""
+        """The queries at a start with the operators applied in order."""
         if not operators:
             return self._started(start, None)
         if (start, operators) not in self._kept:
             *earlier, last = operators
             wanted = basis_of(last.curvature) if isinstance(last, Spectral) else None
             before = self._applied(start, tuple(earlier)) if earlier else self._started(start, wanted)
-            free = isinstance(last, UnitNorm) or (isinstance(last, Spectral) and last.curvature is None)
-            moved = before if free else self._moved(before, wanted)
+            in_any_basis = isinstance(last, UnitNorm) or (isinstance(last, Spectral) and last.curvature is None)
+            moved = before if in_any_basis else self._moved(before, wanted)
             if earlier:
                 self._kept[start, tuple(earlier)] = moved  # the next term goes on from there
             self._kept[start, operators] = self._apply(last, moved)
@@ -127,15 +127,15 @@ class QueryOperators:
 
     @singledispatchmethod
     def _apply(self, operator: Any, before: Queries) -> Queries:
-        """An operator on queries that stand in its basis."""
+        """An operator on queries that are in its basis."""
         values = {name: formed(value) for name, value in before.values.items()}
         return replace(before, values=dict(self.fitted.inverse(operator, values)))
 
     @_apply.register
     def _(self, operator: Spectral, before: Queries) -> Queries:
-        """The function of the eigenvalues times the queries; a layer that the stage did not train stays as it is."""
+        """The queries times a function of the eigenvalues; a layer that the stage did not train stays as it is."""
         blocks = self.fitted.curvature(operator.curvature) if operator.curvature else None
-        units = self.fitted.preconditioner(operator.shifted_by) if operator.shifted_by else None
+        shifts = self.fitted.preconditioner(operator.shifted_by) if operator.shifted_by else None
         scaled = {}
         for name, values_QPOI in before.values.items():
             group = self.fitted.parameter_group(operator.stage, name)
@@ -145,26 +145,31 @@ class QueryOperators:
             block = None if blocks is None else blocks[name]
             eigenvalues = reference(values_QPOI).new_zeros(()) if block is None else block.eigenvalues_POI
             unit: Tensor | float = 1.0
-            if units is not None:
-                exact_POI = units[name].exact_POI
+            if shifts is not None:
+                exact_POI = shifts[name].exact_POI
                 unit = exact_POI if block is None or block.basis is None else block.basis.diagonal(exact_POI)
             scaled[name] = values_QPOI * operator.on(eigenvalues, group, unit)
         return replace(before, values=scaled)
 
     @_apply.register
     def _(self, operator: Scale, before: Queries) -> Queries:
-        of = self.fitted.preconditioner(operator.preconditioner)
-        values = before.values.items()
-        return replace(before, values={n: v * of[n].exact_POI.pow(operator.power) if n in of else v for n, v in values})
+        """The queries times a power of the preconditioner; a layer that its stage did not train stays as it is."""
+        blocks = self.fitted.preconditioner(operator.preconditioner)
+        scaled = {
+            name: value * blocks[name].exact_POI.pow(operator.power) if name in blocks else value
+            for name, value in before.values.items()
+        }
+        return replace(before, values=scaled)
 
     @_apply.register
     def _(self, _operator: UnitNorm, before: Queries) -> Queries:
+        """Each query's whole gradient brought to norm 1."""
         norms_Q = torch.stack([squared_norms(value) for value in before.values.values()]).sum(0).sqrt()
         inverse_Q111 = norms_Q.clamp_min(torch.finfo(norms_Q.dtype).tiny).reciprocal()[:, None, None, None]
         return replace(before, values={name: value * inverse_Q111 for name, value in before.values.items()})
 
     def _moved(self, queries: Queries, basis: Curvature | None) -> Queries:
-        """The same queries in another eigenbasis (None: in none)."""
+        """The same queries in another curvature's eigenbasis (None: in none)."""
         if basis == queries.basis:
             return queries
         origin = self.fitted.curvature(queries.basis) if queries.basis else None
@@ -178,7 +183,7 @@ class QueryOperators:
 
 
 def _changed(values_QPOI: Stack, old: Eigenbasis | None, new: Eigenbasis | None) -> Stack:
-    """Gradients taken from one basis to another; None stands for the parameters' own axes."""
+    """Gradients taken from the old basis to the new; None stands for the parameters' own axes."""
     if old is None and new is None:
         return values_QPOI
     if old is None and isinstance(values_QPOI, OuterProducts) and values_QPOI.scale_POI is None:

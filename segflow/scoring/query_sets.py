@@ -1,4 +1,4 @@
-"""What is asked: examples of a dataset, or properties of the model. The two are told apart here and nowhere else.
+"""Sets of queries: examples of a dataset, or properties of the model. They are told apart here and nowhere else.
 
 Axes: Q queries, P parts, O outputs, I inputs; a block of gradients is [Q, P, O, I].
 """
@@ -29,9 +29,10 @@ from .query_gradients import query_gradients
 
 @dataclass(frozen=True)
 class QueryShare:
-    """The queries that are worked on at a time: `every` of them on all ranks together, `here` on this one.
+    """Queries that are worked on together.
 
-    layers: those that are scored; batch_size: examples in one forward and backward.
+    every: those of all ranks; here: this rank's among them; layers: those that are scored; batch_size: examples in one
+    forward and backward.
     """
 
     queries: QuerySet
@@ -42,7 +43,7 @@ class QueryShare:
 
 
 class QuerySet(ABC):
-    """All queries of one call of `score`. Gradients are asked for with a point's parameters in the model.
+    """All queries of one call of `score`. Gradients are taken at the parameters that are in the model.
 
     made_of_tokens: whether a query's gradient is made of tokens, which can be rotated into an eigenbasis before the
     gradient is formed, and which stay outer products where an example has one token.
@@ -60,17 +61,17 @@ class QuerySet(ABC):
 
     @abstractmethod
     def measurement(self, task: Any) -> str:
-        """What is measured, in a word for provenance."""
+        """A word for what is measured, for provenance."""
 
     @abstractmethod
     def identity(self, rows: range, context: StageContext) -> dict[str, Any]:
-        """What identifies some of the queries."""
+        """What identifies these queries, as the store compares it."""
 
     @abstractmethod
     def gradients(
         self, share: QueryShare, context: StageContext, bases: Mapping[str, Eigenbasis], where: str
     ) -> Stacks:
-        """This rank's query gradients, for each layer [Q, P, O, I]; in a basis where one is given (see made_of_tokens).
+        """This rank's query gradients, for each layer [Q, P, O, I]; in a basis where one is given and made_of_tokens.
 
         where: names the point in errors.
         """
@@ -85,7 +86,7 @@ class QuerySet(ABC):
     def check(
         self, context: StageContext, layers: Mapping[str, TrackedLayer], check_measurement: Callable[[Any], None]
     ) -> None:
-        """Raise what is wrong with the queries; check_measurement: checks the measurement on a dataset."""
+        """Raise TaskError where something is wrong with the queries; check_measurement: does so for a dataset."""
 
 
 @dataclass(frozen=True)
@@ -145,10 +146,10 @@ class PropertyQueries(QuerySet):
     @property
     def labels(self) -> tuple[str, ...]:
         """The properties' names."""
-        return tuple(one.name for one in self.properties)
+        return tuple(prop.name for prop in self.properties)
 
     def measurement(self, task: Any) -> str:
-        """Each query has its own."""
+        """Each query measures what its property says."""
         return "properties"
 
     def identity(self, rows: range, context: StageContext) -> dict[str, Any]:
@@ -158,18 +159,18 @@ class PropertyQueries(QuerySet):
     def gradients(
         self, share: QueryShare, context: StageContext, bases: Mapping[str, Eigenbasis], where: str
     ) -> Stacks:
-        """All ranks work on each property; each keeps its own ones' gradients, in no basis."""
-        kept: dict[str, list[Tensor]] = {name: [] for name in share.layers}
+        """All ranks work on each property; each keeps the gradients of its own queries, in no basis."""
+        of_layers: dict[str, list[Tensor]] = {name: [] for name in share.layers}
         for row in share.every:
-            found = property_gradient(context, share.layers, self.properties[row], where, share.batch_size)
-            for name, gradient in found.items() if row in share.here else ():
-                kept[name].append(gradient)
-        return {name: torch.stack(rows) if rows else found[name][None][:0] for name, rows in kept.items()}
+            gradient = property_gradient(context, share.layers, self.properties[row], where, share.batch_size)
+            for name, gradient_POI in gradient.items() if row in share.here else ():
+                of_layers[name].append(gradient_POI)
+        return {name: torch.stack(rows) if rows else gradient[name][None][:0] for name, rows in of_layers.items()}
 
     def representations(
         self, share: QueryShare, context: StageContext, layer: str, normalized: bool, where: str
     ) -> Stacks:
-        """A property has none."""
+        """Refused: a property has no representation."""
         raise MethodError(
             "a property has a gradient, but no representation. Use GradientDot or another method of gradients."
         )
@@ -178,15 +179,15 @@ class PropertyQueries(QuerySet):
         self, context: StageContext, layers: Mapping[str, TrackedLayer], check_measurement: Callable[[Any], None]
     ) -> None:
         """Each property can be differentiated."""
-        for one in self.properties:
-            property_gradient(context, layers, one, context.where(context.last), batch_size=16)
+        for prop in self.properties:
+            property_gradient(context, layers, prop, context.where(context.last), batch_size=16)
 
 
 def query_set(query: Any) -> QuerySet:
-    """What was given as a query: a dataset, a property, or several; TaskError for a list that mixes both."""
+    """The query set of what a user gave: a dataset, a property or several; TaskError for a list of both."""
     if isinstance(query, Property):
         return PropertyQueries((query,))
-    are_properties = [isinstance(one, Property) for one in query] if isinstance(query, list | tuple) else []
+    are_properties = [isinstance(item, Property) for item in query] if isinstance(query, list | tuple) else []
     if not any(are_properties):
         return ExampleQueries(query)
     if not all(are_properties):

@@ -1,4 +1,4 @@
-"""Tiling: groups dealt out to the ranks, and walked in batches that keep a group together."""
+"""Tiles: groups dealt out to the ranks, and walked in batches that keep a group's examples together."""
 
 from __future__ import annotations
 
@@ -33,24 +33,24 @@ class Tile(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """Examples of one group that stay together: the whole group, or a part of one that is large."""
+    """Examples of one group that one rank sums: the whole group, or a share of a large one."""
 
     group: int
     members: np.ndarray
 
 
 def shares(groups: Groups, count: int, whole: bool = False) -> list[list[Piece]]:
-    """Deal groups out to `count` ranks, balanced by their sizes.
+    """The pieces of each of `count` ranks, balanced by their sizes.
 
-    A group larger than a quarter of a rank's fair share is cut into even pieces, whose scores add up; one rank gets
-    whole groups, as do all if `whole`.
+    A group larger than a quarter of a rank's fair share is cut into even pieces, whose scores add up. A single rank
+    gets whole groups, and every rank does if `whole`.
     """
     cuts = count > 1 and not whole
     limit = max(1, int(groups.sizes.sum()) // (4 * count)) if cuts else groups.length
     pieces = [
-        Piece(group, part)
+        Piece(group, examples)
         for group, members in enumerate(groups.members)
-        for part in ([members] if len(members) <= limit else np.array_split(members, -(-len(members) // limit)))
+        for examples in ([members] if len(members) <= limit else np.array_split(members, -(-len(members) // limit)))
     ]
     owners = balanced([len(piece.members) for piece in pieces], count)
     dealt: list[list[Piece]] = [[] for _ in range(count)]
@@ -60,10 +60,10 @@ def shares(groups: Groups, count: int, whole: bool = False) -> list[list[Piece]]
 
 
 def tiles(pieces: Sequence[Piece], batch_size: int, tile_size: int) -> list[Tile]:
-    """Plan the walk over all pieces: largest first, so that those of one batch are of nearly one size.
+    """All pieces in tiles of at most `tile_size`, largest first, so that those of one batch are of nearly one size.
 
-    A piece of up to `batch_size` examples stays in one batch; a larger one is split evenly, each part a batch of its
-    own.
+    A piece of up to `batch_size` examples stays in one batch; a larger one is split evenly over several batches, which
+    it has to itself. Raises GroupError for sizes below 1.
     """
     if batch_size < 1 or tile_size < 1:
         raise GroupError(f"batch_size={batch_size}, tile_size={tile_size}: expected at least 1.")
@@ -71,28 +71,28 @@ def tiles(pieces: Sequence[Piece], batch_size: int, tile_size: int) -> list[Tile
     return [_tile(order[start : start + tile_size], batch_size) for start in range(0, len(order), tile_size)]
 
 
-def _tile(chosen: Sequence[Piece], batch_size: int) -> Tile:
-    walked: list[GroupBatch] = []
-    waiting: list[np.ndarray] = []  # whole groups that will share a batch
+def _tile(pieces: Sequence[Piece], batch_size: int) -> Tile:
+    batches: list[GroupBatch] = []
+    waiting: list[np.ndarray] = []  # whole pieces that will share a batch
     first = 0
 
     def flush() -> None:
         nonlocal first
         if waiting:
-            walked.append(GroupBatch(np.concatenate(waiting), tuple(map(len, waiting)), first))
+            batches.append(GroupBatch(np.concatenate(waiting), tuple(map(len, waiting)), first))
         first += len(waiting)
         waiting.clear()
 
-    for place, (_, member) in enumerate(chosen):
-        held = sum(map(len, waiting))
-        blow_up = waiting and len(waiting[0]) * (len(waiting) + 1) > _PADDING * (held + len(member))
-        if held + len(member) > batch_size or blow_up:
+    for place, (_, members) in enumerate(pieces):
+        size = sum(map(len, waiting)) + len(members)
+        too_uneven = waiting and len(waiting[0]) * (len(waiting) + 1) > _PADDING * size
+        if size > batch_size or too_uneven:
             flush()
-        if len(member) > batch_size:
-            pieces = np.array_split(member, -(-len(member) // batch_size))
-            walked += [GroupBatch(piece, (len(piece),), place) for piece in pieces]
+        if len(members) > batch_size:
+            even = np.array_split(members, -(-len(members) // batch_size))
+            batches += [GroupBatch(examples, (len(examples),), place) for examples in even]
             first = place + 1
         else:
-            waiting.append(member)
+            waiting.append(members)
     flush()
-    return Tile(np.array([piece.group for piece in chosen]), tuple(walked))
+    return Tile(np.array([piece.group for piece in pieces]), tuple(batches))

@@ -40,10 +40,11 @@ class Settings:
 
 @dataclass(frozen=True)
 class StageContext:
-    """Everything but the data and the method, for one stage of training.
+    """All that work on one stage of training needs, except data and method.
 
-    run: the whole run's trajectory, of whose stages `stage` is one. layers: those that the stage trained;
-    parameter_groups: the optimizer's parameter group of each; prefix: of the names of the stage's units.
+    run: the whole run's trajectory; stage: the place of the stage in run.stages; task: None where the stage has none;
+    layers: those that the stage trained; parameter_groups: the optimizer's parameter group of each; collate_fn: None
+    for torch's default; prefix: what the names of the stage's units begin with.
     """
 
     settings: Settings
@@ -57,7 +58,7 @@ class StageContext:
 
     @property
     def model(self) -> nn.Module:
-        """The model, whose parameters are those of the point that was loaded last."""
+        """The model, with the parameters of the point that was loaded last."""
         return self.settings.model
 
     @property
@@ -104,25 +105,27 @@ class StageContext:
         """Names a point in errors and progress bars."""
         trajectory = self.run.stages[point.stage]
         steps = [trajectory.steps[index] for index, _ in point.weights]
-        of = f" of {trajectory.stage!r}" if len(self.run.stages) > 1 else ""
-        return f"checkpoint at step {steps[0]}{of}" if len(steps) == 1 else f"mean of the checkpoints at {steps}{of}"
+        of_stage = f" of {trajectory.stage!r}" if len(self.run.stages) > 1 else ""
+        point_words = f"checkpoint at step {steps[0]}" if len(steps) == 1 else f"mean of the checkpoints at {steps}"
+        return point_words + of_stage
 
     def load(self, point: Point) -> None:
         """Put the parameters at a point into the model; only inside `observing(model)`."""
         weights = dict(point.weights)
-        chosen = weights if len(weights) > 1 else next(iter(weights))
-        self.run.stages[point.stage].load_into(self.model, chosen)
+        checkpoints = weights if len(weights) > 1 else next(iter(weights))
+        self.run.stages[point.stage].load_into(self.model, checkpoints)
 
     def loss_view(self, kind: str, dataset: Any, layers: Mapping[str, TrackedLayer] | None = None) -> LossView:
-        """The model seen through one of the task's losses (see `summed_loss`) on this dataset; layers: other ones."""
+        """The model seen through a loss of the task on a dataset; kind: see `summed_loss`; layers: None for all."""
         return make_loss_view(self.model, self.task, kind, layers or self.layers.tracked, dataset, self.collate_fn)
 
     def walk(
         self, view: LossView, dataset: Any, lists: Sequence[Indices], label: str, collate_fn: Collate | None = None
     ) -> Iterator[Batch]:
-        """One batch for each of this rank's lists of example indices, behind a progress bar; collate_fn: another one.
+        """One batch for each of this rank's lists of example indices, with a progress bar of this label.
 
-        Where the model is sharded, ranks with fewer batches than another run idle ones at the end.
+        Where the model is sharded, ranks with fewer batches than another run idle ones at the end. collate_fn: instead
+        of the stage's.
         """
         idle = max(self.ranks.gather(len(lists))) - len(lists) if self.sharded else 0
         data = batches(dataset, lists, collate_fn or self.collate_fn, view.device, idle)

@@ -27,8 +27,8 @@ _PROBES = 16  # training examples whose losses tell one task from another
 def training_identity(context: StageContext, train: Any, view: LossView) -> dict[str, Any]:
     """What binds every unit of a stage: model, training dataset and task.
 
-    Besides names and shapes these are the training losses of some examples at the last checkpoint, which change with
-    whatever the loss depends on: the task's tensors and helpers, the collate function.
+    The training losses of some examples at the last checkpoint are among it, because they change with whatever the
+    loss depends on: the task's tensors and helpers, the collate function.
     """
     settings = context.settings
     dataset = dataset_fingerprint(train, "training", context.ranks, settings.progress)
@@ -45,17 +45,17 @@ def training_identity(context: StageContext, train: Any, view: LossView) -> dict
 
 
 def sampling_identity(context: StageContext, train: Any, sample: LossView, batch_size: int) -> dict[str, Any]:
-    """What pseudo-labels depend on besides seed, checkpoint and example, and what they are for some examples.
+    """The sampled losses of some examples, and the batch size where pseudo-labels depend on it ("any" where not).
 
-    Measured: if some examples' sampled losses alone do not add up to their loss in one batch, the task draws in a way
-    that mixes examples (for a selection of rows, say), and a store keeps its batch size.
+    They do where examples' losses, each in a batch of its own, do not add up to their loss in one batch: the task then
+    draws in a way that mixes examples (for a selection of rows, say), and a store keeps its batch size.
     """
     alone = _probe_losses(context, train, sample)
-    chosen = evenly_spaced(len(train), _PROBES)
+    probes = evenly_spaced(len(train), _PROBES)
     with torch.enable_grad():
-        [together] = [sample.loss(batch) for batch in batches(train, [chosen], context.collate_fn, sample.device)]
-    off = abs(sum(alone) - together.item())
-    mixes = off > max(1e-4, sample.tolerance) * sum(map(abs, alone))
+        [together] = [sample.loss(batch) for batch in batches(train, [probes], context.collate_fn, sample.device)]
+    difference = abs(sum(alone) - together.item())
+    mixes = difference > max(1e-4, sample.tolerance) * sum(map(abs, alone))
     return dict(zip(SAMPLING_KEYS, (alone, batch_size if mixes else "any"), strict=True))
 
 
@@ -68,24 +68,24 @@ def steady_losses(context: StageContext, train: Any, view: LossView) -> list[flo
 def _probe_losses(context: StageContext, train: Any, view: LossView) -> list[float]:
     """The view's loss of evenly spaced examples, each a batch of its own, at the last checkpoint."""
     context.load(context.last)
-    chosen = [[index] for index in evenly_spaced(len(train), _PROBES)]
+    probes = [[index] for index in evenly_spaced(len(train), _PROBES)]
     torch.manual_seed(context.settings.seed)
     with torch.enable_grad():  # parameters are frozen; a task may differentiate by itself
-        losses = [view.loss(batch).detach() for batch in batches(train, chosen, context.collate_fn, view.device)]
+        losses = [view.loss(batch).detach() for batch in batches(train, probes, context.collate_fn, view.device)]
     return torch.stack(losses).tolist()
 
 
 def checkpoint_digest(context: StageContext, point: Point) -> str:
     """sha256 of a checkpoint's file (of several: of their digests and weights), the same on every rank."""
-    trajectory, found = context.run.stages[point.stage], None
+    trajectory, checkpoint = context.run.stages[point.stage], None
     if context.ranks.main:
         digests = [[trajectory.digest(index), weight] for index, weight in point.weights]
-        found = digests[0][0] if len(digests) == 1 else digest(digests)
-    return str(context.ranks.same(found))
+        checkpoint = digests[0][0] if len(digests) == 1 else digest(digests)
+    return str(context.ranks.same(checkpoint))
 
 
 def point_name(context: StageContext, point: Point) -> str:
-    """The point in a unit's name: the steps of its checkpoints, and their stage where that is another one."""
+    """A point in a unit's name: the steps of its checkpoints, after their stage where that is not the context's."""
     trajectory = context.run.stages[point.stage]
     steps = [str(trajectory.steps[index]) for index, _ in point.weights]
     words = ["step", *steps] if len(steps) == 1 else ["mean", short(steps), rounded(point.weights)]
@@ -98,7 +98,7 @@ def rounded(weights: Sequence[Any]) -> str:
 
 
 def short(steps: Sequence[str]) -> str:
-    """Steps joined for a unit's name: all of a few, else the first and the last with a digest of all."""
+    """Steps joined for a unit's name: up to six all, more as the first and the last with a digest of all."""
     if len(steps) <= _SPELLED_OUT:
         return "-".join(steps)
     return f"{steps[0]}-to-{steps[-1]}-{digest(list(steps))[:12]}"

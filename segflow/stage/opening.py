@@ -22,7 +22,7 @@ def open_stages(settings: Settings, task: Any, run: Trajectory, prefix: str) -> 
     """
     names = [stage.stage for stage in run.stages]
     tasks, collates = by_stage(task, names, "task"), by_stage(settings.collate_fn, names, "collate_fn")
-    settled = [_layers(settings.model, *of) for of in zip(tasks, run.stages, strict=True)]
+    settled = [_layers(settings.model, *of_stage) for of_stage in zip(tasks, run.stages, strict=True)]
     return [
         StageContext(
             settings,
@@ -48,25 +48,26 @@ def _layers(model: nn.Module, task: Any, stage: Trajectory) -> tuple[LayerChoice
 
 
 def _agreed(stages: Sequence[tuple[LayerChoice, dict[str, int]]]) -> list[tuple[LayerChoice, dict[str, int]]]:
-    """The same, a layer's bias being attributed in all stages that trained the layer, or in none."""
+    """The same, where a layer's bias is attributed in all stages that trained the layer, or in none of them."""
     bare = {name for choice, _ in stages for name, layer in choice.tracked.items() if not layer.has_bias}
-    found = []
+    agreed = []
     for choice, groups in stages:
         tracked, skipped = dict(choice.tracked), dict(choice.skipped)
         for name, layer in choice.tracked.items():
             if name in bare and layer.has_bias:
                 tracked[name] = replace(layer, has_bias=False)
                 skipped[layer.parameter_names[1]] = "another stage did not train it as it trained the weight"
-        found.append((LayerChoice(tracked, skipped), groups))
-    return found
+        agreed.append((LayerChoice(tracked, skipped), groups))
+    return agreed
 
 
 def by_stage(given: Any, names: Sequence[str], what: str) -> list[Any]:
-    """What is given for each stage: a mapping's entries (None where it has none), or one thing for all.
+    """What is given for each stage: the entries of a mapping by stage (None where it has none), or one thing for all.
 
-    Datasets that are mappings themselves are told apart by their keys. TrajectoryError for an unknown stage.
+    A mapping that names no stage is taken as a dataset. what: names the argument in errors. TrajectoryError for a stage
+    that the run does not have.
     """
-    named = list(names) != ["train"]  # what a stage is called that was given no name: a mapping is then a dataset
+    named = list(names) != ["train"]  # the name of a stage that was given none: a mapping is then a dataset
     keys = {key for key in given if isinstance(key, str)} if isinstance(given, Mapping) else set()
     if not named or not keys & set(names):
         if what == "train" and len(names) > 1:
@@ -82,7 +83,7 @@ def by_stage(given: Any, names: Sequence[str], what: str) -> list[Any]:
 
 
 def check_arguments(runs: Sequence[Any], method: Any, memory: Any, curvature_examples: Any) -> None:
-    """Name what was given where something else is expected."""
+    """Raise TrajectoryError, MethodError or SegflowError where an argument of Analyzer is not what is expected."""
     if not runs or not all(isinstance(run, Trajectory) for run in runs):
         raise TrajectoryError(
             f"trajectory={runs[0] if len(runs) == 1 else runs!r}: expected a segflow.Trajectory, or several "
@@ -96,11 +97,16 @@ def check_arguments(runs: Sequence[Any], method: Any, memory: Any, curvature_exa
         )
     if method is not None and (isinstance(method, type) or not callable(getattr(method, "plan", None))):
         raise MethodError(f"method={method!r}: expected one of Source(...), InfluenceFunction(...), TracIn(), ...")
-    few = curvature_examples
-    if few is not None and (isinstance(few, bool) or not isinstance(few, int) or few < 1):
-        raise SegflowError(f"curvature_examples={few!r}: expected a whole number of examples, or None for all.")
-    if isinstance(memory, bool) or not isinstance(memory, int) or memory < 1:
+    if curvature_examples is not None and not _is_count(curvature_examples):
+        raise SegflowError(
+            f"curvature_examples={curvature_examples!r}: expected a whole number of examples, or None for all."
+        )
+    if not _is_count(memory):
         raise SegflowError(f"memory={memory!r}: expected a whole number of bytes, such as 2 << 30.")
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 def check_alike(runs: Sequence[Sequence[StageContext]]) -> None:
@@ -115,14 +121,19 @@ def check_alike(runs: Sequence[Sequence[StageContext]]) -> None:
 
 
 def training_data(runs: Sequence[Sequence[StageContext]], train: Any) -> list[Any]:
-    """The training data of each stage, None where it is not given; it must fit the stages of every run."""
+    """The training data of each stage, None where it is not given.
+
+    Raises TrajectoryError unless it is given for the last stages without a gap and is as long as each run says, and
+    TaskError for a stage that has data and no task.
+    """
     contexts = runs[0]
     trains = by_stage(train, [context.trajectory.stage for context in contexts], "train")
     given = [data is not None for data in trains]
     if not given[-1] or given != sorted(given):
+        named = [context.trajectory.stage for context, data in zip(contexts, trains, strict=True) if data is not None]
         raise TrajectoryError(
-            f"training data is given for {[w.trajectory.stage for w, ok in zip(contexts, given, strict=True) if ok]}: "
-            "expected it for the stage to attribute and for all later ones, which let it decay."
+            f"training data is given for {named}: expected it for the stage to attribute and for all later ones, "
+            "which let it decay."
         )
     for run in runs:
         for context, data in zip(run, trains, strict=True):
@@ -144,10 +155,10 @@ def stage_place(contexts: Sequence[StageContext], stage: str | None, trains: Seq
 
 
 def settle_parameter_groups(choice: LayerChoice, trajectory: Trajectory) -> tuple[LayerChoice, dict[str, int]]:
-    """Each layer's parameter group; a bias that was trained otherwise than its weight is not attributed.
+    """The layers and each one's parameter group, by name; a bias trained otherwise than its weight is not attributed.
 
-    One layer has one learning rate and weight decay, so a bias in a group with others is left out, and named among
-    the skipped.
+    A layer has one learning rate and one weight decay, so a bias that had others is left out and named among the
+    skipped.
     """
     tracked, skipped, groups = dict(choice.tracked), dict(choice.skipped), {}
     for name, layer in choice.tracked.items():
@@ -160,7 +171,7 @@ def settle_parameter_groups(choice: LayerChoice, trajectory: Trajectory) -> tupl
             "dampening": trajectory.dampening,
             "weight decay": trajectory.weight_decay,
         }
-        differing = [what for what, log in logged.items() if not log[:, weight].equal(log[:, bias])]
+        differing = [quantity for quantity, log in logged.items() if not log[:, weight].equal(log[:, bias])]
         if bias is not None and trajectory.eps[weight] != trajectory.eps[bias]:
             differing.append("eps")
         if differing:

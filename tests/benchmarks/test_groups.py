@@ -55,6 +55,7 @@ def test_wrong_labels_are_about_a_fifth_and_flipped_of_two_classes(setting: Sett
     assert len(setting.tiny().load("noisy").query_labels) == 20
 
 
+@pytest.mark.slow
 def test_what_examples_get_from_summed_singles_is_what_real_group_scores_give(setting: Setting) -> None:
     groups = runs.groups_of(setting, "noisy", 0, "gradient", 4)
     given = setting.load("noisy")
@@ -67,6 +68,7 @@ def test_what_examples_get_from_summed_singles_is_what_real_group_scores_give(se
         torch.testing.assert_close(found.values, real.values, rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_detection_writes_each_methods_area_by_grouping_and_size(setting: Setting) -> None:
     content = json.loads(detect.detect(setting).read_text())
     assert set(content["methods"]) == set(setting.methods())
@@ -112,6 +114,7 @@ def test_seeds_and_variants_are_runs_of_their_own(setting: Setting) -> None:
     assert not np.array_equal(*grouped)
 
 
+@pytest.mark.slow
 def test_removal_and_pruning_are_retrained_once_and_every_series_is_in_the_table(
     setting: Setting, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -146,6 +149,7 @@ def test_the_retrained_models_are_trained_as_the_recorded_runs_are(setting: Sett
     np.testing.assert_allclose(found, expected.numpy(), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_every_stage_is_timed_once_and_the_tables_show_what_was_found(
     setting: Setting, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -17,9 +17,9 @@ from torch.utils.data import Dataset
 import segflow as sf
 from segflow.runtime.ranks import current
 
+from ..support.dense import METHODS, QUERIES, TRAINED, N, quantities, reference
 from ..support.gang import Failed, Gang
 from ..support.helpers import ConvNet, analyzer_of, images, perturbed_states, trajectory_of, vectors
-from .test_dense_reference import LR, METHODS, MOMENTUM, QUERIES, WEIGHT_DECAY, N, _reference
 
 
 def _model(widths: list[int], seed: int) -> nn.Module:
@@ -52,8 +52,7 @@ def _scores(folder: str, case: dict[str, Any]) -> list[list[float]]:
     """What a user's script computes, started again where it was stopped."""
     root, model = Path(folder), _model(case["widths"], case["seed"])
     make = vectors if case["widths"] else images
-    constants = {"lr": LR, "momentum": MOMENTUM, "weight_decay": WEIGHT_DECAY}
-    trajectory = trajectory_of(root / f"run-{current().index}", perturbed_states(model, 4), N, **constants)
+    trajectory = trajectory_of(root / f"run-{current().index}", perturbed_states(model, 4), N, **TRAINED)
     method = METHODS[case["method"]][0]
     analyzer = analyzer_of(model, trajectory, root / "store", method=method, memory=case["memory"])
     groups = sf.Groups.from_lists(case["groups"], N, partial=True)
@@ -86,7 +85,8 @@ def _claim(gang: Gang, case: dict[str, Any], ranks: int) -> None:
     model, make = _model(case["widths"], case["seed"]), vectors if case["widths"] else images
     states = perturbed_states(model, 4)
     groups = sf.Groups.from_lists(case["groups"], N, partial=True)
-    expected = _reference(model, states, make(N), make(QUERIES, seed=5), groups, METHODS[case["method"]][1])
+    exact = quantities(model, states, make(N), make(QUERIES, seed=5))
+    expected = reference(exact, groups, METHODS[case["method"]][1])
     with tempfile.TemporaryDirectory() as folder:
         for found in gang.run(ranks, _scores, folder, case):
             assert not isinstance(found, Failed), found.trace

@@ -165,7 +165,11 @@ def test_training_data_of_stages_must_be_named_and_complete_from_the_attributed_
 
 
 def test_a_bias_that_one_stage_trained_otherwise_is_left_out_of_all_stages_by_name(tmp_path: Path) -> None:
-    """As in fine-tuning with AdamW without decay on biases, after pretraining with one parameter group."""
+    """As in fine-tuning with AdamW without decay on biases, after pretraining with one parameter group.
+
+    The second stage has no length: it changes only the parameters at which queries are measured. So the scores are
+    those of one run without biases, whose last step, of no length, leads to the same parameters.
+    """
     first, second = _two_stages(tmp_path)
     groups = {name: int(name.endswith("bias")) for name, _ in mlp().named_parameters()}
     decays = torch.tensor([[0.1, 0.0]], dtype=torch.float64).expand(30, 2)
@@ -186,13 +190,18 @@ def test_a_bias_that_one_stage_trained_otherwise_is_left_out_of_all_stages_by_na
     scores = analyzer.score(SOME, data, query, stage="pretrain", keep=("layer",))
     assert {"0.bias", "2.bias", "4.bias"} <= set(scores.provenance["not_attributed"])
     bare = {name: 0 for name in groups if name.endswith("weight")}
-    final = sf.Trajectory(  # the second stage changed nothing but the parameters at which queries are asked
-        [*first.checkpoints[:2], second.checkpoints[-1]], first.steps, 0.2, N, first.optimizer, bare
+    one_run = sf.Trajectory(
+        [*first.checkpoints, second.checkpoints[-1]],
+        [*first.steps, 31],
+        [0.2] * 30 + [1e-12],
+        N,
+        first.optimizer,
+        bare,
     )
-    alone = analyzer_of(mlp(), final, tmp_path / "alone", method=sf.Source(segments=[20]))
+    alone = analyzer_of(mlp(), one_run, tmp_path / "alone", method=sf.Source(segments=[30]))
     alone.fit(train)
-    early = alone.score(SOME, train, query, keep=("term",)).by_term["segment 1: steps 1-20"]
-    assert scores.values.shape == early.shape
+    expected = alone.score(SOME, train, query, keep=("term",)).by_term["segment 1: steps 1-30"]
+    torch.testing.assert_close(scores.values, expected, rtol=1e-9, atol=1e-9 * expected.abs().max().item())
 
 
 def test_stages_that_are_not_attributed_do_not_stand_in_the_way(tmp_path: Path) -> None:

@@ -1,0 +1,103 @@
+"""Whole methods in a naive dense implementation of their formulas, from the oracles' quantities at each checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+
+import segflow as sf
+
+from . import oracles
+from .helpers import FixedLabels, example_loss
+
+N, QUERIES = 20, 4
+LR, MOMENTUM, WEIGHT_DECAY = 0.7, 0.5, 0.03
+TRAINED = {"lr": LR, "momentum": MOMENTUM, "weight_decay": WEIGHT_DECAY}  # for trajectory_of, with four states
+
+
+@dataclass(frozen=True)
+class Quantities:
+    """In float64, by checkpoint and layer: covariances; gradients of sampled and real losses and of measurements."""
+
+    layers: tuple[str, ...]
+    covariances: list[dict[str, Any]]
+    sampled: list[dict[str, Tensor]]
+    real: list[dict[str, Tensor]]
+    asked: list[dict[str, Tensor]]
+
+
+def quantities(
+    model: nn.Module, states: Sequence[dict[str, Tensor]], train: TensorDataset, query: TensorDataset
+) -> Quantities:
+    """What the formulas need; the model is left in float64."""
+    model = model.double()
+    train, query = (TensorDataset(data.tensors[0].double(), data.tensors[1]) for data in (train, query))
+    task = FixedLabels()
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)}
+    found = Quantities(tuple(layers), [], [], [], [])
+    for state in states:
+        model.load_state_dict({name: value.double() for name, value in state.items()})
+        sample = example_loss(model, train, task, "sample")
+        found.covariances.append(oracles.naive_covariances(model, layers, sample, N))
+        found.sampled.append(oracles.example_gradients(model, layers, sample, N))
+        found.real.append(oracles.example_gradients(model, layers, example_loss(model, train, task), N))
+        measured = example_loss(model, query, task, "measurement")
+        found.asked.append(oracles.example_gradients(model, layers, measured, QUERIES))
+    return found
+
+
+def reference(of: Quantities, groups: sf.Groups, combine: Callable[..., Tensor]) -> Tensor:
+    """Scores: the sum over layers and parts of what `combine` says of the quantities of one part, in float64."""
+    total = torch.zeros(QUERIES, len(groups), dtype=torch.float64)
+    for name in of.layers:
+        fits = [(*c[name], s[name]) for c, s in zip(of.covariances, of.sampled, strict=True)]
+        for part in range(of.real[0][name].shape[1]):
+            grouped = [torch.stack([r[name][list(m), part].flatten(1).sum(0) for m in groups.members]) for r in of.real]
+            queries = [a[name][:, part].flatten(1) for a in of.asked]
+
+            def curvature(pool: Any, weights: Any = None, fits: Any = fits, part: int = part) -> Tensor:
+                return oracles.dense_curvature(*oracles.pooled_ekfac([fits[i] for i in pool], weights))[part]
+
+            total = total + combine(queries, grouped, curvature)
+    return total
+
+
+def _source(queries: Any, grouped: Any, curvature: Any, weights: tuple[float, float] = (0.75, 0.25)) -> Tensor:
+    """A segment of 20 steps has checkpoints after 10 and 20: 15 steps are nearest to the first, 5 to the second."""
+    segments = [
+        {
+            "curvature": curvature(pool, weights),
+            "weights": weights,
+            "lr_steps": 20 * LR / (1 - MOMENTUM),
+            "weight_decay": WEIGHT_DECAY,
+            "group_gradients": [grouped[i] for i in pool],
+        }
+        for pool in ((0, 1), (2, 3))
+    ]
+    return torch.stack(oracles.source_scores(queries[-1], segments, N)).sum(0)
+
+
+def _influence(queries: Any, grouped: Any, curvature: Any) -> Tensor:
+    return oracles.influence_scores(queries[-1], curvature((3,)), 0.01, grouped[-1], N)
+
+
+def _tracin(queries: Any, grouped: Any, _curvature: Any) -> Tensor:
+    steps = zip((15, 10, 10, 5), queries, grouped, strict=True)
+    return oracles.tracin_scores([(q, count * LR / (1 - MOMENTUM), g) for count, q, g in steps], N)
+
+
+METHODS: dict[str, tuple[Any, Callable[..., Tensor]]] = {
+    "source": (sf.Source(segments=2), _source),
+    "source, equal weights": (
+        sf.Source(segments=2, checkpoint_weights="equal"),
+        partial(_source, weights=(0.5, 0.5)),
+    ),
+    "influence": (sf.InfluenceFunction(damping=0.01), _influence),
+    "tracin": (sf.TracIn(), _tracin),
+}
