@@ -318,7 +318,7 @@ class Analyzer:
         with ExitStack() as stack:
             stack.enter_context(orderly())
             stack.enter_context(context.ranks.together(name))
-            held = stack.enter_context(shared.local.locked(name)) if store and context.ranks.main else None
+            held = stack.enter_context(shared.on_rank_0.locked(name)) if store and context.ranks.main else None
             stack.enter_context(shared.journal.call(name, ranks=context.ranks.count, **describe(self.method), **facts))
             if held is not None and held.took_over:
                 shared.journal.event("took_over", holder=held.took_over.as_json())

@@ -1,4 +1,4 @@
-"""Processes and the terminal: ranks and their collectives, who failed, progress bars, peak memory, signals.
+"""Processes and the terminal: ranks and their collectives, which rank failed, progress bars, peak memory, signals.
 
 Engine room: users import nothing from here. Only this room talks to accelerate and torch.distributed.
 """

@@ -14,16 +14,19 @@ _SAMPLE_EVERY = 0.1  # seconds between two looks at the memory
 
 
 class PeakMemory:
-    """Peak memory of this process (and of its CUDA device) while somebody watches, sampled by one thread."""
+    """Peak memory of this process and of its CUDA device, sampled by one thread while somebody watches.
+
+    The thread ends by itself once nobody has watched for half a second.
+    """
 
     def __init__(self) -> None:
-        self._peaks: dict[int, list[int]] = {}
+        self._peaks: dict[int, list[int]] = {}  # of each block that watches: one number, which the thread raises
         self._process = psutil.Process()
         self._thread: threading.Thread | None = None
 
     @contextmanager
     def watched(self) -> Iterator[Callable[[], int]]:
-        """Sample inside; the function that is yielded tells the peak, in bytes."""
+        """Watch while the block runs; the function that is yielded tells the peak so far, in bytes."""
         peak = [self._now()]
         self._peaks[id(peak)] = peak
         if self._thread is None:
@@ -40,7 +43,7 @@ class PeakMemory:
         return int(self._process.memory_info().rss) + device
 
     def _sample(self) -> None:
-        idle = 0
+        idle = 0  # looks in a row for nobody
         while idle < 5:
             idle = 0 if self._peaks else idle + 1
             now = self._now()

@@ -19,7 +19,7 @@ def track(items: Iterable[Item], label: str, total: int | None = None, enabled: 
     enabled: True shows it always, False never, None only where standard error is a terminal and the
     environment variable `SEGFLOW_QUIET` is not set.
     """
-    yield from tqdm(items, desc=label, total=total, **_manner(enabled))
+    yield from tqdm(items, desc=label, total=total, **_look(enabled))
 
 
 class Bars:
@@ -69,8 +69,8 @@ class Bars:
             tqdm.write(line, file=_Stderr())
 
     def _bar(self, label: str, total: int, position: int) -> Any:
-        units = {"unit": " examples", "unit_scale": True}
-        return tqdm(desc=label, total=total, position=position, **units, **_manner(self._enabled))
+        counted = {"unit": " examples", "unit_scale": True}
+        return tqdm(desc=label, total=total, position=position, **counted, **_look(self._enabled))
 
 
 class _Stderr:
@@ -96,7 +96,7 @@ class _Stderr:
             self._stream.flush()
 
 
-def _manner(enabled: bool | None) -> dict[str, Any]:
+def _look(enabled: bool | None) -> dict[str, Any]:
     return {"file": _Stderr(), "disable": not _shown(enabled), "leave": False, "dynamic_ncols": True}
 
 

@@ -126,13 +126,13 @@ class Ranks:
         """The source's tensor on every rank; the others give None. device: where it is wanted, else the CPU."""
         if self.count == 1 and tensor is not None:
             return tensor if device is None else tensor.to(device)
-        own = tensor if self.index == source else None
-        header = self._from_source(_header(own), source)
-        content = self._room(_length(header)) if own is None else self._bytes(own)
+        sent = tensor if self.index == source else None
+        header = self._from_source(_header(sent), source)
+        content = self._room(_length(header)) if sent is None else self._bytes(sent)
         if len(content):
             self._run(dist.broadcast, content, source)
-        if own is not None:
-            return own if device is None else own.to(device)
+        if sent is not None:
+            return sent if device is None else sent.to(device)
         return _tensor(content, header, device or torch.device("cpu"))  # type: ignore[return-value]
 
     def collect(self, tensor: Tensor | None) -> list[Tensor | None]:
@@ -157,7 +157,9 @@ class Ranks:
         length = max(map(_length, headers))
         content = self._room(length)
         if length:
-            self._run(dist.scatter, content, [self._padded(one, length) for one in tensors] if self.main else None, 0)
+            self._run(
+                dist.scatter, content, [self._padded(tensor, length) for tensor in tensors] if self.main else None, 0
+            )
         return _tensor(content, headers[self.index], device)
 
     def _from_source(self, value: Any, source: int) -> Any:
@@ -184,12 +186,12 @@ class Ranks:
     def _padded(self, tensor: Tensor | None, length: int) -> Tensor:
         content = self._room(length)
         if tensor is not None and tensor.numel():
-            own = self._bytes(tensor)
-            content[: len(own)] = own
+            held = self._bytes(tensor)
+            content[: len(held)] = held
         return content
 
     def _new_group(self) -> Any:
-        """A process group of our own, so that the user's collectives never mix with ours."""
+        """A process group apart from the user's, so that their collectives never mix with ours."""
         if self._group is not None:
             with suppress(RuntimeError):
                 dist.destroy_process_group(self._group)
@@ -298,8 +300,8 @@ def _length(header: Header) -> int:
 def _tensor(content: Tensor, header: Header, device: torch.device) -> Tensor | None:
     if header is None:
         return None
-    own = content if len(content) == _length(header) else content[: _length(header)].clone()
-    return own.view(getattr(torch, header[0])).view(header[1]).to(device)
+    whole = content if len(content) == _length(header) else content[: _length(header)].clone()
+    return whole.view(getattr(torch, header[0])).view(header[1]).to(device)
 
 
 def _size(packet: Tensor) -> int:

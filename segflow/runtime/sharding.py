@@ -31,14 +31,14 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def laid_out(state: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """A state dict of whole tensors, each spread over the ranks as the model's own is; nothing is communicated."""
+    """A state dict of whole tensors, each spread over the ranks as the model's is; nothing is communicated."""
     if not is_sharded(model):
         return dict(state)
     from torch.distributed.tensor import distribute_tensor
 
-    own, spread = model.state_dict(), dict(state)
+    present, spread = model.state_dict(), dict(state)
     for name, tensor in state.items():
-        like: Any = own.get(name)
+        like: Any = present.get(name)
         if _sharded(like):
             place = (like.device_mesh, like.placements)
             spread[name] = distribute_tensor(tensor.to(like.device), *place, src_data_rank=None)

@@ -1,6 +1,6 @@
 """Files: written whole or not at all, read in bounded memory and without trusting them.
 
-The only module that writes to disk for the engine. A file holds safetensors or JSON, never code.
+All that the engine writes is written here: safetensors, JSON, and NumPy's arrays of numbers; never code.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def write_tensors(
 
     described_in: a file that says what `path` holds; it goes before `path` changes, and the caller writes it anew.
     """
-    separate = _own_memory(tensors)
+    separate = _in_separate_memory(tensors)
     expected = sum(tensor.nbytes for tensor in separate.values())
 
     def fill(partial: Path) -> None:
@@ -83,25 +83,25 @@ def writing_array(
     size = dtype.itemsize * int(np.prod(shape))
 
     @contextmanager
-    def from_rank() -> Iterator[None]:
+    def naming_the_file() -> Iterator[None]:
         try:
             yield
         except OSError as problem:
             raise error(_reason(path, size, problem)) from problem
 
     def write(rows: np.ndarray) -> None:
-        with from_rank():
+        with naming_the_file():
             file.write(np.ascontiguousarray(rows, dtype).tobytes())
 
     try:
-        with from_rank():
+        with naming_the_file():
             path.parent.mkdir(parents=True, exist_ok=True)
             file = open(partial, "wb")  # noqa: SIM115
         with file:
             header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
             np.lib.format.write_array_header_2_0(file, header)
             yield write
-        with from_rank():
+        with naming_the_file():
             _flush(partial)
             os.replace(partial, path)
             _flush(path.parent)
@@ -146,9 +146,9 @@ class TensorFile:
     def __init__(self, path: Path, sha256: str | None, error: type[SegflowError]):
         self.path, self._error = path, error
         size = _regular(path, error).st_size
-        if sha256 is not None and (found := file_digest(path, error)) != sha256:
+        if sha256 is not None and (now := file_digest(path, error)) != sha256:
             raise error(
-                f"{path}: damaged, its {size:,} bytes have sha256 {found[:16]}..., expected {sha256[:16]}.... "
+                f"{path}: damaged, its {size:,} bytes have sha256 {now[:16]}..., expected {sha256[:16]}.... "
                 "Delete the file to have it made anew, or restore it."
             )
         with self._reading():
@@ -165,12 +165,12 @@ class TensorFile:
                 f"{self.path}: holds no tensor {name!r}, only {self.names()[:4]}. Restore it or make it anew."
             )
         with self._reading():
-            found = tuple(self._file.get_slice(name).get_shape())
-            if shape is None or found == tuple(shape):
+            stored = tuple(self._file.get_slice(name).get_shape())
+            if shape is None or stored == tuple(shape):
                 tensor: Tensor = self._file.get_tensor(name).clone()
                 return tensor
         raise self._error(
-            f"{self.path}: {name!r} has shape {found}, expected {tuple(shape)}. Restore it or make it anew."
+            f"{self.path}: {name!r} has shape {stored}, expected {tuple(shape)}. Restore it or make it anew."
         )
 
     @contextmanager
@@ -191,8 +191,8 @@ def read_tensors(path: Path, sha256: str | None, error: type[SegflowError]) -> T
 
 def file_digest(path: Path, error: type[SegflowError]) -> str:
     """sha256 of a file's bytes, read in pieces; remembered as long as the file looks the same."""
-    found = _regular(path, error)
-    look = (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+    status = _regular(path, error)
+    look = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
     if look not in _digests:
         digest = hashlib.sha256()
         try:
@@ -217,27 +217,27 @@ def inside(root: Path, *parts: str, error: type[SegflowError] = StoreError) -> P
 def _regular(path: Path, error: type[SegflowError]) -> os.stat_result:
     """The stat of a file; an error if it is missing or no regular file (a pipe would block its reader)."""
     try:
-        found = path.stat()
+        status = path.stat()
     except FileNotFoundError:
         raise error(f"{path}: no such file. Restore it or make it anew.") from None
     except (OSError, ValueError) as problem:
         raise error(f"{path}: cannot be read ({problem}). Restore it or make it anew.") from problem
-    if not stat.S_ISREG(found.st_mode):
+    if not stat.S_ISREG(status.st_mode):
         raise error(f"{path}: not a regular file. Restore it or make it anew.")
-    return found
+    return status
 
 
-def _own_memory(tensors: Tensors) -> Tensors:
+def _in_separate_memory(tensors: Tensors) -> Tensors:
     """The tensors on the CPU, none sharing memory with another, as safetensors wants them."""
-    own: Tensors = {}
+    separate: Tensors = {}
     seen: set[int] = set()
     for name, tensor in tensors.items():
         plain = tensor.detach().to("cpu").contiguous()
         if plain.untyped_storage().nbytes() != plain.numel() * plain.element_size() or plain.data_ptr() in seen:
             plain = plain.clone()
         seen.add(plain.data_ptr())
-        own[name] = plain
-    return own
+        separate[name] = plain
+    return separate
 
 
 def _partial(path: Path) -> Path:

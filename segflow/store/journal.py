@@ -117,17 +117,17 @@ class Journal:
         except BaseException as problem:
             first = (str(problem).splitlines() or [""])[0]
             error = f"{type(problem).__name__}: {first}"
-            self.event("call_failed", call=name, seconds=_since(begun), error=error)
+            self.event("call_failed", call=name, seconds=_seconds_since(begun), error=error)
             raise
         finally:
             self._calls.pop()
-        done = [_less(row, before) for row in self._rows.values() if row.call == name and row.kind]
+        done = [_done_since(row, before) for row in self._rows.values() if row.call == name and row.kind]
         counts = {"made": sum(row.made for row in done), "found": sum(row.found for row in done)}
-        seconds = _since(begun)
+        seconds = _seconds_since(begun)
         self._add(name, "", **counts, seconds=seconds, examples=self._seen - seen, peak_memory=memory)
         self.event("call_finished", call=name, seconds=seconds, **counts, peak_memory=memory)
         if not self._calls:
-            self._bars.say(_line(Row(name, "", **counts, seconds=seconds, peak_memory=memory), done))
+            self._bars.say(_as_line(Row(name, "", **counts, seconds=seconds, peak_memory=memory), done))
 
     def expect(self, passes: Mapping[str, int]) -> None:
         """How many examples of each kind of pass the call will walk on this rank, what the store holds included."""
@@ -153,7 +153,7 @@ class Journal:
         finally:
             self._making -= 1
         self._settled.add(unit)
-        examples, seconds = self._seen - seen, _since(begun)
+        examples, seconds = self._seen - seen, _seconds_since(begun)
         self._add(self._call, kind, made=1, seconds=seconds, examples=examples, peak_memory=peak())
         about = {"seconds": seconds, "examples": examples, "peak_memory": peak()}
         self.event("unit", call=self._call, kind=kind, unit=unit, **about, **facts)
@@ -194,19 +194,19 @@ def read_events(path: Path) -> list[dict[str, Any]]:
     return events
 
 
-def _less(row: Row, before: Mapping[tuple[str, str], Row]) -> Row:
+def _done_since(row: Row, before: Mapping[tuple[str, str], Row]) -> Row:
     """What was done for a row since `before`."""
     past = before.get((row.call, row.kind), Row(row.call, row.kind))
     made, found, seconds = row.made - past.made, row.found - past.found, row.seconds - past.seconds
     return replace(row, made=made, found=found, seconds=seconds, examples=row.examples - past.examples)
 
 
-def _line(whole: Row, kinds: Iterable[Row]) -> str:
+def _as_line(whole: Row, kinds: Iterable[Row]) -> str:
     parts = ", ".join(f"{row.kind} {row.seconds:.1f} s" for row in kinds if row.made)
     took = f"{whole.seconds:.1f} s{f' ({parts})' if parts else ''}"
     memory = f"peak memory {whole.peak_memory / 2**30:.2f} GiB"
     return f"segflow {whole.call}: {whole.made} units made, {whole.found} found, {took}, {memory}"
 
 
-def _since(begun: float) -> float:
+def _seconds_since(begun: float) -> float:
     return round(time.perf_counter() - begun, 4)

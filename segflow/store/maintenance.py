@@ -36,14 +36,14 @@ class Finding:
         """What the unit was made from, in short."""
         if self.entry is None:
             return self.why
-        known = self.entry.made_from
-        data = known.get("dataset")
+        made_from = self.entry.made_from
+        data = made_from.get("dataset")
         length = data.get("length") if isinstance(data, dict) else None
         facts = {
-            "checkpoint": str(known["checkpoint"])[:8] if "checkpoint" in known else None,
+            "checkpoint": str(made_from["checkpoint"])[:8] if "checkpoint" in made_from else None,
             "examples": length,
-            "seed": known.get("seed"),
-            "dtype": str(known["dtype"]).removeprefix("torch.") if "dtype" in known else None,
+            "seed": made_from.get("seed"),
+            "dtype": str(made_from["dtype"]).removeprefix("torch.") if "dtype" in made_from else None,
         }
         short = ", ".join(f"{key} {value}" for key, value in facts.items() if value is not None)
         return f"{short}; {self.why}" if self.why else short
@@ -60,11 +60,11 @@ def survey(store: Store, thorough: bool = False) -> list[Finding]:
     if not store.root.is_dir():
         raise StoreError(f"{store.root}: no such folder. Give the folder that was passed as store= to the Analyzer.")
     names = store.names()
-    found = [_unit(store, name, thorough) for name in names]
+    findings = [_unit(store, name, thorough) for name in names]
     orphans = sorted(set(store.files()) - set(names))
-    found += [Finding(name, "orphan", _size(store.root / "units" / f"{name}.safetensors")) for name in orphans]
-    rest = [(path, path.relative_to(store.root).as_posix()) for path in store.leftovers()]
-    return found + [Finding(name, "leftover", _size(path)) for path, name in rest]
+    findings += [Finding(name, "orphan", _size(store.root / "units" / f"{name}.safetensors")) for name in orphans]
+    leftovers = [(path, path.relative_to(store.root).as_posix()) for path in store.leftovers()]
+    return findings + [Finding(name, "leftover", _size(path)) for path, name in leftovers]
 
 
 def _unit(store: Store, name: str, thorough: bool) -> Finding:
@@ -90,17 +90,17 @@ def collect_garbage(store: Store, scores: bool = False, dry_run: bool = False) -
     Returns what was removed (with `dry_run`: would be).
     """
 
-    def may_go(found: Finding) -> bool:
-        return found.state in ("stale", "orphan", "leftover") or (
-            scores and found.state == "ok" and found.name.startswith("scores/")
+    def may_go(finding: Finding) -> bool:
+        return finding.state in ("stale", "orphan", "leftover") or (
+            scores and finding.state == "ok" and finding.name.startswith("scores/")
         )
 
     if dry_run:
         return list(filter(may_go, survey(store)))
     with store.locked("gc", tidy=False):
         going = list(filter(may_go, survey(store)))
-        for found in going:
-            _remove([store.root / found.name] if found.state == "leftover" else _paths(store, found.name))
+        for finding in going:
+            _remove([store.root / finding.name] if finding.state == "leftover" else _paths(store, finding.name))
     return going
 
 
@@ -108,9 +108,9 @@ def repair(store: Store) -> list[Finding]:
     """Set damaged and missing units aside, in `quarantine/`, so that the next run makes them anew; returns them."""
     with hold(store.root, "repair"):
         _restore_marker(store)
-        broken = [found for found in survey(store, thorough=True) if found.state in BROKEN]
-        for found in broken:
-            for path in _paths(store, found.name):
+        broken = [finding for finding in survey(store, thorough=True) if finding.state in BROKEN]
+        for finding in broken:
+            for path in _paths(store, finding.name):
                 _set_aside(store, path)
     return broken
 

@@ -18,10 +18,7 @@ from .store import MadeFrom, Store
 
 @dataclass(frozen=True)
 class StoredUnit:
-    """One committed unit, read tensor by tensor.
-
-    file: on rank 0 only.
-    """
+    """One committed unit, read tensor by tensor; its file is open on rank 0 only."""
 
     file: TensorFile | None
     ranks: Ranks
@@ -35,7 +32,7 @@ class StoredUnit:
 class UnitRecipe(NamedTuple):
     """A unit that can be made: its kind and name, what binds it, the units it is made of, and how to make it.
 
-    examples: how many of them this rank walks to make it. make: runs on every rank; rank 0's result counts.
+    examples: how many this rank walks to make it. make: runs on every rank; rank 0's result counts.
     """
 
     kind: str
@@ -48,39 +45,44 @@ class UnitRecipe(NamedTuple):
 
 @dataclass(frozen=True)
 class SharedStore:
-    """The store's units, shared by all ranks; every rank must make the same calls in the same order."""
+    """The store's units, shared by all ranks; every rank must make the same calls in the same order.
 
-    local: Store
+    on_rank_0: the store itself, which only rank 0 reads and writes.
+    """
+
+    on_rank_0: Store
     ranks: Ranks
     journal: Journal
 
-    def held(self, planned: Iterable[UnitRecipe]) -> set[str]:
+    def held(self, recipes: Iterable[UnitRecipe]) -> set[str]:
         """The names of those units that the store holds; StoreError for one that was made from something else."""
-        found = [u.name for u in planned if self.local.holds(u.name, u.made_from)] if self.ranks.main else None
-        return set(self.ranks.same(found))
+        names = None
+        if self.ranks.main:
+            names = [recipe.name for recipe in recipes if self.on_rank_0.holds(recipe.name, recipe.made_from)]
+        return set(self.ranks.same(names))
 
     def open(self, name: str, made_from: MadeFrom, unasked: Collection[str] = ()) -> StoredUnit:
         """A committed unit; StoreError (on rank 0) if it is absent, damaged, or was made from something else.
 
         unasked: keys of what it was made from that the reader does not know.
         """
-        return StoredUnit(self.local.open(name, made_from, unasked) if self.ranks.main else None, self.ranks)
+        return StoredUnit(self.on_rank_0.open(name, made_from, unasked) if self.ranks.main else None, self.ranks)
 
-    def make(self, planned: UnitRecipe) -> None:
+    def make(self, recipe: UnitRecipe) -> None:
         """Make and commit a unit."""
-        with self.journal.unit(planned.kind, planned.name) as facts:
-            tensors = planned.make()
+        with self.journal.unit(recipe.kind, recipe.name) as facts:
+            tensors = recipe.make()
             if self.ranks.main:
                 with shielded():
-                    written = self.local.write(planned.name, tensors, planned.made_from, planned.inputs)
+                    written = self.on_rank_0.write(recipe.name, tensors, recipe.made_from, recipe.inputs)
                 facts.update(written)
 
-    def settle(self, planned: Sequence[UnitRecipe], held: Container[str]) -> bool:
+    def settle(self, recipes: Sequence[UnitRecipe], held: Container[str]) -> bool:
         """Make, in order, those units that are not among the `held`; True if there were any."""
-        missing = [unit for unit in planned if unit.name not in held]
-        for unit in planned:
-            if unit.name in held:
-                self.journal.found(unit.kind, unit.name, unit.examples)
-        for unit in missing:
-            self.make(unit)
+        missing = [recipe for recipe in recipes if recipe.name not in held]
+        for recipe in recipes:
+            if recipe.name in held:
+                self.journal.found(recipe.kind, recipe.name, recipe.examples)
+        for recipe in missing:
+            self.make(recipe)
         return bool(missing)

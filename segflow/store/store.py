@@ -161,8 +161,8 @@ class Store:
 
     def _listed(self, folder: str, suffix: str) -> set[str]:
         base = self.root / folder
-        found = (path.relative_to(base).as_posix() for path in self._walk(folder))
-        names = {name.removesuffix(suffix) for name in found if name.endswith(suffix)}
+        paths = (path.relative_to(base).as_posix() for path in self._walk(folder))
+        names = {path.removesuffix(suffix) for path in paths if path.endswith(suffix)}
         return {name for name in names if _NAME.fullmatch(name)}
 
     def _check_format(self) -> bool:
@@ -171,10 +171,10 @@ class Store:
         if not path.exists():
             return False
         content = read_json(path, StoreError)
-        found = content.get("format") if isinstance(content, dict) else None
-        if found != FORMAT or isinstance(found, bool):
+        stored = content.get("format") if isinstance(content, dict) else None
+        if stored != FORMAT or isinstance(stored, bool):
             raise StoreError(
-                f"{path}: store format {found!r}, this segflow reads format {FORMAT}. "
+                f"{path}: store format {stored!r}, this segflow reads format {FORMAT}. "
                 "Use another store folder, or the segflow version that made this one."
             )
         return True
