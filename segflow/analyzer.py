@@ -13,9 +13,9 @@ import numpy as np
 from torch import nn
 
 from . import checks
+from .curvature.fitted_factors import FittedFactors, checkpoint_statistics
 from .curvature.fitting import FactorFitter
-from .curvature.needs import Needs, check_needs, fitting_needs
-from .curvature.stored import FittedFactors, checkpoint_statistics
+from .curvature.fitting_needs import Needs, check_needs, fitting_needs
 from .data.batches import Collate
 from .errors import ScoreError, SegflowError, check_choice
 from .groups.features import check_kind, example_features
@@ -35,7 +35,7 @@ from .scoring.query_sets import query_set
 from .stage.context import Settings, StageContext
 from .stage.opening import check_alike, check_arguments, open_stages, stage_place, training_data
 from .store.journal import Journal, Summary
-from .store.shared import SharedStore
+from .store.shared_store import SharedStore
 from .store.store import MadeFrom, Store
 from .training.trajectory import Trajectory
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..data.batches import Batch
-from ..model.finite import FiniteCheck
+from ..model.finite_check import FiniteCheck
 from ..model.layers.tracked import TrackedLayer
 from ..model.loss_view import LossView
 from ..model.tokens import Tokens

@@ -8,7 +8,7 @@ import torch
 
 from ..data.batches import Batch
 from ..errors import LayerError, TaskError
-from ..model.finite import FiniteCheck
+from ..model.finite_check import FiniteCheck
 from ..model.loss_view import LossView
 from ..runtime.ranks import Ranks
 from .directions import example_slopes, random_directions

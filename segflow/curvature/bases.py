@@ -14,7 +14,7 @@ from torch import Tensor
 from ..model.loss_view import LossView
 from ..runtime.ranks import Ranks, balanced
 from ..store.files import Tensors
-from ..store.shared import StoredUnit
+from ..store.shared_store import StoredUnit
 from .kronecker import Eigenbasis, eigenvectors, kfac_eigenvalues, mean_over
 from .preconditioner import PreconditionerBlock, RankOne
 

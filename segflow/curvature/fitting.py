@@ -1,6 +1,6 @@
 """Fitting: what plans need of the training data, made once as units of the store, each from the units below it.
 
-Each rank walks its share of the data, and the sums are reduced once for each unit. `names` lists the units.
+Each rank walks its share of the data, and the sums are reduced once for each unit. `unit_names` lists the units.
 """
 
 from __future__ import annotations
@@ -23,13 +23,19 @@ from ..methods.plan import (
 )
 from ..model.loss_view import LossView
 from ..stage.context import StageContext
-from ..stage.identity import sampling_identity, training_identity
+from ..stage.unit_identity import sampling_identity, training_identity
 from ..store.files import Tensors
-from ..store.shared import UnitRecipe
+from ..store.shared_store import UnitRecipe
 from ..store.store import MadeFrom
 from .bases import Pool, pooled_eigenvectors, pooled_kfac
+from .fitted_factors import stored_basis
+from .fitting_needs import Needs
 from .kronecker import Eigenbasis
-from .names import (
+from .passes import corrected_eigenvalues, covariances, gradient_moments, projected_kernel, sketches
+from .preconditioner import PreconditionerBlock
+from .saved_moments import unsaved
+from .second_moments import preconditioner_blocks
+from .unit_names import (
     at_point,
     basis_unit,
     covariance_unit,
@@ -40,12 +46,6 @@ from .names import (
     pool_from,
     statistics_unit,
 )
-from .needs import Needs
-from .passes import corrected_eigenvalues, covariances, gradient_moments, projected_kernel, sketches
-from .preconditioner import PreconditionerBlock
-from .saved_moments import unsaved
-from .second_moments import preconditioner_blocks
-from .stored import stored_basis
 
 _PROBED = 256  # training examples whose gradients tell checkpoints apart
 _SKETCH = Projection(64, 0)

@@ -19,7 +19,7 @@ from ..data.batches import Batch
 from ..errors import FactorError, TaskError
 from ..methods.plan import Projection
 from ..model.capture import Consumer
-from ..model.finite import FiniteCheck
+from ..model.finite_check import FiniteCheck
 from ..model.layers.tracked import TrackedLayer
 from ..model.loss_view import LossView
 from ..model.tokens import Tokens, joined_examples

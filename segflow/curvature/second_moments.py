@@ -14,9 +14,9 @@ from ..model.layers.tracked import TrackedLayer
 from ..model.loss_view import LossView
 from ..stage.context import StageContext
 from ..store.store import MadeFrom
-from .names import at_point, moments_unit
 from .preconditioner import MeanDenominator, PreconditionerBlock, RankOne, preconditioner_block
 from .saved_moments import unsaved
+from .unit_names import at_point, moments_unit
 
 
 def preconditioner_blocks(

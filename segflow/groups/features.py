@@ -22,7 +22,7 @@ from ..data.batches import Batch, in_order
 from ..errors import LayerError, SegflowError, StoreError, TaskError, check_choice
 from ..methods.plan import Projection
 from ..model.capture import Consumer
-from ..model.finite import FiniteCheck
+from ..model.finite_check import FiniteCheck
 from ..model.layers.tracked import TrackedLayer
 from ..model.loss_view import LossView
 from ..model.representation_view import RepresentationView

@@ -15,7 +15,7 @@ from ..errors import LayerError
 from ..runtime.sharding import is_sharded
 from ..tasks.task import summed_loss
 from .capture import Consumer, Layout, called_parameters, capture, example_axes, requiring_grad
-from .finite import FiniteCheck
+from .finite_check import FiniteCheck
 from .label_draws import drawing
 from .layers.tracked import TrackedLayer
 from .tokens import Tokens

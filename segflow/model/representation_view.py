@@ -11,7 +11,7 @@ from torch import Tensor
 from ..data.batches import Batch
 from ..errors import LayerError
 from .capture import Consumer, Layout
-from .finite import FiniteCheck
+from .finite_check import FiniteCheck
 from .layers.tracked import TrackedLayer
 from .loss_view import LossView
 from .tokens import Tokens

@@ -16,7 +16,7 @@ from contextlib import suppress
 from dataclasses import asdict
 
 from ..errors import RankError
-from .identity import ProcessIdentity
+from .process import ProcessIdentity
 from .rendezvous import Rendezvous
 
 _TIMEOUT = 7200.0  # seconds that one rank may keep the others waiting; SEGFLOW_RANK_TIMEOUT sets another bound

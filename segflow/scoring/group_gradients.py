@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..curvature.kronecker import Gradients
 from ..data.batches import Batch
-from ..model.finite import FiniteCheck
+from ..model.finite_check import FiniteCheck
 from ..model.layers.tracked import TrackedLayer
 from ..model.loss_view import LossView
 from ..model.representation_view import FeatureLayer, RepresentationView

@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 import torch
 
+from ..curvature.fitted_factors import StoredCurvature
 from ..curvature.kronecker import Eigenbasis
-from ..curvature.stored import StoredCurvature
 from ..methods.plan import Curvature, IterativeInverse, Operator, Plan, ProjectedInverse, Scale, Spectral
 from ..model.loss_view import LossView
 from ..runtime.ranks import Ranks

@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..curvature.fitted_factors import FittedFactors
 from ..curvature.kronecker import weighted_mean
-from ..curvature.stored import FittedFactors
 from ..data.batches import in_order
 from ..data.fingerprints import digest
 from ..errors import ScoreError
@@ -27,15 +27,15 @@ from ..groups.groups import Groups
 from ..methods.plan import Plan, Point, Term, curvatures
 from ..model.representation_view import representation_view
 from ..stage.context import StageContext
-from ..stage.identity import checkpoint_digest
+from ..stage.unit_identity import checkpoint_digest
 from ..store.files import Tensors
-from ..store.shared import UnitRecipe
+from ..store.shared_store import UnitRecipe
 from .group_gradients import AnyView, GroupGradients, tile_scores
 from .meeting import MetQueries, Traffic, meeting_places, met_queries, outer_layers
-from .names import groups_identity, score_unit, sketch, term_identity
 from .query_operators import Queries, QueryOperators
 from .query_sets import QuerySet, QueryShare
 from .tiles import Tile, shares, tiles
+from .unit_names import groups_identity, score_unit, sketch, term_identity
 
 # Shares of the memory budget: a half for queries, a quarter for groups, an eighth for what is formed on the way.
 _QUERY_SHARE, _GROUP_SHARE, _PASSING_SHARE = 2, 4, 8

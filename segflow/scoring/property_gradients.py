@@ -20,7 +20,7 @@ from ..curvature.kronecker import Gradients
 from ..data.batches import in_order
 from ..data.fingerprints import dataset_fingerprint
 from ..errors import TaskError
-from ..model.finite import FiniteCheck
+from ..model.finite_check import FiniteCheck
 from ..model.layers.tracked import TrackedLayer
 from ..model.loss_view import LossView, make_loss_view
 from ..model.tokens import Tokens

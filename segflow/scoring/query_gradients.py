@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 
 from ..curvature.kronecker import Eigenbasis, example_gradients
 from ..data.batches import Batch
-from ..model.finite import FiniteCheck
+from ..model.finite_check import FiniteCheck
 from ..model.layers.tracked import TrackedLayer
 from ..model.loss_view import LossView
 from ..model.representation_view import RepresentationView

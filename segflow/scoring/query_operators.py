@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..curvature.fitted_factors import FittedFactors
 from ..curvature.kronecker import Eigenbasis
-from ..curvature.stored import FittedFactors
 from ..methods.plan import (
     Curvature,
     Operator,

@@ -17,7 +17,7 @@ from ..model.layers.tracked import TrackedLayer
 from ..model.loss_view import LossView, make_loss_view
 from ..runtime.ranks import Ranks
 from ..runtime.sharding import is_sharded
-from ..store.shared import SharedStore
+from ..store.shared_store import SharedStore
 from ..training.trajectory import Trajectory
 
 

@@ -23,7 +23,7 @@ import filelock
 import psutil
 
 from ..errors import StoreError
-from ..runtime.identity import ProcessIdentity
+from ..runtime.process import ProcessIdentity
 from .files import NO_ROOM, read_json, write_json
 
 _BEAT = 2.0  # seconds between two touches of a note that is the lock

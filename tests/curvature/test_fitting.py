@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 import segflow as sf
+from segflow.curvature.fitted_factors import StoredCurvature
 from segflow.curvature.kronecker import KroneckerBlock
 from segflow.curvature.passes import covariances
-from segflow.curvature.stored import StoredCurvature
 from segflow.methods.plan import curvatures
 from segflow.model.capture import observing
 from segflow.runtime.ranks import Ranks
-from segflow.stage.identity import training_identity
+from segflow.stage.unit_identity import training_identity
 
 from ..support import oracles
 from ..support.helpers import (

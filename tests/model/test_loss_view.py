@@ -16,7 +16,7 @@ from segflow.curvature.kronecker import Eigenbasis, eigenvectors
 from segflow.curvature.passes import corrected_eigenvalues, covariances
 from segflow.data.batches import batches, in_order
 from segflow.model.capture import observing
-from segflow.model.finite import FiniteCheck
+from segflow.model.finite_check import FiniteCheck
 from segflow.model.layers.registry import choose_layers
 from segflow.model.loss_view import make_loss_view
 from segflow.runtime.ranks import Ranks

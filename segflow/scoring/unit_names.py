@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
-from ..curvature.stored import FittedFactors
+from ..curvature.fitted_factors import FittedFactors
 from ..data.fingerprints import digest, measurement_fingerprint
 from ..methods.plan import Point, Term
 from ..stage.context import StageContext
-from ..stage.identity import checkpoint_digest, point_name
+from ..stage.unit_identity import checkpoint_digest, point_name
 from .outer_products import Stacks, products, reference, squared_norms
 
 _SKETCHING = 1 << 28  # bytes for temporaries

@@ -30,12 +30,16 @@ from ..methods.plan import (
 from ..methods.spectra import damped_inverse
 from ..model.loss_view import LossView
 from ..stage.context import StageContext
-from ..stage.identity import SAMPLING_KEYS, checkpoint_digest, training_identity
-from ..store.shared import StoredUnit
+from ..stage.unit_identity import SAMPLING_KEYS, checkpoint_digest, training_identity
+from ..store.shared_store import StoredUnit
 from ..store.store import MadeFrom
 from .kronecker import Eigenbasis, Gradients, KroneckerBlock, weighted_mean
 from .lissa import lissa
-from .names import (
+from .passes import BATCHING_ERROR
+from .preconditioner import PreconditionerBlock
+from .projection import join_layers, probes, split_layers
+from .second_moments import preconditioner_blocks
+from .unit_names import (
     at_point,
     basis_unit,
     eigenvalues_unit,
@@ -45,10 +49,6 @@ from .names import (
     preconditioner_from,
     statistics_unit,
 )
-from .passes import BATCHING_ERROR
-from .preconditioner import PreconditionerBlock
-from .projection import join_layers, probes, split_layers
-from .second_moments import preconditioner_blocks
 
 _BLOCKS_SHARE = 8  # blocks stay in memory where they take no more than an eighth of the budget
 _STATISTICS = ("gradients", "curvature")

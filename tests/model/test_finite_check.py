@@ -12,9 +12,9 @@ from torch.utils.data import TensorDataset
 import segflow as sf
 from segflow.curvature.passes import covariances
 from segflow.data.batches import Batch, batches, in_order
-from segflow.model import finite as finite_module
+from segflow.model import finite_check as finite_module
 from segflow.model.capture import observing
-from segflow.model.finite import FiniteCheck
+from segflow.model.finite_check import FiniteCheck
 from segflow.runtime.ranks import Ranks
 
 from ..support.exactness import (

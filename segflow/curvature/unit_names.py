@@ -26,7 +26,7 @@ from ..errors import TrajectoryError
 from ..methods.plan import Curvature, Point, Preconditioner, ProjectedInverse
 from ..model.loss_view import LossView
 from ..stage.context import StageContext
-from ..stage.identity import checkpoint_digest, point_name, rounded, short, steady_losses
+from ..stage.unit_identity import checkpoint_digest, point_name, rounded, short, steady_losses
 from ..store.store import MadeFrom
 from .saved_moments import unsaved
 

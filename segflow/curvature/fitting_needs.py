@@ -16,8 +16,8 @@ from ..methods.plan import (
     projected,
 )
 from ..stage.context import StageContext
-from .names import preconditioner_from
 from .saved_moments import check_saved, unsaved
+from .unit_names import preconditioner_from
 
 
 class Needs(NamedTuple):
