@@ -243,8 +243,10 @@ def _join() -> Ranks:
     if count == 1:
         return Ranks()
     _times_joined += 1
-    store = Rendezvous(f"segflow/{_times_joined}", rank_timeout())
-    return Ranks(index, count, Peers(store, index, count))
+    store = dist.distributed_c10d._get_default_store().clone()  # type: ignore[attr-defined]
+    store.set_timeout(timedelta(seconds=rank_timeout()))
+    prefixed = dist.PrefixStore(f"segflow/{_times_joined}", store)  # type: ignore[attr-defined]
+    return Ranks(index, count, Peers(Rendezvous(prefixed), index, count))
 
 
 def leave() -> None:

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from datetime import timedelta
 from typing import Any, TypeVar
-
-from torch import distributed as dist
 
 Answer = TypeVar("Answer")
 
@@ -15,16 +12,11 @@ class Rendezvous:
     """Texts by key, the same on every rank.
 
     Every method raises RuntimeError once the store is gone. It is not asked again then, as torch prints each failure.
-
-    Args:
-        prefix: set before every key, so that one store serves for several purposes.
-        timeout: seconds that the store may take for an answer.
+    store: torch's (set, get, check).
     """
 
-    def __init__(self, prefix: str, timeout: float):
-        store = dist.distributed_c10d._get_default_store().clone()  # type: ignore[attr-defined]
-        store.set_timeout(timedelta(seconds=timeout))
-        self._store: Any = dist.PrefixStore(prefix, store)  # type: ignore[attr-defined]
+    def __init__(self, store: Any):
+        self._store = store
         self._gone: RuntimeError | None = None
 
     def set(self, key: str, text: str) -> None:
