@@ -33,12 +33,12 @@ class Mixed:
         term = partial(Term, stage=0, query=final, operators=(), train=(final,), weights=(1.0,))
         [influence] = sf.InfluenceFunction(0.01).plan(trajectory, stage)
         known = {
-            "dot": term("dot"),
-            "cosine": term("cosine", normalized=True),
+            "dot": term(label="dot"),
+            "cosine": term(label="cosine", normalized=True),
             "influence": replace(influence, label="influence"),
-            "representation": term("representation", side="representation"),
-            "normalized": term("normalized", side="representation", normalized=True),
-            "other layer": term("other layer", side="representation", layer="2"),
+            "representation": term(label="representation", side="representation"),
+            "normalized": term(label="normalized", side="representation", normalized=True),
+            "other layer": term(label="other layer", side="representation", layer="2"),
         }
         return tuple(known[name] for name in self.terms)
 
