@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from numbers import Integral
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from ..errors import MethodError
 from .method import check_batch, check_damping, damping_amount, final_plan, final_point, stage_place
@@ -15,7 +15,35 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class TRAK:
+class _Projected:
+    """Methods that invert a second moment of projected gradients: of the loss named `features`."""
+
+    dimension: int | None = 512
+    damping: float | str = "heuristic"
+    seed: int = 0
+    fisher_batch: int = 1
+    features: ClassVar[str]
+
+    def __post_init__(self) -> None:
+        check_batch(self.fisher_batch)
+        check_damping(self.damping)
+        _check_dimension(self.dimension)
+
+    def plan(self, trajectory: Trajectory, stage: int = -1) -> Plan:
+        """One term at the last checkpoint."""
+        operator = ProjectedInverse(
+            stage=stage_place(trajectory, stage),
+            point=final_point(trajectory),
+            projection=Projection(self.dimension, self.seed),
+            features=self.features,
+            damping=damping_amount(self.damping),
+            batch=self.fisher_batch,
+        )
+        return final_plan(trajectory, stage, operator)
+
+
+@dataclass(frozen=True)
+class TRAK(_Projected):
     """TRAK at the end of training (Park et al. 2023, arXiv 2303.14186); several runs give its ensemble.
 
     Features are projected gradients of the task's output function (`Task.compute_output`, a margin for
@@ -29,23 +57,12 @@ class TRAK:
         fisher_batch: as for `ProjectedFisher`.
     """
 
-    dimension: int | None = 512
     damping: float | str = 0.0
-    seed: int = 0
-    fisher_batch: int = 1
-
-    def __post_init__(self) -> None:
-        check_batch(self.fisher_batch)
-        check_damping(self.damping)
-        _check_dimension(self.dimension)
-
-    def plan(self, trajectory: Trajectory, stage: int = -1) -> Plan:
-        """One term at the last checkpoint."""
-        return _projected_plan(trajectory, stage, self, "output")
+    features: ClassVar[str] = "output"
 
 
 @dataclass(frozen=True)
-class ProjectedFisher:
+class ProjectedFisher(_Projected):
     """Influence with an empirical Fisher in a random projection, as in GGDA (Ley et al. 2024, arXiv 2410.09940).
 
     Args:
@@ -57,31 +74,7 @@ class ProjectedFisher:
             (b - 1) m m^T, little near convergence; the scores' provenance tells the relative error on some examples.
     """
 
-    dimension: int | None = 512
-    damping: float | str = "heuristic"
-    seed: int = 0
-    fisher_batch: int = 1
-
-    def __post_init__(self) -> None:
-        check_batch(self.fisher_batch)
-        check_damping(self.damping)
-        _check_dimension(self.dimension)
-
-    def plan(self, trajectory: Trajectory, stage: int = -1) -> Plan:
-        """One term at the last checkpoint."""
-        return _projected_plan(trajectory, stage, self, "train")
-
-
-def _projected_plan(trajectory: Trajectory, stage: int, method: TRAK | ProjectedFisher, features: str) -> Plan:
-    operator = ProjectedInverse(
-        stage=stage_place(trajectory, stage),
-        point=final_point(trajectory),
-        projection=Projection(method.dimension, method.seed),
-        features=features,
-        damping=damping_amount(method.damping),
-        batch=method.fisher_batch,
-    )
-    return final_plan(trajectory, stage, operator)
+    features: ClassVar[str] = "train"
 
 
 def _check_dimension(dimension: int | None) -> None:
