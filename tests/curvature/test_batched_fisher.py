@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -19,25 +18,23 @@ from segflow.errors import MethodError, SegflowError
 from segflow.methods.plan import Projection
 from segflow.runtime.ranks import current
 
-from ..methods import test_baselines
-from ..methods.test_baselines import (
+from ..support import oracles
+from ..support.gang import Failed, Gang
+from ..support.helpers import analyzer_of, example_loss, perturbed_states, trajectory_of
+from ..support.naive import (
     GROUPS,
     QUERIES,
     Margins,
     N,
-    _close,
-    _flat,
-    _found,
-    _grouped,
-    _layers,
-    _problem,
-    _projected,
+    assert_near,
+    flat,
+    grouped_rows,
+    naive_gradients,
+    problem,
+    projected_scores,
+    scored,
+    tracked_modules,
 )
-from ..support import oracles
-from ..support.gang import Failed, Gang
-from ..support.helpers import analyzer_of, example_loss, perturbed_states, trajectory_of
-
-_gradients = lru_cache(None)(test_baselines._gradients)  # naive loops, the same for every case
 
 
 def _batched(rows: Tensor, batch: int, seed: int = 0) -> Tensor:
@@ -62,17 +59,17 @@ def _relative_error(batched: Tensor, exact: Tensor) -> float:
 def test_the_batched_fisher_is_that_of_summed_gradients(
     tmp_path: Path, method: Any, kind: str, batch: int, net: str
 ) -> None:
-    asked, real, features = (_gradients(net, of) for of in ("measurement", "train", kind))
-    batched, exact = _batched(_flat(features), batch), _flat(features)
-    expected = _projected(batched, _flat(asked), _grouped(_flat(real)), 0.02)
-    scores = _found(tmp_path, method(None, 0.02, fisher_batch=batch), net)
-    _close(scores.values, expected, 1e-6)
+    asked, real, features = (naive_gradients(net, of) for of in ("measurement", "train", kind))
+    batched, exact = _batched(flat(features), batch), flat(features)
+    expected = projected_scores(batched, flat(asked), grouped_rows(flat(real)), 0.02)
+    scores = scored(tmp_path, method(None, 0.02, fisher_batch=batch), net)
+    assert_near(scores.values, expected, 1e-6)
     error = _relative_error(batched.mT @ batched, exact.mT @ exact)
     assert scores.provenance["batching_error"] == [pytest.approx(error, rel=1e-6)]
 
 
 def test_the_batched_fisher_is_projected_too(tmp_path: Path) -> None:
-    asked, real = (_gradients("mlp", of) for of in ("measurement", "train"))
+    asked, real = (naive_gradients("mlp", of) for of in ("measurement", "train"))
     made = probes(
         Projection(6, 3), {n: tuple(g.shape[1:]) for n, g in real.items()}, torch.float64, torch.device("cpu")
     )
@@ -80,18 +77,20 @@ def test_the_batched_fisher_is_projected_too(tmp_path: Path) -> None:
         sum(torch.einsum("npoi,kpo,kpi->nk", g, made[n].outputs_kPO, made[n].inputs_kPI) for n, g in of.items())
         for of in (asked, real)
     ]
-    expected = _projected(_batched(rows[1], 4), rows[0], _grouped(rows[1]), 0.02)
-    _close(_found(tmp_path, sf.ProjectedFisher(6, 0.02, 3, fisher_batch=4)).values, expected, 1e-6)
+    expected = projected_scores(_batched(rows[1], 4), rows[0], grouped_rows(rows[1]), 0.02)
+    assert_near(scored(tmp_path, sf.ProjectedFisher(6, 0.02, 3, fisher_batch=4)).values, expected, 1e-6)
 
 
 @pytest.mark.parametrize("net", ["mlp", "conv"])
 @pytest.mark.parametrize("kind", ["ekfac", "diagonal"])
 def test_batched_eigenvalues_are_squares_of_summed_pseudo_gradients(tmp_path: Path, kind: str, net: str) -> None:
     batch, damping = 6, 0.05
-    asked, real, sampled = (_gradients(net, of) for of in ("measurement", "train", "sample"))
-    model, train, _ = _problem(net)
+    asked, real, sampled = (naive_gradients(net, of) for of in ("measurement", "train", "sample"))
+    model, train, _ = problem(net)
     model.load_state_dict(perturbed_states(model, 3)[2])
-    covariances = oracles.naive_covariances(model, _layers(model), example_loss(model, train, Margins(), "sample"), N)
+    covariances = oracles.naive_covariances(
+        model, tracked_modules(model), example_loss(model, train, Margins(), "sample"), N
+    )
     expected, sides = torch.zeros(QUERIES, len(GROUPS), dtype=torch.float64), []
     for name, (A, S) in covariances.items():
         Q_A, Q_S = oracles.eigenbasis(A, S)
@@ -101,10 +100,10 @@ def test_batched_eigenvalues_are_squares_of_summed_pseudo_gradients(tmp_path: Pa
         Lambda = oracles.corrected_eigenvalues(sums, Q_A, Q_S) * len(sums) / N
         sides.append((Lambda.flatten(), oracles.corrected_eigenvalues(sampled[name], Q_A, Q_S).flatten()))
         for part, block in enumerate(oracles.dense_curvature(Q_A, Q_S, Lambda)):
-            query, group = asked[name][:, part].flatten(1), _grouped(real[name][:, part].flatten(1))
+            query, group = asked[name][:, part].flatten(1), grouped_rows(real[name][:, part].flatten(1))
             expected += oracles.influence_scores(query, block, damping, group, N)
-    scores = _found(tmp_path, sf.InfluenceFunction(damping, kind, fisher_batch=batch), net)
-    _close(scores.values, expected)
+    scores = scored(tmp_path, sf.InfluenceFunction(damping, kind, fisher_batch=batch), net)
+    assert_near(scores.values, expected)
     error = _relative_error(*(torch.cat(side) for side in zip(*sides, strict=True)))
     assert scores.provenance["batching_error"] == [pytest.approx(error, rel=1e-6)]
 
@@ -120,7 +119,7 @@ METHODS: dict[str, Any] = {
 @pytest.mark.parametrize("name", METHODS)
 def test_batches_of_one_are_the_ordinary_method_and_larger_ones_are_not(tmp_path: Path, name: str) -> None:
     plain, one, more = (
-        _found(tmp_path / str(place), METHODS[name](**options))
+        scored(tmp_path / str(place), METHODS[name](**options))
         for place, options in enumerate(({}, {"fisher_batch": 1}, {"fisher_batch": 5}))
     )
     assert plain.values.equal(one.values)
@@ -130,24 +129,24 @@ def test_batches_of_one_are_the_ordinary_method_and_larger_ones_are_not(tmp_path
 
 @pytest.mark.parametrize("method", [sf.ProjectedFisher(6, 0.02, fisher_batch=4), sf.Source(fisher_batch=4)])
 def test_batches_do_not_depend_on_how_the_data_is_walked(tmp_path: Path, method: Any) -> None:
-    model, train, query = _problem("mlp")
+    model, train, query = problem("mlp")
     trajectory = trajectory_of(tmp_path / "run", perturbed_states(model, 3), N, lr=0.3)
     values = []
     for batch_size in (2, 7, 100):
         analyzer = analyzer_of(model, trajectory, tmp_path / str(batch_size), Margins(), method=method)
         analyzer.fit(train, batch_size=batch_size)
         values.append(analyzer.score(GROUPS, train, query).values)
-    _close(values[1], values[0])
-    _close(values[2], values[0])
+    assert_near(values[1], values[0])
+    assert_near(values[2], values[0])
 
 
 def test_the_error_of_batching_is_measured_on_some_of_the_examples(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(passes, "_COMPARED", 6)
-    rows = _flat(_gradients("mlp", "train"))
+    rows = flat(naive_gradients("mlp", "train"))
     method = sf.ProjectedFisher(None, 0.02, fisher_batch=3)
-    model, train, query = _problem("mlp")
+    model, train, query = problem("mlp")
     trajectory = trajectory_of(tmp_path / "run", perturbed_states(model, 3), N, lr=0.3)
     analyzer = analyzer_of(model, trajectory, tmp_path / "store", Margins(), method=method)
     analyzer.fit(train, batch_size=3)
@@ -156,15 +155,15 @@ def test_the_error_of_batching_is_measured_on_some_of_the_examples(
     exact, batched = rows[order], torch.stack([rows[order[:3]].sum(0), rows[order[3:]].sum(0)])
     error = _relative_error(batched.mT @ batched, exact.mT @ exact)
     assert scores.provenance["batching_error"] == [pytest.approx(error, rel=1e-6)]
-    _close(
+    assert_near(
         scores.values,
-        _projected(_batched(rows, 3), _flat(_gradients("mlp", "measurement")), _grouped(rows), 0.02),
+        projected_scores(_batched(rows, 3), flat(naive_gradients("mlp", "measurement")), grouped_rows(rows), 0.02),
         1e-6,
     )
 
 
 def _on_ranks(folder: str, store: str, name: str, few: int | None) -> list[list[float]]:
-    model, train, query = _problem("mlp")
+    model, train, query = problem("mlp")
     trajectory = trajectory_of(Path(folder) / f"run-{current().index}", perturbed_states(model, 3), N, lr=0.3)
     method = METHODS[name](fisher_batch=3)
     analyzer = analyzer_of(model, trajectory, Path(folder) / store, Margins(), method=method, curvature_examples=few)
@@ -186,19 +185,19 @@ def test_any_number_of_ranks_makes_the_same_batches(
 def test_curvature_of_some_examples_is_theirs_and_groups_are_whole(tmp_path: Path) -> None:
     """With M of N examples the dense inverse of the M drawn ones meets gradients of all."""
     few, damping = 11, 0.05
-    asked, real, sampled = (_gradients("mlp", of) for of in ("measurement", "train", "sample"))
+    asked, real, sampled = (naive_gradients("mlp", of) for of in ("measurement", "train", "sample"))
     drawn = np.sort(np.random.default_rng(0).permutation(N)[:few])
-    model, train, _ = _problem("mlp")
+    model, train, _ = problem("mlp")
     model.load_state_dict(perturbed_states(model, 3)[2])
     loss = example_loss(model, train, Margins(), "sample")
-    covariances = oracles.naive_covariances(model, _layers(model), lambda i: loss(int(drawn[i])), few)
+    covariances = oracles.naive_covariances(model, tracked_modules(model), lambda i: loss(int(drawn[i])), few)
     expected = torch.zeros(QUERIES, len(GROUPS), dtype=torch.float64)
     for name, (A, S) in covariances.items():
         [block] = oracles.dense_curvature(*oracles.pooled_ekfac([(A, S, sampled[name][drawn])]))
-        query, group = asked[name][:, 0].flatten(1), _grouped(real[name][:, 0].flatten(1))
+        query, group = asked[name][:, 0].flatten(1), grouped_rows(real[name][:, 0].flatten(1))
         expected += oracles.influence_scores(query, block, damping, group, N)
-    scores = _found(tmp_path, sf.InfluenceFunction(damping), curvature_examples=few)
-    _close(scores.values, expected)
+    scores = scored(tmp_path, sf.InfluenceFunction(damping), curvature_examples=few)
+    assert_near(scores.values, expected)
     assert scores.provenance["curvature_examples"] == few
 
 
@@ -206,7 +205,7 @@ def test_curvature_of_some_examples_is_theirs_and_groups_are_whole(tmp_path: Pat
 def test_fewer_examples_change_the_curvature_and_more_than_there_are_do_not(tmp_path: Path, curvature: str) -> None:
     method = sf.InfluenceFunction(0.05, curvature)
     every, more, few = (
-        _found(tmp_path / str(count), method, curvature_examples=count).values for count in (None, 1000, 9)
+        scored(tmp_path / str(count), method, curvature_examples=count).values for count in (None, 1000, 9)
     )
     assert every.equal(more)
     assert not torch.allclose(every, few, rtol=1e-3)
@@ -215,7 +214,7 @@ def test_fewer_examples_change_the_curvature_and_more_than_there_are_do_not(tmp_
 @pytest.mark.parametrize("few", [0, -3, 2.5, True])
 def test_what_is_no_number_of_examples_is_refused(tmp_path: Path, few: Any) -> None:
     with pytest.raises(SegflowError, match=r"curvature_examples=.*expected a whole number"):
-        _found(tmp_path, sf.Source(), curvature_examples=few)
+        scored(tmp_path, sf.Source(), curvature_examples=few)
 
 
 @pytest.mark.parametrize("make", [*METHODS.values()])

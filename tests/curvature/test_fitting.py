@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.data import TensorDataset
 
 import segflow as sf
 from segflow.curvature.fitted_factors import StoredCurvature
@@ -21,14 +20,17 @@ from segflow.stage.unit_identity import training_identity
 
 from ..support import oracles
 from ..support.helpers import (
+    Attention,
     ConvNet,
     FixedLabels,
     analyzer_of,
     example_loss,
     images,
     mlp,
+    out_of_place,
     perturbed_states,
     pseudo_labels,
+    sequences,
     trajectory_of,
     vectors,
 )
@@ -36,26 +38,7 @@ from ..support.helpers import (
 N = 18
 
 
-class Attention(nn.Module):
-    """Tokens [B, S, 5] through two linear layers, mixed over positions, to logits."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(3)
-        self.up, self.head = nn.Linear(5, 4), nn.Linear(4, 3, bias=False)
-        self.double()
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = torch.tanh(self.up(x))
-        return self.head((h @ h.mT).softmax(-1) @ h).mean(1)
-
-
-def _sequences(n: int) -> TensorDataset:
-    flat = vectors(4 * n).tensors[0]
-    return TensorDataset(flat.reshape(n, 4, 5), vectors(n).tensors[1])
-
-
-CASES = {"linear": (mlp, vectors), "conv": (ConvNet, images), "sequence": (Attention, _sequences)}
+CASES = {"linear": (mlp, vectors), "conv": (ConvNet, images), "sequence": (Attention, sequences)}
 
 
 def _fitted(analyzer: sf.Analyzer, train: Any) -> dict[str, KroneckerBlock]:
@@ -128,7 +111,7 @@ def test_factors_equal_curvlinops_on_the_same_labels(tmp_path: Path) -> None:
     model.load_state_dict(state)
     parameters = dict(model.named_parameters())
     operator = EKFACLinearOperator(
-        _out_of_place(model),
+        out_of_place(model),
         nn.CrossEntropyLoss(reduction="mean"),
         list(parameters.values()),
         [(x, pseudo_labels(x))],
@@ -143,13 +126,6 @@ def test_factors_equal_curvlinops_on_the_same_labels(tmp_path: Path) -> None:
         order = oracles.layer_matrix(model.get_submodule(name), place_of[f"{name}.weight"], place_of[f"{name}.bias"])
         expected = dense[order.flatten()][:, order.flatten()]
         torch.testing.assert_close(_dense(block)[0], expected, rtol=1e-8, atol=1e-12)
-
-
-def _out_of_place(model: nn.Module) -> nn.Module:
-    for module in model.modules():
-        if isinstance(module, nn.ReLU):
-            module.inplace = False
-    return model
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -179,7 +155,7 @@ def test_factors_equal_kronfluence_on_the_same_labels(tmp_path: Path, case: str)
         ("activation_covariance_dtype", "gradient_covariance_dtype", "per_sample_gradient_dtype", "lambda_dtype"),
         torch.float64,
     )
-    prepared = kronfluence.prepare_model(_out_of_place(model), Peer())
+    prepared = kronfluence.prepare_model(out_of_place(model), Peer())
     peer = kronfluence.Analyzer("peer", prepared, Peer(), cpu=True, output_dir=str(tmp_path), disable_tqdm=True)
     peer.fit_all_factors(
         "factors", train, per_device_batch_size=7, factor_args=FactorArguments(use_empirical_fisher=False, **precise)
@@ -199,7 +175,7 @@ def test_attention_mask_keeps_padding_out_of_the_input_covariance(tmp_path: Path
         def get_attention_mask(self, batch: Any) -> Tensor:
             return (torch.arange(4) < 3).expand(len(batch[0]), 4)
 
-    model, train = Attention(), _sequences(N)
+    model, train = Attention(), sequences(N)
     trajectory = trajectory_of(tmp_path / "run", [model.state_dict()], N)
     inputs = train.tensors[0]
     for task, rows in ((FixedLabels(), inputs), (Masked(), inputs[:, :3])):

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.data import TensorDataset
 
 import segflow as sf
 from segflow.curvature.projection import probes
@@ -18,95 +17,59 @@ from segflow.methods.plan import Projection
 
 from ..support import oracles
 from ..support.helpers import (
-    ConvNet,
     FixedLabels,
     analyzer_of,
     example_loss,
-    images,
     mlp,
     perturbed_states,
     trajectory_of,
     vectors,
 )
-
-N, QUERIES, LR = 20, 4, 0.3
-GROUPS = sf.Groups.from_lists([[0, 3, 5], range(6, 20), [1], [2, 4]], N)
-
-
-class Margins(FixedLabels):
-    """Fixed pseudo-labels, margins as measurements."""
-
-    def __init__(self) -> None:
-        super().__init__("margin")
-
-
-def _found(folder: Path, method: Any, net: str = "mlp", groups: sf.Groups = GROUPS, **options: Any) -> sf.Scores:
-    model, train, query = _problem(net)
-    trajectory = trajectory_of(folder / "run", perturbed_states(model, 3), N, lr=LR, weight_decay=0.01)
-    analyzer = analyzer_of(model, trajectory, folder / "store", task=Margins(), method=method, **options)
-    analyzer.fit(train, batch_size=7)
-    return analyzer.score(groups, train, query, batch_size=6, keep=("layer",))
-
-
-def _problem(net: str) -> tuple[nn.Module, TensorDataset, TensorDataset]:
-    make_model, make = (mlp, vectors) if net == "mlp" else (ConvNet, images)
-    return make_model(), make(N), make(QUERIES, seed=5)
-
-
-def _layers(model: nn.Module) -> dict[str, nn.Module]:
-    return {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)}
-
-
-@cache
-def _gradients(net: str, kind: str, state: int = 2) -> dict[str, Tensor]:
-    """Naive per-example gradients by layer [n, P, O, I]; kind: "train", "sample", "measurement" or "output"."""
-    model, train, query = _problem(net)
-    model.load_state_dict(perturbed_states(model, 3)[state])
-    data = query if kind == "measurement" else train
-    loss = example_loss(model, data, Margins(), "measurement" if kind == "output" else kind)
-    return oracles.example_gradients(model, _layers(model), loss, len(data))
-
-
-def _flat(gradients: dict[str, Tensor]) -> Tensor:
-    return torch.cat([g.flatten(1) for g in gradients.values()], 1)
-
-
-def _grouped(rows: Tensor, groups: sf.Groups = GROUPS) -> Tensor:
-    return torch.stack([rows[list(m)].sum(0) for m in groups.members])
-
-
-def _close(found: Tensor, expected: Tensor, rtol: float = 1e-8) -> None:
-    torch.testing.assert_close(found, expected, rtol=rtol, atol=1e-10 * expected.abs().max().item())
+from ..support.naive import (
+    GROUPS,
+    LR,
+    QUERIES,
+    Margins,
+    N,
+    assert_near,
+    flat,
+    grouped_rows,
+    naive_gradients,
+    problem,
+    projected_scores,
+    scored,
+    tracked_modules,
+)
 
 
 @pytest.mark.parametrize("net", ["mlp", "conv"])
 def test_gradient_dot_product_and_cosine(tmp_path: Path, net: str) -> None:
-    asked, grouped = _flat(_gradients(net, "measurement")), _grouped(_flat(_gradients(net, "train")))
-    _close(_found(tmp_path / "dot", sf.GradientDot(), net).values, asked @ grouped.mT / N)
+    asked, grouped = flat(naive_gradients(net, "measurement")), grouped_rows(flat(naive_gradients(net, "train")))
+    assert_near(scored(tmp_path / "dot", sf.GradientDot(), net).values, asked @ grouped.mT / N)
     expected = nn.functional.normalize(asked, dim=1) @ nn.functional.normalize(grouped, dim=1).mT
-    _close(_found(tmp_path / "cosine", sf.GradientCosine(), net).values, expected)
-    single = _found(tmp_path / "single", sf.GradientCosine(), net, sf.Groups.singletons(N))
-    rows = nn.functional.normalize(_flat(_gradients(net, "train")), dim=1)
-    _close(single.values, nn.functional.normalize(asked, dim=1) @ rows.mT)
-    _close(torch.stack(list(single.by_layer.values())).sum(0), single.values)
+    assert_near(scored(tmp_path / "cosine", sf.GradientCosine(), net).values, expected)
+    single = scored(tmp_path / "single", sf.GradientCosine(), net, sf.Groups.singletons(N))
+    rows = nn.functional.normalize(flat(naive_gradients(net, "train")), dim=1)
+    assert_near(single.values, nn.functional.normalize(asked, dim=1) @ rows.mT)
+    assert_near(torch.stack(list(single.by_layer.values())).sum(0), single.values)
 
 
 def test_hydra_weighs_checkpoints_and_asks_at_the_end(tmp_path: Path) -> None:
-    asked = _flat(_gradients("mlp", "measurement"))
+    asked = flat(naive_gradients("mlp", "measurement"))
     covered = (15, 10, 5)  # of 30 steps those nearest to the checkpoints after 10, 20 and 30
-    rows = [_grouped(_flat(_gradients("mlp", "train", state))) for state in range(3)]
+    rows = [grouped_rows(flat(naive_gradients("mlp", "train", state))) for state in range(3)]
     total = sum(count * LR * grouped for count, grouped in zip(covered, rows, strict=True))
-    _close(_found(tmp_path, sf.Hydra()).values, asked @ total.mT / N)
+    assert_near(scored(tmp_path, sf.Hydra()).values, asked @ total.mT / N)
 
 
 @pytest.mark.parametrize("kind", ["ekfac", "kfac", "diagonal", "identity"])
 @pytest.mark.parametrize("damping", [0.05, "heuristic"])
 @pytest.mark.parametrize("net", ["mlp", "conv"])
 def test_influence_functions_equal_the_dense_inverse(tmp_path: Path, kind: str, damping: Any, net: str) -> None:
-    asked, real, sampled = (_gradients(net, of) for of in ("measurement", "train", "sample"))
-    model, train, _ = _problem(net)
+    asked, real, sampled = (naive_gradients(net, of) for of in ("measurement", "train", "sample"))
+    model, train, _ = problem(net)
     model.load_state_dict(perturbed_states(model, 3)[2])
-    cov = oracles.naive_covariances(model, _layers(model), example_loss(model, train, Margins(), "sample"), N)
+    cov = oracles.naive_covariances(model, tracked_modules(model), example_loss(model, train, Margins(), "sample"), N)
     expected = torch.zeros(QUERIES, len(GROUPS), dtype=torch.float64)
     for name, (A, S) in cov.items():
         if kind == "ekfac":
@@ -121,24 +84,18 @@ def test_influence_functions_equal_the_dense_inverse(tmp_path: Path, kind: str, 
         mean = torch.stack([block.diagonal().mean() for block in blocks]).mean()
         for part, block in enumerate(blocks):
             damped = 0.1 * mean.item() if damping == "heuristic" else damping
-            query, group = asked[name][:, part].flatten(1), _grouped(real[name][:, part].flatten(1))
+            query, group = asked[name][:, part].flatten(1), grouped_rows(real[name][:, part].flatten(1))
             expected += oracles.influence_scores(query, block, damped, group, N)
-    _close(_found(tmp_path, sf.InfluenceFunction(damping, curvature=kind), net).values, expected)
-
-
-def _projected(features: Tensor, asked: Tensor, grouped: Tensor, damping: float) -> Tensor:
-    kernel = features.mT @ features / N
-    damped = kernel + damping * torch.eye(len(kernel)).double()
-    return asked @ torch.linalg.pinv(damped, hermitian=True, rtol=1e-13) @ grouped.mT / N
+    assert_near(scored(tmp_path, sf.InfluenceFunction(damping, curvature=kind), net).values, expected)
 
 
 @pytest.mark.parametrize("net", ["mlp", "conv"])
 @pytest.mark.parametrize("dimension", [None, 6])
 @pytest.mark.parametrize(("method", "kind"), [(sf.TRAK, "output"), (sf.ProjectedFisher, "train")])
 def test_projected_inverses(tmp_path: Path, method: Any, kind: str, dimension: int | None, net: str) -> None:
-    asked, real, features = (_gradients(net, of) for of in ("measurement", "train", kind))
+    asked, real, features = (naive_gradients(net, of) for of in ("measurement", "train", kind))
     if dimension is None:
-        rows = [_flat(of) for of in (features, asked, real)]
+        rows = [flat(of) for of in (features, asked, real)]
     else:
         shapes = {name: tuple(g.shape[1:]) for name, g in real.items()}
         made = probes(Projection(dimension, 3), shapes, torch.float64, torch.device("cpu"))
@@ -146,8 +103,8 @@ def test_projected_inverses(tmp_path: Path, method: Any, kind: str, dimension: i
             sum(torch.einsum("npoi,kpo,kpi->nk", g, made[n].outputs_kPO, made[n].inputs_kPI) for n, g in of.items())
             for of in (features, asked, real)
         ]
-    expected = _projected(rows[0], rows[1], _grouped(rows[2]), 0.02)
-    _close(_found(tmp_path, method(dimension, 0.02, 3), net).values, expected, 1e-6)
+    expected = projected_scores(rows[0], rows[1], grouped_rows(rows[2]), 0.02)
+    assert_near(scored(tmp_path, method(dimension, 0.02, 3), net).values, expected, 1e-6)
 
 
 def test_projected_products_estimate_products_without_bias() -> None:
@@ -166,7 +123,7 @@ def test_options_of_projections_change_the_scores(tmp_path: Path) -> None:
         sf.ProjectedFisher(6, "heuristic", 3),
         sf.TRAK(6, 0.02, 3),
     ]
-    found = [_found(tmp_path / f"{place}", method).values for place, method in enumerate(variants)]
+    found = [scored(tmp_path / f"{place}", method).values for place, method in enumerate(variants)]
     for place, first in enumerate(found):
         assert not any(torch.allclose(first, second, rtol=1e-3, atol=0) for second in found[:place])
 
@@ -193,17 +150,17 @@ def _hessian() -> tuple[Tensor, Tensor, Tensor]:
     grad = torch.func.grad(loss)
     asked = torch.stack([grad(flat, a[None], b[None], "measurement") for a, b in query])
     rows = torch.stack([grad(flat, a[None], b[None], "train") for a, b in zip(x, y, strict=True)])
-    return hessian, asked, _grouped(rows)
+    return hessian, asked, grouped_rows(rows)
 
 
 def test_lissa_converges_to_the_exact_damped_hessian_inverse(tmp_path: Path) -> None:
     hessian, asked, grouped = _hessian()
     damping = 2.0 + max(0.0, -torch.linalg.eigvalsh(hessian).min().item())
     expected = oracles.influence_scores(asked, hessian, damping, grouped, N)
-    found = _found(tmp_path / "all", sf.LiSSA(damping, steps=80, sample_size=N)).values
-    _close(found, expected, 1e-6)
-    fixed = _found(tmp_path / "fixed", sf.LiSSA(damping, steps=80, sample_size=N, scale=20.0)).values
-    _close(fixed, expected, 1e-2)
+    found = scored(tmp_path / "all", sf.LiSSA(damping, steps=80, sample_size=N)).values
+    assert_near(found, expected, 1e-6)
+    fixed = scored(tmp_path / "fixed", sf.LiSSA(damping, steps=80, sample_size=N, scale=20.0)).values
+    assert_near(fixed, expected, 1e-2)
 
 
 def test_lissa_on_small_batches_averages_towards_the_inverse_and_every_option_counts(tmp_path: Path) -> None:
@@ -212,7 +169,7 @@ def test_lissa_on_small_batches_averages_towards_the_inverse_and_every_option_co
     expected = oracles.influence_scores(asked, hessian, damping, grouped, N)
     base = {"damping": damping, "steps": 25, "sample_size": 5, "repetitions": 1, "scale": 8.0}
     changes = [{}, {"steps": 20}, {"sample_size": 6}, {"seed": 1}, {"scale": 9.0}, {"repetitions": 12}]
-    found = [_found(tmp_path / f"{p}", sf.LiSSA(**{**base, **c})).values for p, c in enumerate(changes)]
+    found = [scored(tmp_path / f"{p}", sf.LiSSA(**{**base, **c})).values for p, c in enumerate(changes)]
     for place, first in enumerate(found):
         assert not any(torch.allclose(first, second, rtol=1e-6, atol=0) for second in found[:place])
     errors = [((values - expected).norm() / expected.norm()).item() for values in found]
@@ -221,26 +178,26 @@ def test_lissa_on_small_batches_averages_towards_the_inverse_and_every_option_co
 
 def test_lissa_that_diverges_says_what_to_change(tmp_path: Path) -> None:
     with pytest.raises(sf.MethodError, match="LiSSA diverged"):
-        _found(tmp_path, sf.LiSSA(0.01, steps=60, sample_size=N, scale=0.05))
+        scored(tmp_path, sf.LiSSA(0.01, steps=60, sample_size=N, scale=0.05))
 
 
 @pytest.mark.parametrize("net", ["mlp", "conv"])
 @pytest.mark.parametrize("cosine", [True, False])
 def test_representation_similarity_is_that_of_the_layers_inputs(tmp_path: Path, net: str, cosine: bool) -> None:
-    model, train, query = _problem(net)
+    model, train, query = problem(net)
     model.load_state_dict(perturbed_states(model, 3)[2])
     layer = "4" if net == "mlp" else "second"
     seen: list[Tensor] = []
-    handle = _layers(model)[layer].register_forward_hook(lambda _m, args, _o: seen.append(args[0].detach()))
+    handle = tracked_modules(model)[layer].register_forward_hook(lambda _m, args, _o: seen.append(args[0].detach()))
     for data in (train, query):
         model(data.tensors[0])
     handle.remove()
     rows = [_mean_patch(model, value) if net == "conv" else value for value in seen]
     if cosine:
         rows = [nn.functional.normalize(row, dim=1) for row in rows]
-    expected = rows[1] @ _grouped(rows[0]).mT / (1 if cosine else N)
-    found = _found(tmp_path, sf.RepresentationSimilarity(layer, cosine=cosine), net)
-    _close(found.values, expected)
+    expected = rows[1] @ grouped_rows(rows[0]).mT / (1 if cosine else N)
+    found = scored(tmp_path, sf.RepresentationSimilarity(layer, cosine=cosine), net)
+    assert_near(found.values, expected)
     assert list(found.by_layer) == [layer]
 
 
@@ -251,10 +208,10 @@ def _mean_patch(model: nn.Module, value: Tensor) -> Tensor:
 
 
 def test_the_last_tracked_layer_is_the_default_representation(tmp_path: Path) -> None:
-    default = _found(tmp_path / "a", sf.RepresentationSimilarity())
-    assert torch.equal(default.values, _found(tmp_path / "b", sf.RepresentationSimilarity("4")).values)
+    default = scored(tmp_path / "a", sf.RepresentationSimilarity())
+    assert torch.equal(default.values, scored(tmp_path / "b", sf.RepresentationSimilarity("4")).values)
     with pytest.raises(sf.LayerError, match="layer='body' is not tracked"):
-        _found(tmp_path / "c", sf.RepresentationSimilarity("body"))
+        scored(tmp_path / "c", sf.RepresentationSimilarity("body"))
 
 
 ADDITIVE = {
@@ -275,7 +232,7 @@ def singles(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Tensor]
 
     @cache
     def scores(name: str) -> Tensor:
-        return _found(tmp_path_factory.mktemp("singles"), ADDITIVE[name], groups=sf.Groups.singletons(N)).values
+        return scored(tmp_path_factory.mktemp("singles"), ADDITIVE[name], groups=sf.Groups.singletons(N)).values
 
     return scores
 
@@ -285,8 +242,8 @@ def singles(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Tensor]
 def test_groups_are_the_sums_of_their_members_however_little_memory_there_is(
     tmp_path: Path, singles: Callable[[str], Tensor], name: str, memory: int
 ) -> None:
-    found = _found(tmp_path, ADDITIVE[name], memory=memory).values
-    _close(found, torch.stack([singles(name)[:, list(m)].sum(1) for m in GROUPS.members], 1))
+    found = scored(tmp_path, ADDITIVE[name], memory=memory).values
+    assert_near(found, torch.stack([singles(name)[:, list(m)].sum(1) for m in GROUPS.members], 1))
 
 
 def test_a_task_without_output_function_cannot_be_traced_and_says_so(tmp_path: Path) -> None:
@@ -320,7 +277,7 @@ def test_fast_source_evaluates_gradients_and_curvature_at_the_mean_parameters(tm
         constant = ConstantQueries()
         analyzer.context.task.compute_measurement = constant  # type: ignore[method-assign]
         values.append(analyzer.score(GROUPS, train, vectors(QUERIES, seed=5)).values)
-    _close(values[0], values[1])
+    assert_near(values[0], values[1])
 
 
 class ConstantQueries:
@@ -390,7 +347,7 @@ def test_lissa_without_damping_refuses_an_answer_that_is_none(tmp_path: Path) ->
     hessian, _, _ = _hessian()
     assert torch.linalg.eigvalsh(hessian).min() < -0.01
     with pytest.raises(sf.MethodError, match="LiSSA diverged"):
-        _found(tmp_path, sf.LiSSA(0.0, steps=400, sample_size=N))
+        scored(tmp_path, sf.LiSSA(0.0, steps=400, sample_size=N))
 
 
 @pytest.mark.parametrize(

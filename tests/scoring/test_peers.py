@@ -19,8 +19,17 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import segflow as sf
 
-from ..curvature.test_fitting import Attention, _out_of_place, _sequences
-from ..support.helpers import FixedLabels, analyzer_of, mlp, perturbed_states, trajectory_of, vectors
+from ..support.helpers import (
+    Attention,
+    FixedLabels,
+    analyzer_of,
+    mlp,
+    out_of_place,
+    perturbed_states,
+    sequences,
+    trajectory_of,
+    vectors,
+)
 
 N, QUERIES = 20, 4
 SINGLE = sf.Groups.singletons(N)
@@ -44,8 +53,8 @@ def double() -> Iterator[None]:
 
 def _data(net: str = "mlp") -> tuple[nn.Module, TensorDataset, TensorDataset]:
     if net == "mlp":
-        return _out_of_place(mlp()), vectors(N), vectors(QUERIES, seed=5)
-    inputs, labels = _sequences(N + QUERIES).tensors
+        return out_of_place(mlp()), vectors(N), vectors(QUERIES, seed=5)
+    inputs, labels = sequences(N + QUERIES).tensors
     return Attention(), TensorDataset(inputs[:N], labels[:N]), TensorDataset(inputs[N:], labels[N:])
 
 

@@ -50,6 +50,34 @@ def images(n: int, dtype: torch.dtype = torch.float64, seed: int = 1) -> TensorD
     return TensorDataset(x, torch.randint(0, 3, (n,), generator=generator))
 
 
+class Attention(nn.Module):
+    """Tokens [B, S, 5] through two linear layers, mixed over positions, to logits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.up, self.head = nn.Linear(5, 4), nn.Linear(4, 3, bias=False)
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.up(x))
+        return self.head((h @ h.mT).softmax(-1) @ h).mean(1)
+
+
+def sequences(n: int) -> TensorDataset:
+    """[n, 4, 5]: four positions of five features each."""
+    flat = vectors(4 * n).tensors[0]
+    return TensorDataset(flat.reshape(n, 4, 5), vectors(n).tensors[1])
+
+
+def out_of_place(model: nn.Module) -> nn.Module:
+    """The model with no activation in place, as peers need it."""
+    for module in model.modules():
+        if isinstance(module, nn.ReLU):
+            module.inplace = False
+    return model
+
+
 class FixedLabels(sf.tasks.Classification):
     """Classification whose pseudo-labels are a fixed function of the inputs, so that an oracle can draw the same."""
 
