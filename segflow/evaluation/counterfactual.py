@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..errors import ScoreError, is_whole
-from ..report.table import Estimate, Row, Table
+from ..report.row import Estimate, Row
+from ..report.table import Table
 from ..results.scores import Scores
 from .arguments import finite_numbers
 from .retraining.bank import Training

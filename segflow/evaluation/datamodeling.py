@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from ..errors import ScoreError, is_whole
-from ..report.table import Row, Table
+from ..report.row import Row
+from ..report.table import Table
 from ..results.scores import Scores
 from .arguments import as_measurements, as_subsets, finite_numbers
 from .retraining.bank import Training

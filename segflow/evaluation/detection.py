@@ -17,7 +17,8 @@ import numpy as np
 from torch import Tensor
 
 from ..errors import ScoreError, is_whole
-from ..report.table import Estimate, Row, Table
+from ..report.row import Estimate, Row
+from ..report.table import Table
 from ..results.scores import Scores
 from .arguments import as_array, as_booleans, finite_numbers
 from .series import PERFECT, RANDOM, Series, over_examples, values_of

@@ -13,7 +13,8 @@ import numpy as np
 
 from ..errors import ScoreError, is_whole
 from ..groups.groups import Groups
-from ..report.table import Row, Table
+from ..report.row import Row
+from ..report.table import Table
 from .retraining.bank import Training
 from .retraining.reuse import RetrainingOptions, Retrainings
 from .series import NOTHING_REMOVED, RANDOM, Series, check_examples, check_queries, named_runs, values_of

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..errors import ScoreError, check_choice
-from ..report.table import Row, Table
+from ..report.row import Row
+from ..report.table import Table
 from ..results.scores import Scores
 from .arguments import finite_numbers
 from .retraining.bank import Training

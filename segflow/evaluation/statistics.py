@@ -17,7 +17,7 @@ import numpy as np
 from torch import Tensor
 
 from ..errors import ScoreError
-from ..report.table import Estimate
+from ..report.row import Estimate
 from .arguments import as_measurements
 
 CONFIDENCE = 0.95

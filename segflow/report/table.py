@@ -8,54 +8,16 @@ import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from ..data.fingerprints import digest
 from ..errors import ScoreError, check_choice
 from ..store.files import read_json, write_json
+from .row import Estimate, Row, shown
 from .table_figure import table_figure
 
 FORMAT = 1
 KINDS = ("lines", "bars", "scatter")
-
-
-class Estimate(NamedTuple):
-    """A number and the ends of its interval; infinite ends where the data say nothing of the spread."""
-
-    mean: float
-    low: float
-    high: float
-
-
-@dataclass(frozen=True)
-class Row:
-    """One number of a table.
-
-    series: the method or baseline; x: the place on the x axis; mean, low, high: the number and its 95% interval
-    (infinite ends: its spread is not known, as for a single value); values: what the mean is of, one for each seed or
-    query as the table's settings say; label: a name for the row, where it has one (such as a group's).
-
-    Raises:
-        ScoreError: x, mean or a value is not finite, or low is above high.
-    """
-
-    series: str
-    x: float
-    mean: float
-    low: float
-    high: float
-    values: tuple[float, ...] = ()
-    label: str = ""
-
-    def __post_init__(self) -> None:
-        for name in ("x", "mean", "low", "high"):
-            object.__setattr__(self, name, float(getattr(self, name)))
-        object.__setattr__(self, "values", tuple(map(float, self.values)))
-        if not all(map(math.isfinite, (self.x, self.mean, *self.values))) or not self.low <= self.high:
-            raise ScoreError(f"{self!r}: expected finite numbers, and low <= high. Look for a training that diverged.")
-
-    def __str__(self) -> str:
-        return _shown(Estimate(self.mean, self.low, self.high))
 
 
 @dataclass(frozen=True)
@@ -188,7 +150,7 @@ class Table:
         cells = {"lines": _by_x, "bars": _by_series, "scatter": _by_label}[self.kind](self)
         lines = [f"**{self.title}** ({self.y})", "", *map(_line, cells[:1]), "|" + "---|" * len(cells[0])]
         lines += map(_line, cells[1:])
-        notes = [f"{name}: {_shown(Estimate(*ends))}" for name, ends in self.references.items()]
+        notes = [f"{name}: {shown(Estimate(*ends))}" for name, ends in self.references.items()]
         notes += [f"{series}: {text}" for series, text in self.notes.items()]
         notes += [str(self.settings["interval"])] if "interval" in self.settings else []
         return "\n".join(lines + [line for note in notes for line in ("", note)])
@@ -203,7 +165,8 @@ class Table:
 
     def plot(self) -> Any:
         """A matplotlib Figure: means with their intervals, the references dashed; save it with `savefig`."""
-        return table_figure(self)
+        titles = (self.title, "" if self.kind == "bars" else self.x, self.y)
+        return table_figure(self.kind, self.rows, self.notes, self.references, titles)
 
 
 def _checked_reference(name: str, ends: Iterable[float]) -> Estimate:
@@ -221,10 +184,6 @@ def _to_json(estimate: Estimate) -> dict[str, float | None]:
 def _from_json(entry: Mapping[str, Any]) -> Estimate:
     low, high = entry["low"], entry["high"]
     return Estimate(entry["mean"], -math.inf if low is None else low, math.inf if high is None else high)
-
-
-def _shown(estimate: Estimate) -> str:
-    return f"{estimate.mean:.4g} [{estimate.low:.4g}, {estimate.high:.4g}]"
 
 
 def _line(cells: Iterable[object]) -> str:

@@ -2,31 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
-if TYPE_CHECKING:
-    from .table import Row, Table
+from .row import Row
+
+References = Mapping[str, tuple[float, float, float]]
 
 
-def table_figure(table: Table) -> Any:
-    """A matplotlib Figure of a table: see `Table.plot`."""
+def table_figure(
+    kind: str, rows: Sequence[Row], notes: Mapping[str, str], references: References, titles: tuple[str, str, str]
+) -> Any:
+    """A matplotlib Figure of a table's rows.
+
+    kind: "lines", "bars" or "scatter"; notes: a line of text for each of some series, in the legend; references: drawn
+    as dashed lines; titles: of the figure, the x axis and the y axis.
+    """
     from matplotlib.figure import Figure
 
     figure: Any = Figure(figsize=(6.4, 4.2), layout="constrained")
     axes = figure.subplots()
-    {"lines": _draw_lines, "bars": _draw_bars, "scatter": _draw_scatter}[table.kind](axes, table)
-    for number, (name, ends) in enumerate(table.references.items()):
+    if kind == "bars":
+        _draw_bars(axes, rows)
+    elif kind == "scatter":
+        _draw_scatter(axes, rows, notes)
+    else:
+        _draw_lines(axes, rows, notes)
+        _keep_means_apart(axes, [*(row.mean for row in rows), *(ends[0] for ends in references.values())])
+    for number, (name, ends) in enumerate(references.items()):
         axes.axhline(ends[0], linestyle="--", color=str(0.35 + 0.2 * (number % 3)), label=name, linewidth=1)
-    axes.set_title(table.title, fontsize=11)
-    axes.set_ylabel(table.y)
-    if table.kind != "bars":
-        axes.set_xlabel(table.x)
+    axes.set_title(titles[0], fontsize=11)
+    axes.set_xlabel(titles[1])
+    axes.set_ylabel(titles[2])
     if axes.get_legend_handles_labels()[0]:
         axes.legend(fontsize=8)
     return figure
+
+
+def _by_series(rows: Sequence[Row], notes: Mapping[str, str]) -> Iterator[tuple[str, list[Row]]]:
+    """Each series' legend, its name and below it its note, and its rows."""
+    for series in dict.fromkeys(row.series for row in rows):
+        legend = f"{series}\n{notes[series]}" if notes.get(series) else series
+        yield legend, [row for row in rows if row.series == series]
 
 
 def _columns(rows: Iterable[Row]) -> np.ndarray:
@@ -41,34 +60,30 @@ def _error_bars(columns: np.ndarray) -> np.ndarray:
     return np.maximum([mean - low, high - mean], 0.0)
 
 
-def _legend(table: Table, series: str) -> str:
-    """The series' name, and below it its note."""
-    note = table.notes.get(series)
-    return f"{series}\n{note}" if note else series
-
-
-def _draw_lines(axes: Any, table: Table) -> None:
-    for series in table.series:
-        x, mean, low, high = _columns(sorted(table.of(series), key=lambda row: row.x))
-        (line,) = axes.plot(x, mean, "o-", markersize=3, label=_legend(table, series))
+def _draw_lines(axes: Any, rows: Sequence[Row], notes: Mapping[str, str]) -> None:
+    for legend, of_series in _by_series(rows, notes):
+        x, mean, low, high = _columns(sorted(of_series, key=lambda row: row.x))
+        (line,) = axes.plot(x, mean, "o-", markersize=3, label=legend)
         axes.fill_between(x, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
-    means = [*(row.mean for row in table.rows), *(ends[0] for ends in table.references.values())]
+
+
+def _keep_means_apart(axes: Any, means: Sequence[float]) -> None:
+    """Bound the y axis: an interval of two values may be so wide that the means could not be told apart."""
     span = max(means) - min(means)
-    if span > 0:  # an interval of two values may be so wide that the means could not be told apart
+    if span > 0:
         bottom, top = axes.get_ylim()
         axes.set_ylim(max(bottom, min(means) - span), min(top, max(means) + span))
 
 
-def _draw_bars(axes: Any, table: Table) -> None:
-    columns = _columns(table.rows)
-    places = np.arange(len(table.rows))
+def _draw_bars(axes: Any, rows: Sequence[Row]) -> None:
+    columns = _columns(rows)
+    places = np.arange(len(rows))
     axes.bar(places, columns[1], yerr=_error_bars(columns), capsize=3, color="#4477aa")
-    axes.set_xticks(places, [row.series for row in table.rows], rotation=20, ha="right", fontsize=8)
+    axes.set_xticks(places, [row.series for row in rows], rotation=20, ha="right", fontsize=8)
 
 
-def _draw_scatter(axes: Any, table: Table) -> None:
-    for series in table.series:
-        columns = _columns(table.of(series))
-        label = _legend(table, series)
-        axes.errorbar(*columns[:2], yerr=_error_bars(columns), fmt="o", markersize=4, capsize=2, label=label)
+def _draw_scatter(axes: Any, rows: Sequence[Row], notes: Mapping[str, str]) -> None:
+    for legend, of_series in _by_series(rows, notes):
+        columns = _columns(of_series)
+        axes.errorbar(*columns[:2], yerr=_error_bars(columns), fmt="o", markersize=4, capsize=2, label=legend)
     axes.axline((0.0, 0.0), slope=1.0, linestyle=":", color="0.5", label="actual = predicted")
