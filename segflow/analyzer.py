@@ -20,8 +20,8 @@ from .data.batches import Collate
 from .errors import ScoreError, SegflowError, check_choice
 from .groups.features import check_kind, example_features
 from .groups.groups import Groups, check_groups
-from .methods.method import Cuts, Method, describe, is_automatic
-from .methods.plan import Plan
+from .methods.method import Cuts, Method, check_cuts, describe, is_automatic
+from .methods.plan import Plan, check_plan
 from .methods.source import Source
 from .model.capture import observing
 from .results.refinement import Refinement, refine
@@ -33,7 +33,7 @@ from .scoring.plan_walk import ScoringRequest, score_parts
 from .scoring.provenance import RunParts, labelled_scores
 from .scoring.query_sets import query_set
 from .stage.context import Settings, StageContext
-from .stage.opening import check_alike, check_arguments, open_stages, stage_place, training_data
+from .stage.opening import check_alike, check_arguments, open_stages, scored_stage, training_data
 from .store.journal import Journal, Summary
 from .store.shared_store import SharedStore
 from .store.store import MadeFrom, Store
@@ -85,6 +85,7 @@ class Analyzer:
         runs = [trajectory] if isinstance(trajectory, Trajectory) else list(trajectory)
         check_arguments(runs, method, memory, curvature_examples)
         self.method = method if method is not None else Source()
+        describe(self.method)  # refuses now what is no dataclass of plain options
         ranks = current()
         shared = SharedStore(Store(store), ranks, Journal(Path(store) / "events.jsonl", ranks, progress))
         settings = Settings(unwrap(model), shared, seed, memory, collate_fn, progress, curvature_examples)
@@ -221,7 +222,7 @@ class Analyzer:
         for part in keep:
             check_choice("keep", part, ("term", "layer", "run"), ScoreError)
         batch_size, trains = _batch_size(batch_size), self._by_stage(train)
-        place = stage_place(self.runs[0], stage, trains)
+        place = scored_stage(self.runs[0], stage, trains)
         check_groups(groups, self.context.run.stages[place].dataset_size)
         queries = query_set(query)
         labels = queries.labels if query_labels is None else tuple(map(str, query_labels))
@@ -330,7 +331,8 @@ class Analyzer:
     def _plan(self, contexts: Sequence[StageContext], place: int, cuts: Cuts | None) -> Plan:
         """The method's plan for one stage's data."""
         extra = {"cuts": cuts} if self._automatic else {}
-        return self.method.plan(contexts[-1].run, place, **extra)
+        run = contexts[-1].run
+        return check_plan(self.method.plan(run, place, **extra), [len(stage) for stage in run.stages])
 
     def _plans(self, contexts: Sequence[StageContext], trains: Sequence[Any], cuts: Cuts | None) -> list[Plan]:
         """The plans for every stage whose training data is given."""
@@ -341,7 +343,7 @@ class Analyzer:
         if not is_automatic(self.method):
             return None
         statistics = {place: checkpoint_statistics(contexts[place], of) for place, of in trains_from.items()}
-        return self.method.cuts(contexts[-1].run, statistics)
+        return check_cuts(self.method.cuts(contexts[-1].run, statistics), list(statistics))
 
     def _by_stage(self, train: Any) -> list[Any]:
         """The training data of each stage, None where it is not given."""

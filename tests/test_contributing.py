@@ -23,7 +23,7 @@ N = 12
 
 
 def _run(block: str, **given: Any) -> dict[str, Any]:
-    names = {"__name__": "contributing", "torch": torch, "sf": sf, **given}
+    names = {"__name__": "contributing", **given}
     exec(compile(block, "CONTRIBUTING.md", "exec", dont_inherit=True), names)
     return names
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, is_dataclass
 from typing import TYPE_CHECKING, Any, Protocol, TypeGuard
 
@@ -102,16 +103,33 @@ def check_batch(size: int) -> None:
         raise MethodError(f"fisher_batch={size!r}: expected a whole number of examples, at least 1.")
 
 
+def check_cuts(cuts: Any, stages: Sequence[int]) -> Cuts:
+    """What an automatic method's `cuts` returned; MethodError unless it has a Segmentation for each of the stages."""
+    if not isinstance(cuts, Mapping) or not all(isinstance(cuts.get(stage), Segmentation) for stage in stages):
+        raise MethodError(
+            f"cuts: expected {{stage: Segmentation}} for the stages {list(stages)}, found {cuts!r}. Make them with "
+            "segflow.training.segments.segmentation."
+        )
+    return cuts
+
+
 def describe(method: Method) -> dict[str, Any]:
     """The method's name and options, for provenance, and that it is not additive if it says so.
 
-    Raises MethodError unless it is a dataclass.
+    Raises MethodError unless it is a dataclass whose options JSON can hold.
     """
     if not is_dataclass(method):
         raise MethodError(
             f"{type(method).__name__}: expected a dataclass. Put @dataclass(frozen=True) before the class."
         )
     described = {"method": type(method).__name__, **asdict(method)}  # type: ignore[call-overload]
+    try:
+        json.dumps(described)
+    except (TypeError, ValueError) as problem:
+        raise MethodError(
+            f"{type(method).__name__}: an option is not what JSON can hold ({problem}). Keep options to numbers, text, "
+            "lists of these, and None; they enter the scores' provenance."
+        ) from problem
     return described if getattr(method, "additive", True) else described | {"additive": False}
 
 

@@ -1,7 +1,7 @@
 """What a plan is made of: terms, the operators on their query side, and the curvatures that these need.
 
     score[q, g] = sum over terms of
-        < O . grad f_q(theta_query) ,  sum over points c of weight_c * sum_{i in g} grad l_i(theta_c) > / N
+        < O . grad f_q(theta_query) ,  mean over points c, with weights, of sum_{i in g} grad l_i(theta_c) > / N
 
 is the predicted change of measurement q if group g were removed from training. A plan is pure data; the engine in
 `scoring` gives it its meaning and knows nothing else about a method.
@@ -9,14 +9,16 @@ is the predicted change of measurement q if group g were removed from training. 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
 from ..errors import MethodError, check_choice
 from .spectra import damped_inverse, decay, response, saturation
 
+_ROUNDING = 1e-6  # of weights that add up to 1
 HEURISTIC_SHARE = 0.1  # of a layer's mean eigenvalue; Grosse et al. 2023, arXiv 2308.03296
 Weights = tuple[tuple[int, float], ...]  # (index of a checkpoint within its stage, weight); the weights sum to 1
 _OF_LR_STEPS: dict[str, Callable[[Tensor, float], Tensor]] = {
@@ -194,10 +196,14 @@ class Term:
         stage: whose training data.
         query: the parameters at which query gradients are taken.
         operators: applied in order to the query gradient.
-        train: the points at which training gradients are taken, with `weights`.
+        train: the points at which training gradients are taken.
+        weights: of those points, they add up to 1; a scale belongs into an operator (`Spectral` of kind "constant").
         side: what meets: each "gradient", or each "representation", the input of a layer.
         normalized: bring each group's gradient, or each example's representation, to norm 1.
         layer: of representations, the layer's name; None for the last tracked one.
+
+    Raises:
+        MethodError: the side is unknown, or the weights are not one for each point and 1 in all.
     """
 
     label: str
@@ -210,8 +216,39 @@ class Term:
     normalized: bool = False
     layer: str | None = None
 
+    def __post_init__(self) -> None:
+        check_choice("side", self.side, ("gradient", "representation"), MethodError)
+        if not self.train or len(self.weights) != len(self.train) or abs(sum(self.weights) - 1) > _ROUNDING:
+            raise MethodError(
+                f"term {self.label!r}: weights {self.weights} for {len(self.train)} points: expected one for each, 1 "
+                'in all. Put a scale into an operator, such as Spectral(kind="constant", ...).'
+            )
+
 
 Plan = tuple[Term, ...]
+
+
+def check_plan(plan: Any, checkpoints: Sequence[int]) -> Plan:
+    """The plan; MethodError unless it has terms of different labels, at points that are there.
+
+    checkpoints: how many each stage has.
+    """
+    if not isinstance(plan, tuple) or not plan or not all(isinstance(term, Term) for term in plan):
+        raise MethodError(f"plan: expected a tuple of at least one Term, found {plan!r}.")
+    labels = [term.label for term in plan]
+    if len(set(labels)) < len(labels):
+        raise MethodError(f"plan: two terms have one label, of {labels}. Give each a label of its own.")
+    for term in plan:
+        for point in (term.query, *term.train):
+            places = [index for index, _ in point.weights]
+            if point.stage not in range(len(checkpoints)) or not all(
+                index in range(checkpoints[point.stage]) for index in places
+            ):
+                raise MethodError(
+                    f"term {term.label!r}: {point} names a checkpoint that is not there; the stages have "
+                    f"{list(checkpoints)} checkpoints. Count stages and checkpoints from 0."
+                )
+    return plan
 
 
 def curvatures(plan: Plan) -> list[Curvature]:

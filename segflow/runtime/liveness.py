@@ -1,4 +1,4 @@
-"""Peers: which rank failed, told through the rendezvous store that all ranks share.
+"""Liveness: which rank failed, as noted in the rendezvous store that all ranks share.
 
 A rank that fails says so there; one whose process on this machine died, or that ended before the others, is found by
 those that wait for it. The process group's timeout ends a hang, and the launcher looks after the processes.

@@ -143,7 +143,7 @@ def training_data(runs: Sequence[Sequence[StageContext]], train: Any) -> list[An
     return trains
 
 
-def stage_place(contexts: Sequence[StageContext], stage: str | None, trains: Sequence[Any]) -> int:
+def scored_stage(contexts: Sequence[StageContext], stage: str | None, trains: Sequence[Any]) -> int:
     """The place of the stage to score, by default the last; TrajectoryError if its data is not given."""
     names = [context.trajectory.stage for context in contexts]
     if stage is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -36,12 +36,15 @@ class LastSegment:
         assert cuts is not None
         place = stage % len(trajectory.stages)
         last = cut(trajectory.stages[place], cuts[place].cuts)[-1]
-        rates = Spectral(stage=place, kind="constant", curvature=None, amount=last.lr_steps, shift=(0.0,))
-        points = tuple(Point.at(place, checkpoint) for checkpoint in last.checkpoints)
-        return tuple(
-            Term(label=str(p), stage=place, query=p, operators=(rates,), train=(p,), weights=(weight,))
-            for p, weight in zip(points, last.weights, strict=True)
-        )
+        terms = []
+        for checkpoint, weight in zip(last.checkpoints, last.weights, strict=True):
+            rates = tuple(weight * rate for rate in last.lr_steps)
+            operator = Spectral(stage=place, kind="constant", curvature=None, amount=rates, shift=(0.0,))
+            point, label = Point.at(place, checkpoint), str(checkpoint)
+            terms.append(
+                Term(label=label, stage=place, query=point, operators=(operator,), train=(point,), weights=(1.0,))
+            )
+        return tuple(terms)
 
 
 def _jumping(folder: Path) -> sf.Trajectory:
@@ -106,3 +109,76 @@ def test_a_damping_that_is_none_is_a_tenth_of_the_mean_eigenvalue() -> None:
 def test_a_kind_that_is_not_known_is_refused() -> None:
     with pytest.raises(sf.MethodError, match="kind='inverse' is not known"):
         Spectral(stage=0, kind="inverse", curvature=None, amount=(1.0,), shift=(0.0,))
+
+
+FINAL = Point.at(0, 3)
+TERM: dict[str, Any] = {
+    "label": "one",
+    "stage": 0,
+    "query": FINAL,
+    "operators": (),
+    "train": (FINAL,),
+    "weights": (1.0,),
+}
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"side": "reps"}, "side='reps' is not known"),
+        ({"weights": (0.5,)}, r"term 'one': weights \(0.5,\) for 1 points: expected one for each, 1 in all"),
+        ({"weights": (0.5, 0.5)}, r"weights \(0.5, 0.5\) for 1 points"),
+        ({"train": (FINAL, FINAL), "weights": (1.0, 1.0)}, r"weights \(1.0, 1.0\) for 2 points"),
+        ({"train": (), "weights": ()}, r"weights \(\) for 0 points"),
+    ],
+)
+def test_a_term_that_makes_no_sense_is_refused_where_it_is_made(changed: dict[str, Any], message: str) -> None:
+    with pytest.raises(sf.MethodError, match=message):
+        Term(**TERM | changed)
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A method whose plan is given."""
+
+    number: int = 0
+    terms: ClassVar[Any] = ()
+
+    def plan(self, trajectory: sf.Trajectory, stage: int = -1) -> Plan:
+        return self.terms
+
+
+@pytest.mark.parametrize(
+    ("terms", "message"),
+    [
+        ((), r"plan: expected a tuple of at least one Term, found \(\)"),
+        ([Term(**TERM)], r"plan: expected a tuple of at least one Term, found \["),
+        ((Term(**TERM), Term(**TERM)), r"plan: two terms have one label, of \['one', 'one'\]"),
+        ((Term(**TERM | {"query": Point.at(0, 17)}),), r"names a checkpoint that is not there; the stages have \[4\]"),
+        (
+            (Term(**TERM | {"train": (Point.at(2, 0),)}),),
+            r"names a checkpoint that is not there; the stages have \[4\]",
+        ),
+    ],
+)
+def test_a_plan_that_does_not_fit_the_run_is_refused_at_once(tmp_path: Path, terms: Any, message: str) -> None:
+    method = type("Given", (Planned,), {"terms": terms})()
+    with pytest.raises(sf.MethodError, match=message):
+        analyzer_of(mlp(), _jumping(tmp_path / "run"), tmp_path / "store", method=method)
+
+
+def test_an_option_that_json_cannot_hold_is_refused_before_anything_is_done(tmp_path: Path) -> None:
+    method = type("Given", (Planned,), {"terms": (Term(**TERM),)})(number=torch.ones(1))  # type: ignore[call-arg]
+    analyzer = analyzer_of(mlp(), _jumping(tmp_path / "run"), tmp_path / "store", method=method)
+    with pytest.raises(sf.MethodError, match="Given: an option is not what JSON can hold"):
+        analyzer.fit(vectors(N))
+
+
+def test_cuts_that_are_no_segmentation_are_refused_before_anything_is_scored(tmp_path: Path) -> None:
+    @dataclass(frozen=True)
+    class Wrong(LastSegment):
+        def cuts(self, trajectory: sf.Trajectory, statistics: Mapping[int, Tensor]) -> Any:
+            return {0: (20,)}
+
+    with pytest.raises(sf.MethodError, match=r"cuts: expected \{stage: Segmentation\} for the stages \[0\], found"):
+        _scored(tmp_path / "store", _jumping(tmp_path / "run"), Wrong())

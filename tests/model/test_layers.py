@@ -16,6 +16,7 @@ from torch.nn import functional
 from torch.nn.utils import parametrizations, prune
 
 import segflow as sf
+from segflow.model.layers import LinearLayer, register
 from segflow.model.layers.registry import LayerChoice, choose_layers, track
 
 from ..support import oracles
@@ -332,3 +333,12 @@ def test_only_the_named_layers_are_attributed() -> None:
     assert list(choice.tracked) == ["0", "2"]
     assert choice.skipped == {"1": "not among the tracked modules that the task names"}
     assert list(choose_layers(nn.Linear(2, 2), [""]).tracked) == [""]
+
+
+@pytest.mark.parametrize("modules", [(), nn.Linear, (3,), [nn.Linear]])
+def test_a_kind_of_layer_that_names_no_module_types_is_refused_where_it_is_registered(modules: Any) -> None:
+    kind = type("Own", (LinearLayer,), {"modules": modules})
+    with pytest.raises(sf.LayerError, match=r"Own: modules=.*, expected a tuple of module types"):
+        register(kind)
+    with pytest.raises(sf.LayerError, match=r"expected a subclass of segflow\.model\.layers\.TrackedLayer"):
+        register(nn.Linear)

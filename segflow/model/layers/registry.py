@@ -18,10 +18,14 @@ _KINDS: list[type[TrackedLayer]] = []  # the latest first, so that a user's own 
 def register(kind: Kind) -> Kind:
     """Make a kind of layer known, so that its modules are attributed: a decorator for subclasses of `TrackedLayer`.
 
-    Where two kinds claim a module, the one registered last takes it. Raises LayerError if the kind names no modules.
+    Where two kinds claim a module, the one registered last takes it. Raises LayerError unless it is a subclass of
+    `TrackedLayer` that names a tuple of module types.
     """
-    if not kind.modules:
-        raise LayerError(f"{kind.__name__}: expected the module types of this kind in `modules`, found none.")
+    if not isinstance(kind, type) or not issubclass(kind, TrackedLayer):
+        raise LayerError(f"{kind!r}: expected a subclass of segflow.model.layers.TrackedLayer.")
+    types = kind.modules
+    if not isinstance(types, tuple) or not types or not all(isinstance(one, type) for one in types):
+        raise LayerError(f"{kind.__name__}: modules={types!r}, expected a tuple of module types, such as (MyLinear,).")
     if kind not in _KINDS:
         _KINDS.insert(0, kind)
     return kind
