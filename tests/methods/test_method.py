@@ -169,9 +169,8 @@ def test_a_plan_that_does_not_fit_the_run_is_refused_at_once(tmp_path: Path, ter
 
 def test_an_option_that_json_cannot_hold_is_refused_before_anything_is_done(tmp_path: Path) -> None:
     method = type("Given", (Planned,), {"terms": (Term(**TERM),)})(number=torch.ones(1))  # type: ignore[call-arg]
-    analyzer = analyzer_of(mlp(), _jumping(tmp_path / "run"), tmp_path / "store", method=method)
     with pytest.raises(sf.MethodError, match="Given: an option is not what JSON can hold"):
-        analyzer.fit(vectors(N))
+        analyzer_of(mlp(), _jumping(tmp_path / "run"), tmp_path / "store", method=method)
 
 
 def test_cuts_that_are_no_segmentation_are_refused_before_anything_is_scored(tmp_path: Path) -> None:
