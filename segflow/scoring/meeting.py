@@ -57,29 +57,24 @@ class Traffic(NamedTuple):
     tokens: Mapping[str, int]
 
 
-class MeetingPlaces(NamedTuple):
-    """The queries in the bases where they will be met, and the eigenbases for what comes to them.
-
-    tokens: bases of the layers whose training tokens are rotated; sums: of those whose summed gradients are.
-    """
-
-    values: Stacks
-    tokens: dict[str, Eigenbasis]
-    sums: dict[str, Eigenbasis]
-
-
-def meeting_places(values: Stacks, blocks: StoredCurvature | None, traffic: Traffic, room: int) -> MeetingPlaces:
-    """The basis in which each layer's queries meet training gradients, by counting multiplications.
+def met_queries(
+    values: Stacks, blocks: StoredCurvature | None, traffic: Traffic, room: int, holders: int, ranks: Ranks
+) -> MetQueries:
+    """Queries in the bases, and on the ranks, where they meet training gradients, by counting multiplications.
 
     Rotating training tokens into the eigenbasis, or few groups' summed gradients, costs less than taking many queries
-    out of it; queries leave it where the bases do not fit the memory budget.
+    out of it; queries leave it where the bases do not fit the memory budget. Of several blocks each rank keeps its own;
+    one block goes to every rank.
 
     Args:
         values: this rank's queries in the eigenbases of `blocks` (None where they stand in none).
         traffic: what will meet.
         room: how many queries that are outer products may be formed.
+        holders: how many ranks hold a block of the queries each; ranks: all of them.
     """
-    places = MeetingPlaces(dict(values), {}, {})
+    met = dict(values)
+    token_bases: dict[str, Eigenbasis] = {}
+    sum_bases: dict[str, Eigenbasis] = {}
     for name, queries_QPOI in values.items():
         basis = blocks[name].basis if blocks is not None and name in blocks else None
         if blocks is None or basis is None:
@@ -89,18 +84,12 @@ def meeting_places(values: Stacks, blocks: StoredCurvature | None, traffic: Traf
         may_form = not isinstance(queries_QPOI, OuterProducts) or len(queries_QPOI) <= room
         leaves = may_form and traffic.queries * O * I * (O + I) <= min(token_cost, sum_cost)
         if leaves or not blocks.fits:
-            places.values[name] = basis.unrotate(formed(queries_QPOI))
+            met[name] = basis.unrotate(formed(queries_QPOI))
         else:
-            (places.tokens if token_cost <= sum_cost else places.sums)[name] = basis
-    return places
-
-
-def met_queries(places: MeetingPlaces, blocks: int, ranks: Ranks) -> MetQueries:
-    """Queries on the ranks that hold them: of several blocks each rank keeps its own; one block goes to every rank."""
-    values = places.values
-    if blocks == 1 and ranks.count > 1:
-        values = {name: _from_all(value_QPOI, ranks) for name, value_QPOI in values.items()}
-    return MetQueries(values, places.tokens, blocks, ranks, places.sums)
+            (token_bases if token_cost <= sum_cost else sum_bases)[name] = basis
+    if holders == 1 and ranks.count > 1:
+        met = {name: _from_all(value_QPOI, ranks) for name, value_QPOI in met.items()}
+    return MetQueries(met, token_bases, holders, ranks, sum_bases)
 
 
 def outer_layers(plan: Plan, view: LossView, fits: bool) -> set[str]:

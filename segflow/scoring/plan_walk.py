@@ -31,7 +31,7 @@ from ..stage.unit_identity import checkpoint_digest
 from ..store.files import Tensors
 from ..store.shared_store import UnitRecipe
 from .group_gradients import AnyView, GroupGradients, tile_scores
-from .meeting import MetQueries, Traffic, meeting_places, met_queries, outer_layers
+from .meeting import MetQueries, Traffic, met_queries, outer_layers
 from .query_operators import Queries, QueryOperators
 from .query_sets import QuerySet, QueryShare
 from .tiles import Tile, shares, tiles
@@ -146,8 +146,8 @@ class _PlanWalk:
         examples = int(self.groups.sizes.sum()) * points
         tokens = {name: examples * self.view.positions(name) for name in queries.values}
         traffic = Traffic(sum(query_blocks.sizes), len(self.groups) * points, tokens)
-        places = meeting_places(queries.values, blocks, traffic, self.room(self.gradient_bytes))
-        return met_queries(places, len(query_blocks.sizes), self.context.ranks)
+        room, holders = self.room(self.gradient_bytes), len(query_blocks.sizes)
+        return met_queries(queries.values, blocks, traffic, room, holders, self.context.ranks)
 
     def _term(self, term: Term, met: MetQueries, query_blocks: QueryBlocks) -> Tensor:
         """One term's scores [L, Q, K] on every rank, from the store or computed into it."""

@@ -12,8 +12,9 @@ from torch import Tensor
 import segflow as sf
 from segflow.curvature.kronecker import Eigenbasis, KroneckerBlock, example_gradients
 from segflow.model.tokens import Tokens
+from segflow.runtime.ranks import Ranks
 from segflow.scoring import plan_walk
-from segflow.scoring.meeting import Traffic, meeting_places
+from segflow.scoring.meeting import Traffic, met_queries
 
 from ..support.helpers import ConvNet, analyzer_of, images, mlp, perturbed_states, trajectory_of, vectors
 
@@ -55,20 +56,25 @@ class Blocks(dict[str, KroneckerBlock]):
     fits = True
 
 
+def _met(values: Any, blocks: Any, traffic: Traffic) -> tuple[Any, Any, Any]:
+    met = met_queries(values, blocks, traffic, 99, 1, Ranks())
+    return met.values, met.bases, met.sum_bases
+
+
 def test_few_training_tokens_come_to_the_queries_and_many_do_not() -> None:
     block = KroneckerBlock(_basis(1, 3, 4), torch.ones(1, 3, 4).double())
     queries = _random(10, 1, 3, 4)
-    few, bases, sums = meeting_places({"layer": queries}, Blocks(layer=block), Traffic(10, 5000, {"layer": 5}), 99)
+    few, bases, sums = _met({"layer": queries}, Blocks(layer=block), Traffic(10, 5000, {"layer": 5}))
     assert few["layer"] is queries and bases == {"layer": block.basis} and not sums
-    summed, bases, sums = meeting_places({"layer": queries}, Blocks(layer=block), Traffic(10, 2, {"layer": 5000}), 99)
+    summed, bases, sums = _met({"layer": queries}, Blocks(layer=block), Traffic(10, 2, {"layer": 5000}))
     assert summed["layer"] is queries and sums == {"layer": block.basis} and not bases
     for count, tokens, fits in ((10, 5000, True), (1, 5, True), (10, 5, False)):
         blocks = Blocks(layer=block)
         blocks.fits = fits
-        many, bases, sums = meeting_places({"layer": queries}, blocks, Traffic(count, 5000, {"layer": tokens}), 99)
+        many, bases, sums = _met({"layer": queries}, blocks, Traffic(count, 5000, {"layer": tokens}))
         assert not bases and not sums
         torch.testing.assert_close(many["layer"], block.basis.unrotate(queries))
-    assert meeting_places({"layer": queries}, None, Traffic(10, 1, {}), 99) == ({"layer": queries}, {}, {})
+    assert _met({"layer": queries}, None, Traffic(10, 1, {})) == ({"layer": queries}, {}, {})
 
 
 @pytest.mark.parametrize("net", ["mlp", "conv"])
@@ -83,15 +89,15 @@ def test_the_meeting_place_changes_no_score(
     for rows, tokens in ((10**9, 0), (10**9, 10**9), (0, 10**9), (None, None)):
 
         def forced(
-            queries: Any, blocks: Any, traffic: Traffic, room: int, rows: Any = rows, tokens: Any = tokens
+            queries: Any, blocks: Any, traffic: Traffic, *others: Any, rows: Any = rows, tokens: Any = tokens
         ) -> Any:
             if rows is not None:
                 traffic = Traffic(traffic.queries, rows, dict.fromkeys(blocks, tokens))
-            found = meeting_places(queries, blocks, traffic, room)
-            met.append((len(found.tokens), len(found.sums)))
+            found = met_queries(queries, blocks, traffic, *others)
+            met.append((len(found.bases), len(found.sum_bases)))
             return found
 
-        monkeypatch.setattr(plan_walk, "meeting_places", forced)
+        monkeypatch.setattr(plan_walk, "met_queries", forced)
         analyzer = analyzer_of(model, trajectory, tmp_path / f"store-{tokens}-{rows}", method=method)
         analyzer.fit(make(N))
         values.append(analyzer.score(groups, make(N), make(4, seed=3)).values)
