@@ -31,6 +31,12 @@ def plain(value: Any) -> Any:
     return value
 
 
+def settle(frozen: object, **fields: object) -> None:
+    """Put checked values into fields of a frozen dataclass, inside its `__post_init__`."""
+    for name, value in fields.items():
+        object.__setattr__(frozen, name, value)
+
+
 def whole_number(
     name: str, value: object, error: type[Exception], least: int = 0, most: int | None = None, advice: str = ""
 ) -> int:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
+from ..arguments import settle, truth
+from ..errors import MethodError
 from ..training.segments import covered
 from .method import final_plan, final_point, stage_place
 from .plan import Plan, Point, Spectral, Term, UnitNorm
@@ -95,6 +97,9 @@ class RepresentationSimilarity:
 
     layer: str | None = None
     cosine: bool = True
+
+    def __post_init__(self) -> None:
+        settle(self, cosine=truth("cosine", self.cosine, MethodError))
 
     def plan(self, trajectory: Trajectory, stage: int = -1) -> Plan:
         """One term at the last checkpoint."""

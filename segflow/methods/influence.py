@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from numbers import Integral
 from typing import TYPE_CHECKING
 
+from ..arguments import real_number, settle, whole_number
 from ..errors import MethodError, check_choice
-from .method import check_batch, check_damping, damping_amount, final_plan, final_point, stage_place
+from .method import batch_of_fisher, damping_amount, damping_option, final_plan, final_point, stage_place
 from .plan import HEURISTIC_SHARE, Curvature, IterativeInverse, Plan, Spectral
 
 if TYPE_CHECKING:
@@ -32,14 +32,13 @@ class InfluenceFunction:
     fisher_batch: int = 1
 
     def __post_init__(self) -> None:
-        check_batch(self.fisher_batch)
+        settle(self, damping=damping_option(self.damping), fisher_batch=batch_of_fisher(self.fisher_batch))
         if self.fisher_batch > 1 and self.curvature in ("kfac", "identity"):
             raise MethodError(
                 f"fisher_batch={self.fisher_batch}: curvature={self.curvature!r} squares no gradients, so there is "
                 "nothing to batch. Leave it at 1, or take 'ekfac' or 'diagonal'."
             )
         check_choice("curvature", self.curvature, _KINDS, MethodError)
-        check_damping(self.damping)
 
     def plan(self, trajectory: Trajectory, stage: int = -1) -> Plan:
         """One term at the last checkpoint."""
@@ -79,15 +78,12 @@ class LiSSA:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        counts = (self.steps, self.sample_size, self.repetitions)
-        if not all(isinstance(count, Integral) for count in counts) or min(counts) < 1:
-            raise MethodError(
-                f"steps={self.steps}, sample_size={self.sample_size}, repetitions={self.repetitions}: "
-                "expected whole numbers, at least 1."
-            )
-        if isinstance(self.damping, str) or (self.scale is not None and not self.scale > 0):
-            raise MethodError(f"damping={self.damping!r}, scale={self.scale!r}: expected numbers, the scale above 0.")
-        check_damping(self.damping)
+        for name, least in (("steps", 1), ("sample_size", 1), ("repetitions", 1), ("seed", 0)):
+            settle(self, **{name: whole_number(name, getattr(self, name), MethodError, least)})
+        settle(self, damping=real_number("damping", self.damping, MethodError, 0))
+        if self.scale is not None:
+            advice = "None estimates it."
+            settle(self, scale=real_number("scale", self.scale, MethodError, above=0, advice=advice))
 
     def plan(self, trajectory: Trajectory, stage: int = -1) -> Plan:
         """One term at the last checkpoint."""

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeGuard
 
 from torch import Tensor
 
-from ..errors import MethodError, check_choice, is_whole
+from ..arguments import real_number, whole_number
+from ..errors import MethodError, check_choice
 from ..training.segments import Segmentation
 from .plan import Operator, Plan, Point, Term
 
@@ -97,10 +98,9 @@ def final_plan(trajectory: Trajectory, stage: int, *operators: Operator, **optio
     return (term,)
 
 
-def check_batch(size: int) -> None:
-    """Raise MethodError unless a batched Fisher's size is a whole number from 1."""
-    if not is_whole(size, 1):
-        raise MethodError(f"fisher_batch={size!r}: expected a whole number of examples, at least 1.")
+def batch_of_fisher(size: object) -> int:
+    """The option `fisher_batch`, a batched Fisher's size; MethodError unless it is a whole number from 1."""
+    return whole_number("fisher_batch", size, MethodError, 1, advice="It counts examples; 1 batches nothing.")
 
 
 def check_cuts(cuts: Any, stages: Sequence[int]) -> Cuts:
@@ -138,9 +138,9 @@ def damping_amount(damping: float | str) -> float | None:
     return None if isinstance(damping, str) else float(damping)
 
 
-def check_damping(damping: float | str) -> None:
-    """Raise MethodError unless it is a finite number >= 0, or "heuristic"."""
+def damping_option(damping: object) -> float | str:
+    """The option `damping`; MethodError unless it is a finite number >= 0, or "heuristic"."""
     if isinstance(damping, str):
         check_choice("damping", damping, ("heuristic",), MethodError)
-    elif not 0 <= damping < float("inf"):
-        raise MethodError(f"damping={damping}: expected a finite number >= 0, or 'heuristic'.")
+        return str(damping)
+    return real_number("damping", damping, MethodError, 0, advice="Or give 'heuristic'.")

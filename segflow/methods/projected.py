@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from numbers import Integral
 from typing import TYPE_CHECKING, ClassVar
 
+from ..arguments import settle, whole_number
 from ..errors import MethodError
-from .method import check_batch, check_damping, damping_amount, final_plan, final_point, stage_place
+from .method import batch_of_fisher, damping_amount, damping_option, final_plan, final_point, stage_place
 from .plan import Plan, ProjectedInverse, Projection
 
 if TYPE_CHECKING:
@@ -25,9 +25,11 @@ class _Projected:
     features: ClassVar[str]
 
     def __post_init__(self) -> None:
-        check_batch(self.fisher_batch)
-        check_damping(self.damping)
-        _check_dimension(self.dimension)
+        settle(self, damping=damping_option(self.damping), fisher_batch=batch_of_fisher(self.fisher_batch))
+        settle(self, seed=whole_number("seed", self.seed, MethodError))
+        if self.dimension is not None:
+            advice = "None projects nothing."
+            settle(self, dimension=whole_number("dimension", self.dimension, MethodError, 1, advice=advice))
 
     def plan(self, trajectory: Trajectory, stage: int = -1) -> Plan:
         """One term at the last checkpoint."""
@@ -75,8 +77,3 @@ class ProjectedFisher(_Projected):
     """
 
     features: ClassVar[str] = "train"
-
-
-def _check_dimension(dimension: int | None) -> None:
-    if dimension is not None and (not isinstance(dimension, Integral) or dimension < 1):
-        raise MethodError(f"dimension={dimension}: expected at least 1, or None to project nothing.")

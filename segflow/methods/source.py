@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from operator import index
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from ..arguments import plain, real_number, settle, truth, whole_number, whole_numbers
 from ..errors import MethodError, check_choice
 from ..training.segments import WEIGHTINGS, Segment, Segmentation, cut, segmentation
-from .method import Cuts, check_batch, final_point, stage_place
+from .method import Cuts, batch_of_fisher, final_point, stage_place
 from .plan import Curvature, Operator, Plan, Point, Preconditioner, Scale, Spectral, Term, Weights
 
 if TYPE_CHECKING:
@@ -52,23 +52,12 @@ class Source:
     fisher_batch: int = 1
 
     def __post_init__(self) -> None:
-        check_batch(self.fisher_batch)
+        settle(self, fast=truth("fast", self.fast, MethodError), fisher_batch=batch_of_fisher(self.fisher_batch))
         check_choice("preconditioner", self.preconditioner, ("kronecker", "diagonal", "none"), MethodError)
         check_choice("checkpoint_weights", self.checkpoint_weights, WEIGHTINGS, MethodError)
-        if not 0 <= self.penalty < float("inf"):
-            raise MethodError(f"penalty={self.penalty}: expected a finite number >= 0.")
-        if self.automatic:
-            return
-        given: Any = self.segments
-        try:
-            if isinstance(given, bool | str):
-                raise TypeError
-            plain = tuple(map(index, given)) if isinstance(given, Iterable) else index(given)
-        except TypeError:
-            raise MethodError(
-                f"segments={given!r}: expected a count, the steps at which to cut, as whole numbers, or 'auto'."
-            ) from None
-        object.__setattr__(self, "segments", plain)
+        settle(self, penalty=real_number("penalty", self.penalty, MethodError, 0))
+        if not self.automatic:
+            settle(self, segments=_count_or_cuts(plain(self.segments)))
 
     @property
     def automatic(self) -> bool:
@@ -144,6 +133,14 @@ class Source:
         coupled = (0.0,) * groups if trajectory.decoupled else segment.weight_decay
         inverse = Spectral(stage=stage, kind="damped_inverse", curvature=plain, amount=(None,) * groups, shift=coupled)
         return (function(kind="saturation"), inverse), (function(kind="decay"),)
+
+
+def _count_or_cuts(segments: object) -> int | tuple[int, ...]:
+    """The option `segments` where it is not "auto"; MethodError unless it is a count, or the steps at which to cut."""
+    advice = "Give a count, the steps at which to cut, or 'auto'."
+    if isinstance(segments, Iterable) and not isinstance(segments, str):
+        return whole_numbers("segments", segments, MethodError, advice=advice)
+    return whole_number("segments", segments, MethodError, advice=advice)
 
 
 def _weights(segment: Segment) -> Weights:
