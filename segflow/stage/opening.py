@@ -43,8 +43,8 @@ def _layers(model: nn.Module, task: Any, stage: Trajectory) -> tuple[LayerChoice
     if task is not None:
         check_task(task)
     check_parameter_names(model, stage)
-    trained = None if stage.parameter_groups is None else stage.parameter_groups.__contains__
-    return settle_parameter_groups(choose_layers(model, tracked_module_names(task), trained), stage)
+    why_untrained = None if stage.parameter_groups is None else stage.why_untrained
+    return settle_parameter_groups(choose_layers(model, tracked_module_names(task), why_untrained), stage)
 
 
 def _agreed(stages: Sequence[tuple[LayerChoice, dict[str, int]]]) -> list[tuple[LayerChoice, dict[str, int]]]:
@@ -165,13 +165,7 @@ def settle_parameter_groups(choice: LayerChoice, trajectory: Trajectory) -> tupl
         prefix = f"{name}." if name else ""
         groups[name] = weight = trajectory.group_of(f"{prefix}weight") or 0
         bias = trajectory.group_of(f"{prefix}bias") if layer.has_bias else weight
-        logged = {
-            "learning rate": trajectory.learning_rates,
-            "momentum": trajectory.momentum,
-            "dampening": trajectory.dampening,
-            "weight decay": trajectory.weight_decay,
-        }
-        differing = [quantity for quantity, log in logged.items() if not log[:, weight].equal(log[:, bias])]
+        differing = [] if bias is None else trajectory.used.differing(weight, bias)
         if bias is not None and trajectory.eps[weight] != trajectory.eps[bias]:
             differing.append("eps")
         if differing:

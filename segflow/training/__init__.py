@@ -4,8 +4,10 @@ Beside them stand the optimizers' formulas, numbers of every step, the files of 
 and how training is cut into segments.
 """
 
+from .motion import Moves
 from .optimizers import OptimizerConstants
 from .record import record
+from .sampling import CountedSampler
 from .trajectory import Trajectory
 
-__all__ = ["OptimizerConstants", "Trajectory", "record"]
+__all__ = ["CountedSampler", "Moves", "OptimizerConstants", "Trajectory", "record"]

@@ -81,8 +81,9 @@ def _segment(trajectory: Trajectory, start: int, end: int, weighting: str) -> Se
     weights = (1 / len(inside),) * len(inside)
     if weighting == "nearest":
         weights = shares([sum(amount) for amount in covered(trajectory, inside, start, end)])
-    decay = trajectory.mean_weight_decay(start, end)
-    return Segment(start, end, inside, weights, trajectory.lr_steps(start, end), decay)
+    rates, decays = trajectory.lr_steps(start, end), trajectory.decay_steps(start, end)
+    decay = tuple(d / r if r else 0.0 for d, r in zip(decays, rates, strict=True))
+    return Segment(start, end, inside, weights, rates, decay)
 
 
 def covered(trajectory: Trajectory, checkpoints: Sequence[int], start: int, end: int) -> tuple[tuple[float, ...], ...]:
