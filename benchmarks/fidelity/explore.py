@@ -59,7 +59,8 @@ class Variant:
                 elif self.curvature == "last":
                     kept = replace(kept, points=kept.points[-1:], weights=(1.0,))
                 amount = tuple(None if a is None else a * self.scale for a in op.amount)
-                operators.append(replace(op, curvature=kept, amount=amount))
+                shift, coupled = (tuple(part * self.scale for part in parts) for parts in (op.shift, op.coupled))
+                operators.append(replace(op, curvature=kept, amount=amount, shift=shift, coupled=coupled))
             elif isinstance(op, Scale) and self.curvature == "run" and whole.scaled is not None:
                 operators.append(replace(op, preconditioner=whole.scaled))
             else:

@@ -21,7 +21,7 @@ from .spectra import damped_inverse, decay, response, saturation
 _ROUNDING = 1e-6  # of weights that add up to 1
 HEURISTIC_SHARE = 0.1  # of a layer's mean eigenvalue; Grosse et al. 2023, arXiv 2308.03296
 Weights = tuple[tuple[int, float], ...]  # (index of a checkpoint within its stage, weight); the weights sum to 1
-_OF_LR_STEPS: dict[str, Callable[[Tensor, float], Tensor]] = {
+_OF_RATE: dict[str, Callable[[Tensor, float, Tensor | float], Tensor]] = {
     "decay": decay,
     "response": response,
     "saturation": saturation,
@@ -73,14 +73,18 @@ class Spectral:
 
     Args:
         stage: the stage of training whose parameter groups are meant, and whose layers the operator acts on.
-        kind: "decay", "response" or "saturation", each of lr_steps (see `spectra`), "damped_inverse" or "constant".
-        amount: the lr_steps, the damping or the constant, one for each parameter group; None for a damping of 0.1 times
-            each layer's mean eigenvalue.
-        shift: weight decay, added to the eigenvalues; one for each parameter group.
-        shifted_by: where weight decay is coupled, the shift is that of the preconditioned objective, shift * P.
+        kind: "decay", "response" or "saturation", each of a rate (see `spectra`), "damped_inverse" or "constant".
+        amount: the rate (the segment's summed lr_steps), the damping or the constant, one for each parameter group;
+            None for a damping of 0.1 times each layer's mean eigenvalue.
+        shift: what weight decay adds to rate * eigenvalue, a sum over the segment's steps; for "damped_inverse" what it
+            adds to the eigenvalue; one for each parameter group.
+        coupled: the part of the shift that is times P, as the coupled weight decay of Adam and its like; one for each
+            parameter group, or empty where no group has such a part.
+        shifted_by: the P of that part.
 
     Raises:
-        MethodError: the kind is not known, or an amount is None that is no damping.
+        MethodError: the kind is not known, an amount is None that is no damping, or of `coupled` and `shifted_by` only
+            one is given.
     """
 
     stage: int
@@ -88,33 +92,43 @@ class Spectral:
     curvature: Curvature | None
     amount: tuple[float | None, ...]
     shift: tuple[float, ...]
+    coupled: tuple[float, ...] = ()
     shifted_by: Preconditioner | None = None
 
     def __post_init__(self) -> None:
-        check_choice("kind", self.kind, (*_OF_LR_STEPS, "damped_inverse", "constant"), MethodError)
+        check_choice("kind", self.kind, (*_OF_RATE, "damped_inverse", "constant"), MethodError)
+        if bool(self.coupled) != (self.shifted_by is not None):
+            raise MethodError(
+                f"Spectral(stage={self.stage}, kind={self.kind!r}): coupled={self.coupled} and "
+                f"shifted_by={self.shifted_by}: expected both or neither. The coupled part of a shift is times the P "
+                "that shifted_by names."
+            )
         if self.kind != "damped_inverse":
             for parameter_group in range(len(self.amount)):
                 self._number(parameter_group)
 
-    def on(self, eigenvalues: Tensor, parameter_group: int, unit: Tensor | float = 1.0) -> Tensor:
+    def on(self, eigenvalues: Tensor, parameter_group: int, P: Tensor | float = 1.0) -> Tensor:
         """The function's values at a layer's eigenvalues [P, O, I], or [] for a constant.
 
-        parameter_group: the layer's. unit: of the shift, P in the eigenvalues' basis.
+        parameter_group: the layer's. P: that of `shifted_by`, in the eigenvalues' basis.
         """
         if self.kind == "constant":
             return eigenvalues.new_full((), self._number(parameter_group))
-        sigma = eigenvalues + self.shift[parameter_group] * unit
+        shift: Tensor | float = self.shift[parameter_group]
+        if self.coupled:
+            shift = shift + self.coupled[parameter_group] * P
         if self.kind == "damped_inverse":
             damping = self.amount[parameter_group]
-            return damped_inverse(sigma, HEURISTIC_SHARE * eigenvalues.mean() if damping is None else damping)
-        return _OF_LR_STEPS[self.kind](sigma, self._number(parameter_group))
+            heuristic = HEURISTIC_SHARE * eigenvalues.mean()
+            return damped_inverse(eigenvalues + shift, heuristic if damping is None else damping)
+        return _OF_RATE[self.kind](eigenvalues, self._number(parameter_group), shift)
 
     def _number(self, parameter_group: int) -> float:
         amount = self.amount[parameter_group]
         if amount is None:
             raise MethodError(
                 f"Spectral(stage={self.stage}, kind={self.kind!r}): the amount of parameter group {parameter_group} is "
-                f"None, expected {'a number' if self.kind == 'constant' else 'its lr_steps'}. Only a damping may be "
+                f"None, expected {'a number' if self.kind == 'constant' else 'its rate'}. Only a damping may be "
                 "None, which stands for the heuristic one."
             )
         return amount

@@ -129,21 +129,30 @@ class Source:
     ) -> tuple[tuple[Operator, ...], tuple[Operator, ...]]:
         """What a segment learns of a query, and what it forgets of it on the way back."""
         plain = Curvature(stage, *self._points(stage, segment), batch=self.fisher_batch)
-        function = partial(Spectral, stage=stage, amount=segment.lr_steps, shift=segment.weight_decay)
+        function = partial(Spectral, stage=stage, amount=segment.lr_steps, shift=segment.decay_steps)
         if not trajectory.preconditioned or self.preconditioner == "none":
             return (function(kind="response", curvature=plain),), (function(kind="decay", curvature=plain),)
         P = Preconditioner(stage, _weights(segment))
         kind = "ekfac" if self.preconditioner == "kronecker" else "diagonal"
         scaled = replace(plain, kind=kind, scaled=P)
-        function = partial(function, curvature=scaled, shifted_by=None if trajectory.decoupled else P)
-        if self.preconditioner == "kronecker":  # P^1/2 f(P^1/2 H P^1/2 + w) P^+-1/2
+        beside_P, through_P = _divided(segment.decay_steps, trajectory.coupled)
+        function = partial(function, curvature=scaled, shift=beside_P)
+        if any(trajectory.coupled):
+            function = partial(function, coupled=through_P, shifted_by=P)
+        if self.preconditioner == "kronecker":  # P^1/2 f(rate * P^1/2 H P^1/2 + decay) P^+-1/2
             enter, undo = Scale(P, 0.5), Scale(P, -0.5)
             return (enter, function(kind="response"), enter), (enter, function(kind="decay"), undo)
-        # (1 - exp(-lr_steps (P diag(H) + w))), then H^-1: Bae et al. 2024, Appendix C
-        groups = len(segment.lr_steps)
-        coupled = (0.0,) * groups if trajectory.decoupled else segment.weight_decay
-        inverse = Spectral(stage=stage, kind="damped_inverse", curvature=plain, amount=(None,) * groups, shift=coupled)
+        # (1 - exp(-(rate * P diag(H) + decay))), then H^-1: Bae et al. 2024, Appendix C
+        heuristic = (None,) * len(segment.lr_steps)
+        per_rate = tuple(shift / rate if rate else 0.0 for shift, rate in zip(through_P, segment.lr_steps, strict=True))
+        inverse = Spectral(stage=stage, kind="damped_inverse", curvature=plain, amount=heuristic, shift=per_rate)
         return (function(kind="saturation"), inverse), (function(kind="decay"),)
+
+
+def _divided(decay: tuple[float, ...], coupled: tuple[bool, ...]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """What weight decay adds beside P, and what it adds through P, for each parameter group."""
+    through_P = tuple(amount if is_coupled else 0.0 for amount, is_coupled in zip(decay, coupled, strict=True))
+    return tuple(a - b for a, b in zip(decay, through_P, strict=True)), through_P
 
 
 def _weights(segment: Segment) -> Weights:

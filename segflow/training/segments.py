@@ -27,8 +27,8 @@ class Segment:
 
     Args:
         weights: each checkpoint's share of the segment; they sum to 1.
-        lr_steps: the steps' summed effective learning rates, and weight_decay: its mean over them; both one number for
-            each parameter group.
+        lr_steps: what multiplies the data's gradient in the steps, summed; decay_steps: what multiplies the parameter
+            itself (weight decay), summed; both one number for each parameter group.
     """
 
     start: int
@@ -36,7 +36,7 @@ class Segment:
     checkpoints: tuple[int, ...]
     weights: tuple[float, ...]
     lr_steps: tuple[float, ...]
-    weight_decay: tuple[float, ...]
+    decay_steps: tuple[float, ...]
 
 
 def cut(trajectory: Trajectory, segments: int | Sequence[int], weighting: str = "nearest") -> tuple[Segment, ...]:
@@ -81,8 +81,8 @@ def _segment(trajectory: Trajectory, start: int, end: int, weighting: str) -> Se
     weights = (1 / len(inside),) * len(inside)
     if weighting == "nearest":
         weights = shares([sum(amount) for amount in covered(trajectory, inside, start, end)])
-    decay = trajectory.mean_weight_decay(start, end)
-    return Segment(start, end, inside, weights, trajectory.lr_steps(start, end), decay)
+    rates, decay = trajectory.lr_steps(start, end), trajectory.decay_steps(start, end)
+    return Segment(start, end, inside, weights, rates, decay)
 
 
 def covered(trajectory: Trajectory, checkpoints: Sequence[int], start: int, end: int) -> tuple[tuple[float, ...], ...]:

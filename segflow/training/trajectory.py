@@ -290,6 +290,34 @@ class Trajectory:
         """Weight decay over (start, end], weighted by the effective learning rate, for each parameter group."""
         return mean_decay(self._effective[start:end], self.weight_decay[start:end])
 
+    def decay_steps(self, start: int, end: int) -> tuple[float, ...]:
+        """What the steps in (start, end] multiply a parameter by itself, summed, for each parameter group."""
+        return tuple((self._effective[start:end] * self.weight_decay[start:end]).sum(0).tolist())
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The optimizer's name, for each parameter group."""
+        return (self.optimizer.name,) * self.learning_rates.shape[1]
+
+    @property
+    def has_moments(self) -> tuple[bool, ...]:
+        """Whether the optimizer kept second moments, for each parameter group."""
+        return (self.preconditioned,) * self.learning_rates.shape[1]
+
+    @property
+    def coupled(self) -> tuple[bool, ...]:
+        """Whether weight decay passed through the preconditioner, for each parameter group."""
+        return (self.preconditioned and not self.decoupled,) * self.learning_rates.shape[1]
+
+    @property
+    def ceilings(self) -> tuple[float, ...]:
+        """How many times a rate may count, for each parameter group, as batches without its data left it out."""
+        return (1.0,) * self.learning_rates.shape[1]
+
+    def clip_squares(self, index: int) -> tuple[float, ...]:
+        """The mean squared clip factor of the steps that checkpoint `index` stands for, for each parameter group."""
+        return (1.0,) * self.learning_rates.shape[1]
+
     def group_of(self, parameter: str) -> int | None:
         """The parameter group that trained `parameter`; None if the optimizer did not hold it."""
         return 0 if self.parameter_groups is None else self.parameter_groups.get(parameter)
