@@ -14,6 +14,7 @@ from ..model.layers.tracked import TrackedLayer
 from ..model.loss_view import LossView
 from ..stage.context import StageContext
 from ..store.store import MadeFrom
+from ..training.segments import for_group
 from .preconditioner import MeanDenominator, PreconditionerBlock, RankOne, preconditioner_block
 from .saved_moments import unsaved
 from .unit_names import at_point, moments_unit
@@ -31,8 +32,9 @@ def preconditioner_blocks(
     for index, weight in preconditioner.weights:
         moments_of = _estimates(context, index, train_from) if index in missing else _records(context, index)
         for name, layer in view.layers.items():
-            eps = context.trajectory.eps[context.parameter_groups[name]]
-            denominators[name] = denominators[name].plus(weight, moments_of(layer).double(), eps)
+            group = context.parameter_groups[name]
+            [of_group], eps = for_group((weight,), group), context.trajectory.eps[group]
+            denominators[name] = denominators[name].plus(of_group, moments_of(layer).double(), eps)
     return {name: _placed(preconditioner_block(denominator), view) for name, denominator in denominators.items()}
 
 

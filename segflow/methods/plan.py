@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import MethodError, check_choice
+from ..training.segments import Weight, for_group
 from .spectra import damped_inverse, decay, response, saturation
 
 _ROUNDING = 1e-6  # of weights that add up to 1
@@ -43,10 +44,13 @@ class Point:
 
 @dataclass(frozen=True)
 class Preconditioner:
-    """The optimizer's P over checkpoints of a stage: one over the weighted mean of sqrt(second moment) + eps."""
+    """The optimizer's P over checkpoints of a stage: one over the weighted mean of sqrt(second moment) + eps.
+
+    weights: (index of a checkpoint, its weight, or one for each parameter group of the stage).
+    """
 
     stage: int
-    weights: Weights
+    weights: tuple[tuple[int, Weight], ...]
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,7 @@ class Curvature:
     """The curvature of a stage's objective, averaged over points with weights that sum to 1.
 
     Args:
+        weights: of each point one number, or one for each parameter group of the stage.
         kind: "ekfac", "kfac" or "diagonal".
         scaled: P, for the curvature of P^1/2 H P^1/2 instead of H; "ekfac" and "kfac" take the rank-one part of P.
         batch: second moments are those of so many examples' summed gradients, over `batch`.
@@ -61,7 +66,7 @@ class Curvature:
 
     stage: int
     points: tuple[Point, ...]
-    weights: tuple[float, ...]
+    weights: tuple[Weight, ...]
     kind: str = "ekfac"
     scaled: Preconditioner | None = None
     batch: int = 1
@@ -211,13 +216,14 @@ class Term:
         query: the parameters at which query gradients are taken.
         operators: applied in order to the query gradient.
         train: the points at which training gradients are taken.
-        weights: of those points, they add up to 1; a scale belongs into an operator (`Spectral` of kind "constant").
+        weights: of those points, one number each, or one for each parameter group of the stage; they add up to 1 (a
+            scale belongs into an operator, `Spectral` of kind "constant").
         side: what meets: each "gradient", or each "representation", the input of a layer.
         normalized: bring each group's gradient, or each example's representation, to norm 1.
         layer: of representations, the layer's name; None for the last tracked one.
 
     Raises:
-        MethodError: the side is unknown, or the weights are not one for each point and 1 in all.
+        MethodError: the side is unknown, or the weights are not one for each point and 1 in all, for each group.
     """
 
     label: str
@@ -225,14 +231,14 @@ class Term:
     query: Point
     operators: tuple[Operator, ...]
     train: tuple[Point, ...]
-    weights: tuple[float, ...]
+    weights: tuple[Weight, ...]
     side: str = "gradient"
     normalized: bool = False
     layer: str | None = None
 
     def __post_init__(self) -> None:
         check_choice("side", self.side, ("gradient", "representation"), MethodError)
-        if not self.train or len(self.weights) != len(self.train) or abs(sum(self.weights) - 1) > _ROUNDING:
+        if not self.train or len(self.weights) != len(self.train) or not _add_up(self.weights):
             raise MethodError(
                 f"term {self.label!r}: weights {self.weights} for {len(self.train)} points: expected one for each, 1 "
                 'in all. Put a scale into an operator, such as Spectral(kind="constant", ...).'
@@ -240,6 +246,13 @@ class Term:
 
 
 Plan = tuple[Term, ...]
+
+
+def _add_up(weights: Sequence[Weight]) -> bool:
+    """Whether weights are 1 in all, for each parameter group where they are one for each."""
+    groups = {len(weight) for weight in weights if isinstance(weight, tuple)} or {1}
+    sums = [sum(for_group(weights, group)) for group in range(min(groups))]
+    return len(groups) == 1 and all(abs(total - 1) <= _ROUNDING for total in sums)
 
 
 def check_plan(plan: Any, checkpoints: Sequence[int]) -> Plan:

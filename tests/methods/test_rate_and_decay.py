@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 import segflow as sf
@@ -17,7 +16,7 @@ from segflow.methods.plan import Curvature, Point, Preconditioner, Spectral
 
 from ..support import oracles
 from ..support.helpers import analyzer_of, mlp, perturbed_states, trajectory_of, vectors
-from ..support.histories import by_span, history
+from ..support.histories import by_span, history, moment_files
 
 N, QUERIES, EPS = 20, 4, 1e-3
 GROUPS = sf.Groups.from_lists([[0, 3, 5], range(6, 20), [1], [2, 4]], N)
@@ -71,23 +70,11 @@ def _by_layer(folder: Path, trajectory: sf.Trajectory, method: Any) -> dict[str,
     return dict(analyzer.score(GROUPS, vectors(N), vectors(QUERIES, seed=5), keep=("layer",)).by_layer)
 
 
-def _moment_files(folder: Path, count: int) -> list[Path]:
-    generator = torch.Generator().manual_seed(11)
-    paths = [folder / f"moments-{index}.safetensors" for index in range(count)]
-    for path in paths:
-        values = {
-            name: 0.02 * torch.rand(value.shape, generator=generator, dtype=torch.float64) + 1e-6
-            for name, value in mlp().named_parameters()
-        }
-        save_file(values, path)
-    return paths
-
-
 @pytest.mark.parametrize("preconditioner", ["kronecker", "diagonal"])
 def test_coupled_and_decoupled_decay_stand_in_one_plan(tmp_path: Path, preconditioner: str) -> None:
     """Each layer is scored as if the whole model's decay had been as its own group's."""
     made = trajectory_of(tmp_path / "run", perturbed_states(mlp(), 4), N)
-    moments, method = _moment_files(tmp_path, 4), sf.Source(segments=2, preconditioner=preconditioner)
+    moments, method = moment_files(tmp_path, mlp(), 4), sf.Source(segments=2, preconditioner=preconditioner)
     optimizer, rates = sf.OptimizerConstants("Adam", eps=EPS), by_span((40, (0.004, 0.004)))
     by_layer = {}
     for label, coupled in {"both": (False, True), "first": (False, False), "second": (True, True)}.items():
@@ -106,7 +93,7 @@ def test_a_group_that_saw_no_data_in_a_segment_learns_nothing_there_and_decays(
 ) -> None:
     made = trajectory_of(tmp_path / "run", perturbed_states(mlp(), 4), N)
     optimizer = sf.OptimizerConstants("AdamW" if preconditioner != "none" else "SGD", eps=EPS)
-    moments = None if preconditioner == "none" else _moment_files(tmp_path, 4)
+    moments = None if preconditioner == "none" else moment_files(tmp_path, mlp(), 4)
     method = sf.Source(segments=2, **({} if preconditioner == "none" else {"preconditioner": preconditioner}))
     rates = by_span((20, (0.004, 0.004)), (20, (0.004, 0.0)))
     parts = {}

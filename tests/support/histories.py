@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from safetensors.torch import save_file
+from torch import Tensor, nn
 
 import segflow as sf
 
@@ -67,3 +69,19 @@ def by_span(*spans: tuple[int, Sequence[float]]) -> Tensor:
     """[steps, parameter groups]: so many steps with these numbers, then so many with those."""
     rows = [list(numbers) for count, numbers in spans for _ in range(count)]
     return torch.tensor(rows, dtype=torch.float64)
+
+
+def moment_files(folder: Path, model: nn.Module, count: int, missing: Mapping[int, str] | None = None) -> list[Path]:
+    """Files of second moments of no particular form; missing: {checkpoint: prefix of the parameters it has none of}."""
+    generator, paths = torch.Generator().manual_seed(11), []
+    folder.mkdir(parents=True, exist_ok=True)
+    for index in range(count):
+        values = {
+            name: 0.02 * torch.rand(value.shape, generator=generator, dtype=torch.float64) + 1e-6
+            for name, value in model.named_parameters()
+        }
+        without = (missing or {}).get(index)
+        kept = {name: value for name, value in values.items() if without is None or not name.startswith(without)}
+        paths.append(folder / f"moments-{index}.safetensors")
+        save_file(kept, paths[-1])
+    return paths
