@@ -47,10 +47,13 @@ class Preconditioner:
     """The optimizer's P over checkpoints of a stage: one over the weighted mean of sqrt(second moment) + eps.
 
     weights: (index of a checkpoint, its weight, or one for each parameter group of the stage).
+    moved: whether P moved the parameters of each group, which must then have second moments at one of the checkpoints;
+        where they were not moved and have none, P is 1. Empty: all were moved.
     """
 
     stage: int
     weights: tuple[tuple[int, Weight], ...]
+    moved: tuple[bool, ...] = ()
 
 
 @dataclass(frozen=True)

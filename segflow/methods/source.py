@@ -134,10 +134,11 @@ class Source:
         function = partial(Spectral, stage=stage, amount=segment.lr_steps, shift=segment.decay_steps)
         if not trajectory.preconditioned or self.preconditioner == "none":
             return (function(kind="response", curvature=plain),), (function(kind="decay", curvature=plain),)
-        P = Preconditioner(stage, tuple(zip(segment.checkpoints, segment.weights, strict=True)))
+        beside_P, through_P = _divided(segment.decay_steps, trajectory.coupled)
+        moved = tuple(any(through) for through in zip(segment.lr_steps, through_P, strict=True))
+        P = Preconditioner(stage, tuple(zip(segment.checkpoints, segment.weights, strict=True)), moved)
         kind = "ekfac" if self.preconditioner == "kronecker" else "diagonal"
         scaled = replace(plain, kind=kind, scaled=P)
-        beside_P, through_P = _divided(segment.decay_steps, trajectory.coupled)
         function = partial(function, curvature=scaled, shift=beside_P)
         if any(trajectory.coupled):
             function = partial(function, coupled=through_P, shifted_by=P)
