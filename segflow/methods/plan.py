@@ -281,10 +281,14 @@ def check_plan(plan: Any, checkpoints: Sequence[int]) -> Plan:
     return plan
 
 
+def spectral(plan: Plan) -> list[Spectral]:
+    """The distinct functions of eigenvalues, and constants, in a plan, in order of first use."""
+    return list(dict.fromkeys(op for term in plan for op in term.operators if isinstance(op, Spectral)))
+
+
 def curvatures(plan: Plan) -> list[Curvature]:
     """The distinct curvatures that a plan needs, in order of first use."""
-    operators = [op for term in plan for op in term.operators if isinstance(op, Spectral)]
-    return list(dict.fromkeys(op.curvature for op in operators if op.curvature is not None))
+    return list(dict.fromkeys(op.curvature for op in spectral(plan) if op.curvature is not None))
 
 
 def preconditioners(plan: Plan) -> list[Preconditioner]:
