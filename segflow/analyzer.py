@@ -20,7 +20,7 @@ from .data.batches import Collate
 from .errors import ScoreError, SegflowError, check_choice
 from .groups.features import check_kind, example_features
 from .groups.groups import Groups, check_groups
-from .methods.method import Cuts, Method, check_cuts, describe, is_automatic
+from .methods.method import Cuts, Method, check_cuts, describe, is_automatic, uncut
 from .methods.plan import Plan, check_plan
 from .methods.source import Source
 from .model.capture import observing
@@ -33,7 +33,14 @@ from .scoring.plan_walk import ScoringRequest, score_parts
 from .scoring.provenance import RunParts, labelled_scores
 from .scoring.query_sets import query_set
 from .stage.context import Settings, StageContext
-from .stage.opening import check_alike, check_arguments, open_stages, scored_stage, training_data
+from .stage.opening import (
+    check_alike,
+    check_arguments,
+    check_rates,
+    open_stages,
+    scored_stage,
+    training_data,
+)
 from .store.journal import Journal, Summary
 from .store.shared_store import SharedStore
 from .store.store import MadeFrom, Store
@@ -94,9 +101,8 @@ class Analyzer:
             for number, run in enumerate(runs, start=1)
         ]
         check_alike(self.runs)
-        if not self._automatic:
-            for contexts in self.runs:  # refuses now what does not fit
-                self._plan(contexts, len(contexts) - 1, None)
+        for contexts in self.runs:  # refuses now what does not fit
+            self._plan(contexts, len(contexts) - 1, uncut(contexts[-1].run) if self._automatic else None)
 
     @property
     def context(self) -> StageContext:
@@ -332,7 +338,9 @@ class Analyzer:
         """The method's plan for one stage's data."""
         extra = {"cuts": cuts} if self._automatic else {}
         run = contexts[-1].run
-        return check_plan(self.method.plan(run, place, **extra), [len(stage) for stage in run.stages])
+        plan = check_plan(self.method.plan(run, place, **extra), [len(stage) for stage in run.stages])
+        check_rates(contexts, plan)
+        return plan
 
     def _plans(self, contexts: Sequence[StageContext], trains: Sequence[Any], cuts: Cuts | None) -> list[Plan]:
         """The plans for every stage whose training data is given."""

@@ -33,6 +33,7 @@ from ..stage.context import StageContext
 from ..stage.unit_identity import SAMPLING_KEYS, checkpoint_digest, training_identity
 from ..store.shared_store import StoredUnit
 from ..store.store import MadeFrom
+from ..training.segments import Weight, for_group
 from .kronecker import Eigenbasis, Gradients, KroneckerBlock, weighted_mean
 from .lissa import lissa
 from .passes import BATCHING_ERROR
@@ -94,7 +95,8 @@ class StoredCurvature(Mapping[str, KroneckerBlock]):
         self.eigenvalue_units = [
             context.store.open(name, identity, SAMPLING_KEYS) for name, identity in zip(names, identities, strict=True)
         ]
-        self._weights = (1.0,) if curvature.kind == "kfac" else curvature.weights
+        self._weights: tuple[Weight, ...] = (1.0,) if curvature.kind == "kfac" else curvature.weights
+        self._parameter_groups = context.parameter_groups
         numbers = sum(P * (O * O + I * I + O * I) for P, O, I in (layer.shape for layer in view.layers.values()))
         self.fits = numbers * view.dtype.itemsize <= context.memory // _BLOCKS_SHARE
         self._in_memory: dict[str, KroneckerBlock] = {}
@@ -105,7 +107,8 @@ class StoredCurvature(Mapping[str, KroneckerBlock]):
         if name not in self.view.layers:
             raise KeyError(name)
         shape, device = self.view.layers[name].shape, self.view.device
-        mean_POI = weighted_mean([unit.tensor(name, shape, device) for unit in self.eigenvalue_units], self._weights)
+        weights = for_group(self._weights, self._parameter_groups[name])
+        mean_POI = weighted_mean([unit.tensor(name, shape, device) for unit in self.eigenvalue_units], weights)
         if self._preconditioner is not None and self._basis is None:
             mean_POI = mean_POI * self._preconditioner[name].exact_POI
         basis = None if self._basis is None else stored_basis(self._basis, name, self.view)

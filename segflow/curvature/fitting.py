@@ -234,7 +234,7 @@ class FactorFitter:
 
     def _pool(self, curvature: Curvature, sources: list[str]) -> Pool:
         units = [self.context.store.open(source, self._recipes[source].made_from) for source in sources]
-        return Pool(units, curvature.weights)
+        return Pool(units, curvature.weights, self.context.parameter_groups)
 
     def _read_preconditioner(self, preconditioner: Preconditioner) -> Mapping[str, PreconditionerBlock]:
         """A preconditioner's block of each layer."""

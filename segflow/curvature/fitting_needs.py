@@ -16,7 +16,7 @@ from ..methods.plan import (
     projected,
 )
 from ..stage.context import StageContext
-from .saved_moments import check_saved, unsaved
+from .saved_moments import check_saved, layer_weights, unsaved
 from .unit_names import preconditioner_from
 
 
@@ -45,6 +45,7 @@ def check_needs(context: StageContext, needs: Needs) -> None:
     """Warn if second moments must be estimated; raise TrajectoryError if they can be neither read nor estimated."""
     missing = {index for preconditioner in needs.preconditioners for index in unsaved(context, preconditioner)}
     for preconditioner in needs.preconditioners:
+        layer_weights(context, preconditioner)
         preconditioner_from(context, preconditioner)
         check_saved(context, preconditioner)
     if missing:

@@ -100,7 +100,10 @@ def pool_from(context: StageContext, curvature: Curvature, train_from: MadeFrom,
 
 
 def preconditioner_from(context: StageContext, preconditioner: Preconditioner) -> dict[str, Any]:
-    """What a preconditioner is made of; TrajectoryError if moments were not saved and cannot be estimated either."""
+    """What a preconditioner is made of; TrajectoryError if moments were not saved and cannot be estimated either.
+
+    Which checkpoints lack the moments of some parameters only is known by the checkpoints' contents.
+    """
     trajectory, missing = context.run.stages[preconditioner.stage], unsaved(context, preconditioner)
     if missing and trajectory.optimizer.batch_size is None:
         raise TrajectoryError(
@@ -108,7 +111,13 @@ def preconditioner_from(context: StageContext, preconditioner: Preconditioner) -
             f"{[trajectory.steps[index] for index in missing]}. Train inside segflow.record(), or give "
             "OptimizerConstants(batch_size=...) to have them estimated from gradients."
         )
-    return {
+    clip_squares = [list(trajectory.clip_squares(index)) for index in missing]
+    made: dict[str, Any] = {}
+    if any(square != 1 for squares in clip_squares for square in squares):
+        made["clip_squares"] = clip_squares
+    if not all(trajectory.has_moments):
+        made["has_moments"] = list(trajectory.has_moments)
+    return made | {
         "checkpoints": [
             checkpoint_digest(context, Point.at(preconditioner.stage, index)) for index, _ in preconditioner.weights
         ],

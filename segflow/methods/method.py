@@ -113,6 +113,11 @@ def check_cuts(cuts: Any, stages: Sequence[int]) -> Cuts:
     return cuts
 
 
+def uncut(trajectory: Trajectory) -> Cuts:
+    """Each stage as one segment, for what can be said of an automatic method's plan before its cuts are known."""
+    return {place: Segmentation((), stage.steps, (), (), 0.0) for place, stage in enumerate(trajectory.stages)}
+
+
 def describe(method: Method) -> dict[str, Any]:
     """The method's name and options, for provenance, and that it is not additive if it says so.
 

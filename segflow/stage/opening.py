@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from ..errors import MethodError, SegflowError, TrajectoryError, check_choice
+from ..methods.plan import Plan, spectral
 from ..model.layers.registry import LayerChoice, choose_layers
 from ..tasks.task import check_task, tracked_module_names
 from ..training.trajectory import Trajectory
@@ -107,6 +109,24 @@ def check_arguments(runs: Sequence[Any], method: Any, memory: Any, curvature_exa
 
 def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def check_rates(contexts: Sequence[StageContext], plan: Plan) -> None:
+    """Raise TrajectoryError if a plan needs rates of layers whose optimizer has none that are known, naming them."""
+    for operator in spectral(plan):
+        context = contexts[operator.stage]
+        unknown = {
+            name: context.trajectory.kinds[group]
+            for name, group in context.parameter_groups.items()
+            if any(math.isnan(number or 0.0) for number in (operator.amount[group], operator.shift[group]))
+        }
+        if unknown:
+            raise TrajectoryError(
+                f"layers {list(unknown)[:8]}{' and more' if len(unknown) > 8 else ''} were trained by "
+                f"{' and '.join(sorted(set(unknown.values())))}, whose rates are not known, and this method needs "
+                "them. Leave these layers out through get_influence_tracked_modules(), or use InfluenceFunction or "
+                "GradientDot, which need no rates."
+            )
 
 
 def check_alike(runs: Sequence[Sequence[StageContext]]) -> None:

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
 
 from ..data.batches import batches, evenly_spaced
@@ -93,8 +92,14 @@ def point_name(context: StageContext, point: Point) -> str:
 
 
 def rounded(weights: Sequence[Any]) -> str:
-    """A word for weights in a unit's name, the same where they differ by rounding only."""
-    return digest([f"{number:.9g}" for weight in weights for number in np.atleast_1d(weight)])[:8]
+    """A word for weights in a unit's name, the same where they differ by rounding only; they may be nested."""
+    return digest([f"{number:.9g}" for number in _numbers(weights)])[:8]
+
+
+def _numbers(nested: Any) -> list[float]:
+    if isinstance(nested, Sequence):
+        return [number for part in nested for number in _numbers(part)]
+    return [nested]
 
 
 def short(steps: Sequence[str]) -> str:

@@ -529,5 +529,5 @@ def test_segments_partition_the_steps_and_their_lr_steps_and_decay_add_up(tmp_pa
     assert sorted(index for part in parts for index in part.checkpoints) == [0, 1, 2, 3]
     effective = taken_of_each_gradient(*map(np.array, (lr, m, [0.0] * 40)))
     assert sum(part.lr_steps[0] for part in parts) == pytest.approx(effective.sum(), rel=1e-12)
-    shrunk = sum(part.lr_steps[0] * part.weight_decay[0] for part in parts)
+    shrunk = sum(part.decay_steps[0] for part in parts)
     assert shrunk == pytest.approx((effective * w).sum(), rel=1e-12)
