@@ -33,12 +33,13 @@ from .methods import (
 )
 from .results import GroupTree, Refinement, Scores
 from .tasks import Task
-from .training import OptimizerConstants, Trajectory, record
+from .training import CountedSampler, OptimizerConstants, Trajectory, record
 from .version import __version__
 
 __all__ = [
     "TRAK",
     "Analyzer",
+    "CountedSampler",
     "FactorError",
     "GradientCosine",
     "GradientDot",
