@@ -39,6 +39,7 @@ from .per_step import (
     rates_by_step,
 )
 from .recording_folder import STAGES, STEPS, Description, check_stage, read_description, stage_names
+from .sampling import check_example_weights
 
 
 class Trajectory:
@@ -57,6 +58,7 @@ class Trajectory:
         parameter_groups: {parameter name: index of its parameter group}; None puts every parameter in group 0.
         stage: what this stage of training is called; see `after`.
         second_moments: a file for each checkpoint, with {parameter name: bias-corrected second moments v_hat}.
+        example_weights: the share that each training example had, [N], or [checkpoints, N]; None: all alike.
 
     Raises:
         TrajectoryError: a file is missing, steps are out of order, or a step has no learning rate.
@@ -73,6 +75,7 @@ class Trajectory:
         *,
         stage: str = "train",
         second_moments: Sequence[str | os.PathLike[str]] | None = None,
+        example_weights: Any = None,
     ):
         self.checkpoints = tuple(Path(path) for path in checkpoints)
         check_checkpoint_files(self.checkpoints, steps)
@@ -80,6 +83,11 @@ class Trajectory:
         if dataset_size < 1 or dataset_size != int(dataset_size):
             raise TrajectoryError(f"dataset_size={dataset_size}: expected the number of training examples.")
         self.dataset_size = int(dataset_size)
+        if example_weights is not None:
+            rows = torch.atleast_2d(torch.as_tensor(example_weights, dtype=torch.float64))
+            rows = rows.expand(len(self.steps), -1) if len(rows) == 1 else rows
+            example_weights = [check_example_weights(row, self.dataset_size) for row in rows]
+        self._example_weights = example_weights
         self.optimizer = optimizer or OptimizerConstants()
         self.parameter_groups = None if parameter_groups is None else dict(parameter_groups)
         self.learning_rates = rates_by_step(learning_rates, self.steps[-1])
@@ -289,6 +297,10 @@ class Trajectory:
     def mean_weight_decay(self, start: int, end: int) -> tuple[float, ...]:
         """Weight decay over (start, end], weighted by the effective learning rate, for each parameter group."""
         return mean_decay(self._effective[start:end], self.weight_decay[start:end])
+
+    def example_weights(self, index: int) -> Tensor | None:
+        """The share each training example had around checkpoint `index`, [N] with mean 1; None: uniform."""
+        return None if self._example_weights is None else self._example_weights[index]
 
     def group_of(self, parameter: str) -> int | None:
         """The parameter group that trained `parameter`; None if the optimizer did not hold it."""
