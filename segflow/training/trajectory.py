@@ -39,7 +39,7 @@ from .per_step import (
     rates_by_step,
 )
 from .recording_folder import STAGES, STEPS, Description, check_stage, read_description, stage_names
-from .sampling import check_example_weights
+from .sampling import example_weights_by_checkpoint
 
 
 class Trajectory:
@@ -84,9 +84,7 @@ class Trajectory:
             raise TrajectoryError(f"dataset_size={dataset_size}: expected the number of training examples.")
         self.dataset_size = int(dataset_size)
         if example_weights is not None:
-            rows = torch.atleast_2d(torch.as_tensor(example_weights, dtype=torch.float64))
-            rows = rows.expand(len(self.steps), -1) if len(rows) == 1 else rows
-            example_weights = [check_example_weights(row, self.dataset_size) for row in rows]
+            example_weights = example_weights_by_checkpoint(example_weights, len(self.steps), self.dataset_size)
         self._example_weights = example_weights
         self.optimizer = optimizer or OptimizerConstants()
         self.parameter_groups = None if parameter_groups is None else dict(parameter_groups)
