@@ -240,7 +240,8 @@ class FittedFactors:
             return self._projected_inverse(operator, view, values)
         context = self.contexts[operator.stage]
         context.load(operator.point)
-        return lissa(view, self.trains[operator.stage], context.collate_fn, operator, values)
+        weights_N = context.example_weights(operator.point)
+        return lissa(view, self.trains[operator.stage], context.collate_fn, operator, values, weights_N)
 
     def _projected_inverse(self, operator: ProjectedInverse, view: LossView, values: Gradients) -> Gradients:
         """R (R^T F R + damping)^-1 R^T of each query, R being the projection and F the second moment."""

@@ -12,8 +12,10 @@ from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
-from ..data.batches import Batch, evenly_spaced, in_order
+from ..data.batches import Batch, Indices, evenly_spaced, in_order
+from ..errors import FactorError
 from ..methods.plan import (
     Curvature,
     Point,
@@ -182,10 +184,30 @@ class FactorFitter:
 
     def _pass(self, point: Point, view: LossView, kind: str, summed: int = 1) -> tuple[LossView, Iterator[Batch], str]:
         """The view and the data for one pass at a point, and the point's name; summed: see `_lists`."""
+        weights_N = self._weights(point, self.drawn)
+        if weights_N is not None and not weights_N[self.drawn].any():
+            raise FactorError(
+                f"{self.context.where(point)}: all of the {len(self.drawn)} examples that curvature is fitted to have "
+                "an example weight of 0, expected some that training drew there. Raise curvature_examples=."
+            )
+        return self._walked(point, view, kind, self._lists(summed), weights_N)
+
+    def _walked(
+        self, point: Point, view: LossView, kind: str, lists: Sequence[Indices], weights_N: Tensor | None
+    ) -> tuple[LossView, Iterator[Batch], str]:
+        """The view and the data, in this rank's lists of indices, for one pass at a point, and the point's name."""
         self.context.load(point)
         steps = self.context.run.stages[point.stage].steps
         view, where = replace(view, place=steps[point.weights[-1][0]]), self.context.where(point)
-        return view, self.context.walk(view, self.train, self._lists(summed), f"{kind}, {where}"), where
+        return view, self.context.walk(view, self.train, lists, f"{kind}, {where}", weights_N=weights_N), where
+
+    def _weights(self, point: Point, examples: Indices) -> Tensor | None:
+        """Example weights [N] at a point, with a mean of 1 over some examples (or all 0 there); None: all alike."""
+        weights_N = self.context.example_weights(point)
+        if weights_N is None:
+            return None
+        mean = weights_N[examples].mean()
+        return weights_N / mean if mean > 0 else weights_N
 
     def _make_covariance(self, point: Point) -> Tensors:
         view, data, where = self._pass(point, self.sample, "covariance")
@@ -217,8 +239,8 @@ class FactorFitter:
         lists = [chosen[part.start : part.stop] for part in in_order(len(chosen), self.batch_size)]
         statistics: Tensors = {}
         for kind, loss_view in (("gradients", self.view), ("curvature", self.sample)):
-            view, _, where = self._pass(point, loss_view, "statistics")
-            data = self.context.walk(view, self.train, self.context.ranks.share(lists), f"statistics, {where}")
+            here, weights_N = self.context.ranks.share(lists), self._weights(point, chosen)
+            view, data, where = self._walked(point, loss_view, "statistics", here, weights_N)
             rows = sketches(view, data, _SKETCH, self.context.ranks, where)
             statistics |= {f"{name}.{kind}": value for name, value in rows.items()}
         return statistics

@@ -219,15 +219,14 @@ class _PlanWalk:
         """
         context, ranks, where = self.context, self.context.ranks, self.context.where(point)
         context.load(point)
-        view: AnyView = self.view
-        if term.side == "representation":
-            view = representation_view(self.view, term.layer, term.normalized)
+        view, weights_N = self._seen(term, point)
         normalized, train = term.normalized and term.side == "gradient", self.fitted.trains[self.request.stage]
         tiles_of_ranks, scores = self.tiles[term.normalized], None
         for number in range(max(map(len, tiles_of_ranks))):
             tile_of_rank = [of_rank[number] if number < len(of_rank) else _NO_TILE for of_rank in tiles_of_ranks]
             tile = tile_of_rank[ranks.index]
-            data = context.walk(self.view, train, [batch.examples for batch in tile.batches], f"groups, {where}")
+            lists = [batch.examples for batch in tile.batches]
+            data = context.walk(self.view, train, lists, f"groups, {where}", weights_N=weights_N)
             gradients = GroupGradients(met, len(tile.groups), context.memory // _PASSING_SHARE, normalized)
             of_tile_LQK = tile_scores(view, data, tile, gradients, where)
             of_tile_LQK = of_tile_LQK if self.request.per_layer else _summed(of_tile_LQK, weights_L)
@@ -242,6 +241,12 @@ class _PlanWalk:
                 "Use a model in float64, or more damping."
             )
         return scores
+
+    def _seen(self, term: Term, point: Point) -> tuple[AnyView, Tensor | None]:
+        """What a term's training data is seen through at a point, and the weights [N] of the examples' gradients."""
+        if term.side == "representation":
+            return representation_view(self.view, term.layer, term.normalized), None
+        return self.view, self.context.example_weights(point)
 
 
 def _split(block: range, count: int) -> list[range]:

@@ -75,11 +75,17 @@ def _probe_losses(context: StageContext, train: Any, view: LossView) -> list[flo
 
 
 def checkpoint_digest(context: StageContext, point: Point) -> str:
-    """sha256 of a checkpoint's file (of several: of their digests and weights), the same on every rank."""
+    """sha256 of a checkpoint's file (of several: of their digests and weights), the same on every rank.
+
+    Where examples have weights there, a digest of these follows: they are part of what was trained.
+    """
     trajectory, checkpoint = context.run.stages[point.stage], None
     if context.ranks.main:
         digests = [[trajectory.digest(index), weight] for index, weight in point.weights]
         checkpoint = digests[0][0] if len(digests) == 1 else digest(digests)
+        weights_N = context.example_weights(point)
+        if weights_N is not None:  # rounded, for sums differ between machines
+            checkpoint = f"{checkpoint} with example weights {digest(weights_N.float())[:16]}"
     return str(context.ranks.same(checkpoint))
 
 

@@ -139,6 +139,25 @@ def check_example_weights(given: Any, n: int) -> Tensor:
     return weights_N / mean
 
 
+def example_weights_by_checkpoint(given: Any, checkpoints: int, n: int) -> tuple[Tensor, ...]:
+    """Each checkpoint's example weights, [n] with a mean of 1; given as [n] for all, or [checkpoints, n].
+
+    Raises TrajectoryError where they are not, as `check_example_weights` does.
+    """
+    try:
+        rows = list(given)
+    except TypeError:  # no list: what is wrong with it is said below
+        rows = []
+    if isinstance(given, str) or not any(np.ndim(row) for row in rows):
+        return (check_example_weights(given, n),) * checkpoints
+    if len(rows) != checkpoints:
+        raise TrajectoryError(
+            f"example_weights have {len(rows)} rows: expected [{n}] for all checkpoints, or one row for each of the "
+            f"{checkpoints}, [{checkpoints}, {n}]."
+        )
+    return tuple(check_example_weights(row, n) for row in rows)
+
+
 def weights_at_checkpoints(steps: Sequence[int], counts: Any) -> Tensor:
     """Example weights [C, N] in float64 around each checkpoint, each row with a mean of 1.
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..errors import MethodError, check_choice
+from .sampling import nearest_bounds
 from .trajectory import Trajectory
 
 WEIGHTINGS = ("nearest", "equal")
@@ -94,13 +95,8 @@ def _segment(trajectory: Trajectory, start: int, end: int, weighting: str) -> Se
 
 
 def covered(trajectory: Trajectory, checkpoints: Sequence[int], start: int, end: int) -> tuple[tuple[float, ...], ...]:
-    """For each checkpoint the lr_steps of the steps in (start, end] that are nearest to it, for each parameter group.
-
-    Step t goes from parameters t - 1 to t, so a checkpoint after s steps is nearest to those around s.
-    """
-    steps = [trajectory.steps[index] for index in checkpoints]
-    middles = [(earlier + later) // 2 for earlier, later in pairwise(steps)]
-    bounds = [start, *middles, end]
+    """For each checkpoint the lr_steps of the steps in (start, end] nearest to it, for each parameter group."""
+    bounds = nearest_bounds([trajectory.steps[index] for index in checkpoints], start, end)
     return tuple(trajectory.lr_steps(low, high) for low, high in pairwise(bounds))
 
 

@@ -43,7 +43,7 @@ from .per_step import (
 )
 from .recorded import Recorded, read_counts, read_recorded
 from .recording_folder import STAGES, check_stage, read_description, stage_names
-from .sampling import check_example_weights, nearest_bounds, weights_at_checkpoints
+from .sampling import example_weights_by_checkpoint, nearest_bounds, weights_at_checkpoints
 
 
 class Trajectory:
@@ -111,17 +111,10 @@ class Trajectory:
         if self._moment_files is not None:
             check_moment_files(self.kinds, len(self._moment_files), len(self))
             check_files(self._moment_files, "file of second moments")
-        self._example_weights = None if example_weights is None else self._weights(example_weights)
+        if example_weights is not None:
+            example_weights = example_weights_by_checkpoint(example_weights, len(self.steps), self.dataset_size)
+        self._example_weights: tuple[Tensor, ...] | None = example_weights
         self._recorded = Recorded()  # of a recording, what its files say besides
-
-    def _weights(self, given: Any) -> tuple[Tensor, ...]:
-        """Example weights at each checkpoint."""
-        rows = [given] * len(self) if torch.as_tensor(given).ndim == 1 else list(given)
-        if len(rows) != len(self):
-            raise TrajectoryError(
-                f"example_weights: {len(rows)} rows for {len(self)} checkpoints. Expected one for each."
-            )
-        return tuple(check_example_weights(row, self.dataset_size) for row in rows)
 
     @classmethod
     def load(cls, directory: str | os.PathLike[str], *, unfinished: bool = False, partial: bool = False) -> Trajectory:
