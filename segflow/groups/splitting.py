@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+from ..arguments import plain, whole_number
 from ..errors import GroupError
 
 
@@ -15,12 +16,12 @@ def places_of(only: Iterable[int | str], labels: Sequence[str]) -> list[int]:
         raise GroupError(f"only={only!r}: expected a list of places or labels of groups.")
     place_of_label, places = {label: place for place, label in enumerate(labels)}, set()
     for given in only:
-        name = given.item() if hasattr(given, "item") else given
-        if not isinstance(name, str | int | np.integer) or isinstance(name, bool):
-            raise GroupError(f"only: found {name!r}, expected the place (a whole number) or label of a group.")
-        place = place_of_label.get(name, -1) if isinstance(name, str) else int(name)
-        if not 0 <= place < len(labels):
-            raise GroupError(f"only: there is no group {name!r}. The {len(labels)} groups are {labels[:8]}...")
+        name, known = plain(given), f"The {len(labels)} groups are {labels[:8]}..."
+        if isinstance(name, str) and name not in place_of_label:
+            raise GroupError(f"only: there is no group {name!r}. {known}")
+        advice = f"Give places or labels of groups. {known}"
+        is_label = isinstance(name, str)
+        place = place_of_label[name] if is_label else whole_number("only", name, GroupError, 0, len(labels) - 1, advice)
         places.add(place)
     return sorted(places)
 
