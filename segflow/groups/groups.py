@@ -239,7 +239,7 @@ class Groups:
             ('book', 'web/0', 'web/1')
         """
         size = whole_number("size", size, GroupError, 1, advice=f"It counts examples, of {self.length}.")
-        chosen = range(len(self)) if only is None else places_of(only, self.labels)
+        chosen = range(len(self)) if only is None else sorted(set(places_of("only", only, self.labels, GroupError)))
         how = KMeans(seed=seed)
         rows = None if features is None else self._whitened(features, whiten, how.memory)
         part_N, ranks = np.zeros(self.length, dtype=np.int64), current()

@@ -341,9 +341,9 @@ def test_the_batch_size_is_recorded_where_it_is_given(tmp_path: Path) -> None:
 @pytest.mark.parametrize("given", [0, -1, 2.5, "6", True])
 def test_a_batch_size_that_is_no_count_is_refused(tmp_path: Path, given: Any) -> None:
     model = mlp()
-    with pytest.raises(sf.TrajectoryError, match=r"batch_size=.*expected the number of examples in one optimizer step"):
+    with pytest.raises(sf.TrajectoryError, match=r"batch_size=.*expected a whole number, at least 1"):
         run(tmp_path, SGD(model.parameters(), lr=0.1), model, random_gradients, 4, batch_size=given)
-    with pytest.raises(sf.TrajectoryError, match=r"batch_size=.*expected the number of examples in one optimizer step"):
+    with pytest.raises(sf.TrajectoryError, match=r"batch_size=.*expected a whole number, at least 1"):
         trajectory_of(tmp_path, perturbed_states(model, 1), N, batch_size=given)
 
 
