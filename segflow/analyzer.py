@@ -13,11 +13,12 @@ import numpy as np
 from torch import nn
 
 from . import checks
+from .arguments import names, real_number
 from .curvature.fitted_factors import FittedFactors, checkpoint_statistics
 from .curvature.fitting import FactorFitter
 from .curvature.fitting_needs import Needs, check_needs, fitting_needs
-from .data.batches import Collate
-from .errors import ScoreError, SegflowError, check_choice
+from .data.batches import Collate, checked_batch_size
+from .errors import ScoreError, TaskError, check_choice
 from .groups.features import check_kind, example_features
 from .groups.groups import Groups, check_groups
 from .methods.method import Cuts, Method, check_cuts, describe, is_automatic, uncut
@@ -90,7 +91,7 @@ class Analyzer:
         curvature_examples: int | None = None,
     ):
         runs = [trajectory] if isinstance(trajectory, Trajectory) else list(trajectory)
-        check_arguments(runs, method, memory, curvature_examples)
+        check_arguments(runs, method)
         self.method = method if method is not None else Source()
         describe(self.method)  # refuses now what is no dataclass of plain options
         ranks = current()
@@ -128,6 +129,7 @@ class Analyzer:
         Raises:
             TaskError, LayerError, TrajectoryError: naming the fault.
         """
+        tolerance = real_number("curvature_tolerance", curvature_tolerance, TaskError, 1, finite=False)
         trains = self._by_stage(train)
         given = [place for place, data in enumerate(trains) if data is not None]
         reports: dict[str, checks.CheckReport] = {}
@@ -139,7 +141,7 @@ class Analyzer:
             for context, data in zip(self.runs[0], trains, strict=True):
                 if data is not None:
                     of_stage = query if context is self.context else None
-                    report = checks.check_stage(context, data, of_stage, curvature_tolerance)
+                    report = checks.check_stage(context, data, of_stage, tolerance)
                     reports[context.trajectory.stage] = report
         *earlier, last = reports.items()
         return replace(last[1], earlier=dict(earlier))
@@ -161,7 +163,7 @@ class Analyzer:
             RankError: another process of this run failed, died, or was given something else.
             LayerError, TaskError, FactorError: a layer is never reached, or numbers are not finite.
         """
-        batch_size = _batch_size(batch_size)
+        batch_size = checked_batch_size(batch_size)
         trains = self._by_stage(train)
         if not self._automatic and not any(
             fitting_needs(self._plans(contexts, trains, None)) for contexts in self.runs
@@ -203,7 +205,7 @@ class Analyzer:
         batch_size: int = 128,
         stage: str | None = None,
         query_labels: Sequence[object] | None = None,
-        keep: Collection[str] = (),
+        keep: str | Collection[str] = (),
     ) -> Scores:
         """Score groups of training data against queries.
 
@@ -225,13 +227,13 @@ class Analyzer:
             StoreError: `fit` has not run with this store, or for something else.
             GroupError, ScoreError, TrajectoryError: groups, queries or training data do not fit.
         """
-        for part in keep:
+        for part in (keep := names("keep", keep, ScoreError)):
             check_choice("keep", part, ("term", "layer", "run"), ScoreError)
-        batch_size, trains = _batch_size(batch_size), self._by_stage(train)
+        batch_size, trains = checked_batch_size(batch_size), self._by_stage(train)
         place = scored_stage(self.runs[0], stage, trains)
         check_groups(groups, self.context.run.stages[place].dataset_size)
         queries = query_set(query)
-        labels = queries.labels if query_labels is None else tuple(map(str, query_labels))
+        labels = queries.labels if query_labels is None else names("query_labels", query_labels, ScoreError)
         if len(labels) != len(queries):
             raise ScoreError(f"{len(labels)} query labels for {len(queries)} queries: expected one for each.")
         of_runs: list[RunParts] = []
@@ -273,7 +275,7 @@ class Analyzer:
         Raises:
             LayerError, TaskError: the layer or the model's input has no such features, or they are not finite.
         """
-        batch_size = _batch_size(batch_size)
+        batch_size = checked_batch_size(batch_size)
         check_kind(of, layer)
         data = self._by_stage(train)[-1]
         with self._call("features", store=False, batch_size=batch_size, asked=[of, layer]):
@@ -356,9 +358,3 @@ class Analyzer:
     def _by_stage(self, train: Any) -> list[Any]:
         """The training data of each stage, None where it is not given."""
         return training_data(self.runs, train)
-
-
-def _batch_size(given: int) -> int:
-    if given < 1 or int(given) != given:
-        raise SegflowError(f"batch_size={given}: expected at least 1, a whole number.")
-    return int(given)

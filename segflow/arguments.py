@@ -92,7 +92,7 @@ def real_number(
     raise error(_refusal(name, value, expected, advice))
 
 
-def truth(name: str, value: object, error: type[Exception]) -> bool:
+def truth(name: str, value: object, error: type[Exception], advice: str = "") -> bool:
     """The value as a bool; `error` for anything but True and False (of Python, of NumPy, or in a tensor).
 
     Example:
@@ -101,7 +101,7 @@ def truth(name: str, value: object, error: type[Exception]) -> bool:
     """
     found = plain(value)
     if not isinstance(found, bool):
-        raise error(_refusal(name, value, "True or False"))
+        raise error(_refusal(name, value, "True or False", advice))
     return found
 
 
@@ -120,16 +120,14 @@ def real_numbers(name: str, values: object, error: type[Exception], advice: str 
 
 
 def names(name: str, values: object, error: type[Exception]) -> tuple[str, ...]:
-    """A sequence of names as text, where a plain string is one name; `error` for anything else.
+    """A sequence of names as text, where a plain string is one name and numbers count as text; `error` for others.
 
     Example:
-        >>> names("keep", "layer", ValueError)
-        ('layer',)
+        >>> names("keep", "layer", ValueError), names("labels", [1, 2], ValueError)
+        (('layer',), ('1', '2'))
     """
     given = (values,) if isinstance(values, str) else _members(name, values, error, "a name or a sequence of names")
-    if not all(isinstance(member, str) for member in given):
-        raise error(_refusal(name, values, "a name or a sequence of names"))
-    return tuple(map(str, given))
+    return tuple(str(plain(member)) for member in given)
 
 
 def _number(value: object) -> Any:

@@ -7,7 +7,6 @@ rooms share stand at the end.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from numbers import Integral
 
 
 class SegflowError(Exception):
@@ -48,11 +47,6 @@ class GroupError(SegflowError):
 
 class ScoreError(SegflowError):
     """Scores cannot be computed, combined, judged or shown as asked. Raised by the rooms from `scoring` on."""
-
-
-def is_whole(value: object, least: int) -> bool:
-    """Whether the value is a whole number (and no bool) of at least `least`."""
-    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= least
 
 
 def check_choice(option: str, value: object, choices: Iterable[str], error: type[SegflowError]) -> None:

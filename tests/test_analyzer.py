@@ -386,7 +386,7 @@ def test_arguments_of_another_kind_are_named(tmp_path: Path) -> None:
         (sf.TaskError, "the task is the class FixedLabels", (FixedLabels, trajectory), {}),
         (
             sf.SegflowError,
-            "memory='2GB': expected a whole number of bytes",
+            "memory='2GB': expected a whole number, at least 1. It counts bytes",
             (FixedLabels(), trajectory),
             {"memory": "2GB"},
         ),

@@ -141,7 +141,8 @@ def test_a_plain_string_is_one_name() -> None:
     assert names("keep", "layer", ValueError) == names("keep", {"layer"}, ValueError) == ("layer",)
     assert names("keep", np.array(["layer", "run"]), ValueError) == ("layer", "run")
     assert type(names("keep", np.str_("layer"), ValueError)[0]) is str
-    for wrong in (3, [3], {"layer": 1}, None):
+    assert names("labels", torch.tensor([1, 2]), ValueError) == ("1", "2")
+    for wrong in (3, {"layer": 1}, None, np.array("layer")):
         with pytest.raises(ValueError, match=r"^keep=.*: expected a name or a sequence of names"):
             names("keep", wrong, ValueError)
 

@@ -351,7 +351,7 @@ def test_a_tighter_tolerance_refuses_a_slightly_wrong_scale(tmp_path: Path) -> N
 
 @pytest.mark.parametrize("tolerance", [0.0, 0.9, float("nan")])
 def test_a_tolerance_below_one_is_refused(tmp_path: Path, tolerance: float) -> None:
-    with pytest.raises(sf.TaskError, match=f"curvature_tolerance={tolerance}: expected a factor of at least 1"):
+    with pytest.raises(sf.TaskError, match=f"curvature_tolerance={tolerance}: expected a number, at least 1"):
         _check(tmp_path, TaskOf(), curvature_tolerance=tolerance)
 
 

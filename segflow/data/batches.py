@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
+from ..arguments import shown, whole_number
 from ..errors import SegflowError, TaskError
 from ..runtime.sharding import to_device
 
@@ -74,13 +75,22 @@ def _contents(dataset: Any, lists: list[list[int]], collate_fn: Collate | None) 
 
 def in_order(length: int, batch_size: int) -> list[range]:
     """Lists of indices that walk a dataset of `length` examples once and in order, `batch_size` at a time."""
-    if batch_size < 1:
-        raise SegflowError(f"batch_size={batch_size}: expected at least 1.")
-    return [range(start, min(start + batch_size, length)) for start in range(0, length, batch_size)]
+    size = checked_batch_size(batch_size)
+    return [range(start, min(start + size, length)) for start in range(0, length, size)]
+
+
+def checked_batch_size(given: object) -> int:
+    """The option `batch_size`; SegflowError unless it is a whole number from 1."""
+    return whole_number("batch_size", given, SegflowError, 1, advice="It counts examples, such as 128.")
 
 
 def dataset_length(dataset: Any, role: str) -> int:
     """The dataset's length; TaskError if it has none, is not indexed, or is empty. role: names it in errors."""
+    if isinstance(dataset, Mapping) and 0 not in dataset:
+        raise TaskError(
+            f"the {role} dataset is a {type(dataset).__name__} with the keys {shown(list(dataset))}. Expected one "
+            "dataset, whose examples are numbered from 0: give one of the mapping's, or a list of examples."
+        )
     try:
         length = len(dataset)
     except TypeError:

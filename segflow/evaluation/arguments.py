@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable
-from numbers import Real
-
 import numpy as np
 from torch import Tensor
 
@@ -36,11 +32,3 @@ def as_measurements(given: np.ndarray | Tensor) -> np.ndarray:
     if not np.isfinite(measured).all():
         raise ScoreError("measurements are not finite. Look for a retraining that diverged.")
     return measured
-
-
-def finite_numbers(name: str, given: object) -> tuple[float, ...]:
-    """A sequence of finite numbers as a tuple; ScoreError, by the option's name, for anything else."""
-    numbers = tuple(given) if isinstance(given, Iterable) else (None,)
-    if not all(isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value) for value in numbers):
-        raise ScoreError(f"{name}={given!r}: expected a sequence of finite numbers. Give one number as [number].")
-    return numbers

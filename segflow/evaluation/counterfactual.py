@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..errors import ScoreError, is_whole
+from ..arguments import whole_numbers
+from ..errors import ScoreError
 from ..report.row import Estimate, Row
 from ..report.table import Table
 from ..results.scores import Scores
-from .arguments import finite_numbers
 from .retraining.bank import Training
 from .retraining.reuse import RetrainingOptions, Retrainings
 from .series import (
@@ -114,10 +114,11 @@ def removal_counterfactual(
 
 
 def _checked_counts(given: Sequence[int], examples: int) -> list[int]:
-    counts = finite_numbers("counts", given)
-    if not counts or not all(is_whole(n, 1) and n < examples for n in counts) or len(set(counts)) < len(counts):
-        raise ScoreError(f"counts={counts} of {examples} examples: expected some, each once, from 1 to {examples - 1}.")
-    return [int(count) for count in counts]
+    advice = f"Remove some of the {examples} examples, but not all."
+    counts = whole_numbers("counts", given, ScoreError, 1, examples - 1, advice)
+    if not counts or len(set(counts)) < len(counts):
+        raise ScoreError(f"counts={counts} of {examples} examples: expected one or more, each of them once.")
+    return list(counts)
 
 
 def _interval(name: str, values: np.ndarray) -> Estimate:

@@ -17,16 +17,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import ScoreError, is_whole
+from ..arguments import real_numbers, whole_number
+from ..errors import ScoreError
 from ..report.row import Row
 from ..report.table import Table
 from ..results.scores import Scores
-from .arguments import as_measurements, as_subsets, finite_numbers
+from .arguments import as_measurements, as_subsets
 from .retraining.bank import Training
 from .retraining.pool import random_subsets
 from .retraining.reuse import RetrainingOptions, Retrainings
 from .series import CEILING, RANDOM, Series, check_examples, over_examples, values_of
-from .statistics import CONFIDENCE, noise_ceiling, quantile_interval, resampled_correlations, spearman
+from .statistics import CONFIDENCE, Bootstrap, noise_ceiling, quantile_interval, resampled_correlations, spearman
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -90,10 +91,12 @@ def linear_datamodeling_score(
         >>> linear_datamodeling_score(scores, kept, [[4.0], [2.0], [1.0], [6.0]]).mean
         1.0
     """
+    bootstrap = Bootstrap(confidence, resamples, seed)
     predicted, measured = _predicted_and_measured(scores, subsets, measurements)
     correlations = spearman(predicted, measured)
-    (means,) = resampled_correlations([predicted], measured, resamples, seed, confidence)
-    return LinearDatamodelingScore(correlations, *quantile_interval(correlations.mean(), means, confidence), confidence)
+    (means,) = resampled_correlations([predicted], measured, bootstrap)
+    interval = quantile_interval(correlations.mean(), means, bootstrap.confidence)
+    return LinearDatamodelingScore(correlations, *interval, bootstrap.confidence)
 
 
 @dataclass(frozen=True)
@@ -138,13 +141,13 @@ def linear_datamodeling_difference(
         >>> linear_datamodeling_difference(good, bad, kept, [[4.0], [2.0], [1.0], [6.0]]).mean
         2.0
     """
+    bootstrap = Bootstrap(confidence, resamples, seed)
     predicted_first, measured = _predicted_and_measured(first, subsets, measurements)
     predicted_second, _ = _predicted_and_measured(second, subsets, measurements)
     differences = spearman(predicted_first, measured) - spearman(predicted_second, measured)
-    means = resampled_correlations([predicted_first, predicted_second], measured, resamples, seed, confidence)
-    return LinearDatamodelingDifference(
-        differences, *quantile_interval(differences.mean(), means[0] - means[1], confidence), confidence
-    )
+    means = resampled_correlations([predicted_first, predicted_second], measured, bootstrap)
+    interval = quantile_interval(differences.mean(), means[0] - means[1], bootstrap.confidence)
+    return LinearDatamodelingDifference(differences, *interval, bootstrap.confidence)
 
 
 def _predicted_and_measured(
@@ -217,20 +220,20 @@ def linear_datamodeling_curve(
     series, N = over_examples(scores)
     retrainings = Retrainings(training, folder, **options)
     check_examples(training, N)
-    _check_ratios(ratios := finite_numbers("ratios", ratios), N)
-    if not is_whole(subsets, 3) or not is_whole(resamples, 1):
-        raise ScoreError(f"subsets={subsets}, resamples={resamples}: expected at least 3 subsets and 1 resample.")
+    _check_ratios(ratios := real_numbers("ratios", ratios, ScoreError), N)
+    subsets = whole_number("subsets", subsets, ScoreError, 3, advice="It counts retrained subsets, to rank.")
     like = next(iter(series.values()))[0]
     seed = retrainings.seed
+    bootstrap = Bootstrap(CONFIDENCE, resamples, seed)
     random_scores = [_random_scores(like, [seed, draw]) for draw in range(_RANDOM_SERIES)]
     rows: dict[str, list[Row]] = {name: [] for name in (*series, RANDOM, CEILING)}
     for place, ratio in enumerate(ratios):
         kept = random_subsets(subsets, N, ratio, seed * len(ratios) + place)
         measured_MRQ = retrainings.measured(kept)
         for name, runs in {**series, RANDOM: random_scores}.items():
-            rows[name].append(_row(name, ratio, runs, kept, measured_MRQ.mean(1), (resamples, seed)))
+            rows[name].append(_row(name, ratio, runs, kept, measured_MRQ.mean(1), bootstrap))
         if retrainings.repetitions > 1:
-            rows[CEILING].append(_ceiling_row(ratio, measured_MRQ, resamples, seed))
+            rows[CEILING].append(_ceiling_row(ratio, measured_MRQ, bootstrap))
     settings = {
         **retrainings.settings(series),
         "interval": _INTERVAL,
@@ -238,7 +241,7 @@ def linear_datamodeling_curve(
         "queries": len(like.query_labels),
         "subsets": subsets,
         "random_draws": _RANDOM_SERIES,
-        "resamples": resamples,
+        "resamples": bootstrap.resamples,
     }
     return Table(
         "Linear datamodeling score",
@@ -265,23 +268,24 @@ def _row(
     runs: Sequence[Scores],
     kept: np.ndarray,
     measured_MQ: np.ndarray,
-    bootstrap: tuple[int, int],
+    bootstrap: Bootstrap,
 ) -> Row:
-    """The score of one series at one ratio, averaged over its runs. bootstrap: its resamples and its seed."""
+    """The score of one series at one ratio, averaged over its runs."""
     predictions = [_predicted_and_measured(run, kept, measured_MQ)[0] for run in runs]
     score_Q = np.mean([spearman(predicted_MQ, measured_MQ) for predicted_MQ in predictions], axis=0)
-    means = resampled_correlations(predictions, measured_MQ, *bootstrap, CONFIDENCE).mean(0)
+    means = resampled_correlations(predictions, measured_MQ, bootstrap).mean(0)
     return Row(name, ratio, *quantile_interval(float(score_Q.mean()), means), tuple(score_Q))
 
 
-def _ceiling_row(ratio: float, measured_MRQ: np.ndarray, resamples: int, seed: int) -> Row:
+def _ceiling_row(ratio: float, measured_MRQ: np.ndarray, bootstrap: Bootstrap) -> Row:
     M, _, Q = measured_MRQ.shape
-    ceiling, generator = noise_ceiling(measured_MRQ, seed=seed), np.random.default_rng(seed)
+    ceiling = noise_ceiling(measured_MRQ, seed=bootstrap.seed)
+    generator = np.random.default_rng(bootstrap.seed)
     draws = [
         noise_ceiling(
             measured_MRQ[generator.integers(0, M, M)][:, :, generator.integers(0, Q, Q)], splits=_SPLITS
         ).ceiling
-        for _ in range(resamples)
+        for _ in range(bootstrap.resamples)
     ]
     ceiling_Q = np.sqrt(np.clip(ceiling.per_query, 0, None))
     return Row(CEILING, ratio, *quantile_interval(ceiling.ceiling, np.array(draws)), tuple(ceiling_Q))

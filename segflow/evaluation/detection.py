@@ -16,11 +16,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch import Tensor
 
-from ..errors import ScoreError, is_whole
+from ..arguments import real_numbers, truth, whole_number
+from ..errors import ScoreError
 from ..report.row import Estimate, Row
 from ..report.table import Table
 from ..results.scores import Scores
-from .arguments import as_array, as_booleans, finite_numbers
+from .arguments import as_array, as_booleans
 from .series import PERFECT, RANDOM, Series, over_examples, values_of
 from .statistics import exactly, quantile_interval
 
@@ -46,9 +47,8 @@ def found_among_lowest(ranking: np.ndarray | Tensor, wrong: np.ndarray | Tensor,
         2
     """
     ranked, is_wrong = _checked_pair(ranking, wrong)
-    size = int(is_wrong.sum()) if count is None else count
-    if size < 0:
-        raise ScoreError(f"count={count}: expected how many examples to look at.")
+    advice = "It counts the examples to look at."
+    size = int(is_wrong.sum()) if count is None else whole_number("count", count, ScoreError, advice=advice)
     return int(is_wrong[np.argsort(ranked, kind="stable")[:size]].sum())
 
 
@@ -137,11 +137,11 @@ def noisy_label_detection(
         (0.875, 0.875)
     """
     series, N = over_examples(scores)
-    points = np.array(finite_numbers("shares", shares))
-    if not is_whole(seed, 0):
-        raise ScoreError(f"seed={seed}: expected a whole number that is not negative.")
-    if not points.size or not ((points > 0) & (points <= 1)).all() or not is_whole(resamples, 1):
-        raise ScoreError(f"shares={tuple(shares)}, resamples={resamples}: expected 0 < share <= 1, and 1 or more.")
+    points = np.array(real_numbers("shares", shares, ScoreError))
+    seed, resamples = whole_number("seed", seed, ScoreError), whole_number("resamples", resamples, ScoreError, 1)
+    largest = truth("largest", largest, ScoreError)
+    if not points.size or not ((points > 0) & (points <= 1)).all():
+        raise ScoreError(f"shares={tuple(points.tolist())}: expected 0 < share <= 1, one share or more.")
     sign = -1.0 if largest else 1.0
     rankings = {
         name: [_Ranking.of(*_checked_pair(sign * values_of(run).sum(0), wrong)) for run in runs]

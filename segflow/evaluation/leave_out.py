@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..errors import ScoreError, is_whole
+from ..arguments import shown, whole_number
+from ..errors import ScoreError
 from ..groups.groups import Groups
+from ..groups.splitting import places_of
 from ..report.row import Row
 from ..report.table import Table
 from .retraining.bank import Training
@@ -69,8 +71,7 @@ def leave_one_group_out(
             run.check_groups(groups, "leave_one_group_out: groups")
     retrainings = Retrainings(training, folder, **options)
     check_examples(training, groups.length)
-    if not is_whole(resamples, 1):
-        raise ScoreError(f"resamples={resamples}: expected at least one, a whole number.")
+    resamples = whole_number("resamples", resamples, ScoreError, 1)
     places = _places(groups, chosen)
     kept = np.stack([_without(groups, place) for place in places])
     whole_RQ = retrainings.nothing_removed(groups.length)
@@ -108,16 +109,12 @@ def leave_one_group_out(
 
 def _places(groups: Groups, chosen: Sequence[int | str] | None) -> list[int]:
     """The chosen groups' places."""
-    wanted = list(range(len(groups)) if chosen is None else chosen)
-    places = [groups.labels.index(group) if group in groups.labels else group for group in wanted]
-    known = [isinstance(place, int | np.integer) and 0 <= place < len(groups) for place in places]
-    if not all(known) or not places or len(set(places)) < len(places):
-        wrong = next((group for group, is_known in zip(wanted, known, strict=True) if not is_known), wanted)
-        raise ScoreError(
-            f"chosen: {wrong!r}; expected labels of groups, or places from 0 to {len(groups) - 1}, each once. "
-            f"The labels are {list(groups.labels[:8])}..."
-        )
-    return [int(place) for place in places]
+    if chosen is None:
+        return list(range(len(groups)))
+    places = places_of("chosen", chosen, groups.labels, ScoreError)
+    if not places or len(set(places)) < len(places):
+        raise ScoreError(f"chosen={shown(chosen)}: expected one or more of the groups, each of them once.")
+    return places
 
 
 def _without(groups: Groups, place: int) -> np.ndarray:

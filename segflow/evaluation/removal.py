@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..arguments import real_numbers, settle, truth, whole_number
 from ..errors import ScoreError, check_choice
 from ..report.row import Row
 from ..report.table import Table
 from ..results.scores import Scores
-from .arguments import finite_numbers
 from .retraining.bank import Training
 from .retraining.reuse import RetrainingOptions, Retrainings
 from .series import (
@@ -59,9 +59,10 @@ def removal_order(scores: Scores, largest: bool = True, seed: int = 0, absolute:
         >>> removal_order(scores), removal_order(scores, largest=False), removal_order(scores, absolute=True)
         (array([2, 0, 1]), array([1, 0, 2]), array([1, 2, 0]))
     """
+    falling, seed = truth("largest", largest, ScoreError), whole_number("seed", seed, ScoreError)
     values_QN = values_of(scores)
-    summed = np.abs(values_QN.sum(0)) if absolute else values_QN.sum(0)
-    return ordered(summed if largest else -summed, values_QN, [seed])
+    summed = np.abs(values_QN.sum(0)) if truth("absolute", absolute, ScoreError) else values_QN.sum(0)
+    return ordered(summed if falling else -summed, values_QN, [seed])
 
 
 def retraining_score(
@@ -101,8 +102,8 @@ def retraining_score(
     """
     curve = _Curve(
         "Retraining score: the most important examples removed",
-        finite_numbers("shares", shares),
-        largest,
+        True,
+        shares,
         largest,
         summary,
     )
@@ -134,21 +135,29 @@ def dataset_pruning(
     Raises:
         ScoreError: as for `retraining_score`.
     """
-    curve = _Curve(
-        "Pruning: the least important examples removed", finite_numbers("shares", shares), not largest, largest, summary
-    )
+    curve = _Curve("Pruning: the least important examples removed", False, shares, largest, summary)
     return _table(curve, scores, Retrainings(training, folder, **options))
 
 
 @dataclass(frozen=True)
 class _Curve:
-    """What a task removes and shows. largest_first: the order of removal; largest: as the caller gave it."""
+    """What a task removes and shows; most_important: remove the most important examples first, or the least."""
 
     title: str
-    shares: tuple[float, ...]
-    largest_first: bool
+    most_important: bool
+    shares: Sequence[float]
     largest: bool
     summary: str
+
+    def __post_init__(self) -> None:
+        settle(self, shares=real_numbers("shares", self.shares, ScoreError))
+        settle(self, largest=truth("largest", self.largest, ScoreError))
+        check_choice("summary", self.summary, ("mean", "positive"), ScoreError)
+
+    @property
+    def largest_first(self) -> bool:
+        """The order of removal, by the scores."""
+        return self.largest == self.most_important
 
     def counts(self, examples: int) -> list[int]:
         """How many examples each share is; ScoreError for none or all."""
@@ -172,7 +181,6 @@ class _Curve:
 
 
 def _table(curve: _Curve, scores: Series, retrainings: Retrainings) -> Table:
-    check_choice("summary", curve.summary, ("mean", "positive"), ScoreError)
     series, N = over_examples(scores)
     check_examples(retrainings.training, N)
     counts, repetitions, seed = curve.counts(N), retrainings.repetitions, retrainings.seed

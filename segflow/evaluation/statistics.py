@@ -16,6 +16,7 @@ from statistics import NormalDist
 import numpy as np
 from torch import Tensor
 
+from ..arguments import real_number, settle, whole_number
 from ..errors import ScoreError
 from ..report.row import Estimate
 from .arguments import as_measurements
@@ -114,24 +115,35 @@ def pearson(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     return np.where(constant, np.nan, correlations)
 
 
-def resampled_correlations(
-    predictions: list[np.ndarray], measured: np.ndarray, resamples: int, seed: int, confidence: float
-) -> np.ndarray:
+@dataclass(frozen=True)
+class Bootstrap:
+    """How intervals are drawn; ScoreError, by an option's name, where one makes no sense."""
+
+    confidence: float
+    resamples: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        settle(
+            self,
+            confidence=real_number("confidence", self.confidence, ScoreError, above=0, below=1),
+            resamples=whole_number("resamples", self.resamples, ScoreError, 1),
+            seed=whole_number("seed", self.seed, ScoreError),
+        )
+
+
+def resampled_correlations(predictions: list[np.ndarray], measured: np.ndarray, bootstrap: Bootstrap) -> np.ndarray:
     """[predictions, resamples]: mean Spearman correlations with what was measured, on the same draws for all.
 
     Each draw is of both subsets and queries, which scipy's `bootstrap` does not do.
 
     Args:
         predictions: each [M, Q]; measured: [M, Q].
-        resamples, seed: of the draws.
-        confidence: of the interval that the caller makes of them, checked here.
 
     Raises:
-        ScoreError: an option makes no sense, or no draw has ranks.
+        ScoreError: no draw has ranks.
     """
-    if not 0 < confidence < 1 or resamples < 1:
-        raise ScoreError(f"confidence={confidence}, resamples={resamples}: expected 0 < confidence < 1 and 1 or more.")
-    generator = np.random.default_rng(seed)
+    resamples, generator = bootstrap.resamples, np.random.default_rng(bootstrap.seed)
     M, Q = measured.shape
     means = np.full((len(predictions), resamples), np.nan)
     for number in range(resamples):
@@ -187,11 +199,12 @@ def noise_ceiling(measured: np.ndarray | Tensor, *, splits: int = 100, seed: int
         >>> bool(abs(ceiling.reliability - 4 / 5) < 0.04), bool(abs(ceiling.ceiling - 0.8**0.5) < 0.03)
         (True, True)
     """
+    splits, seed = whole_number("splits", splits, ScoreError, 1), whole_number("seed", seed, ScoreError)
     values_MRQ = as_measurements(measured)
-    if values_MRQ.ndim != 3 or values_MRQ.shape[0] < 3 or values_MRQ.shape[1] < 2 or splits < 1:
+    if values_MRQ.ndim != 3 or values_MRQ.shape[0] < 3 or values_MRQ.shape[1] < 2:
         raise ScoreError(
-            f"measured {values_MRQ.shape}, splits={splits}: expected [M, R, Q] of at least 3 subsets and 2 "
-            "repetitions, and at least one split. Do not average over the repetitions."
+            f"measured {values_MRQ.shape}: expected [M, R, Q] of at least 3 subsets and 2 repetitions. Do not average "
+            "over the repetitions."
         )
     R = values_MRQ.shape[1]
     correlations = []

@@ -5,25 +5,29 @@ Axes: N examples, C columns.
 
 from __future__ import annotations
 
-import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
+from ..arguments import shown
 from ..errors import GroupError
 
 
-def coded(columns: Sequence[Iterable[object]]) -> tuple[list[list[object]], np.ndarray]:
+def coded(columns: Sequence[Any]) -> tuple[list[list[object]], np.ndarray]:
     """Each column's distinct labels in order, and the place of each example's label among them, [C, N].
+
+    columns: each has a label for each example; a data frame, or a mapping of lists, counts as its columns.
 
     Raises:
         GroupError: there is no column, columns differ in length, or a label cannot name a group.
     """
-    if not columns:
+    flat = [column for given in columns for column in columns_of(given)]
+    if not flat:
         raise GroupError("no column of labels was given. Expected one label for each example.")
     distinct, codes = [], []
-    for column in columns:
+    for column in flat:
         labels, ordered = _read(column)
         place = {label: index for index, label in enumerate(ordered)}
         distinct.append(ordered)
@@ -34,16 +38,38 @@ def coded(columns: Sequence[Iterable[object]]) -> tuple[list[list[object]], np.n
     return distinct, np.stack(codes)
 
 
+def columns_of(given: Any) -> list[Any]:
+    """The columns of a data frame or a mapping; of anything else, which is a column, itself."""
+    columns = getattr(given, "column_names", getattr(given, "columns", None))  # pandas, polars, pyarrow, datasets
+    if columns is None:
+        return list(given.values()) if isinstance(given, Mapping) else [given]
+    return [given[name] for name in columns]
+
+
 def _read(column: Iterable[object]) -> tuple[list[object], list[object]]:
     """A column's labels as plain numbers and strings, and the distinct ones of them in order."""
+    if isinstance(column, str | bytes):
+        raise GroupError(f"labels={shown(column)}: expected a list, with one label for each example.")
     try:
         labels = [label.item() if hasattr(label, "item") else label for label in column]
         ordered = sorted(set(labels), key=lambda label: (str(type(label)), label))  # type: ignore[arg-type, return-value]
     except (TypeError, ValueError, RuntimeError) as problem:  # unhashable, unordered, or an array
         raise GroupError(f"a label cannot name a group ({problem}). Expected numbers or strings.") from problem
-    if any(isinstance(label, float) and math.isnan(label) for label in ordered):
-        raise GroupError("a label is NaN, which equals nothing. Give such examples a label of their own.")
+    if missing := [label for label in ordered if _is_missing(label)]:
+        example = next(place for place, label in enumerate(labels) if label is missing[0])
+        raise GroupError(
+            f"example {example}'s label is {missing[0]}, which stands for none. Give such examples a label "
+            "of their own, as pandas' fillna does."
+        )
     return labels, ordered
+
+
+def _is_missing(label: object) -> bool:
+    """Whether the label stands for none: NaN, and what else does not equal itself (NaT, pandas' NA)."""
+    try:
+        return bool(label != label)  # noqa: PLR0124
+    except (TypeError, ValueError):
+        return True
 
 
 def combination_names(combinations: Sequence[Sequence[object]]) -> list[str]:

@@ -5,7 +5,7 @@ Axes: N training examples, K groups, C columns of labels, D features.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..errors import GroupError, is_whole
+from ..arguments import names, settle, shown, truth, whole_number
+from ..errors import GroupError
 from ..runtime.ranks import current
 from .columns import coded, combination_names
 from .kmeans import KMeans, cluster
@@ -45,7 +46,9 @@ class Groups:
     partial: bool = False
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "members", tuple(_indices(member) for member in self.members))
+        settle(self, members=tuple(_indices(member) for member in self.members), labels=tuple(self.labels))
+        settle(self, length=whole_number("length", self.length, GroupError, advice="It counts training examples."))
+        settle(self, partial=truth("partial", self.partial, GroupError))
         if not self.members:
             raise GroupError("no groups were given. Expected at least one.")
         if len(self.labels) != len(self.members):
@@ -103,24 +106,29 @@ class Groups:
     @classmethod
     def from_lists(
         cls,
-        lists: Iterable[Sequence[int] | np.ndarray],
+        lists: Iterable[Sequence[int] | np.ndarray] | Mapping[Any, Sequence[int] | np.ndarray],
         length: int,
         labels: Sequence[object] | None = None,
         partial: bool = False,
     ) -> Groups:
         """Groups from lists of example indices; `length` is the size of the training set.
 
-        Groups are called "group 0", "group 1", ... unless labels are given, which are taken as text. Raises GroupError
-        as `Groups` does.
+        Groups are called "group 0", "group 1", ... unless labels are given, which are taken as text; a mapping
+        {label: list}, such as pandas' `groupby(...).indices`, has its own. Raises GroupError as `Groups` does.
         """
+        if isinstance(lists, Mapping):
+            labels, lists = list(lists) if labels is None else labels, lists.values()
+        if isinstance(lists, str) or not isinstance(lists, Iterable):
+            raise GroupError(f"lists={shown(lists)}: expected a list of example indices for each group.")
         members = tuple(lists)
-        names = [f"group {k}" for k in range(len(members))] if labels is None else labels
-        return cls(members, tuple(map(str, names)), int(length), partial)  # type: ignore[arg-type]
+        called = [f"group {k}" for k in range(len(members))] if labels is None else labels
+        return cls(members, names("labels", list(called), GroupError), length, partial)  # type: ignore[arg-type]
 
     @classmethod
     def singletons(cls, length: int) -> Groups:
         """Every example a group of its own: per-example attribution."""
-        return cls(tuple(np.arange(length)[:, None]), tuple(map(str, range(length))), int(length))
+        examples = range(whole_number("length", length, GroupError, advice="It counts training examples."))
+        return cls(tuple(np.array(examples)[:, None]), tuple(map(str, examples)), len(examples))
 
     @classmethod
     def random(cls, length: int, size: int, seed: int = 0) -> Groups:
@@ -128,20 +136,20 @@ class Groups:
 
         Raises GroupError for a size below 1.
         """
-        if size < 1:
-            raise GroupError(f"size={size}: expected at least 1.")
-        shuffled = np.random.default_rng(seed).permutation(length)
+        length = whole_number("length", length, GroupError, advice="It counts training examples.")
+        size = whole_number("size", size, GroupError, 1, advice="It counts examples.")
+        shuffled = np.random.default_rng(whole_number("seed", seed, GroupError)).permutation(length)
         return cls.from_lists([np.sort(shuffled[start : start + size]) for start in range(0, length, size)], length)
 
     @classmethod
     def by(cls, *columns: Iterable[object]) -> Groups:
         """One group for each distinct label (class, source, annotator, ...), given one label for each example.
 
-        With several columns there is one group for each combination that occurs, called "a / b". Labels that would be
-        the same text are quoted: "1 / 'a'".
+        With several columns there is one group for each combination that occurs, called "a / b"; a data frame, or a
+        mapping of lists, counts as its columns. Labels that would be the same text are quoted: "1 / 'a'".
 
         Raises:
-            GroupError: there is no column, columns differ in length, or a label is NaN or cannot name a group.
+            GroupError: there is no column, columns differ in length, or a label is missing or cannot name a group.
 
         Example:
             >>> Groups.by(["web", "book", "web"], [0, 1, 1]).labels
@@ -150,8 +158,8 @@ class Groups:
         distinct, code_CN = coded(columns)
         codes_CK, group_N = np.unique(code_CN, axis=1, return_inverse=True)
         combinations = [[distinct[column][code] for column, code in enumerate(codes)] for codes in codes_CK.T.tolist()]
-        names = combination_names(combinations)
-        return cls.from_lists(_members(group_N.reshape(-1), len(names)), code_CN.shape[1], names)
+        labels = combination_names(combinations)
+        return cls.from_lists(_members(group_N.reshape(-1), len(labels)), code_CN.shape[1], labels)
 
     @classmethod
     def kmeans(
@@ -230,8 +238,8 @@ class Groups:
             >>> Groups.by(["web", "book", "web"]).split(size=1).labels
             ('book', 'web/0', 'web/1')
         """
-        _count(self.length, size, None)
-        chosen = range(len(self)) if only is None else places_of(only, self.labels)
+        size = whole_number("size", size, GroupError, 1, advice=f"It counts examples, of {self.length}.")
+        chosen = range(len(self)) if only is None else sorted(set(places_of("only", only, self.labels, GroupError)))
         how = KMeans(seed=seed)
         rows = None if features is None else self._whitened(features, whiten, how.memory)
         part_N, ranks = np.zeros(self.length, dtype=np.int64), current()
@@ -240,7 +248,7 @@ class Groups:
                 member = self.members[group]
                 count = -(-len(member) // size)
                 if rows is None:
-                    part_N[member] = random_parts(len(member), count, [seed, group])
+                    part_N[member] = random_parts(len(member), count, [how.seed, group])
                 else:
                     part_N[member] = how.labels(rows.of(member), count)
             part_N = ranks.broadcast(torch.from_numpy(part_N) if ranks.main else None).numpy()
@@ -272,9 +280,9 @@ def check_groups(groups: object, length: int) -> None:
         )
 
 
-def _indices(given: Sequence[int] | np.ndarray) -> np.ndarray:
+def _indices(given: Any) -> np.ndarray:
     try:
-        array = np.asarray(given)
+        array = np.asarray(given.detach().cpu() if isinstance(given, torch.Tensor) else given)
     except ValueError as problem:
         raise GroupError(f"a group must be a list of example indices ({problem}).") from problem
     if array.ndim != 1 or (array.size and not np.issubdtype(array.dtype, np.integer)):
@@ -293,6 +301,6 @@ def _count(length: int, size: int | None, count: int | None) -> int:
     if (size is None) == (count is None):
         raise GroupError(f"size={size}, count={count}: give one of them, the examples in a group or how many groups.")
     name, given = ("size", size) if count is None else ("count", count)
-    if given is None or not is_whole(given, 1) or (name == "count" and given > length):
-        raise GroupError(f"{name}={given!r}: expected a whole number of at least 1, for {length} examples.")
-    return int(given) if name == "count" else -(-length // int(given))
+    most = length if name == "count" else None
+    number = whole_number(name, given, GroupError, 1, most, f"There are {length} examples.")
+    return number if name == "count" else -(-length // number)

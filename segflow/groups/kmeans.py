@@ -16,9 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import GroupError, is_whole
+from ..arguments import real_number, settle, whole_number
+from ..errors import GroupError
 from .whitening import Rows, Whitening, feature_rows
 
+_LARGEST_SEED = 2**32 - 1  # that scikit-learn takes
 _NEAREST = 16  # centres that an example may ask at a time
 _SEEDED_ON = 10_000  # examples that the first centres are drawn from, or ten for each of them
 _MANY = 1000  # centres beyond which each is drawn once
@@ -66,12 +68,12 @@ class KMeans:
     memory: int = 1 << 30
 
     def __post_init__(self) -> None:
-        for name, least in (("max_size", 1), ("iterations", 1), ("memory", 1), ("seed", 0)):
-            given = getattr(self, name)
-            if not is_whole(given, least) and not (given is None and name == "max_size"):
-                raise GroupError(f"{name}={given!r}: expected a whole number of at least {least}.")
-        if not isinstance(self.tolerance, int | float | np.integer | np.floating) or not self.tolerance >= 0:
-            raise GroupError(f"tolerance={self.tolerance!r}: expected a number of 0 or more.")
+        if self.max_size is not None:
+            settle(self, max_size=whole_number("max_size", self.max_size, GroupError, 1, advice="None sets no bound."))
+        for name in ("iterations", "memory"):
+            settle(self, **{name: whole_number(name, getattr(self, name), GroupError, 1)})
+        settle(self, seed=whole_number("seed", self.seed, GroupError, most=_LARGEST_SEED))
+        settle(self, tolerance=real_number("tolerance", self.tolerance, GroupError, 0))
 
     def labels(self, rows: Rows, count: int) -> np.ndarray:
         """The cluster of each row [N], numbered from 0 without gaps: at most `count` (more if `max_size` needs it)."""
@@ -90,7 +92,7 @@ class KMeans:
         if self.max_size is None:
             label_N = nearest(rows if held is None else held, centres_KR, 1)[0][:, 0]
         else:
-            label_N = balanced(rows if held is None else held, centres_KR, int(self.max_size))
+            label_N = balanced(rows if held is None else held, centres_KR, self.max_size)
         return np.unique(label_N, return_inverse=True)[1].reshape(-1)
 
     def _first(self, rows: Rows, count: int) -> Tensor:

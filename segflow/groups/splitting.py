@@ -6,23 +6,26 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from ..errors import GroupError
+from ..arguments import plain, shown, whole_number
+from ..errors import SegflowError
 
 
-def places_of(only: Iterable[int | str], labels: Sequence[str]) -> list[int]:
-    """The places of groups that are named by place or label, in order; GroupError where there is no such group."""
-    if isinstance(only, str) or not isinstance(only, Iterable):
-        raise GroupError(f"only={only!r}: expected a list of places or labels of groups.")
-    place_of_label, places = {label: place for place, label in enumerate(labels)}, set()
-    for given in only:
-        name = given.item() if hasattr(given, "item") else given
-        if not isinstance(name, str | int | np.integer) or isinstance(name, bool):
-            raise GroupError(f"only: found {name!r}, expected the place (a whole number) or label of a group.")
-        place = place_of_label.get(name, -1) if isinstance(name, str) else int(name)
-        if not 0 <= place < len(labels):
-            raise GroupError(f"only: there is no group {name!r}. The {len(labels)} groups are {labels[:8]}...")
-        places.add(place)
-    return sorted(places)
+def places_of(name: str, given: Iterable[int | str], labels: Sequence[str], error: type[SegflowError]) -> list[int]:
+    """The places of groups that an argument names by place or label; `error`, by its name, where there is none such."""
+    place_of_label = {label: place for place, label in enumerate(labels)}
+    there_are = f"The {len(labels)} groups are {shown(list(labels))}."
+    if isinstance(given, str) or not isinstance(given, Iterable):
+        raise error(f"{name}={shown(given)}: expected a list of places or labels of groups. {there_are}")
+    places = []
+    for group in map(plain, given):
+        if isinstance(group, str):
+            if group not in place_of_label:
+                raise error(f"{name}: there is no group {group!r}. {there_are}")
+            places.append(place_of_label[group])
+        else:
+            advice = f"Give places or labels of groups. {there_are}"
+            places.append(whole_number(name, group, error, 0, len(labels) - 1, advice))
+    return places
 
 
 def random_parts(size: int, count: int, seed: Sequence[int]) -> np.ndarray:

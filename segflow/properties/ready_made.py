@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import Subset
 
+from ..arguments import real_number, truth, whole_number
 from ..data.batches import Collate
 from ..data.fingerprints import measurement_fingerprint, task_fingerprint
 from ..errors import TaskError
@@ -102,9 +103,7 @@ class _ClassificationProperty(Property):
 
     def _class_number(self, positive: object) -> int:
         """The number of a class that is given as an option."""
-        if isinstance(positive, bool) or not isinstance(positive, int):
-            raise TaskError(f"{self.name}: positive={positive!r}: expected the number of a class.")
-        return positive
+        return whole_number(f"{self.name}: positive", positive, TaskError, advice="It is the number of a class.")
 
     def _known_class(self, positive: int, p_NC: Tensor) -> int:
         """The same, checked to be one of the model's classes."""
@@ -230,7 +229,7 @@ class EqualisedOddsGap(_RateGap):
 
     def __init__(self, data: Any, attribute: Any, positive: int = 1, worst: bool = False, **options: Any):
         super().__init__(data, attribute, positive, **options)
-        self.worst = worst
+        self.worst = truth(f"{self.name}: worst", worst, TaskError)
 
     def value(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """The gap, 0 or more."""
@@ -256,9 +255,8 @@ class CalibrationError(_ClassificationProperty):
 
     def __init__(self, data: Any, bins: int = 15, temperature: float = 0.01, **options: Any):
         super().__init__(data, **options)
-        if not isinstance(bins, int) or bins < 1 or not temperature > 0:
-            raise TaskError(f"bins={bins}, temperature={temperature}: expected at least 1 bin, and a number above 0.")
-        self.bins, self.temperature = bins, float(temperature)
+        self.bins = whole_number(f"{self.name}: bins", bins, TaskError, 1)
+        self.temperature = real_number(f"{self.name}: temperature", temperature, TaskError, above=0)
 
     def value(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """The error, 0 or more."""

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from ..arguments import real_number, shown, truth, whole_number, whole_numbers
 from ..errors import GroupError
 from ..groups.groups import Groups
 from ..groups.nesting import parents
@@ -58,16 +59,16 @@ class Refinement:
         )
 
 
-def check_options(keep: float, sizes: Sequence[int], largest: bool | None) -> None:
-    """Raise GroupError unless these options of `refine` make sense."""
-    if not isinstance(keep, int | float | np.integer | np.floating) or not 0 < keep <= 1:
-        raise GroupError(f"keep={keep!r}: expected a share above 0, up to 1.")
-    if not (largest is None or isinstance(largest, bool)):
-        raise GroupError(f"largest={largest!r}: expected True, False or None (either sign).")
-    listed = list(sizes) if isinstance(sizes, Sequence | np.ndarray) else []
-    whole = all(isinstance(size, int | np.integer) and size >= 1 for size in listed)
-    if not listed or not whole or listed != sorted(set(listed), reverse=True):
-        raise GroupError(f"sizes={sizes!r}: expected a list of whole numbers of at least 1, each below the one before.")
+def checked_options(
+    keep: float, sizes: Sequence[int], largest: bool | None, seed: int
+) -> tuple[float, tuple[int, ...], bool | None, int]:
+    """The options of `refine`; GroupError unless they make sense."""
+    keep = real_number("keep", keep, GroupError, above=0, most=1, advice="It is the share of groups that are split.")
+    largest = None if largest is None else truth("largest", largest, GroupError, "None takes either sign.")
+    falling = whole_numbers("sizes", sizes, GroupError, 1)
+    if not falling or list(falling) != sorted(set(falling), reverse=True):
+        raise GroupError(f"sizes={shown(sizes)}: expected whole numbers of at least 1, each below the one before.")
+    return keep, falling, largest, whole_number("seed", seed, GroupError)
 
 
 def refine(
@@ -84,7 +85,7 @@ def refine(
 
     score: gives the scores [Q, K] of any groups of the data; ScoreError where they do not add up.
     """
-    check_options(keep, sizes, largest)
+    keep, sizes, largest, seed = checked_options(keep, sizes, largest, seed)
     scores = score(groups)
     check_additive(scores.provenance, "refine")
     levels = [Level(None, len(groups), int(groups.sizes.sum()))]
@@ -102,7 +103,7 @@ def refine(
         if len(new):
             parts = _subset(split, new)
             scores = _replaced(scores, score(parts), split, parent_K, new)
-            levels.append(Level(int(size), len(parts), int(parts.sizes.sum())))
+            levels.append(Level(size, len(parts), int(parts.sizes.sum())))
         groups = split
     return Refinement(groups, scores, tuple(levels), _single_examples(groups, scores, largest))
 

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..arguments import truth, whole_number
 from ..data.fingerprints import digest
 from ..errors import ScoreError
 from ..groups.groups import Groups
@@ -185,7 +186,9 @@ class Scores:
     def top(self, query: int | str = 0, k: int = 10, largest: bool = True) -> list[Ranked]:
         """The k groups whose removal raises the query's measurement most (lowers it most: largest=False)."""
         row = self.values[self._row(query)]
-        order = torch.argsort(row, descending=largest, stable=True)[: max(k, 0)].tolist()
+        falling = truth("largest", largest, ScoreError)
+        count = whole_number("k", k, ScoreError, advice="It counts groups.")
+        order = torch.argsort(row, descending=falling, stable=True)[:count].tolist()
         return [Ranked(index, self.group_labels[index], row[index].item()) for index in order]
 
     def _row(self, query: int | str) -> int:
@@ -193,9 +196,8 @@ class Scores:
             if query not in self.query_labels:
                 raise ScoreError(f"no query {query!r}; the queries are {list(self.query_labels[:8])}...")
             return self.query_labels.index(query)
-        if not -len(self.query_labels) <= query < len(self.query_labels):
-            raise ScoreError(f"query={query}: there are {len(self.query_labels)} queries.")
-        return query
+        count = len(self.query_labels)
+        return whole_number("query", query, ScoreError, -count, count - 1, f"There are {count} queries.")
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write everything to one safetensors file, atomically."""

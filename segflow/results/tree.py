@@ -9,7 +9,9 @@ from itertools import pairwise
 
 import numpy as np
 
+from ..arguments import whole_number
 from ..errors import GroupError
+from ..groups.columns import columns_of
 from ..groups.groups import Groups
 from ..groups.nesting import parents
 from .scores import Scores
@@ -53,7 +55,7 @@ class GroupTree:
 
         Each column has one label for each example; see `Groups.by`.
         """
-        lists = [list(column) for column in columns]
+        lists = [list(column) for given in columns for column in columns_of(given)]
         return cls(tuple(Groups.by(*lists[:count]) for count in range(1, len(lists) + 1)))
 
     @property
@@ -63,11 +65,8 @@ class GroupTree:
 
     def parents(self, level: int) -> np.ndarray:
         """[K]: for each group of a level (1 for the second) the place of its group one level up."""
-        if not 1 <= level < len(self.levels):
-            raise GroupError(
-                f"level={level}: expected 1 to {len(self.levels) - 1}; the coarsest level, 0, has no groups above it."
-            )
-        return self._parents[level - 1].copy()
+        advice = "The coarsest level, 0, has no groups above it."
+        return self._parents[whole_number("level", level, GroupError, 1, len(self.levels) - 1, advice) - 1].copy()
 
     @cached_property
     def _parents(self) -> list[np.ndarray]:

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..arguments import settle, truth, whole_number
 from ..data.batches import Batch, Collate, Indices, batches, dataset_length, weighted
 from ..data.fingerprints import digest, task_fingerprint
-from ..errors import TaskError, TrajectoryError
+from ..errors import SegflowError, TaskError, TrajectoryError
 from ..methods.plan import Point
 from ..model.layers.registry import LayerChoice
 from ..model.layers.tracked import TrackedLayer
@@ -21,13 +22,15 @@ from ..runtime.sharding import is_sharded
 from ..store.shared_store import SharedStore
 from ..training.trajectory import Trajectory
 
+_LARGEST_SEED = 2**63 - 1  # that torch and NumPy take
+
 
 @dataclass(frozen=True)
 class Settings:
     """What all stages of all runs of an analyzer share; see Analyzer for the fields.
 
     collate_fn: one for all stages, or one for each stage's name. curvature_examples: how many examples, drawn at
-    random, curvature is fitted to; None for all.
+    random, curvature is fitted to; None for all. SegflowError, by an option's name, where one makes no sense.
     """
 
     model: nn.Module
@@ -37,6 +40,17 @@ class Settings:
     collate_fn: Collate | Mapping[str, Collate] | None
     progress: bool | None
     curvature_examples: int | None = None
+
+    def __post_init__(self) -> None:
+        settle(self, seed=whole_number("seed", self.seed, SegflowError, most=_LARGEST_SEED))
+        advice = "It counts bytes, such as 2 << 30."
+        settle(self, memory=whole_number("memory", self.memory, SegflowError, 1, advice=advice))
+        if self.progress is not None:
+            settle(self, progress=truth("progress", self.progress, SegflowError))
+        if self.curvature_examples is not None:
+            advice = "It counts examples; None takes all."
+            count = whole_number("curvature_examples", self.curvature_examples, SegflowError, 1, advice=advice)
+            settle(self, curvature_examples=count)
 
 
 @dataclass(frozen=True)

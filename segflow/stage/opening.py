@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from ..errors import MethodError, SegflowError, TrajectoryError, check_choice
+from ..errors import MethodError, TrajectoryError, check_choice
 from ..methods.plan import Plan, spectral
 from ..model.layers.registry import LayerChoice, choose_layers
 from ..tasks.task import check_task, tracked_module_names
@@ -84,8 +84,8 @@ def by_stage(given: Any, names: Sequence[str], what: str) -> list[Any]:
     return [given.get(name) for name in names]
 
 
-def check_arguments(runs: Sequence[Any], method: Any, memory: Any, curvature_examples: Any) -> None:
-    """Raise TrajectoryError, MethodError or SegflowError where an argument of Analyzer is not what is expected."""
+def check_arguments(runs: Sequence[Any], method: Any) -> None:
+    """Raise TrajectoryError or MethodError where these are no runs of one recipe, or no method."""
     if not runs or not all(isinstance(run, Trajectory) for run in runs):
         raise TrajectoryError(
             f"trajectory={runs[0] if len(runs) == 1 else runs!r}: expected a segflow.Trajectory, or several "
@@ -99,16 +99,6 @@ def check_arguments(runs: Sequence[Any], method: Any, memory: Any, curvature_exa
         )
     if method is not None and (isinstance(method, type) or not callable(getattr(method, "plan", None))):
         raise MethodError(f"method={method!r}: expected one of Source(...), InfluenceFunction(...), TracIn(), ...")
-    if curvature_examples is not None and not _is_count(curvature_examples):
-        raise SegflowError(
-            f"curvature_examples={curvature_examples!r}: expected a whole number of examples, or None for all."
-        )
-    if not _is_count(memory):
-        raise SegflowError(f"memory={memory!r}: expected a whole number of bytes, such as 2 << 30.")
-
-
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 def check_rates(contexts: Sequence[StageContext], plan: Plan) -> None:

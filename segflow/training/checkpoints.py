@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..arguments import whole_numbers
 from ..errors import TrajectoryError
 from ..store.files import TensorFile, read_tensors
 from .optimizers import SECOND_MOMENTS
@@ -67,14 +68,15 @@ def check_moments(
             )
 
 
-def check_checkpoint_files(paths: Sequence[Path], steps: Sequence[int]) -> None:
-    """Raise TrajectoryError unless there is a file for each step, and steps are whole numbers that ascend from 1."""
-    if not paths or len(paths) != len(steps):
-        raise TrajectoryError(f"{len(paths)} checkpoint files for {len(steps)} steps: expected one step for each file.")
+def check_checkpoint_files(paths: Sequence[Path], steps: Sequence[int]) -> tuple[int, ...]:
+    """The steps; TrajectoryError unless there is a file for each, and they are whole numbers that ascend from 1."""
+    whole = whole_numbers("steps", steps, TrajectoryError, 1, advice="They count optimizer steps.")
+    if not paths or len(paths) != len(whole):
+        raise TrajectoryError(f"{len(paths)} checkpoint files for {len(whole)} steps: expected one step for each file.")
     check_files(paths, "checkpoint file")
-    whole = all(step == int(step) for step in steps)
-    if not whole or steps[0] < 1 or any(later <= earlier for earlier, later in pairwise(steps)):
-        raise TrajectoryError(f"checkpoint steps {list(steps)}: expected ascending whole steps, counted from 1.")
+    if any(later <= earlier for earlier, later in pairwise(whole)):
+        raise TrajectoryError(f"steps={list(whole)}: expected steps that ascend, each larger than the one before.")
+    return whole
 
 
 def check_files(paths: Sequence[Path], kind: str) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..arguments import plain, shown
+from ..arguments import plain, shown, whole_number
 from ..errors import TrajectoryError
 
 PerStep = float | Sequence[float] | Sequence[Sequence[float]] | np.ndarray | Tensor
@@ -21,9 +21,7 @@ def rates_by_step(given: PerStep | Mapping[int, float], total: int) -> Tensor:
         values = _numbers("learning_rates", list(given.values()))
         rates = torch.full((total, values.shape[1]), torch.nan, dtype=torch.float64)
         for step, rate in zip(given, values, strict=True):
-            if step not in range(1, total + 1):
-                raise TrajectoryError(f"a learning rate for step {step!r}, but steps run from 1 to {total}.")
-            rates[int(step) - 1] = rate
+            rates[whole_number("learning_rates: the step", step, TrajectoryError, 1, total) - 1] = rate
     else:
         rates = _numbers("learning_rates", given)
         rates = rates.expand(total, 1) if rates.ndim == 0 else rates
@@ -86,19 +84,27 @@ def constant_by_group(name: str, given: float | Sequence[float], groups: int) ->
     return tuple(values.flatten().expand(groups).tolist())
 
 
-def check_parameter_groups(group_of: Mapping[str, int] | None, known: int) -> None:
-    """Raise TrajectoryError unless every parameter is in one of the `known` parameter groups; None: all in the one."""
+def check_parameter_groups(group_of: Mapping[str, int] | None, known: int) -> dict[str, int] | None:
+    """The group of each parameter; None: all in the one. TrajectoryError unless each is one of the `known` groups."""
     if group_of is None and known > 1:
         raise TrajectoryError(
             f"learning_rates cover {known} parameter groups, and parameter_groups does not say which parameter "
             "is in which. Pass parameter_groups={parameter name: group}."
         )
-    for name, group in (group_of or {}).items():
-        if not isinstance(group, int) or not 0 <= group < known:
-            raise TrajectoryError(
-                f"parameter_groups puts {name!r} in group {group!r}, but learning rates cover {known} group(s), "
-                "counted from 0. Give learning_rates as [steps, parameter groups]."
-            )
+    if group_of is None:
+        return None
+    advice = f"learning_rates cover {known} group(s), counted from 0. Give them as [steps, parameter groups]."
+    return {
+        name: whole_number(f"parameter_groups[{name!r}]", group, TrajectoryError, 0, known - 1, advice)
+        for name, group in group_of.items()
+    }
+
+
+def check_batch_size(given: object) -> int | None:
+    """The option `batch_size` of a trajectory; TrajectoryError unless it is a number of examples, or None."""
+    if given is None:
+        return None
+    return whole_number("batch_size", given, TrajectoryError, 1, advice="It counts examples of one optimizer step.")
 
 
 def _check_range(name: str, values: Tensor, below: float = torch.inf, most: float = torch.inf) -> None:
@@ -111,7 +117,8 @@ def _check_range(name: str, values: Tensor, below: float = torch.inf, most: floa
 
 def _numbers(name: str, given: Any) -> Tensor:
     try:
-        values = torch.as_tensor(given, dtype=torch.float64)
+        given = given.to_numpy() if hasattr(given, "to_numpy") else given  # of pandas
+        values = torch.as_tensor(given, dtype=torch.float64).detach().cpu()
     except (TypeError, ValueError, RuntimeError) as problem:
         raise TrajectoryError(
             f"{name}: expected numbers, [steps] or [steps, parameter groups] ({problem})."

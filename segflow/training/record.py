@@ -20,6 +20,7 @@ from ..runtime.ranks import current
 from ..runtime.sharding import unwrap
 from .gradient_watch import watching
 from .live_optimizers import unwrapped
+from .per_step import check_batch_size
 from .recorded import unaccounted_words
 from .recording import Begun, Recording, RecordOptions
 from .recording_folder import RecordingFolder
@@ -138,8 +139,6 @@ def _options(dataset_size: Any, batch_size: Any, dtype: Any, example_weights: An
     size = whole_number(
         "dataset_size", dataset_size, TrajectoryError, 1, advice="Give the number of training examples."
     )
-    if batch_size is not None:
-        batch_size = whole_number("batch_size", batch_size, TrajectoryError, 1)
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize > 1):
         raise TrajectoryError(f"dtype={shown(dtype)}: expected a floating-point torch.dtype, such as torch.bfloat16.")
     if sampler is not None and not isinstance(sampler, CountedSampler):
@@ -150,7 +149,7 @@ def _options(dataset_size: Any, batch_size: Any, dtype: Any, example_weights: An
     if sampler is not None and example_weights is not None:
         raise TrajectoryError("example_weights= and sampler= both say how often examples were drawn. Give one of them.")
     weights = None if example_weights is None else check_example_weights(example_weights, size)
-    return RecordOptions(size, batch_size, dtype, weights, sampler)
+    return RecordOptions(size, check_batch_size(batch_size), dtype, weights, sampler)
 
 
 def _begun(recording: Recording, overwrite: bool, resume: bool, step: int | None) -> Begun:

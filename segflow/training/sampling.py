@@ -17,7 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import TrajectoryError, is_whole
+from ..arguments import whole_number
+from ..errors import TrajectoryError
 
 _OWN = ("_sampler", "_drawn")  # attributes of a CountedSampler itself; all others are those of what it wraps
 
@@ -75,17 +76,16 @@ class CountedSampler:
 
         Raises TrajectoryError where an index beyond `n` was handed out.
         """
-        if not is_whole(n, 1):
-            raise TrajectoryError(f"counts({n!r}): expected the number of training examples, at least 1.")
+        n = whole_number("n", n, TrajectoryError, 1, advice="Give the number of training examples.")
         drawn = np.frombuffer(self._drawn, dtype=np.int64) if self._drawn else np.zeros(0, dtype=np.int64)
-        beyond = np.flatnonzero(drawn[int(n) :])
+        beyond = np.flatnonzero(drawn[n :])
         if len(beyond):
             raise TrajectoryError(
-                f"CountedSampler: it handed out the index {int(n) + beyond[0]}, expected indices of {n} training "
-                f"examples, 0 to {int(n) - 1}. Give the number of examples of the dataset that it draws from."
+                f"CountedSampler: it handed out the index {n + beyond[0]}, expected indices of {n} training "
+                f"examples, 0 to {n - 1}. Give the number of examples of the dataset that it draws from."
             )
-        counts = torch.zeros(int(n), dtype=torch.int64)
-        counts[: len(drawn)] = torch.from_numpy(drawn[: int(n)].copy())
+        counts = torch.zeros(n, dtype=torch.int64)
+        counts[: len(drawn)] = torch.from_numpy(drawn[: n].copy())
         return counts
 
     def _count(self, drawn: Any) -> None:

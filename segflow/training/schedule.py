@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
 
+from ..arguments import plain, whole_number, whole_numbers
 from ..errors import TrajectoryError
 
 
@@ -19,20 +20,22 @@ class CheckpointSchedule:
     """
 
     def __init__(self, total_steps: int | None, checkpoints: int | Sequence[int]):
+        if total_steps is not None:
+            total_steps = whole_number("total_steps", total_steps, TrajectoryError, 1, advice="None: it is not known.")
         self.total_steps = total_steps
         self._wanted: set[int] = set()
         self._count: int | None = None  # how many to end up with, where they are thinned on the way
         self.interval = 1  # between checkpoints, where their number of steps is not known
-        if isinstance(checkpoints, Iterable):
+        if isinstance(plain(checkpoints), Iterable):
             self._wanted = _explicit(checkpoints, total_steps)
-        elif checkpoints < 1:
-            raise TrajectoryError(f"checkpoints={checkpoints}: expected at least 1.")
-        elif total_steps is None:
-            self._count = checkpoints
-        elif total_steps < checkpoints:
-            raise TrajectoryError(f"total_steps={total_steps}: too few for {checkpoints} checkpoints.")
+            return
+        count = whole_number("checkpoints", checkpoints, TrajectoryError, 1, advice="Give how many, or their steps.")
+        if total_steps is None:
+            self._count = count
+        elif total_steps < count:
+            raise TrajectoryError(f"total_steps={total_steps}: too few for {count} checkpoints.")
         else:
-            self._wanted = set(_evenly(total_steps, checkpoints))
+            self._wanted = set(_evenly(total_steps, count))
 
     @property
     def expected(self) -> int:
@@ -67,15 +70,11 @@ class CheckpointSchedule:
         return f"not at total_steps={self.total_steps}" if last > (self.total_steps or last) else None
 
 
-def _explicit(checkpoints: Sequence[int], total_steps: int | None) -> set[int]:
-    steps = {int(step) for step in checkpoints}
-    low, high = min(steps, default=0), max(steps, default=0)
-    if low < 1 or high > (total_steps or high) or steps != set(checkpoints):
-        raise TrajectoryError(
-            f"checkpoints={list(checkpoints)}: expected steps from 1 to "
-            f"{'the end' if total_steps is None else total_steps}."
-        )
-    return steps
+def _explicit(checkpoints: object, total_steps: int | None) -> set[int]:
+    steps = whole_numbers("checkpoints", checkpoints, TrajectoryError, 1, total_steps, "Give how many, or their steps.")
+    if not steps:
+        raise TrajectoryError("checkpoints: no steps were given. Expected one or more, or how many.")
+    return set(steps)
 
 
 def _evenly(total: int, count: int) -> list[int]:

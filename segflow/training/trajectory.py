@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..arguments import whole_number, whole_numbers
+from ..arguments import whole_number
 from ..errors import TrajectoryError
 from ..runtime.sharding import laid_out
 from ..store.files import TensorFile, file_digest, inside
@@ -36,6 +36,7 @@ from .observed import seen
 from .optimizers import SECOND_MOMENTS, OptimizerConstants, decoupled_by_group, require_known
 from .per_step import (
     PerStep,
+    check_batch_size,
     check_parameter_groups,
     constant_by_group,
     one_by_group,
@@ -89,17 +90,14 @@ class Trajectory:
         example_weights: Any = None,
     ):
         self.checkpoints = tuple(Path(path) for path in checkpoints)
-        self.steps = whole_numbers("steps", steps, TrajectoryError, 1)
-        check_checkpoint_files(self.checkpoints, self.steps)
+        self.steps = check_checkpoint_files(self.checkpoints, steps)
         advice = "Give the number of training examples."
         self.dataset_size = whole_number("dataset_size", dataset_size, TrajectoryError, 1, advice=advice)
         self.optimizer = optimizer or OptimizerConstants()
-        self.parameter_groups = None if parameter_groups is None else dict(parameter_groups)
+        self.optimizer = replace(self.optimizer, batch_size=check_batch_size(self.optimizer.batch_size))
         self.learning_rates = rates_by_step(learning_rates, self.steps[-1])
         groups = self.learning_rates.shape[1]
-        check_parameter_groups(self.parameter_groups, groups)
-        if self.optimizer.batch_size is not None:
-            whole_number("batch_size", self.optimizer.batch_size, TrajectoryError, 1)
+        self.parameter_groups = check_parameter_groups(parameter_groups, groups)
         self.kinds = one_by_group("name", self.optimizer.name, str, groups)
         self.decoupled = decoupled_by_group(self.optimizer, self.kinds)
         self.eps = constant_by_group("eps", self.optimizer.eps, groups)

@@ -194,7 +194,7 @@ def test_a_walk_in_order_sees_every_example_once(length: int, size: int, expecte
 
 
 def test_a_batch_size_of_zero_is_refused() -> None:
-    with pytest.raises(sf.SegflowError, match="batch_size=0: expected at least 1"):
+    with pytest.raises(sf.SegflowError, match="batch_size=0: expected a whole number, at least 1"):
         in_order(4, 0)
 
 

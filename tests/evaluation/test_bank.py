@@ -265,7 +265,7 @@ def test_a_training_that_diverges_is_named_and_its_batch_not_kept(tmp_path: Path
     assert _bank(tmp_path, training=wild).missing == [(1, m) for m in range(4)]
 
 
-@pytest.mark.parametrize("subsets", [np.ones((2, 3)), np.ones(3, dtype=bool), np.ones((0, 3), dtype=bool)])
+@pytest.mark.parametrize("subsets", [2 * np.ones((2, 3)), np.ones(3, dtype=bool), np.ones((0, 3), dtype=bool)])
 def test_subsets_must_be_rows_of_booleans(tmp_path: Path, subsets: np.ndarray) -> None:
     with pytest.raises(ScoreError, match="expected \\[M, K\\] booleans"):
         _bank(tmp_path, subsets=subsets)

@@ -95,12 +95,12 @@ def test_a_counterfactual_resumes_and_its_seed_draws_others(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"counts": (0,)}, "from 1 to 19"),
-        ({"counts": (2, 20)}, "from 1 to 19"),
-        ({"counts": ()}, "expected some"),
-        ({"counts": (0.1,)}, "expected some"),
+        ({"counts": (0,)}, r"counts\[0\]=0: expected a whole number, 1 to 19"),
+        ({"counts": (2, 20)}, r"counts\[1\]=20: expected a whole number, 1 to 19"),
+        ({"counts": ()}, "expected one or more"),
+        ({"counts": (0.1,)}, r"counts\[0\]=0.1: expected a whole number"),
         ({"counts": 3}, "counts=3: expected a sequence"),
-        ({"counts": (2, 2)}, "each once"),
+        ({"counts": (2, 2)}, "each of them once"),
         ({"scores": SUPPORT.total()}, "1 queries, the training measures 3"),
         ({"training": Linear(np.abs(EFFECTS))}, "none of 3 queries has a measurement above 0.*margins"),
     ],

@@ -129,7 +129,11 @@ LDS_FAULTS: dict[str, tuple[tuple[Any, Any, Any], dict[str, Any], str]] = {
     ),
     "flat measurements": ((VALUES, SUBSETS, MEASURED * [0, 1]), {}, "query 0: the measurement is the same for every"),
     "same subsets": ((VALUES, SUBSETS[[0] * 6], MEASURED), {}, "the predicted change is the same for every subset"),
-    "confidence": ((VALUES, SUBSETS, MEASURED), {"confidence": 95}, "confidence=95, resamples=200: expected 0 < conf"),
+    "confidence": (
+        (VALUES, SUBSETS, MEASURED),
+        {"confidence": 95},
+        "confidence=95: expected a finite number, above 0 and",
+    ),
     "resamples": ((VALUES, SUBSETS, MEASURED), {"resamples": 0}, "resamples=0: expected"),
 }
 
@@ -272,7 +276,7 @@ def test_each_option_of_the_curve_changes_the_result(tmp_path: Path) -> None:
     ("options", "message"),
     [
         ({"ratios": ()}, "expected a ratio"),
-        ({"subsets": 2}, "3 subsets"),
+        ({"subsets": 2}, "subsets=2: expected a whole number, at least 3"),
         ({"resamples": 0}, "resamples=0"),
         ({"ratios": (0.5, 0.51)}, "no two of them as many"),
         ({"ratios": (0.5, np.nan)}, "finite"),

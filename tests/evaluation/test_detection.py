@@ -230,7 +230,10 @@ def test_found_among_lowest_counts_wrong_examples_at_the_bottom() -> None:
         (lambda: detection_auc(np.zeros(3), np.zeros(3, bool)), "needs both wrong and right examples"),
         (lambda: detection_auc(np.zeros(3), np.ones(3, bool)), "needs both wrong and right examples"),
         (lambda: detection_auc(np.array([0, np.nan]), np.array([True, False])), "ranking: example 1 .* not finite"),
-        (lambda: found_among_lowest(np.zeros(2), np.ones(2, bool), -1), "count=-1: expected how many"),
+        (
+            lambda: found_among_lowest(np.zeros(2), np.ones(2, bool), -1),
+            "count=-1: expected a whole number, at least 0",
+        ),
     ],
 )
 def test_rankings_that_do_not_fit_are_refused(call: Callable[[], Any], text: str) -> None:
@@ -264,7 +267,7 @@ def test_the_tables_are_drawn_and_printed() -> None:
         ({"shares": (1.5,)}, "expected 0 < share <= 1"),
         ({"shares": ()}, "expected 0 < share <= 1"),
         ({"shares": 0.5}, "shares=0.5: expected a sequence of finite numbers"),
-        ({"shares": (np.nan,)}, "expected a sequence of finite numbers"),
+        ({"shares": (np.nan,)}, r"shares\[0\]=nan: expected a finite number"),
         ({"resamples": 0}, "resamples=0"),
         ({"resamples": 2.5}, "resamples=2.5"),
         ({"seed": 1.5}, "seed=1.5"),

@@ -152,10 +152,10 @@ def test_examples_without_a_group_are_always_kept(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"chosen": ["group 9"]}, r"chosen: 'group 9'; expected labels of groups, or places from 0 to 4"),
-        ({"chosen": [5]}, "chosen: 5"),
+        ({"chosen": ["group 9"]}, "chosen: there is no group 'group 9'"),
+        ({"chosen": [5]}, "chosen=5: expected a whole number, 0 to 4"),
         ({"chosen": []}, "chosen"),
-        ({"chosen": [1, "group 1"]}, "each once"),
+        ({"chosen": [1, "group 1"]}, "each of them once"),
         ({"resamples": 0}, "resamples=0"),
         ({"resamples": 1.5}, "resamples=1.5"),
         ({"scores": TRUE}, "leave_one_group_out: groups"),

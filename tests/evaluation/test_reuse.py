@@ -105,7 +105,7 @@ def test_the_pool_gives_each_subset_its_own_numbers_in_the_order_that_was_asked(
     assert pool.nothing_removed(N).shape == (2, Q)
     with pytest.raises(sf.ScoreError, match="keeps none of 20 examples"):
         pool.measured(np.zeros((1, N), dtype=bool))
-    with pytest.raises(sf.ScoreError, match="repetitions=0, seed=0"):
+    with pytest.raises(sf.ScoreError, match="repetitions=0: expected a whole number, at least 1"):
         Retrainings(Linear(), tmp_path, repetitions=0)
     for name, wrong in (("repetitions", 2.5), ("seed", 1.5), ("seed", -1), ("measurement", 0.5)):
         with pytest.raises(sf.ScoreError, match=f"{name}={wrong}"):

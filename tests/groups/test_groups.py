@@ -109,10 +109,10 @@ FAULTS = {
     ),
     "ragged": (lambda: sf.Groups.from_lists([[[0], [1, 2]]], 3), "list of example indices .*inhomogeneous"),
     "flat list": (lambda: sf.Groups.from_lists([0, 1], 2), r"list of example indices, found int64 of shape \(\)"),
-    "size": (lambda: sf.Groups.random(5, 0), "size=0: expected at least 1"),
+    "size": (lambda: sf.Groups.random(5, 0), "size=0: expected a whole number, at least 1"),
     "one-hot labels": (lambda: sf.Groups.by(torch.eye(2)), "a label cannot name a group"),
     "list labels": (lambda: sf.Groups.by([[1], [2]]), "a label cannot name a group .*unhashable"),
-    "NaN label": (lambda: sf.Groups.by(np.array([1.0, np.nan])), "a label is NaN"),
+    "NaN label": (lambda: sf.Groups.by(np.array([1.0, np.nan])), "example 1's label is nan, which stands for none"),
     "batch size": (
         lambda: tiles(shares(sf.Groups.singletons(2), 1)[0], 0, 1),
         "batch_size=0, tile_size=1: expected at least 1",

@@ -410,8 +410,16 @@ def _labelled(labels: list[Any]) -> TensorDataset:
         (lambda: props.SoftAccuracy(_labelled([0, -1])), TaskError, "example 1 has the label -1"),
         (lambda: props.SoftAccuracy(_labelled([0.0, 1.5])), TaskError, "expected one whole number, a class"),
         (lambda: props.CalibrationError(_labelled([[0, 1], [1, 0]])), TaskError, r"found labels .* shape \(2, 2\)"),
-        (lambda: props.SoftF1(DATA, positive=True), TaskError, "positive=True: expected the number of a class"),
-        (lambda: props.DemographicParityGap(DATA, ATTRIBUTE, None), TaskError, "positive=None: expected the number"),
+        (
+            lambda: props.SoftF1(DATA, positive=True),
+            TaskError,
+            "positive=True: expected a whole number, at least 0. It is the number of a class",
+        ),
+        (
+            lambda: props.DemographicParityGap(DATA, ATTRIBUTE, None),
+            TaskError,
+            "positive=None: expected a whole number",
+        ),
         (lambda: props.DemographicParityGap(DATA, ["a", None] * 8 + ["a"]), TaskError, "cannot be ordered"),
         (lambda: props.DemographicParityGap(DATA, [0.0, float("nan")] * 8 + [1.0]), TaskError, "attribute is NaN"),
         (lambda: props.MeanLoss(DATA, sf.tasks.Classification), TaskError, "expected an object"),

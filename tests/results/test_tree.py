@@ -63,7 +63,7 @@ def test_levels_that_are_not_nested_are_named(levels: Any, message: str) -> None
 def test_the_coarsest_level_has_no_parents() -> None:
     tree = sf.GroupTree.by(SOURCES, DOCUMENTS)
     for level in (0, 2, -1):
-        with pytest.raises(sf.GroupError, match=f"level={level}: expected 1 to 1"):
+        with pytest.raises(sf.GroupError, match=f"level={level}: expected a whole number, 1 to 1"):
             tree.parents(level)
 
 

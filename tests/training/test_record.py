@@ -334,7 +334,7 @@ def test_a_refused_recording_leaves_the_folder_and_the_optimizer_alone(tmp_path:
     recorded(tmp_path, total_steps=STEPS)
     model = mlp()
     optimizer = SGD(model.parameters(), lr=0.1)
-    with pytest.raises(sf.TrajectoryError, match="expected at least 1"):
+    with pytest.raises(sf.TrajectoryError, match="checkpoints=0: expected a whole number, at least 1"):
         record(model, optimizer, tmp_path, checkpoints=0, overwrite=True).__enter__()
     assert sf.Trajectory.load(tmp_path).total_steps == STEPS
     assert not optimizer._optimizer_step_pre_hooks and not optimizer._optimizer_step_post_hooks
@@ -343,11 +343,11 @@ def test_a_refused_recording_leaves_the_folder_and_the_optimizer_alone(tmp_path:
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        ({"checkpoints": 0}, "checkpoints=0: expected at least 1"),
-        ({"checkpoints": []}, r"checkpoints=\[\]: expected steps from 1 to the end"),
-        ({"checkpoints": [0, 4]}, r"checkpoints=\[0, 4\]: expected steps from 1 to the end"),
-        ({"checkpoints": [2.5]}, r"checkpoints=\[2.5\]: expected steps from 1 to the end"),
-        ({"checkpoints": [4, 30], "total_steps": 12}, r"checkpoints=\[4, 30\]: expected steps from 1 to 12"),
+        ({"checkpoints": 0}, "checkpoints=0: expected a whole number, at least 1. Give how many, or their steps"),
+        ({"checkpoints": []}, "checkpoints: no steps were given"),
+        ({"checkpoints": [0, 4]}, r"checkpoints\[0\]=0: expected a whole number, at least 1"),
+        ({"checkpoints": [2.5]}, r"checkpoints\[0\]=2.5: expected a whole number"),
+        ({"checkpoints": [4, 30], "total_steps": 12}, r"checkpoints\[1\]=30: expected a whole number, 1 to 12"),
         ({"checkpoints": 6, "total_steps": 5}, "total_steps=5: too few for 6 checkpoints"),
         ({"dataset_size": 0}, "dataset_size=0: expected a whole number, at least 1"),
     ],

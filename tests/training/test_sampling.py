@@ -101,7 +101,7 @@ def test_an_index_beyond_the_data_is_named() -> None:
         counted.counts(5)
     assert counted.counts(8).sum() == 3
     for n in (0, 2.5, None, True):
-        with pytest.raises(sf.TrajectoryError, match="expected the number of training examples"):
+        with pytest.raises(sf.TrajectoryError, match="expected a whole number, at least 1"):
             counted.counts(n)
 
 

@@ -139,8 +139,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "a folder for a file": ({"checkpoints": [Path()] * 4}, "no such checkpoint file"),
     "no checkpoint": ({"checkpoints": [], "steps": []}, "0 checkpoint files for 0 steps"),
     "one step too few": ({"steps": STEPS[1:]}, "4 checkpoint files for 3 steps: expected one step for each file"),
-    "steps out of order": ({"steps": (10, 30, 20, 40)}, r"steps \[10, 30, 20, 40\]: expected ascending"),
-    "a step twice": ({"steps": (10, 20, 20, 40)}, r"steps \[10, 20, 20, 40\]: expected ascending"),
+    "steps out of order": ({"steps": (10, 30, 20, 40)}, r"steps=\[10, 30, 20, 40\]: expected steps that ascend"),
+    "a step twice": ({"steps": (10, 20, 20, 40)}, r"steps=\[10, 20, 20, 40\]: expected steps that ascend"),
     "step zero": ({"steps": (0, 20, 30, 40)}, r"steps\[0\]=0: expected a whole number, at least 1"),
     "half a step": ({"steps": (10, 20, 30.5, 40)}, r"steps\[2\]=30.5: expected a whole number"),
     "no examples": ({"dataset_size": 0}, "dataset_size=0: expected a whole number, at least 1"),
@@ -165,10 +165,13 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"learning_rates": [0.1] * 41},
         "learning rates for 41 steps, but the last checkpoint stands at step 40. Training's end must be a checkpoint",
     ),
-    "mapping beyond the end": ({"learning_rates": {**MIXED, 41: 0.1}}, "a learning rate for step 41, but steps run"),
-    "mapping from zero": ({"learning_rates": dict.fromkeys(range(40), 0.1)}, "a learning rate for step 0, but steps"),
-    "mapping of half steps": ({"learning_rates": {1.5: 0.1}}, "a learning rate for step 1.5, but steps run from 1"),
-    "mapping of texts": ({"learning_rates": {"1": 0.1}}, "a learning rate for step '1', but steps run from 1 to 40"),
+    "mapping beyond the end": ({"learning_rates": {**MIXED, 41: 0.1}}, "the step=41: expected a whole number, 1 to 40"),
+    "mapping from zero": (
+        {"learning_rates": dict.fromkeys(range(40), 0.1)},
+        "the step=0: expected a whole number, 1 to 40",
+    ),
+    "mapping of half steps": ({"learning_rates": {1.5: 0.1}}, "the step=1.5: expected a whole number, 1 to 40"),
+    "mapping of texts": ({"learning_rates": {"1": 0.1}}, "the step='1': expected a whole number, 1 to 40"),
     "mapping of two widths": ({"learning_rates": {1: [0.1], 2: [0.1, 0.2]}}, "learning_rates: expected numbers"),
     "negative": ({"learning_rates": [0.1] * 39 + [-0.25]}, "must not be negative, found -0.25"),
     "texts": ({"learning_rates": ["a"] * 40}, "learning_rates: expected numbers"),
@@ -183,10 +186,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "negative weight decay": (constants(weight_decay=-0.1), "weight_decay=-0.1: expected finite numbers >= 0"),
     "group out of range": (
         {"parameter_groups": {"0.weight": 0, "0.bias": 1}},
-        r"puts '0.bias' in group 1, but learning rates cover 1 group\(s\)",
+        r"parameter_groups\['0.bias'\]=1: expected a whole number, 0 to 0. learning_rates cover 1 group\(s\)",
     ),
-    "negative group": ({"parameter_groups": {"0.weight": -1}}, "puts '0.weight' in group -1"),
-    "group by name": ({"parameter_groups": {"0.weight": "head"}}, "puts '0.weight' in group 'head'"),
+    "negative group": ({"parameter_groups": {"0.weight": -1}}, r"parameter_groups\['0.weight'\]=-1: expected"),
+    "group by name": ({"parameter_groups": {"0.weight": "head"}}, r"parameter_groups\['0.weight'\]='head': expected"),
 }
 
 

@@ -17,11 +17,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...arguments import plain, settle, shown, truth, whole_number, whole_numbers
 from ...data.fingerprints import digest
 from ...errors import ScoreError
 from ...runtime.progress import track
 from ...runtime.ranks import current
 from ...store.files import read_json, read_tensors, write_json, write_tensors
+from ..arguments import as_subsets
 from .pool import Job, TrainAndMeasure, run_jobs
 
 FORMAT = 1
@@ -69,13 +71,19 @@ class FunctionTraining:
     processes: int | None = None
     each: int = 4
 
+    def __post_init__(self) -> None:
+        settle(self, fingerprint=_plain_json(self.fingerprint), each=whole_number("each", self.each, ScoreError, 1))
+        if self.processes is not None:
+            advice = "None takes one for each core."
+            settle(self, processes=whole_number("processes", self.processes, ScoreError, 1, advice=advice))
+
     def settings(self) -> dict[str, Any]:
         """The fingerprint that was given."""
         return {"function": dict(self.fingerprint)}
 
     def batches(self, jobs: Sequence[Job]) -> list[list[int]]:
         """A few jobs for each process."""
-        size = max(1, self.each) * (self.processes or os.cpu_count() or 1)
+        size = self.each * (self.processes or os.cpu_count() or 1)
         return [list(range(begin, min(begin + size, len(jobs)))) for begin in range(0, len(jobs), size)]
 
     def run(self, jobs: Sequence[Job]) -> np.ndarray:
@@ -133,24 +141,25 @@ class Bank:
     _path: Path = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        kept = np.asarray(self.subsets)
-        if kept.ndim != 2 or kept.dtype != bool or len(kept) < 1 or self.repetitions < 1:
-            raise ScoreError(
-                f"bank: subsets {kept.shape} of {kept.dtype}, repetitions={self.repetitions}: expected [M, K] "
-                "booleans with at least one row, and at least one repetition."
-            )
-        if self.seeds is not None and len(self.seeds) != len(kept):
-            raise ScoreError(f"bank: {len(self.seeds)} seeds for {len(kept)} subsets. Give one for each, or none.")
+        kept = as_subsets(self.subsets)
+        if kept.ndim != 2 or len(kept) < 1:
+            raise ScoreError(f"bank: subsets {kept.shape}: expected [M, K] booleans with at least one row.")
+        settle(self, subsets=kept, seed=whole_number("seed", self.seed, ScoreError))
+        settle(self, repetitions=whole_number("repetitions", self.repetitions, ScoreError, 1))
+        if self.seeds is not None:
+            settle(self, seeds=whole_numbers("seeds", self.seeds, ScoreError))
+            if len(self.seeds) != len(kept):
+                raise ScoreError(f"bank: {len(self.seeds)} seeds for {len(kept)} subsets. Give one for each, or none.")
         check_is_training(self.training)
         object.__setattr__(self, "_path", Path(self.folder))
 
     @cached_property
     def fingerprint(self) -> dict[str, Any]:
         """What the bank's numbers depend on."""
-        kept = np.asarray(self.subsets)
+        kept = self.subsets
         content = {"format": FORMAT, "subsets": f"{kept.shape} {digest(kept)}", "seed": self.seed}
         if self.seeds is not None:
-            content["seeds"] = digest(list(map(int, self.seeds)))
+            content["seeds"] = digest(list(self.seeds))
         as_read_back: dict[str, Any] = json.loads(json.dumps(content | {"training": self.training.settings()}))
         return as_read_back
 
@@ -166,12 +175,14 @@ class Bank:
 
         progress: show a bar. rows: the subsets that are wanted, in the order of the result; by default all.
         """
+        progress = None if progress is None else truth("progress", progress, ScoreError)
         if current().count > 1:
             raise ScoreError("a bank is filled by one process. Start it without a launcher, or use `retrain`.")
         if not self._is_bound():
-            write_tensors(self._path / "subsets.safetensors", {"subsets": torch.from_numpy(np.asarray(self.subsets))})
+            write_tensors(self._path / "subsets.safetensors", {"subsets": torch.from_numpy(self.subsets)})
             write_json(self._path / "bank.json", self.fingerprint, ScoreError)
-        wanted = list(range(len(self.subsets)) if rows is None else rows)
+        last = len(self.subsets) - 1
+        wanted = list(range(last + 1) if rows is None else whole_numbers("rows", rows, ScoreError, 0, last))
         chosen = set(wanted)
         pairs = [(r, m) for r, m in self.missing if m in chosen]
         jobs = [(np.flatnonzero(self.subsets[m]), self._seed(r, m)) for r, m in pairs]
@@ -181,7 +192,7 @@ class Bank:
 
     def _seed(self, repetition: int, subset: int) -> int:
         if self.seeds is not None:
-            return int(self.seeds[subset]) + repetition
+            return self.seeds[subset] + repetition
         return self.seed + 1 + repetition * len(self.subsets) + subset
 
     def _commit(self, pairs: list[tuple[int, int]], measured: np.ndarray) -> None:
@@ -267,6 +278,25 @@ def _collected(
 
 def _checksum(tensors: Mapping[str, Tensor]) -> Tensor:
     return torch.frombuffer(bytearray(digest(dict(tensors)).encode()), dtype=torch.uint8)
+
+
+def _plain_json(fingerprint: Mapping[str, Any]) -> dict[str, Any]:
+    """A fingerprint as JSON will give it back, its numbers of any kind as plain ones; ScoreError where JSON cannot."""
+    try:
+        as_read_back: dict[str, Any] = json.loads(json.dumps(dict(fingerprint), default=_plain_number))
+    except (TypeError, ValueError) as problem:
+        raise ScoreError(
+            f"fingerprint={shown(fingerprint)}: expected what JSON can hold ({problem}). Name data and recipe by "
+            "numbers and text."
+        ) from problem
+    return as_read_back
+
+
+def _plain_number(value: object) -> object:
+    number = plain(value)
+    if number is value:
+        raise TypeError(f"it holds {shown(value)}")
+    return number
 
 
 def _flat(content: Any, prefix: str = "") -> dict[str, Any]:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
+from ...arguments import plain, settle, whole_number
 from ...data.fingerprints import digest
 from ...errors import ScoreError
 from .pool import Job
@@ -50,11 +51,10 @@ class Stage:
     def __post_init__(self) -> None:
         if len(self.inputs) != len(self.targets):
             raise ScoreError(f"stage: {len(self.inputs)} inputs for {len(self.targets)} targets. Give one for each.")
-        if min(self.epochs, self.batch_size, len(self.inputs)) < 1:
-            raise ScoreError(
-                f"stage: epochs={self.epochs}, batch_size={self.batch_size}, {len(self.inputs)} examples: "
-                "expected at least one of each."
-            )
+        for name in ("epochs", "batch_size"):
+            settle(self, **{name: whole_number(name, getattr(self, name), ScoreError, 1)})
+        if len(self.inputs) < 1:
+            raise ScoreError("stage: there are no inputs. Expected one example or more.")
 
 
 @dataclass(frozen=True)
@@ -96,8 +96,9 @@ class BatchedTraining:
     together: int = 64
 
     def __post_init__(self) -> None:
-        if self.together < 1 or not self.stages:
-            raise ScoreError(f"together={self.together}, {len(self.stages)} stages: expected at least one of each.")
+        settle(self, together=whole_number("together", self.together, ScoreError, 1, advice="It counts models."))
+        if not self.stages:
+            raise ScoreError("stages: there are none. Expected a Stage, or several in the order of training.")
         for stage in self.stages:
             kind = type(_optimizer_of(stage))
             if kind.__name__ not in _ELEMENTWISE or not kind.__module__.startswith("torch.optim"):
@@ -247,13 +248,18 @@ def _optimizer_of(stage: Stage) -> torch.optim.Optimizer:
 
 def _describe_stage(stage: Stage) -> dict[str, Any]:
     optimizer = _optimizer_of(stage)
-    options = {key: str(value) for key, value in optimizer.defaults.items() if key not in ("foreach", "fused")}
+    options = {key: _as_text(value) for key, value in optimizer.defaults.items() if key not in ("foreach", "fused")}
     return {
         "data": digest([stage.inputs, stage.targets]),
         "optimizer": {"name": type(optimizer).__name__} | options,
         "epochs": stage.epochs,
         "batch_size": stage.batch_size,
     }
+
+
+def _as_text(option: Any) -> str:
+    """An optimizer's option, whose text does not depend on the kind of its numbers."""
+    return str(tuple(map(plain, option)) if isinstance(option, tuple | list) else plain(option))
 
 
 def _named(function: Any, result: Tensor) -> str:

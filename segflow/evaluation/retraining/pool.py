@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from ...arguments import real_number, truth, whole_number
 from ...errors import ScoreError
 from ...runtime.progress import track
 from ...runtime.ranks import current, leave
-from ..arguments import as_array
+from ..arguments import as_array, as_subsets
 
 Job = tuple[np.ndarray, int]
 TrainAndMeasure = Callable[[np.ndarray, int], np.ndarray | Sequence[float]]
@@ -31,12 +32,11 @@ def random_subsets(count: int, groups: int, fraction: float = 0.5, seed: int = 0
         >>> random_subsets(3, 10).sum(1)
         array([5, 5, 5])
     """
-    kept = round(groups * fraction)
+    count, groups = whole_number("count", count, ScoreError, 1), whole_number("groups", groups, ScoreError, 1)
+    kept = round(groups * real_number("fraction", fraction, ScoreError))
     if not 0 < kept < groups:
         raise ScoreError(f"fraction={fraction} keeps {kept} of {groups} groups: expected some, but not all.")
-    if count < 1:
-        raise ScoreError(f"count={count}: expected at least one subset.")
-    generator = np.random.default_rng(seed)
+    generator = np.random.default_rng(whole_number("seed", seed, ScoreError))
     return np.stack([generator.permutation(groups) < kept for _ in range(count)])
 
 
@@ -66,11 +66,15 @@ def retrain(
     Raises:
         ScoreError: there is nothing to train, or the function gives no numbers.
     """
-    if len(subsets) < 1 or repetitions < 1:
-        raise ScoreError(f"{len(subsets)} subsets, repetitions={repetitions}: expected at least one of each.")
+    repetitions, seed = whole_number("repetitions", repetitions, ScoreError, 1), whole_number("seed", seed, ScoreError)
+    if processes is not None:
+        processes = whole_number("processes", processes, ScoreError, 1, advice="None takes one for each core.")
+    progress = None if progress is None else truth("progress", progress, ScoreError)
+    if len(subsets) < 1:
+        raise ScoreError("no subsets were given. Expected at least one, as a row of booleans.")
     jobs = [
         (np.flatnonzero(kept), seed + 1 + number * repetitions + repetition)
-        for number, kept in enumerate(np.asarray(subsets, dtype=bool))
+        for number, kept in enumerate(as_subsets(subsets))
         for repetition in range(repetitions)
     ]
     ranks = current()

@@ -14,8 +14,9 @@ from typing import Any, TypedDict
 
 import numpy as np
 
+from ...arguments import settle, truth, whole_number
 from ...data.fingerprints import digest
-from ...errors import ScoreError, is_whole
+from ...errors import ScoreError
 from ...store.files import read_tensors
 from .bank import Bank, Training, check_is_training
 from .pool import Job
@@ -57,14 +58,11 @@ class Retrainings:
     progress: bool | None = None
 
     def __post_init__(self) -> None:
-        if not is_whole(self.repetitions, 1) or not is_whole(self.seed, 0) or not is_whole(self.measurement, 0):
-            raise ScoreError(
-                f"repetitions={self.repetitions}, seed={self.seed}, measurement={self.measurement}: expected at least "
-                "one repetition, no negative seed or measurement, and whole numbers."
-            )
+        for name, least in (("repetitions", 1), ("seed", 0), ("measurement", 0)):
+            settle(self, **{name: whole_number(name, getattr(self, name), ScoreError, least)})
+        if self.progress is not None:
+            settle(self, progress=truth("progress", self.progress, ScoreError))
         check_is_training(self.training)
-        for name in ("repetitions", "seed", "measurement"):  # numpy's numbers cannot be written as JSON
-            object.__setattr__(self, name, int(getattr(self, name)))
 
     def measured(self, subsets: np.ndarray, repetitions: int | None = None) -> np.ndarray:
         """[M, R, Q]: each query's measurement after each retraining on each of the subsets [M, K].
