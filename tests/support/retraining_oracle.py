@@ -20,13 +20,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_  # bound before anything records, as in most users' scripts
 
-N, STEPS, INPUTS, HIDDEN, CLASSES = 24, 40, 5, 4, 3
+N, STEPS, INPUTS, HIDDEN, CLASSES = 24, 42, 5, 4, 3
 LOWERED = 1e-3  # by how much a retraining raises or lowers one example's weight
 ALL = torch.arange(N)
 _draws = torch.Generator().manual_seed(7)
 X = torch.randn(N, INPUTS, generator=_draws, dtype=torch.float64)
 Y = torch.randint(0, CLASSES, (N,), generator=_draws)
-KIND = (ALL >= N // 2).long()  # the type of each example's data, 0 or 1, where a model has a head for each
+KIND = (ALL >= 2 * N // 3).long()  # the type of each example's data, 0 or 1, where a model has a head for each
 
 
 class Net(nn.Module):
@@ -87,7 +87,7 @@ class Queries:
     rows: tuple[Tensor, ...]
 
     @classmethod
-    def of(cls, model: Net, each: int = 4) -> Queries:
+    def of(cls, model: Net, each: int = 3) -> Queries:
         generator = torch.Generator().manual_seed(8)
         places = [-1, *range(len(model.layers()))]
         place = torch.tensor(places).repeat_interleave(each)
@@ -125,8 +125,8 @@ class Run:
     weights: of the examples, [N] in the first run and [R, N] in retrainings.
     """
 
-    def __init__(self, model: Net, weights: Tensor, tape: Tape | None = None, asks: str = "a"):
-        self.model, self.weights, self.asks = model, weights, asks
+    def __init__(self, model: Net, weights: Tensor, tape: Tape | None = None, asks: str = "a", clip_anew: bool = False):
+        self.model, self.weights, self.asks, self.clip_anew = model, weights, asks, clip_anew
         self.tape, self.first = tape or Tape(), tape is None
         self.optimizers: list[torch.optim.Optimizer] = []
         self.losses: list[float] = []
@@ -161,13 +161,16 @@ class Run:
         return loss
 
     def clip(self, parameters: Any, max_norm: float, clip: Callable[..., Tensor] = clip_grad_norm_) -> None:
-        """Clip by norm; retrainings multiply by the first run's factor, for how the norm moves is not followed."""
+        """Clip by norm; retrainings multiply by the first run's factor, or each by its own where they clip anew."""
         parameters = list(parameters)
         if self.first:
             norm = clip(parameters, max_norm)
             self.tape.factors.append(min(1.0, max_norm / (float(norm) + 1e-6)))
             return
-        factor = next(self._factors)
+        factor: Any = next(self._factors)
+        if self.clip_anew:
+            squares = [p.grad.square().sum((1, 2), keepdim=True) for p in parameters if p.grad is not None]
+            factor = (max_norm / (torch.stack(squares).sum(0).sqrt() + 1e-6)).clamp_max(1)
         for parameter in parameters:
             if parameter.grad is not None:
                 parameter.grad.mul_(factor)
@@ -236,7 +239,10 @@ class _Replayed(torch.optim.Optimizer):
 
 @dataclass(frozen=True)
 class Situation:
-    """A user's training. optimizers: makes them, into run.optimizers. loop: trains. weights: of the examples' losses."""
+    """A user's training. optimizers: makes them, into run.optimizers. weights: of the examples' losses, [N].
+
+    tracked: the layers that are attributed, by default all.
+    """
 
     optimizers: Callable[[Run], Any]
     loop: Callable[[Run], None]
@@ -244,6 +250,7 @@ class Situation:
     asks: str = "a"
     steps: int = STEPS
     weights: Tensor | None = None
+    tracked: list[str] | None = None
 
     def begin(self) -> Run:
         """The first run, before its loop."""
@@ -252,21 +259,22 @@ class Situation:
         self.optimizers(run)
         return run
 
-    def retrained(self, first: Run, shifts_RN: Tensor) -> Run:
+    def retrained(self, first: Run, shifts_RN: Tensor, clip_anew: bool = False) -> Run:
         """All retrainings, to their end; shifts: by how much the examples' weights differ, as shares of them."""
         model = stacked(Net(self.heads), len(shifts_RN))
-        run = Run(model, first.weights * (1 + shifts_RN), first.tape, self.asks)
+        run = Run(model, first.weights * (1 + shifts_RN), first.tape, self.asks, clip_anew)
         self.optimizers(run)
         self.loop(run)
         return run
 
-    def truth(self, first: Run) -> Tensor:
+    def truth(self, first: Run, clip_anew: bool = False) -> Tensor:
         """The change of every query [Q, N] if an example's weight went from 1 to 0, at the rate it has at 1.
 
         The run that nothing is lowered in must be the first run again: this proves the replay.
         """
         eye = torch.eye(N, dtype=torch.float64)
-        run = self.retrained(first, torch.cat([LOWERED * eye, -LOWERED * eye, torch.zeros(1, N, dtype=torch.float64)]))
+        shifts = torch.cat([LOWERED * eye, -LOWERED * eye, torch.zeros(1, N, dtype=torch.float64)])
+        run = self.retrained(first, shifts, clip_anew)
         for name, parameter in first.model.named_parameters():
             again = run.model.get_parameter(name)[-1]
             torch.testing.assert_close(again, parameter, rtol=1e-10, atol=1e-13, msg=f"{name} does not replay")
