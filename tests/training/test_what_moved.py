@@ -257,16 +257,11 @@ def masked(run: Run, step: int) -> Tensor:
     return run.loss(ALL.view(3, -1)[step % 3], "own")
 
 
-def mixed(run: Run, step: int) -> Tensor:
-    """Batches that hold both types."""
-    return run.loss(ALL.view(-1, 3)[:, step % 3], "own")
-
-
 SERVED = {
     "None": loop(loss=by_type),
     "zero": loop(loss=by_type, set_to_none=False),
     "masked": loop(loss=masked),
-    "mixed": loop(loss=mixed),
+    "mixed": loop(),
 }
 
 
@@ -355,11 +350,15 @@ def test_clipping_a_frozen_layer_and_then_a_trained_one(tmp_path: Path) -> None:
     check_slopes(Situation(optimizer("momentum"), train), tmp_path)
 
 
-@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("momentum", [0.0, 0.5])
 def test_clipping_leaves_weight_decay_as_it_is(momentum: float, tmp_path: Path) -> None:
-    """Decay halves the early gradients' share; a factor on both sums would leave a tenth of that."""
-    decaying = optimizer("SGD", lr=1e-3 * (1 - momentum), weight_decay=24.0 if not momentum else 6.0, momentum=momentum)
-    check_slopes(Situation(decaying, clipped(0.025)), tmp_path)
+    """A decay of .3 in all takes a seventh of what was learnt; with factors on both sums it would take a seventieth.
+
+    Decay moves the gradients too, so that their mean needs checkpoints.
+    """
+    decaying = optimizer("SGD", lr=1e-3 * (1 - momentum), weight_decay=7.2, momentum=momentum)
+    run = check_slopes(Situation(decaying, clipped(0.025)), tmp_path, checkpoints=14)
+    assert 0.07 < sum(run.tape.factors) / STEPS < 0.14
 
 
 def test_the_norm_s_own_dependence_on_the_data_is_not_followed(tmp_path: Path) -> None:
@@ -474,18 +473,6 @@ def every_third(run: Run) -> None:
         first.step()
         if step % 3 == 2:
             second.step()
-
-
-def every_third_of_a_sum(run: Run) -> None:
-    """The second optimizer takes the sum of the gradients of three rounds."""
-    first, second = run.optimizers
-    for step in range(STEPS):
-        first.zero_grad()
-        run.loss().backward()
-        first.step()
-        if step % 3 == 2:
-            second.step()
-            second.zero_grad()
 
 
 @pytest.mark.parametrize("pair", [("SGD", "AdamW"), ("momentum", "SGD"), ("Adam", "momentum")])
