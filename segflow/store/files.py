@@ -155,7 +155,7 @@ class LineFile:
 
 
 def read_lines(path: Path, sha256: str | None, error: type[SegflowError]) -> list[str]:
-    """The whole lines of a text file, its checksum verified where one is known; what comes after the last is left out."""
+    """The whole lines of a text file, its checksum verified where one is known; a rest without an end is left out."""
     _regular(path, error)
     _verify(path, sha256, error)
     try:

@@ -2,8 +2,8 @@
 
 A checkpoint of `record` is a safetensors file with model.NAME for every tensor of the model's state (but for parameters
 that were frozen all along, which are in a file of the same form for the whole recording) and, where the optimizer keeps
-second moments, second_moment.PARAMETER for every parameter that has taken a step; example_counts [N] where a sampler was
-counted. Other trainers' checkpoints are state_dicts, in safetensors or as torch.save writes them.
+second moments, second_moment.PARAMETER for every parameter that has taken a step; example_counts [N] where a sampler
+was counted. Other trainers' checkpoints are state_dicts, in safetensors or as torch.save writes them.
 """
 
 from __future__ import annotations
@@ -30,8 +30,9 @@ COUNTS = "example_counts"  # how often each example had been drawn
 def check_moment_files(kinds: Sequence[str], files: int, checkpoints: int) -> None:
     """Raise TrajectoryError unless an optimizer has second moments and there is a file of them for each checkpoint."""
     if not set(kinds) & set(SECOND_MOMENTS) or files != checkpoints:
+        names = ", ".join(dict.fromkeys(kinds))
         raise TrajectoryError(
-            f"{files} files of second moments for {checkpoints} checkpoints of {', '.join(dict.fromkeys(kinds))}: expected a file for each, and "
+            f"{files} files of second moments for {checkpoints} checkpoints of {names}: expected a file for each, and "
             f"one of {', '.join(SECOND_MOMENTS)}. Leave second_moments= out otherwise."
         )
 

@@ -1,8 +1,8 @@
 """What happens to gradients between a backward pass and the optimizer's step: clipping by norm, and changes by others.
 
-While a watch is active, torch's backward, its clipping functions and GradScaler's unscaling tell of their calls; what they
-do is unchanged. The clipping functions are patched where they look names up, in their own module, so that it does not
-matter when or from where the training script imported them.
+While a watch is active, torch's backward, its clipping functions and GradScaler's unscaling tell of their calls; what
+they do is unchanged. The clipping functions are patched where they look names up, in their own module, so that it does
+not matter when or from where the training script imported them.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ ON_CLIPPED = "accumulated onto a clipped gradient"
 class GradientWatch:
     """Follows the gradients of some parameters, each told by its place.
 
-    `factors`: what clipping by norm left of each gradient as it stands. `strange`: what was done to gradients that no factor
-    follows. Both are read, and never written, by others.
+    `factors`: what clipping by norm left of each gradient as it stands. `strange`: what was done to gradients that no
+    factor follows. Both are read, and never written, by others.
     """
 
     def __init__(self) -> None:
@@ -77,7 +77,7 @@ class GradientWatch:
 
     @contextmanager
     def backward(self) -> Iterator[None]:
-        """Around a backward pass: sees which gradients it reaches, and which were made anew since they were seen last."""
+        """Around a backward pass: sees which gradients it reaches, and which were made anew before it."""
         self._depth += 1
         if self._depth == 1:
             self._before = [_signature(parameter) for parameter in self.parameters]
@@ -184,9 +184,9 @@ def _telling_unscale(unscale: Callable[..., Any]) -> Callable[..., Any]:
 def _clipping_patches() -> list[tuple[Any, str, Any]]:
     """What torch.nn.utils.clip_grad looks up: how it lists gradients, and the torch functions that clip them.
 
-    All its functions list gradients by `_group_tensors_by_device_and_dtype`; those that clip by norm then make their factor
-    by torch.clamp, and those that clip by value take torch._foreach_clamp_min_ (or Tensor.clamp_, which is seen as a change
-    only).
+    All its functions list gradients by `_group_tensors_by_device_and_dtype`; those that clip by norm then make their
+    factor by torch.clamp, and those that clip by value take torch._foreach_clamp_min_ (or Tensor.clamp_, which is seen
+    as a change only).
     """
     group = clip_grad._group_tensors_by_device_and_dtype  # type: ignore[attr-defined]
     listed: list[Tensor] = []

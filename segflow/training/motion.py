@@ -1,8 +1,8 @@
 """What really moved the parameters: each step's rate, times the data's gradient, and decay, times the parameter.
 
 To first order training moved the parameters by minus the sum over steps of rate * P * gradient + decay * parameter, P
-being the preconditioner of Adam and its like (1 for SGD). With momentum a gradient goes on moving the parameters in later
-steps, so its rate is the sum of what those steps take of it, up to the end of training. Gradient clipping scales
+being the preconditioner of Adam and its like (1 for SGD). With momentum a gradient goes on moving the parameters in
+later steps, so its rate is the sum of what those steps take of it, up to the end of training. Gradient clipping scales
 gradients and not weight decay, which optimizers add afterwards. Pure: numbers in, numbers out.
 
 Axes: T steps, G parameter groups.
@@ -30,8 +30,8 @@ class Moves:
         moved: 1 for a step in which the optimizer stepped the parameters, 0 where they had no gradient.
         carried: 1 where that step's gradient was the data's, 0 where it was all zeros, as that of parameters that were
             left out and whose gradients were zeroed; None: as `moved`.
-        left_out: 1 for a step in which parameters in training were reached by no gradient of the batch, so that it did not
-            carry; 0 where they were frozen.
+        left_out: 1 for a step in which parameters in training were reached by no gradient of the batch, so that it did
+            not carry; 0 where they were frozen.
         fresh: 1 where the optimizer began with no state of the parameters, so that momentum and step counts begin;
             None: at the first step.
         taken_before: how many steps the optimizer had taken before the first one, for each parameter group.
@@ -170,8 +170,8 @@ def _momentum_rates(steps: Steps, groups: list[int], dampened: bool) -> np.ndarr
     """Heavy-ball momentum, as torch.optim has it: v_k = m_k v_{k-1} + (1 - d_k) g_k moves by lr_k v_k.
 
     Gradient k moves by (1 - d_k) V_k with V_k = lr_k + m_{k+1} V_{k+1} over the moves from k on; Nesterov's form by
-    lr_k + V_k with V_k = m_k lr_k + m_{k+1} V_{k+1}. The first gradient is not dampened; a step without momentum moves by
-    lr_k g_k and leaves v as it was. RMSprop has no dampening.
+    lr_k + V_k with V_k = m_k lr_k + m_{k+1} V_{k+1}. The first gradient is not dampened; a step without momentum moves
+    by lr_k g_k and leaves v as it was. RMSprop has no dampening.
     """
     lr, m, moved = (values[:, groups] for values in (steps.learning_rates, steps.momentum, steps.moved > 0))
     fresh = steps.fresh[:, groups] > 0
@@ -191,7 +191,8 @@ def _momentum_rates(steps: Steps, groups: list[int], dampened: bool) -> np.ndarr
 def _adam_rates(steps: Steps, groups: list[int]) -> np.ndarray:
     """Adam's first moments: v_k = b_k v_{k-1} + (1 - b_k) g_k moves by lr_k v_k / (1 - b_k^n), n counting own moves.
 
-    Gradient k moves by (1 - b_k) V_k with V_k = lr_k / (1 - b_k^n) + b_{k+1} V_{k+1} (Kingma and Ba 2015, arXiv 1412.6980).
+    Gradient k moves by (1 - b_k) V_k with V_k = lr_k / (1 - b_k^n) + b_{k+1} V_{k+1} (Kingma and Ba 2015, arXiv
+    1412.6980).
     """
     lr, b, moved = (values[:, groups] for values in (steps.learning_rates, steps.beta1, steps.moved > 0))
     fresh = steps.fresh[:, groups] > 0

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from .motion import Steps
+
+_NAMED = 4  # parameters and spans that are spelled out
 
 
 def seen(steps: Steps, group_of: Mapping[str, int] | None) -> dict[str, Any]:
@@ -18,13 +20,17 @@ def seen(steps: Steps, group_of: Mapping[str, int] | None) -> dict[str, Any]:
     members: dict[int, list[str]] = {}
     for name, group in (group_of or {"all parameters": 0}).items():
         members.setdefault(group, []).append(name)
-    partly = {", ".join(names): _counts(steps, group) for group, names in members.items()}
+    partly = {_shortened(names): _counts(steps, group) for group, names in members.items()}
     found = {"steps that moved parameters": {names: counts for names, counts in partly.items() if counts}}
     return {name: value for name, value in {**found, "clipping": _clipping(steps, members)}.items() if value}
 
 
+def _shortened(names: Sequence[str]) -> str:
+    return ", ".join(names[:_NAMED]) + (f" and {len(names) - _NAMED} more" if len(names) > _NAMED else "")
+
+
 def _counts(steps: Steps, group: int) -> dict[str, Any]:
-    """How many steps carried a gradient to the parameters, left them out, or found them frozen; nothing if all carried."""
+    """How many steps carried a gradient, left the parameters out, or found them frozen; nothing if all carried."""
     carried, left_out = (values[:, group] > 0 for values in (steps.carried, steps.left_out))
     if carried.all():
         return {}
@@ -44,7 +50,7 @@ def _spans(where: np.ndarray) -> str:
     """Steps, counted from 1, as spans; of many the first few."""
     edges = np.flatnonzero(np.diff(np.concatenate([[0], where.astype(int), [0]])))
     spans = [f"{first + 1}-{last}" for first, last in zip(edges[::2], edges[1::2], strict=True)]
-    return ", ".join(spans[:4]) + (f" and {len(spans) - 4} more spans" if len(spans) > 4 else "")
+    return ", ".join(spans[:_NAMED]) + (f" and {len(spans) - _NAMED} more spans" if len(spans) > _NAMED else "")
 
 
 def _clipping(steps: Steps, members: Mapping[int, list[str]]) -> dict[str, Any]:

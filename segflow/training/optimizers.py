@@ -29,7 +29,8 @@ class OptimizerConstants:
     that training made *smaller*, hence minus what was climbed.
 
     Args:
-        name: the class name of the torch.optim optimizer, such as "SGD" or "AdamW"; one, or one for each parameter group.
+        name: the class name of the torch.optim optimizer, such as "SGD" or "AdamW"; one, or one for each parameter
+        group.
         momentum: of SGD and RMSprop, as in torch.optim. dampening: of SGD. beta1: of Adam and AdamW, their first beta.
         weight_decay: as in torch.optim.
         nesterov: Nesterov's form of momentum; one, or one for each parameter group.

@@ -52,42 +52,44 @@ def record(  # noqa: PLR0913 (one argument for each thing to say of a run)
 ) -> Iterator[Recording]:
     """Record the training that happens inside the `with` block; the loop and its numbers stay as they are.
 
-    Every step is logged as it is taken: learning rate, momentum and weight decay of each parameter group, which parameters
-    it moved (those with a gradient; frozen ones, unused branches and steps that GradScaler skips count for nothing), and what
-    clipping by norm left of their gradients (torch's `clip_grad_norm_`, also as accelerate, the Trainer and Lightning call
-    it). Evenly spaced checkpoints of what is trained are saved, always with the last step, with the second moments of Adam,
-    AdamW, RMSprop and Adagrad. docs/TRAINING.md says which training regimes are followed. A run that is killed leaves what it
-    had at its last checkpoint (`Trajectory.load(..., unfinished=True)`), and can go on (resume=True). Of several processes
-    the first writes; parameters that are sharded over them are put together. An optimizer with `maximize=True` made minus its
-    objective smaller, so that is what `Task.compute_train_loss` must then return.
+    Every step is logged as it is taken: learning rate, momentum and weight decay of each parameter group, which
+    parameters it moved (those with a gradient; frozen ones, unused branches and steps that GradScaler skips count for
+    nothing), and what clipping by norm left of their gradients (torch's `clip_grad_norm_`, also as accelerate, the
+    Trainer and Lightning call it). Evenly spaced checkpoints of what is trained are saved, always with the last step,
+    with the second moments of Adam, AdamW, RMSprop and Adagrad. docs/TRAINING.md says which training regimes are
+    followed. A run that is killed leaves what it had at its last checkpoint (`Trajectory.load(..., unfinished=True)`),
+    and can go on (resume=True). Of several processes the first writes; parameters that are sharded over them are put
+    together. An optimizer with `maximize=True` made minus its objective smaller, so that is what
+    `Task.compute_train_loss` must then return.
 
     Args:
         model: the model in training.
-        optimizer: its torch.optim optimizer (or a trainer's wrapper of one); a list of them where several train the model
-            together. A step is then one round of all of them.
+        optimizer: its torch.optim optimizer (or a trainer's wrapper of one); a list of them where several train the
+            model together. A step is then one round of all of them.
         directory: where to write; read it with `Trajectory.load`.
         dataset_size: number of training examples N.
-        total_steps: optimizer steps from the start to the end of training. None: checkpoints are saved often and thinned on
-            the way, and end up evenly spaced to within a factor of two; give the number where you know it.
+        total_steps: optimizer steps from the start to the end of training. None: checkpoints are saved often and
+            thinned on the way, and end up evenly spaced to within a factor of two; give the number where you know it.
         checkpoints: how many, or the explicit steps (the last step is saved besides).
         overwrite: replace an earlier recording in `directory`; of a stage, also those recorded after it.
-        resume: go on with the recording in `directory`, if there is one, after the step whose state was loaded into model and
-            optimizer; what it holds after that step is dropped.
+        resume: go on with the recording in `directory`, if there is one, after the step whose state was loaded into
+            model and optimizer; what it holds after that step is dropped.
         step: for `resume`, how many steps had been taken, where the optimizer's state does not tell (SGD's does not).
         stage: the name of this stage, where training has several (pretraining, then fine-tuning, each in a block of its
             own). It is recorded into a subfolder of `directory`, and `Trajectory.load(directory)` puts stages in order.
         batch_size: examples in one optimizer step, for the record.
         dtype: of the model's and the moments' numbers in checkpoints, such as torch.bfloat16; None: as they are. With
             torch.float16 second moments, which are tiny, stay in single precision.
-        example_weights: [dataset_size] numbers >= 0, how often each example was drawn compared with the others, or by what
-            its loss was multiplied; only their ratios count. None: all examples count alike.
+        example_weights: [dataset_size] numbers >= 0, how often each example was drawn compared with the others; only
+            their ratios count (what multiplies an example's loss belongs into the task). None: all count alike.
         sampler: counts instead how often the sampler of the training loop drew each example; see `CountedSampler`.
         progress: say on standard error what will be written: True always, False never, None on a terminal only. The
             `Recording` that the block gets says the same when it is printed.
 
     Raises:
-        TrajectoryError: `directory` holds a recording already, or none that reaches the step at which training goes on; the
-            optimizer holds none of the model's parameters, or options that are no numbers; the arguments make no sense.
+        TrajectoryError: `directory` holds a recording already, or none that reaches the step at which training goes on;
+            the optimizer holds none of the model's parameters, or options that are no numbers; the arguments make no
+            sense.
 
     Example:
         >>> import tempfile, segflow as sf
@@ -156,8 +158,8 @@ def _begun(recording: Recording, overwrite: bool, resume: bool, step: int | None
     """What stays of an earlier recording, or nothing; the folder is then a recording under way."""
     if (step is not None or overwrite) and resume is overwrite:
         raise TrajectoryError(
-            f"overwrite={overwrite}, resume={resume}, step={step}: expected one of overwrite and resume, and step= with "
-            "resume=True only."
+            f"overwrite={overwrite}, resume={resume}, step={step}: expected one of overwrite and resume, and step= "
+            "with resume=True only."
         )
     taken, folder = recording.observer.taken_before(), recording.folder
     begun = begun_before(folder, taken, step) if resume else None
@@ -175,14 +177,14 @@ def _say(recording: Recording, begun: Begun, progress: bool | None) -> None:
     if unheld := recording.observer.unheld():
         more = f" and {len(unheld) - _NAMED} more" if len(unheld) > _NAMED else ""
         warnings.warn(
-            f"record(): no recorded optimizer holds {', '.join(unheld[:_NAMED])}{more}. If another optimizer trains them, "
-            "give record() a list of all optimizers; they are not attributed otherwise.",
+            f"record(): no recorded optimizer holds {', '.join(unheld[:_NAMED])}{more}. If another optimizer trains "
+            "them, give record() a list of all optimizers; they are not attributed otherwise.",
             stacklevel=4,
         )
     if begun.unaccounted:
         warnings.warn(
             f"record(): the optimizer has taken {unaccounted_words(begun.unaccounted)} already that no stage in "
-            f"{recording.folder.root} has recorded. Methods that need the whole of training will refuse this recording; "
-            "record from the start, or go on with the recording of the earlier part (resume=True).",
+            f"{recording.folder.root} has recorded. Methods that need the whole of training will refuse this "
+            "recording; record from the start, or go on with the recording of the earlier part (resume=True).",
             stacklevel=4,
         )

@@ -25,7 +25,8 @@ class Recorded:
     """What a recording says besides a trajectory's arguments; without values, of a run that other trainers left.
 
     Args:
-        sha256: of each checkpoint's file. frozen: the file of the parameters that were frozen all along, and its sha256.
+        sha256: of each checkpoint's file. frozen: the file of the parameters that were frozen all along, and its
+        sha256.
         unmoved: why each parameter that is in no parameter group was not trained.
         missing: what of the run the recording does not have, in words; None if it has all.
         counted: whether checkpoints hold how often each example was drawn.
@@ -50,7 +51,8 @@ class Recorded:
 def read_recorded(folder: Path, description: Description) -> tuple[dict[str, Any], Recorded]:
     """The arguments of the Trajectory that a recording describes, and what it says besides.
 
-    Of a run that was stopped, only what is surely there. KeyError, TypeError and the like where the description is damaged.
+    Of a run that was stopped, only what is surely there. KeyError, TypeError and the like where the description is
+    damaged.
     """
     content, finished = description.content, description.finished
     log = read_steps(folder / STEPS, content["log"]["sha256"] if finished else None, content["taken_before"])

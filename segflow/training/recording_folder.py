@@ -149,8 +149,8 @@ class RecordingFolder:
         later = stage_names(self.root)
         if self.stage in later[:-1]:
             raise TrajectoryError(
-                f"{self.root}: stage {self.stage!r} cannot go on, for {later[-1]!r} was recorded after it. Record another "
-                "stage, or replace those after it with overwrite=True."
+                f"{self.root}: stage {self.stage!r} cannot go on, for {later[-1]!r} was recorded after it. Record "
+                "another stage, or replace those after it with overwrite=True."
             )
         if not names:
             return None

@@ -93,8 +93,8 @@ def _resumed_step(
     if not counted:
         if asked is None:
             raise TrajectoryError(
-                f"{folder.path}: the log holds {len(log)} steps, and the optimizer does not tell how many it has taken. "
-                "Pass step=, the number of steps after which training goes on (0 to begin again)."
+                f"{folder.path}: the log holds {len(log)} steps, and the optimizer does not tell how many it has "
+                "taken. Pass step=, the number of steps after which training goes on (0 to begin again)."
             )
         return asked
     counts = counts_before_and_after(log, taken_before)

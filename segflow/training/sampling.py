@@ -78,14 +78,14 @@ class CountedSampler:
         """
         n = whole_number("n", n, TrajectoryError, 1, advice="Give the number of training examples.")
         drawn = np.frombuffer(self._drawn, dtype=np.int64) if self._drawn else np.zeros(0, dtype=np.int64)
-        beyond = np.flatnonzero(drawn[n :])
+        beyond = np.flatnonzero(drawn[n:])
         if len(beyond):
             raise TrajectoryError(
                 f"CountedSampler: it handed out the index {n + beyond[0]}, expected indices of {n} training "
                 f"examples, 0 to {n - 1}. Give the number of examples of the dataset that it draws from."
             )
         counts = torch.zeros(n, dtype=torch.int64)
-        counts[: len(drawn)] = torch.from_numpy(drawn[: n].copy())
+        counts[: len(drawn)] = torch.from_numpy(drawn[:n].copy())
         return counts
 
     def _count(self, drawn: Any) -> None:

@@ -1,6 +1,7 @@
 """The log of a recorded run's steps: a line of JSON for each, on disk when the step is done.
 
-    {"step": 1, "learning_rate": [0.1], ..., "codes": [11], "clip_factors": [0.5], "histories": {"groups": [0], "of": {...}}}
+    {"step": 1, "learning_rate": [0.1], ..., "codes": [11], "clip_factors": [0.5], "histories": {"groups": [0], "of":
+    {...}}}
 
 A line holds what changed since the line before. The optimizer's numbers have an entry for each of its parameter groups;
 `codes` (see MOVED and the like) and `clip_factors` have one for each history, which is a set of parameters whose steps
@@ -28,8 +29,8 @@ from .gradient_watch import Factor
 from .histories import Histories
 from .motion import step_counts
 
-# What a code says of a step, added up: the optimizer moved the parameter; the gradient was the data's; the parameter was in
-# training, but not reached by the step's batch; the optimizer had no state of it before.
+# What a code says of a step, added up: the optimizer moved the parameter; the gradient was the data's; the parameter
+# was in training, but not reached by the step's batch; the optimizer had no state of it before.
 MOVED, CARRIED, LEFT_OUT, FRESH = 1, 2, 4, 8
 NUMBERS = ("learning_rate", "momentum", "beta1", "dampening", "weight_decay")  # of each of the optimizer's groups
 Numbers = Mapping[str, Sequence[float]]
@@ -161,8 +162,8 @@ class Logged:
 def read_steps(path: Path, sha256: str | None, apart: Mapping[str, Any] | None = None) -> Logged:
     """A log as far as its lines are whole; TrajectoryError where it is damaged.
 
-    sha256: of the file, if it is complete. apart: something of each parameter, where it is not None; parameters in which
-    it differs are told apart.
+    sha256: of the file, if it is complete. apart: something of each parameter, where it is not None; parameters in
+    which it differs are told apart.
     """
     rows = list(_rows(path, sha256))
     if not rows:
@@ -200,7 +201,7 @@ def _rows(path: Path, sha256: str | None) -> Iterator[dict[str, Any]]:
             if sha256 is None and number == len(lines):
                 return
             raise TrajectoryError(
-                f"{path}: line {number} is damaged ({type(problem).__name__}: {problem}). Restore the file, or record again."
+                f"{path}: line {number} is damaged ({type(problem).__name__}: {problem}). Restore it, or record again."
             ) from problem
         yield row
 

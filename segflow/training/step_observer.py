@@ -1,6 +1,7 @@
 """What every step of live optimizers did to every parameter of a model, told round by round.
 
-A round is one step of each optimizer; one that an optimizer begins anew before all have stepped ends without the others.
+A round is one step of each optimizer; one that an optimizer begins anew before all have stepped ends without the
+others.
 """
 
 from __future__ import annotations

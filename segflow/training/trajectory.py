@@ -291,15 +291,15 @@ class Trajectory:
     def lr_steps(self, start: int, end: int) -> tuple[float, ...]:
         """What the steps in (start, end] moved the parameters by, for each unit of P * gradient.
 
-        One number for each parameter group: the sum of its steps' learning rates times clip factors, where a step moved it;
-        with momentum a gradient counts for what later steps took of it. NaN for a group whose optimizer's steps are not
-        known. TrajectoryError where no group's are, or where the recording does not have the whole of training.
+        One number for each parameter group: the sum of its steps' learning rates times clip factors, where a step moved
+        it; with momentum a gradient counts for what later steps took of it. NaN for a group whose optimizer's steps are
+        not known. TrajectoryError where no group's are, or where the recording does not have the whole of training.
         """
         require_known(self.kinds)
         if self._recorded.missing is not None:
             raise TrajectoryError(
-                f"stage {self.stage!r}: {self._recorded.missing}, so the influence of the whole of training is not known. "
-                "Record from the start, go on with the earlier part's recording (record(..., resume=True)), or explain "
+                f"stage {self.stage!r}: {self._recorded.missing}, so the influence of the whole of training is not "
+                "known. Record from the start, go on with the earlier part's recording (record(..., resume=True)), or explain "
                 "the recorded part alone with Trajectory.load(folder, partial=True)."
             )
         return tuple(self._motion.rates[start:end].sum(0).tolist())
@@ -315,7 +315,8 @@ class Trajectory:
     def ceilings(self) -> tuple[float, ...]:
         """For each parameter group, by how much its rate may grow where its data was not in every batch, at least 1.
 
-        That is the learning rates of all steps in which it was in training over those of the steps that carried a gradient.
+        That is the learning rates of all steps in which it was in training over those of the steps that carried a
+        gradient.
         """
         return self._motion.ceilings
 
