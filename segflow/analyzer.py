@@ -166,7 +166,7 @@ class Analyzer:
         batch_size = checked_batch_size(batch_size)
         trains = self._by_stage(train)
         if not self._automatic and not any(
-            fitting_needs(self._plans(contexts, trains, None)) for contexts in self.runs
+            fitting_needs(contexts, self._plans(contexts, trains, None)) for contexts in self.runs
         ):
             return
         with self._call("fit", batch_size=batch_size):
@@ -189,11 +189,11 @@ class Analyzer:
                 fitter.run(Needs(statistics=True))
             cuts = self._cuts(contexts, {place: fitter.train_from for place, fitter in fitters.items()})
             self._check_needs(contexts, trains, cuts)
-        for place, needs in fitting_needs(self._plans(contexts, trains, cuts)).items():
+        for place, needs in fitting_needs(contexts, self._plans(contexts, trains, cuts)).items():
             fitters[place].run(needs)
 
     def _check_needs(self, contexts: Sequence[StageContext], trains: Sequence[Any], cuts: Cuts | None) -> None:
-        for place, needs in fitting_needs(self._plans(contexts, trains, cuts)).items():
+        for place, needs in fitting_needs(contexts, self._plans(contexts, trains, cuts)).items():
             check_needs(contexts[place], needs)
 
     def score(

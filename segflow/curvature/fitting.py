@@ -33,6 +33,7 @@ from .bases import Pool, pooled_eigenvectors, pooled_kfac
 from .fitted_factors import stored_basis
 from .fitting_needs import Needs
 from .kronecker import Eigenbasis
+from .layer_shares import check_shares, measured_shares, shares_point
 from .passes import corrected_eigenvalues, covariances, gradient_moments, projected_kernel, sketches
 from .preconditioner import PreconditionerBlock
 from .saved_moments import unsaved
@@ -46,6 +47,7 @@ from .unit_names import (
     kernel_unit,
     moments_unit,
     pool_from,
+    shares_unit,
     statistics_unit,
 )
 
@@ -119,6 +121,7 @@ class FactorFitter:
         for curvature in needs.curvatures:
             targets += self._curvature(curvature)
         targets += [self._kernel(inverse) for inverse in needs.kernels]
+        targets += [self._shares(needs.capped)] if needs.capped else []
         if needs.statistics:
             stage = self.context.stage
             targets += [self._statistics(Point.at(stage, index)) for index in range(len(self.context.trajectory))]
@@ -173,6 +176,10 @@ class FactorFitter:
         made_from = at_point(self.train_from, self.context, point)
         return self._add("moments", moments_unit(self.context, point), made_from, partial(self._make_moments, point))
 
+    def _shares(self, capped: Sequence[str]) -> str:
+        made_from = at_point(self.train_from, self.context, shares_point(self.context))
+        return self._add("shares", shares_unit(self.context), made_from, partial(self._make_shares, capped))
+
     def _kernel(self, inverse: ProjectedInverse) -> str:
         made_from = kernel_from(self.context, inverse, self.train_from, self.view, self.train)
         return self._add("kernel", kernel_unit(self.context, inverse), made_from, partial(self._make_kernel, inverse))
@@ -226,6 +233,12 @@ class FactorFitter:
     def _make_moments(self, point: Point) -> Tensors:
         view, data, where = self._pass(point, self.view, "moments")
         return gradient_moments(view, data, self.context.ranks, where, self.context.memory // _PASS_SHARE)
+
+    def _make_shares(self, capped: Sequence[str]) -> Tensors:
+        view, data, where = self._pass(shares_point(self.context), self.view, "shares")
+        shares = measured_shares(view, data, self.context.ranks, where)
+        check_shares(self.context, {name: share.item() for name, share in shares.items()}, capped)
+        return shares
 
     def _make_kernel(self, inverse: ProjectedInverse) -> Tensors:
         self.context.load(inverse.point)

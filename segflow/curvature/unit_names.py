@@ -8,6 +8,7 @@ Units in the store, each below its stage's prefix if there are several stages or
     kfac/POOL                     K-FAC's eigenvalues in that basis
     diagonal/step-S               mean squared gradients at a point
     moments/step-S                mean and mean square of training gradients, where second moments were not saved
+    shares/step-S                 share of the examples that reach each layer, where batches left layers out
     kernel/NAME/step-S            second moment of projected per-example gradients
     statistics/step-S             what tells checkpoints apart, for automatic segments
 
@@ -53,6 +54,11 @@ def eigenvalues_unit(context: StageContext, curvature: Curvature, point: Point) 
 def moments_unit(context: StageContext, point: Point) -> str:
     """The name of the unit of training gradients' moments at a point."""
     return f"{context.prefix}moments/{point_name(context, point)}"
+
+
+def shares_unit(context: StageContext) -> str:
+    """The name of the unit of the shares of the examples that reach each layer, at the stage's first checkpoint."""
+    return f"{context.prefix}shares/{point_name(context, Point.at(context.stage, 0))}"
 
 
 def statistics_unit(context: StageContext, point: Point) -> str:

@@ -89,6 +89,9 @@ class Spectral:
         coupled: the part of the shift that is times P, as the coupled weight decay of Adam and its like; one for each
             parameter group, or empty where no group has such a part.
         shifted_by: the P of that part.
+        ceilings: where training's batches may have left layers out, how many times the rate of each parameter group may
+            count: a layer's is rate * min(1 / share, ceiling), share being that of the training examples that reach
+            it. Weight decay is not multiplied. Empty: every rate counts once.
 
     Raises:
         MethodError: the kind is not known, an amount is None that is no damping, or of `coupled` and `shifted_by` only
@@ -102,6 +105,7 @@ class Spectral:
     shift: tuple[float, ...]
     coupled: tuple[float, ...] = ()
     shifted_by: Preconditioner | None = None
+    ceilings: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         check_choice("kind", self.kind, (*_OF_RATE, "damped_inverse", "constant"), MethodError)
@@ -115,21 +119,30 @@ class Spectral:
             for parameter_group in range(len(self.amount)):
                 self._number(parameter_group)
 
-    def on(self, eigenvalues: Tensor, parameter_group: int, P: Tensor | float = 1.0) -> Tensor:
+    def needs_share(self, parameter_group: int) -> bool:
+        """Whether the function of a layer in this group depends on the share of the examples that reach it."""
+        return bool(self.ceilings) and self.ceilings[parameter_group] > 1
+
+    def on(
+        self, eigenvalues: Tensor, parameter_group: int, P: Tensor | float = 1.0, share: float | None = None
+    ) -> Tensor:
         """The function's values at a layer's eigenvalues [P, O, I], or [] for a constant.
 
-        parameter_group: the layer's. P: that of `shifted_by`, in the eigenvalues' basis.
+        parameter_group: the layer's. P: that of `shifted_by`, in the eigenvalues' basis. share: of the training
+        examples, those that reach the layer; None where it does not matter.
         """
+        counts = 1.0 if share is None else min(1 / share, self.ceilings[parameter_group])
         if self.kind == "constant":
-            return eigenvalues.new_full((), self._number(parameter_group))
+            return eigenvalues.new_full((), counts * self._number(parameter_group))
         shift: Tensor | float = self.shift[parameter_group]
         if self.coupled:
             shift = shift + self.coupled[parameter_group] * P
         if self.kind == "damped_inverse":
             damping = self.amount[parameter_group]
             heuristic = HEURISTIC_SHARE * eigenvalues.mean()
-            return damped_inverse(eigenvalues + shift, heuristic if damping is None else damping)
-        return _OF_RATE[self.kind](eigenvalues, self._number(parameter_group), shift)
+            # the shift is a sum of weight decay per rate
+            return damped_inverse(eigenvalues + shift / counts, heuristic if damping is None else damping)
+        return _OF_RATE[self.kind](eigenvalues, counts * self._number(parameter_group), shift)
 
     def _number(self, parameter_group: int) -> float:
         amount = self.amount[parameter_group]

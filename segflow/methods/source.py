@@ -12,7 +12,7 @@ from torch import Tensor
 from ..arguments import plain, real_number, settle, truth, whole_number, whole_numbers
 from ..errors import MethodError, check_choice
 from ..training.segments import WEIGHTINGS, Segment, Segmentation, Weight, cut, segmentation
-from .method import Cuts, batch_of_fisher, final_point, stage_place
+from .method import Cuts, batch_of_fisher, ceilings, final_point, stage_place
 from .plan import Curvature, Operator, Plan, Point, Preconditioner, Scale, Spectral, Term
 
 if TYPE_CHECKING:
@@ -120,7 +120,8 @@ class Source:
     ) -> tuple[tuple[Operator, ...], tuple[Operator, ...]]:
         """What a segment learns of a query, and what it forgets of it on the way back."""
         plain = Curvature(stage, *self._points(stage, segment), batch=self.fisher_batch)
-        function = partial(Spectral, stage=stage, amount=segment.lr_steps, shift=segment.decay_steps)
+        capped = partial(Spectral, stage=stage, ceilings=ceilings(trajectory))
+        function = partial(capped, amount=segment.lr_steps, shift=segment.decay_steps)
         if not trajectory.preconditioned or self.preconditioner == "none":
             return (function(kind="response", curvature=plain),), (function(kind="decay", curvature=plain),)
         beside_P, through_P = _divided(segment.decay_steps, trajectory.coupled)
@@ -137,7 +138,7 @@ class Source:
         # (1 - exp(-(rate * P diag(H) + decay))), then H^-1: Bae et al. 2024, Appendix C
         heuristic = (None,) * len(segment.lr_steps)
         per_rate = tuple(shift / rate if rate else 0.0 for shift, rate in zip(through_P, segment.lr_steps, strict=True))
-        inverse = Spectral(stage=stage, kind="damped_inverse", curvature=plain, amount=heuristic, shift=per_rate)
+        inverse = capped(kind="damped_inverse", curvature=plain, amount=heuristic, shift=per_rate)
         return (function(kind="saturation"), inverse), (function(kind="decay"),)
 
 

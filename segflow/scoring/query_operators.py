@@ -148,7 +148,8 @@ class QueryOperators:
             if shifts is not None and operator.coupled[group]:
                 exact_POI = shifts[name].exact_POI
                 P = exact_POI if block is None or block.basis is None else block.basis.diagonal(exact_POI)
-            scaled[name] = values_QPOI * operator.on(eigenvalues, group, P)
+            share = self.fitted.share(operator, name)
+            scaled[name] = values_QPOI * operator.on(eigenvalues, group, P, share)
         return replace(before, values=scaled)
 
     @_apply.register

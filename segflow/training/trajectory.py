@@ -299,8 +299,8 @@ class Trajectory:
         if self._recorded.missing is not None:
             raise TrajectoryError(
                 f"stage {self.stage!r}: {self._recorded.missing}, so the influence of the whole of training is not "
-                "known. Record from the start, go on with the earlier part's recording (record(..., resume=True)), or explain "
-                "the recorded part alone with Trajectory.load(folder, partial=True)."
+                "known. Record from the start, go on with the earlier part's recording (record(..., resume=True)), or "
+                "explain the recorded part alone with Trajectory.load(folder, partial=True)."
             )
         return tuple(self._motion.rates[start:end].sum(0).tolist())
 
