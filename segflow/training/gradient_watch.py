@@ -8,7 +8,7 @@ not matter when or from where the training script imported them.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch.nn.utils import clip_grad
 from ..runtime.sharding import whole
 
 Factor = float | Tensor  # what clipping left of a gradient; a tensor of one number where it was computed on a device
+ONE: Factor = 1.0  # the factor of a gradient that was not clipped, which this very object marks
 Signature = tuple[int, int] | None  # which tensor a gradient is, and how often it was written to; None without one
 
 _ACTIVE: list[GradientWatch] = []  # the watches of all recordings under way
@@ -31,7 +32,8 @@ class GradientWatch:
     """Follows the gradients of some parameters, each told by its place.
 
     `factors`: what clipping by norm left of each gradient as it stands. `strange`: what was done to gradients that no
-    factor follows. Both are read, and never written, by others.
+    factor follows. Both are read, and never written, by others. All this runs in every step, so it is written for
+    speed.
     """
 
     def __init__(self) -> None:
@@ -48,83 +50,88 @@ class GradientWatch:
     def follow(self, parameters: Sequence[Tensor]) -> None:
         """Follow these parameters too."""
         self.parameters += parameters
-        self.factors += [1.0] * len(parameters)
-        self._last += [_signature(parameter) for parameter in parameters]
+        self.factors += [ONE] * len(parameters)
+        self._last += _signatures(parameters)
         self._stepped += [self._passes] * len(parameters)
         self._reached += [0] * len(parameters)
 
-    def reached(self, place: int) -> bool:
-        """Whether a backward pass reached a parameter since it was stepped last; True where no pass was seen at all."""
-        stepped = self._stepped[place]
-        return self._reached[place] > stepped or self._passes == stepped
+    @property
+    def told(self) -> bool:
+        """Whether backward passes are seen at all; they are not where gradients are made without torch's `backward`."""
+        return self._passes > 0
+
+    def reached(self, places: Sequence[int]) -> list[bool]:
+        """Whether a backward pass left parameters with a gradient since they were stepped last."""
+        reached, stepped, parameters = self._reached, self._stepped, self.parameters
+        return [reached[place] > stepped[place] and parameters[place].grad is not None for place in places]
 
     def stepped(self, places: Sequence[int]) -> None:
         """These parameters were stepped; what counts from now on is what later passes reach."""
+        parameters, last, stepped, passes = self.parameters, self._last, self._stepped, self._passes
         for place in places:
-            self._stepped[place] = self._passes
-            self._last[place] = _signature(self.parameters[place])
+            gradient = parameters[place].grad
+            last[place] = None if gradient is None else (id(gradient), gradient._version)
+            stepped[place] = passes
 
     def check(self, places: Sequence[int]) -> None:
         """Before a step: note it if a gradient was changed since it was seen last."""
+        parameters, last = self.parameters, self._last
         for place in places:
-            if self._passes > self._stepped[place]:
-                self._compare(place, _signature(self.parameters[place]))
+            gradient = parameters[place].grad
+            if gradient is not None and last[place] != (id(gradient), gradient._version):
+                self._changed(place, gradient)
 
-    def _compare(self, place: int, signature: Signature) -> None:
-        if signature is not None and signature != self._last[place]:
+    def _changed(self, place: int, gradient: Tensor) -> None:
+        """Nobody told how a gradient came to be another: somebody changed it, if there was a backward pass."""
+        if self._passes > self._stepped[place]:
             self.strange.add(BY_HAND)
-            self._last[place] = signature
+            self._last[place] = id(gradient), gradient._version
 
-    @contextmanager
-    def backward(self) -> Iterator[None]:
-        """Around a backward pass: sees which gradients it reaches, and which were made anew before it."""
+    def before_backward(self) -> None:
+        """Note which gradients stand, and which were made anew since they were seen last."""
         self._depth += 1
         if self._depth == 1:
-            self._before = [_signature(parameter) for parameter in self.parameters]
-            for place, (now, last) in enumerate(zip(self._before, self._last, strict=True)):
-                if now != last:  # gone, zeroed, or another's
-                    self.factors[place] = 1.0
-        try:
-            yield
-        finally:
-            self._depth -= 1
-        if self._depth == 0:
-            self._after_backward()
+            self._before = now = _signatures(self.parameters)
+            if now != self._last:  # some are gone, zeroed, or others'
+                pairs = zip(now, self._last, self.factors, strict=True)
+                self.factors = [factor if new == old else ONE for new, old, factor in pairs]
 
-    def _after_backward(self) -> None:
+    def after_backward(self, done: bool) -> None:
+        """Note which gradients the backward pass reached; done: False where it raised an error."""
+        self._depth -= 1
+        if self._depth or not done:
+            return
         self._passes += 1
-        self._before += [None] * (len(self.parameters) - len(self._before))  # of parameters that came within the pass
-        for place, (parameter, before) in enumerate(zip(self.parameters, self._before, strict=True)):
-            now = self._last[place] = _signature(parameter)
-            if now != before:
-                self._reached[place] = self._passes
-                if isinstance(self.factors[place], Tensor):
+        before, now = self._before, _signatures(self.parameters)
+        before += [None] * (len(now) - len(before))  # of parameters that came within the pass
+        passes, factors = self._passes, self.factors
+        for place, (old, new) in enumerate(zip(before, now, strict=True)):
+            if old != new:
+                self._reached[place] = passes
+                if factors[place] is not ONE:
                     self.strange.add(ON_CLIPPED)
+        self._last = now
 
     def clipped(self, gradients: Sequence[Tensor], factor: Tensor) -> None:
         """These gradients are about to be multiplied by a factor."""
         clipped = set(map(id, gradients))
+        last, factors = self._last, self.factors
         for place, parameter in enumerate(self.parameters):
-            signature = _signature(parameter)
-            if signature is None or signature[0] not in clipped:
+            gradient = parameter.grad
+            if gradient is None or id(gradient) not in clipped:
                 continue
-            if self._passes > self._stepped[place]:
-                self._compare(place, signature)
-            self.factors[place] = _product(self.factors[place], factor)
-            self._last[place] = signature[0], signature[1] + 1
+            if last[place] != (id(gradient), gradient._version):
+                self._changed(place, gradient)
+            factors[place] = factor if factors[place] is ONE else factors[place] * factor
+            last[place] = id(gradient), gradient._version + 1
 
     def rewritten(self) -> None:
         """Gradients were rewritten in a way that needs no factor: GradScaler undid the loss's scale."""
-        self._last = [_signature(parameter) for parameter in self.parameters]
+        self._last = _signatures(self.parameters)
 
 
-def _signature(parameter: Tensor) -> Signature:
-    gradient = parameter.grad
-    return None if gradient is None else (id(gradient), gradient._version)
-
-
-def _product(before: Factor, factor: Tensor) -> Factor:
-    return factor if not isinstance(before, Tensor) and before == 1.0 else before * factor
+def _signatures(parameters: Sequence[Tensor]) -> list[Signature]:
+    return [None if (g := parameter.grad) is None else (id(g), g._version) for parameter in parameters]
 
 
 @contextmanager
@@ -163,10 +170,15 @@ def _install() -> Callable[[], None]:
 
 def _telling_backward(backward: Callable[..., None]) -> Callable[..., None]:
     def backward_and_tell(*arguments: Any, **options: Any) -> None:
-        with ExitStack() as stack:
-            for watch in _ACTIVE:
-                stack.enter_context(watch.backward())
+        done = False
+        for watch in _ACTIVE:
+            watch.before_backward()
+        try:
             backward(*arguments, **options)
+            done = True
+        finally:
+            for watch in _ACTIVE:
+                watch.after_backward(done)
 
     return backward_and_tell
 
@@ -218,4 +230,5 @@ class _StandIn(ModuleType):
         vars(self).update(replaced)
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(torch, name)
+        value = vars(self)[name] = getattr(torch, name)  # looked up once
+        return value

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import TrajectoryError
-from .step_log import NUMBERS, Numbers
+from .step_log import Numbers
 
-# What torch's optimizers call the logged numbers; beta1 is the first of `betas`.
-_KEYS = {"learning_rate": "lr", "momentum": "momentum", "dampening": "dampening", "weight_decay": "weight_decay"}
 _USED = ("lr", "momentum", "dampening", "weight_decay", "eps", "alpha", "lr_decay", "betas")  # numbers in formulas
 _TRUTHS = ("nesterov", "maximize", "amsgrad", "centered", "decoupled_weight_decay")
 
@@ -38,16 +36,19 @@ def unwrapped(optimizer: Any) -> list[torch.optim.Optimizer]:
 
 
 def numbers(optimizer: torch.optim.Optimizer) -> Numbers:
-    """What the optimizer is about to use, of each parameter group."""
-    groups = optimizer.param_groups
-    read = {name: [float(group.get(key, 0.0)) for group in groups] for name, key in _KEYS.items()}
-    betas = [group.get("betas") for group in groups]
-    return {**read, "beta1": [float(pair[0]) if pair else 0.0 for pair in betas]}
+    """What the optimizer is about to use: for each parameter group the numbers that NUMBERS names, in their order."""
+    return tuple([_of_group(group) for group in optimizer.param_groups])
 
 
-def joined(of_optimizers: Sequence[Numbers]) -> Numbers:
-    """The numbers of several optimizers, parameter group after parameter group."""
-    return {name: [value for one in of_optimizers for value in one[name]] for name in NUMBERS}
+def _of_group(group: Mapping[str, Any]) -> tuple[float, ...]:
+    betas, get = group.get("betas"), group.get
+    return (
+        float(group["lr"]),
+        float(get("momentum", 0.0)),
+        float(betas[0]) if betas else 0.0,
+        float(get("dampening", 0.0)),
+        float(get("weight_decay", 0.0)),
+    )
 
 
 def optimizer_name(optimizer: torch.optim.Optimizer) -> str:

@@ -4,8 +4,8 @@
     {...}}}
 
 A line holds what changed since the line before. The optimizer's numbers have an entry for each of its parameter groups;
-`codes` (see MOVED and the like) and `clip_factors` have one for each history, which is a set of parameters whose steps
-were all alike: `histories` tells each one's parameter group, and each parameter's history.
+`codes` (see MOVED and the like) and `clip_factors` (or one number for all) have one for each history, a set of
+parameters whose steps were all alike: `histories` tells each one's parameter group, and each parameter's history.
 
 Axes: T steps, G parameter groups.
 """
@@ -13,6 +13,7 @@ Axes: T steps, G parameter groups.
 from __future__ import annotations
 
 import json
+import math
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,19 +26,22 @@ from torch import Tensor
 
 from ..errors import TrajectoryError
 from ..store.files import LineFile, read_lines, write_file
-from .gradient_watch import Factor
+from .gradient_watch import ONE, Factor
 from .histories import Histories
 from .motion import step_counts
 
 # What a code says of a step, added up: the optimizer moved the parameter; the gradient was the data's; the parameter
 # was in training, but not reached by the step's batch; the optimizer had no state of it before.
 MOVED, CARRIED, LEFT_OUT, FRESH = 1, 2, 4, 8
-NUMBERS = ("learning_rate", "momentum", "beta1", "dampening", "weight_decay")  # of each of the optimizer's groups
-Numbers = Mapping[str, Sequence[float]]
+NUMBERS = ("learning_rate", "momentum", "beta1", "dampening", "weight_decay")
+Numbers = tuple[tuple[float, ...], ...]  # for each of the optimizers' parameter groups, in this order
 
 
 class Round(NamedTuple):
-    """One round: the numbers that the optimizers used, and each parameter's code and clip factor, by place."""
+    """One round: the numbers that the optimizers used, and each parameter's code and clip factor, by place.
+
+    Where the numbers are those of the round before, they are the same object.
+    """
 
     numbers: Numbers
     codes: list[int]
@@ -54,8 +58,10 @@ class StepLog:
         self.step = step
         self._file = None if path is None else LineFile(path, TrajectoryError)
         self._histories, self._names = Histories(), list[str]()
-        self._written: dict[str, Any] = {}  # what the lines so far say
+        self._numbers: Numbers | None = None  # those of the step before, as its codes and its factor, the same for all
         self._codes: list[int] = []
+        self._factor: float | None = None
+        self._written: dict[str, Any] = {}  # what the lines so far say
         self._pending: deque[tuple[dict[str, Any], list[_Number]]] = deque()
 
     def append(self, round_: Round, names: Sequence[str], groups: Callable[[], list[int]]) -> None:
@@ -64,26 +70,36 @@ class StepLog:
         names: of all parameters that are followed by now; groups: gives the parameter group of each.
         """
         self.step += 1
-        if len(names) > len(self._names):
-            self._histories.add(groups()[len(self._names) :])
-            self._names = list(names)
-        states, factors = self._of_histories(round_.codes, round_.factors)
-        row = {"step": self.step} | self._changed({**round_.numbers, "codes": states})
-        if len(self._histories.groups) != len(self._written.get("histories", {}).get("groups", ())):
-            of = dict(zip(self._names, self._histories.of, strict=True))
-            row["histories"] = self._written["histories"] = {"groups": list(self._histories.groups), "of": of}
-        self._pending.append((row, [_Number(factor) for factor in factors]))
+        numbers, codes, factors = round_
+        first = factors[0]
+        alike = codes == self._codes and _same(factors)
+        if alike and first is ONE and self._factor == ONE and numbers is self._numbers:  # as the step before
+            self._write()
+            self._put(f'{{"step": {self.step}}}')
+            return
+        row: dict[str, Any] = {"step": self.step}
+        if numbers is not self._numbers:
+            row |= self._changed(dict(zip(NUMBERS, map(list, zip(*numbers, strict=True)), strict=True)))
+            self._numbers = numbers
+        if not alike:
+            if len(names) > len(self._names):
+                self._histories.add(groups()[len(self._names) :])
+                self._names = list(names)
+            factors = self._tell_apart(row, codes, factors)
+            self._codes = codes
+        self._pending.append((row, [_Number(first)] if alike else [_Number(factor) for factor in factors]))
         self._write(delayed=1)
 
-    def _of_histories(self, codes: list[int], factors: list[Factor]) -> tuple[list[int], list[Factor]]:
-        """Each history's code and factor, where parameters that differ have been given histories of their own."""
-        if codes == self._codes and all(factor is factors[0] for factor in factors):  # nothing to tell apart
-            return self._written["codes"], [factors[0]] * len(self._histories.groups)
-        self._codes = codes
+    def _tell_apart(self, row: dict[str, Any], codes: list[int], factors: list[Factor]) -> list[Factor]:
+        """Each history's factor, and its code in the row; parameters that differ are given histories of their own."""
         keys = [(code, id(f) if isinstance(f, Tensor) else f) for code, f in zip(codes, factors, strict=True)]
         by_key = dict(zip(keys, factors, strict=True))
         states = self._histories.states(keys)
-        return [code for code, _ in states], [by_key[state] for state in states]
+        row |= self._changed({"codes": [code for code, _ in states]})
+        if len(self._histories.groups) != len(self._written.get("histories", {}).get("groups", ())):
+            of = dict(zip(self._names, self._histories.of, strict=True))
+            row["histories"] = self._written["histories"] = {"groups": list(self._histories.groups), "of": of}
+        return [by_key[state] for state in states]
 
     def _changed(self, values: dict[str, Any]) -> dict[str, Any]:
         changed = {key: value for key, value in values.items() if self._written.get(key) != value}
@@ -97,9 +113,16 @@ class StepLog:
             if len(self._pending) <= delayed and any(factor.on_device for factor in factors):
                 return
             self._pending.popleft()
-            row |= self._changed({"clip_factors": [factor.value() for factor in factors]})
-            if self._file is not None:
-                self._file.append(json.dumps(row))
+            values = [factor.value() for factor in factors]
+            self._factor = values[0] if len(set(values)) == 1 else None
+            told = values if self._factor is None else self._factor
+            if self._written.get("clip_factors", values) != told or "clip_factors" not in self._written:
+                row["clip_factors"] = self._written["clip_factors"] = told
+            self._put(json.dumps(row))
+
+    def _put(self, line: str) -> None:
+        if self._file is not None:
+            self._file.append(line)
 
     def flush(self) -> None:
         """Write all lines, also those whose numbers a device still computes."""
@@ -110,6 +133,15 @@ class StepLog:
         self.flush()
         if self._file is not None:
             self._file.close()
+
+
+def _same(factors: list[Factor]) -> bool:
+    """Whether all factors are one object, so that they need not be read."""
+    first = factors[0]
+    for factor in factors:  # faster than a comprehension, in every step  # noqa: SIM110
+        if factor is not first:
+            return False
+    return True
 
 
 class _Number:
@@ -127,8 +159,8 @@ class _Number:
         """The number; None if it is not finite."""
         if self._event is not None:
             self._event.synchronize()
-        number = float(self._factor)
-        return number if np.isfinite(number) else None
+        number = self._factor.item() if isinstance(self._factor, Tensor) else self._factor
+        return number if math.isfinite(number) else None
 
 
 @dataclass(frozen=True)
@@ -222,7 +254,8 @@ def _block(rows: Sequence[dict[str, Any]], epoch: Mapping[str, Any], histories: 
     groups = [epoch["groups"][history] for history in chosen]
     block = {}
     for key in (*NUMBERS, "codes", "clip_factors"):
-        values = np.array([row[key] for row in rows], dtype=float)
+        width = len(epoch["groups"])
+        values = np.array([row[key] if isinstance(row[key], list) else [row[key]] * width for row in rows], dtype=float)
         block[key] = np.full((len(rows), len(histories)), 1.0 if key == "clip_factors" else 0.0)
         block[key][:, places] = values[:, groups if key in NUMBERS else chosen]
     return block

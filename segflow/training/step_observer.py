@@ -7,6 +7,7 @@ others.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -14,11 +15,9 @@ from torch import Tensor, nn
 
 from ..errors import TrajectoryError
 from ..runtime.sharding import whole
-from .gradient_watch import Factor, GradientWatch
-from .live_optimizers import joined, numbers, skipped, started, steps_taken
+from .gradient_watch import ONE, Factor, GradientWatch
+from .live_optimizers import numbers, skipped, started, steps_taken
 from .step_log import CARRIED, FRESH, LEFT_OUT, MOVED, Numbers, Round
-
-ONE = 1.0  # the factor of gradients that were not clipped
 
 
 class StepObserver:
@@ -36,13 +35,15 @@ class StepObserver:
         self.skipped = 0
         self._places: list[list[int]] = [[] for _ in optimizers]  # those that each optimizer holds
         self._groups: list[tuple[int, int]] = []  # each one's optimizer, and its parameter group there
-        self._layout: list[Any] = []
+        self._layout: list[int] = []
         self._stateless: list[set[int]] = [set() for _ in optimizers]  # places of which an optimizer has no state yet
         self._looks: list[Any] = [None for _ in optimizers]  # how the optimizers' states looked then
         self._numbers: list[Numbers] = [numbers(one) for one in optimizers]
+        self._joined: Numbers = ()
         self._stepped: set[int] = set()  # the optimizers that have taken this round's step
         self._codes: list[int] = []  # of this round
         self._factors: list[Factor] = []
+        self._last_codes: list[int] = []  # of the round before
         self._zero: dict[int, tuple[Any, bool]] = {}  # gradients that no backward pass reached, and whether all zeros
         self._note_parameters()
         if not self.names:
@@ -76,15 +77,7 @@ class StepObserver:
             self.skipped += 1
             self.watch.rewritten()
             return None
-        stateless = self._stateless[number]
-        for place in places:
-            code = self._code(place)
-            if code & MOVED:
-                if place in stateless:
-                    code |= FRESH
-                    stateless.discard(place)
-                self._factors[place] = self.watch.factors[place]
-            self._codes[place] = code
+        self._codes_of(number)
         self.watch.stepped(places)
         self._stepped.add(number)
         if len(self._stepped) == len(self.optimizers):
@@ -92,12 +85,24 @@ class StepObserver:
         self._note_left_out()
         return None
 
+    def _codes_of(self, number: int) -> None:
+        """Note what an optimizer's step did to its parameters."""
+        places, stateless, watch = self._places[number], self._stateless[number], self.watch
+        codes, factors = self._codes, self._factors
+        for place, reached in zip(places, watch.reached(places), strict=True):
+            codes[place] = code = MOVED | CARRIED if reached else self._code(place)
+            if code & MOVED:
+                factors[place] = watch.factors[place]
+        for place in [place for place in stateless if codes[place] & MOVED] if stateless else ():
+            codes[place] |= FRESH
+            stateless.discard(place)
+
     def _code(self, place: int) -> int:
-        """What the step just taken did to a parameter; see the codes in `step_log`."""
+        """What the step just taken did to a parameter that no backward pass reached; see the codes in `step_log`."""
         parameter = self.watch.parameters[place]
         if parameter.grad is None:
             return LEFT_OUT if parameter.requires_grad else 0
-        if self.watch.reached(place) or not self._all_zero(place, parameter):
+        if not self.watch.told or not self._all_zero(place, parameter):
             return MOVED | CARRIED  # a gradient that nobody removed moves the parameter again
         return MOVED | LEFT_OUT if parameter.requires_grad else MOVED
 
@@ -116,23 +121,27 @@ class StepObserver:
         """Of optimizers that have not stepped in this round: which parameters its batch left out."""
         for number, places in enumerate(self._places):
             if number not in self._stepped:
-                for place in places:
-                    parameter = self.watch.parameters[place]
-                    reached = parameter.grad is not None and self.watch.reached(place)
-                    self._codes[place] = LEFT_OUT if parameter.requires_grad and not reached else 0
+                for place, reached in zip(places, self.watch.reached(places), strict=True):
+                    in_training = self.watch.parameters[place].requires_grad
+                    self._codes[place] = LEFT_OUT if in_training and not reached else 0
 
     def rest(self) -> Round | None:
         """The round under way, ended; None if no optimizer has stepped in it."""
         if not self._stepped:
             return None
-        round_ = Round(joined(self._numbers), self._codes, self._factors)
-        self.moved |= {place for place, code in enumerate(self._codes) if code & MOVED}
+        joined = tuple(chain.from_iterable(self._numbers))
+        if joined != self._joined:
+            self._joined = joined
+        round_ = Round(self._joined, self._codes, self._factors)
+        if self._codes != self._last_codes:
+            self.moved |= {place for place, code in enumerate(self._codes) if code & MOVED}
+            self._last_codes = self._codes
         self._codes, self._factors = [0] * len(self.names), [ONE] * len(self.names)
         self._stepped.clear()
         return round_
 
-    def _look_at_layout(self) -> list[Any]:
-        return [[len(group["params"]) for group in one.param_groups] for one in self.optimizers]
+    def _look_at_layout(self) -> list[int]:
+        return [len(group["params"]) for one in self.optimizers for group in one.param_groups]
 
     def _note_parameters(self) -> None:
         """Follow every parameter of the model that an optimizer holds; refuse one that two of them hold."""
@@ -143,7 +152,7 @@ class StepObserver:
             for g, group in enumerate(one.param_groups)
             for p in group["params"]
         }
-        twice = len(holders) < sum(map(sum, self._layout))
+        twice = len(holders) < sum(self._layout)
         known, new = set(self.names), list[Tensor]()
         for name, parameter in self.model.named_parameters(remove_duplicate=False):
             if id(parameter) in holders and name not in known:
