@@ -68,8 +68,8 @@ def statistics_unit(context: StageContext, point: Point) -> str:
 
 def kernel_unit(context: StageContext, inverse: ProjectedInverse) -> str:
     """The name of the unit of a projected second moment at a point; damping is applied when it is read."""
-    of = inverse.projection
-    name = f"{inverse.features}-{of.dimension or 'all'}-{of.seed}{_batched(inverse)}"
+    projection = inverse.projection
+    name = f"{inverse.features}-{projection.dimension or 'all'}-{projection.seed}{_batched(inverse)}"
     return f"{context.prefix}kernel/{name}/{point_name(context, inverse.point)}"
 
 
@@ -79,17 +79,17 @@ def at_point(identity: MadeFrom, context: StageContext, point: Point) -> dict[st
 
 
 def kernel_from(
-    context: StageContext, inverse: ProjectedInverse, train_from: MadeFrom, own: LossView, train: Any
+    context: StageContext, inverse: ProjectedInverse, train_from: MadeFrom, view: LossView, train: Any
 ) -> MadeFrom:
-    """What a kernel's unit is made of; own: the view of the training loss.
+    """What a kernel's unit is made of; view: of the training loss.
 
     The task's output is identified by its values on some examples, as the training loss is.
     """
-    made = {**at_point(train_from, context, inverse.point), "dtype": str(own.dtype)}
+    made = {**at_point(train_from, context, inverse.point), "dtype": str(view.dtype)}
     if inverse.features == "output":
         made |= {
             "output": output_fingerprint(context.task),
-            "outputs": steady_losses(context, train, replace(own, kind="output")),
+            "outputs": steady_losses(context, train, replace(view, kind="output")),
         }
     return made
 
@@ -133,9 +133,9 @@ def preconditioner_from(context: StageContext, preconditioner: Preconditioner) -
     }
 
 
-def _batched(of: Curvature | ProjectedInverse) -> str:
+def _batched(second_moment: Curvature | ProjectedInverse) -> str:
     """In a unit's name, the examples that second moments are batched by."""
-    return f"-batches-of-{of.batch}" if of.batch > 1 else ""
+    return f"-batches-of-{second_moment.batch}" if second_moment.batch > 1 else ""
 
 
 def _pool(context: StageContext, curvature: Curvature) -> str:

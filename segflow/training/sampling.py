@@ -90,14 +90,22 @@ class CountedSampler:
 
     def _count(self, drawn: Any) -> None:
         """Count an index, or a list of them."""
-        for example in _indices(drawn):
-            if example < 0:
-                raise TrajectoryError(
-                    f"CountedSampler: {type(self._sampler).__name__} handed out the index {example}, expected one >= 0."
-                )
-            if example >= len(self._drawn):
-                self._drawn.frombytes(bytes(8 * max(example + 1 - len(self._drawn), len(self._drawn))))
-            self._drawn[example] += 1
+        counts = self._drawn
+        known = len(counts)
+        for example in (drawn,) if type(drawn) is int else _indices(drawn):
+            if not 0 <= example < known:
+                self._make_room(example)
+                known = len(counts)
+            counts[example] += 1
+
+    def _make_room(self, example: int) -> None:
+        """Room for the count of an index that is larger than all before; TrajectoryError for one below 0."""
+        if example < 0:
+            raise TrajectoryError(
+                f"CountedSampler: {type(self._sampler).__name__} handed out the index {example}, expected one >= 0."
+            )
+        known = len(self._drawn)
+        self._drawn.frombytes(bytes(8 * max(example + 1 - known, known)))
 
 
 def _indices(drawn: Any) -> Sequence[int]:

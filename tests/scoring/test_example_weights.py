@@ -15,9 +15,11 @@ import torch
 from torch import Tensor
 
 import segflow as sf
+from segflow.curvature.kronecker import Covariance
 from segflow.curvature.lissa import in_proportion
 from segflow.curvature.projection import probes
 from segflow.methods.plan import Point, Projection
+from segflow.model.tokens import Tokens
 from segflow.runtime.ranks import current
 
 from ..support import oracles
@@ -296,6 +298,19 @@ def test_curvature_of_examples_that_were_never_drawn_is_refused(tmp_path: Path) 
     weights[chosen] = 0
     with pytest.raises(sf.FactorError, match=r"step 30: all of the 4 examples .* weight of 0.*curvature_examples="):
         _run(tmp_path, sf.InfluenceFunction(), weights=weights, fitting={"curvature_examples": 4})
+
+
+def test_covariances_count_tokens_as_often_as_their_example_where_padding_differs() -> None:
+    times, generator = torch.tensor([0, 3, 1, 2]), torch.Generator().manual_seed(0)
+    a, g = (torch.randn(2, 4, 5, D, generator=generator, dtype=torch.float64) for D in (3, 2))
+    mask = torch.arange(5)[None, :] < torch.tensor([5, 1, 3, 4])[:, None]
+    for masked in (mask, None):
+        weighted, repeated = (Covariance.zeros((2, 2, 3), torch.float64, torch.device("cpu")) for _ in range(2))
+        weighted.add_(Tokens(a, g), masked, times.double())
+        rows = torch.repeat_interleave(torch.arange(4), times)
+        repeated.add_(Tokens(a[:, rows], g[:, rows]), None if masked is None else masked[rows])
+        for name, expected in vars(repeated).items():
+            torch.testing.assert_close(getattr(weighted, name), expected)
 
 
 METHODS = {

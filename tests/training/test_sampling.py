@@ -94,6 +94,12 @@ def test_counts_are_those_of_what_was_handed_out_so_far() -> None:
     assert counted.counts(4).tolist() == [0, 2, 0, 4]
 
 
+def test_nothing_is_drawn_before_it_is_asked_for() -> None:
+    drawn = []
+    walk = iter(sf.CountedSampler(drawn.append(index) or index for index in range(5)))
+    assert [next(walk), next(walk)] == drawn == [0, 1]
+
+
 def test_an_index_beyond_the_data_is_named() -> None:
     counted = sf.CountedSampler([0, 7, 5])
     list(counted)
