@@ -192,8 +192,8 @@ def settle_parameter_groups(choice: LayerChoice, trajectory: Trajectory) -> tupl
             "weight decay": trajectory.weight_decay,
         }
         differing = [quantity for quantity, log in logged.items() if not log[:, weight].equal(log[:, bias])]
-        if bias is not None and trajectory.eps[weight] != trajectory.eps[bias]:
-            differing.append("eps")
+        of_group = {"eps": trajectory.eps, "optimizer": trajectory.kinds}
+        differing += [quantity for quantity, by in of_group.items() if bias is not None and by[weight] != by[bias]]
         if differing:
             tracked[name] = replace(layer, has_bias=False)
             skipped[f"{prefix}bias"] = f"it was trained with another {' and '.join(differing)} than the weight"
