@@ -49,7 +49,7 @@ def _data(plus: int) -> TensorDataset:
     return TensorDataset(torch.cat([x[:, :1].abs() * sign[:, None], x[:, 1:]], 1), y)
 
 
-def _trajectory(folder: Path, rates: Tensor, ceiling: float, optimizer: str, **told: Any) -> sf.Trajectory:
+def _trajectory(folder: Path, rates: Tensor, ceiling: float, optimizer: str, **given: Any) -> sf.Trajectory:
     made = trajectory_of(folder / "run", perturbed_states(TwoHeads(), 4), N)
     files = None if optimizer == "SGD" else moment_files(folder / "moments", TwoHeads(), 4)
     return history(
@@ -61,7 +61,7 @@ def _trajectory(folder: Path, rates: Tensor, ceiling: float, optimizer: str, **t
         moments=files,
         ceilings=(1.0, ceiling),
         coupled=(optimizer == "Adam",) * 2,
-        **told,
+        **given,
     )
 
 
@@ -88,8 +88,8 @@ def test_a_layers_rate_counts_as_often_as_its_share_and_ceiling_say(tmp_path: Pa
     train = _data(16)
     found = _by_layer(tmp_path / "a", _trajectory(tmp_path, RATES, CEILING, optimizer), method, train)
     for head, factor in {"plus": 1.25, "minus": 2.0}.items():
-        told = _trajectory(tmp_path, RATES * torch.tensor([1.0, factor]), 1.0, optimizer)
-        expected = _by_layer(tmp_path / head, told, method, train)
+        trajectory = _trajectory(tmp_path, RATES * torch.tensor([1.0, factor]), 1.0, optimizer)
+        expected = _by_layer(tmp_path / head, trajectory, method, train)
         if name != "fast":  # whose mean parameters depend on the rates of all groups
             torch.testing.assert_close(found[head], expected[head], rtol=1e-9, atol=1e-12)
             torch.testing.assert_close(found["body"], expected["body"], rtol=1e-9, atol=1e-12)
@@ -156,10 +156,10 @@ def test_a_position_is_enough_to_reach_a_layer(tmp_path: Path) -> None:
     train = TensorDataset(x, vectors(N).tensors[1])
     made = trajectory_of(tmp_path / "run", perturbed_states(Positions(), 2), N)
     groups = {name: int(name.startswith("head")) for name in Positions().state_dict()}
-    told = history(made, groups, by_span((20, (0.1, 0.1))), ceilings=(1.0, 100.0))
+    capped = history(made, groups, by_span((20, (0.1, 0.1))), ceilings=(1.0, 100.0))
     plain = history(made, groups, by_span((20, (0.1, 0.4))))
     scores = []
-    for label, trajectory in {"capped": told, "plain": plain}.items():
+    for label, trajectory in {"capped": capped, "plain": plain}.items():
         analyzer = analyzer_of(Positions(), trajectory, tmp_path / label, method=sf.TracIn())
         analyzer.fit(train)
         scores.append(analyzer.score(GROUPS, train, train).values)

@@ -99,6 +99,11 @@ def test_layers_of_an_optimizer_without_second_moments_have_a_p_of_one(tmp_path:
     found = _scores(tmp_path / "a", _trajectory(tmp_path, bare, **mixed), METHODS[kind])
     expected = _scores(tmp_path / "b", _trajectory(tmp_path, unit, coupled=(True, False)), METHODS[kind])
     torch.testing.assert_close(found.values, expected.values, rtol=1e-7, atol=1e-12)
+    estimated = _trajectory(tmp_path, None, constants={"batch_size": 5}, **mixed)
+    with pytest.warns(UserWarning, match="second moments were not saved at 4 checkpoints"):
+        by_layer = _scores(tmp_path / "c", estimated, METHODS[kind]).by_layer
+    torch.testing.assert_close(by_layer["4"], expected.by_layer["4"], rtol=1e-7, atol=1e-12)
+    assert not torch.allclose(by_layer["0"], expected.by_layer["0"], rtol=1e-3, atol=0)
 
 
 @pytest.mark.filterwarnings("ignore:.*second moments were not saved")

@@ -78,10 +78,10 @@ def test_coupled_and_decoupled_decay_stand_in_one_plan(tmp_path: Path, precondit
     optimizer, rates = sf.OptimizerConstants("Adam", eps=EPS), by_span((40, (0.004, 0.004)))
     by_layer = {}
     for label, coupled in {"both": (False, True), "first": (False, False), "second": (True, True)}.items():
-        told = history(
+        trajectory = history(
             made, OWN_GROUP, rates, optimizer=optimizer, moments=moments, decays=0.5 * rates, coupled=coupled
         )
-        by_layer[label] = _by_layer(tmp_path / label, told, method)
+        by_layer[label] = _by_layer(tmp_path / label, trajectory, method)
     for layer, expected in {"0": "first", "2": "first", "4": "second"}.items():
         torch.testing.assert_close(by_layer["both"][layer], by_layer[expected][layer], rtol=1e-9, atol=0)
     assert not torch.allclose(by_layer["first"]["4"], by_layer["second"]["4"], rtol=1e-3, atol=0)
@@ -99,8 +99,8 @@ def test_a_group_that_saw_no_data_in_a_segment_learns_nothing_there_and_decays(
     parts = {}
     for decay in (0.0, 0.01):
         decays = by_span((20, (0.0, 0.0)), (20, (0.0, decay)))
-        told = history(made, OWN_GROUP, rates, optimizer=optimizer, moments=moments, decays=decays)
-        analyzer = analyzer_of(mlp(), told, tmp_path / f"store-{decay}", method=method)
+        trajectory = history(made, OWN_GROUP, rates, optimizer=optimizer, moments=moments, decays=decays)
+        analyzer = analyzer_of(mlp(), trajectory, tmp_path / f"store-{decay}", method=method)
         analyzer.fit(vectors(N))
         query = vectors(QUERIES, seed=5)
         parts[decay] = analyzer.score(GROUPS, vectors(N), query, keep=("layer",)).by_layer["4"]

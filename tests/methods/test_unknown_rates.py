@@ -27,12 +27,12 @@ class Tracking(FixedLabels):
         return list(self.names)
 
 
-def _beside_muon(folder: Path, **told: Any) -> sf.Trajectory:
+def _beside_muon(folder: Path, **given: Any) -> sf.Trajectory:
     """The middle layer was Muon's."""
     made = trajectory_of(folder / "run", perturbed_states(mlp(), 2), N)
     groups = {name: int(name.startswith("2")) for name in mlp().state_dict()}
     rates = by_span((15, (0.3, NAN)), (5, (0.1, NAN)))
-    return history(made, groups, rates, kinds=("SGD", "Muon"), decays=0.01 * rates, **told)
+    return history(made, groups, rates, kinds=("SGD", "Muon"), decays=0.01 * rates, **given)
 
 
 @pytest.mark.parametrize("method", [sf.Source(), sf.Source(segments="auto"), sf.TracIn(), sf.Hydra()])
@@ -55,8 +55,16 @@ def test_the_other_layers_are_scored_as_if_there_were_no_other_optimizer(tmp_pat
     made = trajectory_of(tmp_path / "run", perturbed_states(mlp(), 2), N)
     known = by_span((15, (0.3,)), (5, (0.1,)))
     alone = history(made, dict.fromkeys(mlp().state_dict(), 0), known, decays=0.01 * known)
-    for label, told in {"beside": _beside_muon(tmp_path), "alone": alone}.items():
-        analyzer = analyzer_of(mlp(), told, tmp_path / label, task=task, method=method)
+    for label, trajectory in {"beside": _beside_muon(tmp_path), "alone": alone}.items():
+        analyzer = analyzer_of(mlp(), trajectory, tmp_path / label, task=task, method=method)
         analyzer.fit(vectors(N))
         values.append(analyzer.score(GROUPS, vectors(N), vectors(3, seed=5)).values)
     torch.testing.assert_close(values[0], values[1], rtol=1e-9, atol=1e-12)
+
+
+def test_a_bias_of_another_optimizer_than_its_weights_is_left_out_by_name(tmp_path: Path) -> None:
+    made = trajectory_of(tmp_path / "run", perturbed_states(mlp(), 2), N)
+    groups = {name: int(name == "2.bias") for name in mlp().state_dict()}
+    trajectory = history(made, groups, by_span((20, (0.3, 0.3))), kinds=("Muon", "SGD"))
+    analyzer = analyzer_of(mlp(), trajectory, tmp_path / "store", method=sf.GradientDot())
+    assert analyzer.context.layers.skipped["2.bias"] == "it was trained with another optimizer than the weight"

@@ -102,7 +102,7 @@ def test_each_layer_is_scored_as_if_the_whole_model_had_its_groups_history(tmp_p
     files = moment_files(tmp_path, mlp(), 4)
     for label, columns in {"both": [0, 1], "first": [0], "second": [1]}.items():
         of = OWN_GROUP if label == "both" else dict.fromkeys(OWN_GROUP, 0)
-        told = history(
+        trajectory = history(
             made,
             of,
             scale * RATES[:, columns],
@@ -110,9 +110,9 @@ def test_each_layer_is_scored_as_if_the_whole_model_had_its_groups_history(tmp_p
             optimizer=sf.OptimizerConstants("AdamW", eps=EPS),
             moments=files,
         )
-        scores = _scores(tmp_path / label, told, METHODS[name], keep=("layer",))
+        scores = _scores(tmp_path / label, trajectory, METHODS[name], keep=("layer",))
         by_layer[label] = dict(scores.by_layer)
-        whole = _scores(tmp_path / label, told, METHODS[name]).values
+        whole = _scores(tmp_path / label, trajectory, METHODS[name]).values
         torch.testing.assert_close(whole, scores.values, rtol=1e-9, atol=1e-12)
     for layer, expected in {"0": "first", "2": "first", "4": "second"}.items():
         torch.testing.assert_close(by_layer["both"][layer], by_layer[expected][layer], rtol=1e-7, atol=1e-12)
@@ -143,19 +143,19 @@ def _source(layers: tuple[str, ...], group: int) -> Callable[[Quantities], Tenso
 
 
 def test_scores_equal_the_dense_formula_with_each_groups_rates_decay_and_weights(tmp_path: Path) -> None:
-    told = history(_made(tmp_path / "run"), OWN_GROUP, RATES, decays=DECAYS)
-    scores = _scores(tmp_path / "store", told, sf.Source(segments=2))
+    trajectory = history(_made(tmp_path / "run"), OWN_GROUP, RATES, decays=DECAYS)
+    scores = _scores(tmp_path / "store", trajectory, sf.Source(segments=2))
     exact = quantities(mlp(), perturbed_states(mlp(), 4), vectors(N), vectors(QUERIES, seed=5))
     expected = _source(("0", "2"), 0)(exact) + _source(("4",), 1)(exact)
     torch.testing.assert_close(scores.values, expected, rtol=1e-8, atol=1e-12)
 
 
 def test_fast_source_weighs_mean_parameters_by_the_rates_of_all_groups(tmp_path: Path) -> None:
-    told = history(_made(tmp_path / "run"), OWN_GROUP, RATES)
-    for term, segment in zip(sf.Source(segments=2, fast=True).plan(told), cut(told, 2), strict=True):
+    trajectory = history(_made(tmp_path / "run"), OWN_GROUP, RATES)
+    for term, segment in zip(sf.Source(segments=2, fast=True).plan(trajectory), cut(trajectory, 2), strict=True):
         [point] = term.train
         assert tuple(weight for _, weight in point.weights) == segment.overall and term.weights == (1.0,)
-    assert torch.isfinite(_scores(tmp_path / "store", told, sf.Source(segments=2, fast=True)).values).all()
+    assert torch.isfinite(_scores(tmp_path / "store", trajectory, sf.Source(segments=2, fast=True)).values).all()
 
 
 def test_units_of_sums_over_layers_are_bound_to_the_weights_in_them(tmp_path: Path) -> None:
@@ -164,8 +164,8 @@ def test_units_of_sums_over_layers_are_bound_to_the_weights_in_them(tmp_path: Pa
     alike, apart = history(made, OWN_GROUP, 0 * RATES + 0.3), history(made, OWN_GROUP, RATES)
     other = history(made, OWN_GROUP, RATES.flip(0))
     values = {}
-    for label, told in {"alike": alike, "apart": apart, "other": other}.items():
-        values[label] = _scores(tmp_path / label, told, method).values
+    for label, trajectory in {"alike": alike, "apart": apart, "other": other}.items():
+        values[label] = _scores(tmp_path / label, trajectory, method).values
         entries = [json.loads(path.read_text()) for path in (tmp_path / label / "manifest/scores").glob("**/*.json")]
         assert len(entries) == 4
         assert all(("weights" in entry["made_from"]) == (label != "alike") for entry in entries)

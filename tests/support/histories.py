@@ -14,28 +14,28 @@ import segflow as sf
 
 
 class History(sf.Trajectory):
-    """A trajectory whose steps [steps, parameter groups] and whose groups are as `told` says, by name.
+    """A trajectory whose steps [steps, parameter groups] and whose groups are as `given` says, by name.
 
     rates: times the data's gradient; decays: times the parameter; coupled, has_moments, kinds, ceilings: of the groups;
     clip_squares: of each checkpoint and group.
     """
 
-    told: Mapping[str, Any]
+    given: Mapping[str, Any]
 
     def lr_steps(self, start: int, end: int) -> tuple[float, ...]:
-        return tuple(self.told["rates"][start:end].sum(0).tolist())
+        return tuple(self.given["rates"][start:end].sum(0).tolist())
 
     def decay_steps(self, start: int, end: int) -> tuple[float, ...]:
-        return tuple(self.told["decays"][start:end].sum(0).tolist())
+        return tuple(self.given["decays"][start:end].sum(0).tolist())
 
     def clip_squares(self, index: int) -> tuple[float, ...]:
-        return self.told["clip_squares"][index]
+        return self.given["clip_squares"][index]
 
-    coupled = property(lambda self: self.told["coupled"])
-    has_moments = property(lambda self: self.told["has_moments"])
-    preconditioned = property(lambda self: any(self.told["has_moments"]))
-    kinds = property(lambda self: self.told["kinds"])
-    ceilings = property(lambda self: self.told["ceilings"])
+    coupled = property(lambda self: self.given["coupled"])
+    has_moments = property(lambda self: self.given["has_moments"])
+    preconditioned = property(lambda self: any(self.given["has_moments"]))
+    kinds = property(lambda self: self.given["kinds"])
+    ceilings = property(lambda self: self.given["ceilings"])
 
 
 def history(
@@ -45,24 +45,24 @@ def history(
     *,
     optimizer: Any = None,
     moments: Any = None,
-    **told: Any,
+    **given: Any,
 ) -> History:
     """The trajectory `made` with other histories; groups: of the parameters; moments: a file for each checkpoint."""
     count = rates.shape[1]
-    found = History(
+    trajectory = History(
         made.checkpoints, made.steps, rates.nan_to_num(), made.dataset_size, optimizer, groups, second_moments=moments
     )
-    found.told = {
+    trajectory.given = {
         "rates": rates,
         "decays": torch.zeros_like(rates),
         "coupled": (False,) * count,
-        "has_moments": (found.optimizer.name != "SGD",) * count,
-        "kinds": (found.optimizer.name,) * count,
+        "has_moments": (trajectory.optimizer.name != "SGD",) * count,
+        "kinds": (trajectory.optimizer.name,) * count,
         "ceilings": (1.0,) * count,
         "clip_squares": ((1.0,) * count,) * len(made.steps),
-        **told,
+        **given,
     }
-    return found
+    return trajectory
 
 
 def by_span(*spans: tuple[int, Sequence[float]]) -> Tensor:
