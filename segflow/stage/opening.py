@@ -106,15 +106,16 @@ def check_rates(contexts: Sequence[StageContext], plan: Plan) -> None:
     for operator in spectral(plan):
         context = contexts[operator.stage]
         unknown = {
-            name: context.trajectory.kinds[group]
+            parameter: context.trajectory.kinds[group]
             for name, group in context.parameter_groups.items()
+            for parameter in context.layers.tracked[name].parameter_names
             if any(math.isnan(number or 0.0) for number in (operator.amount[group], operator.shift[group]))
         }
         if unknown:
             raise TrajectoryError(
-                f"layers {list(unknown)[:8]}{' and more' if len(unknown) > 8 else ''} were trained by "
+                f"parameters {list(unknown)[:8]}{' and more' if len(unknown) > 8 else ''} were trained by "
                 f"{' and '.join(sorted(set(unknown.values())))}, whose rates are not known, and this method needs "
-                "them. Leave these layers out through get_influence_tracked_modules(), or use InfluenceFunction or "
+                "them. Leave their layers out through get_influence_tracked_modules(), or use InfluenceFunction or "
                 "GradientDot, which need no rates."
             )
 
