@@ -125,6 +125,14 @@ class GradientWatch:
             factors[place] = factor if factors[place] is ONE else factors[place] * factor
             last[place] = id(gradient), gradient._version + 1
 
+    def clipped_by_value(self, gradients: Sequence[Tensor]) -> None:
+        """These gradients are about to be clamped from below, and then from above."""
+        clamped = set(map(id, gradients))
+        self.strange.add(BY_VALUE)
+        for place, signature in enumerate(_signatures(self.parameters)):
+            if signature is not None and signature[0] in clamped:
+                self._last[place] = signature[0], signature[1] + 2
+
     def rewritten(self) -> None:
         """Gradients were rewritten in a way that needs no factor: GradScaler undid the loss's scale."""
         self._last = _signatures(self.parameters)
@@ -213,10 +221,10 @@ def _clipping_patches() -> list[tuple[Any, str, Any]]:
             watch.clipped(listed, whole(factor.detach()))
         return factor
 
-    def clamp_values(*arguments: Any, **options: Any) -> Any:
+    def clamp_values(gradients: list[Tensor], *arguments: Any, **options: Any) -> Any:
         for watch in _ACTIVE:
-            watch.strange.add(BY_VALUE)
-        return torch._foreach_clamp_min_(*arguments, **options)
+            watch.clipped_by_value(gradients)
+        return torch._foreach_clamp_min_(gradients, *arguments, **options)
 
     stand_in = _StandIn({"clamp": clamp, "_foreach_clamp_min_": clamp_values})
     return [(clip_grad, "_group_tensors_by_device_and_dtype", group_and_note), (clip_grad, "torch", stand_in)]
