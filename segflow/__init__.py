@@ -33,12 +33,13 @@ from .methods import (
 )
 from .results import GroupTree, Refinement, Scores
 from .tasks import Task
-from .training import OptimizerConstants, Trajectory, record
+from .training import CountedSampler, Moves, OptimizerConstants, Trajectory, record
 from .version import __version__
 
 __all__ = [
     "TRAK",
     "Analyzer",
+    "CountedSampler",
     "FactorError",
     "GradientCosine",
     "GradientDot",
@@ -50,6 +51,7 @@ __all__ = [
     "LayerError",
     "LiSSA",
     "MethodError",
+    "Moves",
     "OptimizerConstants",
     "ProjectedFisher",
     "RankError",

@@ -21,7 +21,7 @@ from .data.batches import Collate, checked_batch_size
 from .errors import ScoreError, TaskError, check_choice
 from .groups.features import check_kind, example_features
 from .groups.groups import Groups, check_groups
-from .methods.method import Cuts, Method, check_cuts, describe, is_automatic
+from .methods.method import Cuts, Method, check_cuts, describe, is_automatic, uncut
 from .methods.plan import Plan, check_plan
 from .methods.source import Source
 from .model.capture import observing
@@ -34,7 +34,14 @@ from .scoring.plan_walk import ScoringRequest, score_parts
 from .scoring.provenance import RunParts, labelled_scores
 from .scoring.query_sets import query_set
 from .stage.context import Settings, StageContext
-from .stage.opening import check_alike, check_arguments, open_stages, scored_stage, training_data
+from .stage.opening import (
+    check_alike,
+    check_arguments,
+    check_rates,
+    open_stages,
+    scored_stage,
+    training_data,
+)
 from .store.journal import Journal, Summary
 from .store.shared_store import SharedStore
 from .store.store import MadeFrom, Store
@@ -95,9 +102,8 @@ class Analyzer:
             for number, run in enumerate(runs, start=1)
         ]
         check_alike(self.runs)
-        if not self._automatic:
-            for contexts in self.runs:  # refuses now what does not fit
-                self._plan(contexts, len(contexts) - 1, None)
+        for contexts in self.runs:  # refuses now what does not fit
+            self._plan(contexts, len(contexts) - 1, uncut(contexts[-1].run) if self._automatic else None)
 
     @property
     def context(self) -> StageContext:
@@ -160,7 +166,7 @@ class Analyzer:
         batch_size = checked_batch_size(batch_size)
         trains = self._by_stage(train)
         if not self._automatic and not any(
-            fitting_needs(self._plans(contexts, trains, None)) for contexts in self.runs
+            fitting_needs(contexts, self._plans(contexts, trains, None)) for contexts in self.runs
         ):
             return
         with self._call("fit", batch_size=batch_size):
@@ -183,11 +189,11 @@ class Analyzer:
                 fitter.run(Needs(statistics=True))
             cuts = self._cuts(contexts, {place: fitter.train_from for place, fitter in fitters.items()})
             self._check_needs(contexts, trains, cuts)
-        for place, needs in fitting_needs(self._plans(contexts, trains, cuts)).items():
+        for place, needs in fitting_needs(contexts, self._plans(contexts, trains, cuts)).items():
             fitters[place].run(needs)
 
     def _check_needs(self, contexts: Sequence[StageContext], trains: Sequence[Any], cuts: Cuts | None) -> None:
-        for place, needs in fitting_needs(self._plans(contexts, trains, cuts)).items():
+        for place, needs in fitting_needs(contexts, self._plans(contexts, trains, cuts)).items():
             check_needs(contexts[place], needs)
 
     def score(
@@ -334,7 +340,9 @@ class Analyzer:
         """The method's plan for one stage's data."""
         extra = {"cuts": cuts} if self._automatic else {}
         run = contexts[-1].run
-        return check_plan(self.method.plan(run, place, **extra), [len(stage) for stage in run.stages])
+        plan = check_plan(self.method.plan(run, place, **extra), [len(stage) for stage in run.stages])
+        check_rates(contexts, plan)
+        return plan
 
     def _plans(self, contexts: Sequence[StageContext], trains: Sequence[Any], cuts: Cuts | None) -> list[Plan]:
         """The plans for every stage whose training data is given."""

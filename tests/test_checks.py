@@ -527,8 +527,9 @@ def test_the_report_says_what_share_is_attributed_and_why_the_rest_is_not(tmp_pa
         "not attributed: the model itself: Mixed is not supported",
         "not attributed: norm: LayerNorm is not supported",
     ]
-    assert "every tracked layer is reached" in lines[3]
-    assert re.fullmatch(r"curvature of sample=True: [\d.]+ \+- [\d.]+ times the exact Gauss-Newton curvature", lines[4])
+    assert lines[3] == "seen in training: sampling: uniform, as is assumed"
+    assert "every tracked layer is reached" in lines[4]
+    assert re.fullmatch(r"curvature of sample=True: [\d.]+ \+- [\d.]+ times the exact Gauss-Newton curvature", lines[5])
 
 
 def test_the_check_does_not_depend_on_the_random_state_and_leaves_it(tmp_path: Path) -> None:

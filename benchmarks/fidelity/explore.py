@@ -59,7 +59,8 @@ class Variant:
                 elif self.curvature == "last":
                     kept = replace(kept, points=kept.points[-1:], weights=(1.0,))
                 amount = tuple(None if a is None else a * self.scale for a in op.amount)
-                operators.append(replace(op, curvature=kept, amount=amount))
+                shift, coupled = (tuple(part * self.scale for part in parts) for parts in (op.shift, op.coupled))
+                operators.append(replace(op, curvature=kept, amount=amount, shift=shift, coupled=coupled))
             elif isinstance(op, Scale) and self.curvature == "run" and whole.scaled is not None:
                 operators.append(replace(op, preconditioner=whole.scaled))
             else:
@@ -76,10 +77,13 @@ def _by_checkpoint(term: Term) -> Iterator[Term]:
     *before, last = term.operators
     for point, weight in zip(term.train, term.weights, strict=True):
         leave: tuple[Operator, ...] = (last,)
+        of_groups = weight if isinstance(weight, tuple) else (weight,)
         if isinstance(last, Scale):
             own = replace(last.preconditioner, weights=point.weights)
             leave = (Scale(last.preconditioner, -0.5), Scale(own, 1.0))
-        share = Spectral(stage=term.stage, kind="constant", curvature=None, amount=(weight,), shift=(0.0,))
+        share = Spectral(
+            stage=term.stage, kind="constant", curvature=None, amount=of_groups, shift=(0.0,) * len(of_groups)
+        )
         label = f"{term.label}, checkpoint {point.weights[0][0]}"
         yield replace(term, label=label, operators=(*before, *leave, share), train=(point,), weights=(1.0,))
 

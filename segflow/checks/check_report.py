@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from .curvature_scale import CurvatureScale
 
@@ -16,6 +17,7 @@ class CheckReport:
         attributed, parameters: how many of the model's parameters are attributed, and how many there are.
         skipped: the reason for each module that is not attributed, by its name.
         curvature: how far the curvature of `sample=True` is off.
+        training: what in the run was unlike a textbook's, as `Trajectory.observed` says it.
         earlier: the reports of earlier stages of training, by the stage's name.
     """
 
@@ -23,6 +25,7 @@ class CheckReport:
     parameters: int
     skipped: Mapping[str, str]
     curvature: CurvatureScale
+    training: Mapping[str, Any] = field(default_factory=dict)
     earlier: Mapping[str, CheckReport] = field(default_factory=dict)
 
     def __str__(self) -> str:
@@ -30,7 +33,33 @@ class CheckReport:
         before = [f"stage {name!r}:\n{report}\n\nlast stage:" for name, report in self.earlier.items()]
         lines = [*before, f"attributed: {self.attributed:,} of {self.parameters:,} parameters ({share:.1%})"]
         lines += [f"not attributed: {name or 'the model itself'}: {reason}" for name, reason in self.skipped.items()]
+        lines += [f"seen in training: {line}" for line in in_words(self.training)]
         lines += ["the loss is a sum over the batch, repeats itself, and is finite; every tracked layer is reached"]
         return "\n".join([*lines, str(self.curvature)])
 
     __repr__ = __str__
+
+
+def in_words(seen: Any, about: str = "") -> Iterator[str]:
+    """A line for each fact of nested mappings.
+
+    Example:
+        >>> list(in_words({"clipping": {"mean factor": 0.25, "smallest": 0.1}, "resumed after steps": [30]}))
+        ['clipping: mean factor 0.25, smallest 0.1', 'resumed after steps: 30']
+    """
+    if isinstance(seen, Mapping) and any(isinstance(value, Mapping) for value in seen.values()):
+        for name, value in seen.items():
+            yield from in_words(value, f"{about}{name}: ")
+    elif isinstance(seen, Mapping) and not about:
+        for name, value in seen.items():
+            yield from in_words(value, f"{name}: ")
+    elif isinstance(seen, Mapping):
+        yield about + ", ".join(f"{name} {_word(value)}" for name, value in seen.items())
+    else:
+        yield about + _word(seen)
+
+
+def _word(value: Any) -> str:
+    if isinstance(value, list):
+        return ", ".join(map(_word, value))
+    return f"{value:.3g}" if isinstance(value, float) else str(value)

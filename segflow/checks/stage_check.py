@@ -54,7 +54,7 @@ def check_stage(context: StageContext, train: Any, query: Any | None, curvature_
     scale = curvature_scale(view, sample, next(_few_batches(context, train)))
     require_scale(scale, curvature_tolerance, context.task)
     parameters = sum(parameter.numel() for parameter in context.model.parameters())
-    return CheckReport(context.parameters, parameters, context.layers.skipped, scale)
+    return CheckReport(context.parameters, parameters, context.layers.skipped, scale, context.trajectory.observed)
 
 
 def _check_loss(context: StageContext, view: LossView, dataset: Any) -> None:

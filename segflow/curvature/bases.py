@@ -15,6 +15,7 @@ from ..model.loss_view import LossView
 from ..runtime.ranks import Ranks, balanced
 from ..store.files import Tensors
 from ..store.shared_store import StoredUnit
+from ..training.segments import Weight, for_group
 from .kronecker import Eigenbasis, eigenvectors, kfac_eigenvalues, mean_over
 from .preconditioner import PreconditionerBlock, RankOne
 
@@ -28,22 +29,27 @@ class _Side(NamedTuple):
 
 
 class Pool(NamedTuple):
-    """The covariances that a curvature is made of: the unit of each point, and the points' weights."""
+    """The covariances that a curvature is made of: the unit of each point, and the points' weights.
+
+    parameter_groups: each layer's, by which its weights are known.
+    """
 
     units: Sequence[StoredUnit]
-    weights: Sequence[float]
+    weights: Sequence[Weight]
+    parameter_groups: Mapping[str, int]
 
     def mean(self, side: _Side) -> Tensor | None:
         """A layer's A or S [P, D, D] averaged over the points, on rank 0; None on the others."""
         total, rows = ("a_PII", "a_rows") if side.name == "inputs" else ("g_POO", "g_rows")
         files = [unit.file for unit in self.units if unit.file is not None]
         sums = [(f.tensor(f"{side.layer}.{total}", side.shape), f.tensor(f"{side.layer}.{rows}", ())) for f in files]
-        return mean_over(sums, self.weights) if files else None
+        return mean_over(sums, for_group(self.weights, self.parameter_groups[side.layer])) if files else None
 
     def positions(self, layer: str, examples: int) -> float:
         """How many positions an example has in a layer, on average; on rank 0, as the others hold no files."""
         rows = [unit.file.tensor(f"{layer}.g_rows", ()).item() for unit in self.units if unit.file is not None]
-        return sum(weight * row for weight, row in zip(self.weights, rows, strict=False)) / examples
+        weights = for_group(self.weights, self.parameter_groups[layer])
+        return sum(weight * row for weight, row in zip(weights, rows, strict=False)) / examples
 
 
 def pooled_eigenvectors(

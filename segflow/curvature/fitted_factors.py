@@ -23,9 +23,11 @@ from ..methods.plan import (
     Point,
     Preconditioner,
     ProjectedInverse,
+    Spectral,
     Term,
     curvatures,
     projected,
+    spectral,
 )
 from ..methods.spectra import damped_inverse
 from ..model.loss_view import LossView
@@ -33,7 +35,9 @@ from ..stage.context import StageContext
 from ..stage.unit_identity import SAMPLING_KEYS, checkpoint_digest, training_identity
 from ..store.shared_store import StoredUnit
 from ..store.store import MadeFrom
+from ..training.segments import Weight, for_group
 from .kronecker import Eigenbasis, Gradients, KroneckerBlock, weighted_mean
+from .layer_shares import capped_layers, check_shares, stored_shares
 from .lissa import lissa
 from .passes import BATCHING_ERROR
 from .preconditioner import PreconditionerBlock
@@ -47,6 +51,7 @@ from .unit_names import (
     kernel_unit,
     pool_from,
     preconditioner_from,
+    shares_unit,
     statistics_unit,
 )
 
@@ -94,7 +99,8 @@ class StoredCurvature(Mapping[str, KroneckerBlock]):
         self.eigenvalue_units = [
             context.store.open(name, identity, SAMPLING_KEYS) for name, identity in zip(names, identities, strict=True)
         ]
-        self._weights = (1.0,) if curvature.kind == "kfac" else curvature.weights
+        self._weights: tuple[Weight, ...] = (1.0,) if curvature.kind == "kfac" else curvature.weights
+        self._parameter_groups = context.parameter_groups
         numbers = sum(P * (O * O + I * I + O * I) for P, O, I in (layer.shape for layer in view.layers.values()))
         self.fits = numbers * view.dtype.itemsize <= context.memory // _BLOCKS_SHARE
         self._in_memory: dict[str, KroneckerBlock] = {}
@@ -105,7 +111,8 @@ class StoredCurvature(Mapping[str, KroneckerBlock]):
         if name not in self.view.layers:
             raise KeyError(name)
         shape, device = self.view.layers[name].shape, self.view.device
-        mean_POI = weighted_mean([unit.tensor(name, shape, device) for unit in self.eigenvalue_units], self._weights)
+        weights = for_group(self._weights, self._parameter_groups[name])
+        mean_POI = weighted_mean([unit.tensor(name, shape, device) for unit in self.eigenvalue_units], weights)
         if self._preconditioner is not None and self._basis is None:
             mean_POI = mean_POI * self._preconditioner[name].exact_POI
         basis = None if self._basis is None else stored_basis(self._basis, name, self.view)
@@ -167,6 +174,7 @@ class FittedFactors:
         self.curvature = lru_cache(2)(self._curvature)
         self.preconditioner = lru_cache(4)(self._preconditioner)
         self.kernel = lru_cache(1)(self._kernel)
+        self.shares = lru_cache(None)(self._shares)
 
     def _loss_view(self, stage: int) -> LossView:
         """A stage's model seen through its training loss."""
@@ -189,6 +197,19 @@ class FittedFactors:
         stage = preconditioner.stage
         context, train_from, view = self.contexts[stage], self.train_from(stage), self.loss_view(stage)
         return preconditioner_blocks(context, preconditioner, train_from, view)
+
+    def _shares(self, stage: int) -> dict[str, float]:
+        """Of each layer the share of a stage's training examples that reach it."""
+        return stored_shares(self.contexts[stage], self.train_from(stage))
+
+    def share(self, operator: Spectral, layer: str) -> float | None:
+        """The share of the examples that reach a layer, where an operator on it depends on that; LayerError for 0."""
+        context = self.contexts[operator.stage]
+        if not operator.needs_share(context.parameter_groups[layer]):
+            return None
+        shares = self.shares(operator.stage)
+        check_shares(context, shares, [layer])
+        return shares[layer]
 
     def _kernel_unit(self, inverse: ProjectedInverse) -> StoredUnit:
         stage = inverse.stage
@@ -215,6 +236,8 @@ class FittedFactors:
         """What an operator does; its checkpoints are told by their contents, not by their place in a trajectory."""
         described = {"operator": type(operator).__name__, **asdict(operator)}  # type: ignore[call-overload]
         context = self.contexts[getattr(operator, "stage", -1)]
+        if isinstance(operator, Spectral) and (capped := sorted(capped_layers(context, [operator]))):
+            described["shares"] = [self.shares(operator.stage)[layer] for layer in capped]
         for name, value in vars(operator).items():
             if isinstance(value, Curvature):
                 described[name] |= {"points": [checkpoint_digest(context, point) for point in value.points]}
@@ -237,7 +260,8 @@ class FittedFactors:
             return self._projected_inverse(operator, view, values)
         context = self.contexts[operator.stage]
         context.load(operator.point)
-        return lissa(view, self.trains[operator.stage], context.collate_fn, operator, values)
+        weights_N = context.example_weights(operator.point)
+        return lissa(view, self.trains[operator.stage], context.collate_fn, operator, values, weights_N)
 
     def _projected_inverse(self, operator: ProjectedInverse, view: LossView, values: Gradients) -> Gradients:
         """R (R^T F R + damping)^-1 R^T of each query, R being the projection and F the second moment."""
@@ -255,4 +279,6 @@ class FittedFactors:
             unit for curvature in curvatures((term,)) for unit in self.curvature(curvature).unit_names
         )
         kernels = (kernel_unit(self.contexts[inverse.stage], inverse) for inverse in projected((term,)))
-        return (*pools, *kernels)
+        operators = spectral((term,))
+        capped = (shares_unit(context) for context in self.contexts if capped_layers(context, operators))
+        return (*pools, *kernels, *capped)

@@ -12,8 +12,10 @@ from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
-from ..data.batches import Batch, evenly_spaced, in_order
+from ..data.batches import Batch, Indices, evenly_spaced, in_order
+from ..errors import FactorError
 from ..methods.plan import (
     Curvature,
     Point,
@@ -31,6 +33,7 @@ from .bases import Pool, pooled_eigenvectors, pooled_kfac
 from .fitted_factors import stored_basis
 from .fitting_needs import Needs
 from .kronecker import Eigenbasis
+from .layer_shares import check_shares, measured_shares, shares_point
 from .passes import corrected_eigenvalues, covariances, gradient_moments, projected_kernel, sketches
 from .preconditioner import PreconditionerBlock
 from .saved_moments import unsaved
@@ -44,6 +47,7 @@ from .unit_names import (
     kernel_unit,
     moments_unit,
     pool_from,
+    shares_unit,
     statistics_unit,
 )
 
@@ -117,6 +121,7 @@ class FactorFitter:
         for curvature in needs.curvatures:
             targets += self._curvature(curvature)
         targets += [self._kernel(inverse) for inverse in needs.kernels]
+        targets += [self._shares(needs.capped)] if needs.capped else []
         if needs.statistics:
             stage = self.context.stage
             targets += [self._statistics(Point.at(stage, index)) for index in range(len(self.context.trajectory))]
@@ -171,6 +176,10 @@ class FactorFitter:
         made_from = at_point(self.train_from, self.context, point)
         return self._add("moments", moments_unit(self.context, point), made_from, partial(self._make_moments, point))
 
+    def _shares(self, capped: Sequence[str]) -> str:
+        made_from = at_point(self.train_from, self.context, shares_point(self.context))
+        return self._add("shares", shares_unit(self.context), made_from, partial(self._make_shares, capped))
+
     def _kernel(self, inverse: ProjectedInverse) -> str:
         made_from = kernel_from(self.context, inverse, self.train_from, self.view, self.train)
         return self._add("kernel", kernel_unit(self.context, inverse), made_from, partial(self._make_kernel, inverse))
@@ -182,10 +191,30 @@ class FactorFitter:
 
     def _pass(self, point: Point, view: LossView, kind: str, summed: int = 1) -> tuple[LossView, Iterator[Batch], str]:
         """The view and the data for one pass at a point, and the point's name; summed: see `_lists`."""
+        weights_N = self._weights(point, self.drawn)
+        if weights_N is not None and not weights_N[self.drawn].any():
+            raise FactorError(
+                f"{self.context.where(point)}: all of the {len(self.drawn)} examples that curvature is fitted to have "
+                "an example weight of 0, expected some that training drew there. Raise curvature_examples=."
+            )
+        return self._walked(point, view, kind, self._lists(summed), weights_N)
+
+    def _walked(
+        self, point: Point, view: LossView, kind: str, lists: Sequence[Indices], weights_N: Tensor | None
+    ) -> tuple[LossView, Iterator[Batch], str]:
+        """The view and the data, in this rank's lists of indices, for one pass at a point, and the point's name."""
         self.context.load(point)
         steps = self.context.run.stages[point.stage].steps
         view, where = replace(view, place=steps[point.weights[-1][0]]), self.context.where(point)
-        return view, self.context.walk(view, self.train, self._lists(summed), f"{kind}, {where}"), where
+        return view, self.context.walk(view, self.train, lists, f"{kind}, {where}", weights_N=weights_N), where
+
+    def _weights(self, point: Point, examples: Indices) -> Tensor | None:
+        """Example weights [N] at a point, with a mean of 1 over some examples (or all 0 there); None: all alike."""
+        weights_N = self.context.example_weights(point)
+        if weights_N is None:
+            return None
+        mean = weights_N[examples].mean()
+        return weights_N / mean if mean > 0 else weights_N
 
     def _make_covariance(self, point: Point) -> Tensors:
         view, data, where = self._pass(point, self.sample, "covariance")
@@ -205,6 +234,12 @@ class FactorFitter:
         view, data, where = self._pass(point, self.view, "moments")
         return gradient_moments(view, data, self.context.ranks, where, self.context.memory // _PASS_SHARE)
 
+    def _make_shares(self, capped: Sequence[str]) -> Tensors:
+        view, data, where = self._pass(shares_point(self.context), self.view, "shares")
+        shares = measured_shares(view, data, self.context.ranks, where)
+        check_shares(self.context, {name: share.item() for name, share in shares.items()}, capped)
+        return shares
+
     def _make_kernel(self, inverse: ProjectedInverse) -> Tensors:
         self.context.load(inverse.point)
         features = self.view if inverse.features == "train" else self.context.loss_view(inverse.features, self.train)
@@ -217,8 +252,8 @@ class FactorFitter:
         lists = [chosen[part.start : part.stop] for part in in_order(len(chosen), self.batch_size)]
         statistics: Tensors = {}
         for kind, loss_view in (("gradients", self.view), ("curvature", self.sample)):
-            view, _, where = self._pass(point, loss_view, "statistics")
-            data = self.context.walk(view, self.train, self.context.ranks.share(lists), f"statistics, {where}")
+            here, weights_N = self.context.ranks.share(lists), self._weights(point, chosen)
+            view, data, where = self._walked(point, loss_view, "statistics", here, weights_N)
             rows = sketches(view, data, _SKETCH, self.context.ranks, where)
             statistics |= {f"{name}.{kind}": value for name, value in rows.items()}
         return statistics
@@ -234,7 +269,7 @@ class FactorFitter:
 
     def _pool(self, curvature: Curvature, sources: list[str]) -> Pool:
         units = [self.context.store.open(source, self._recipes[source].made_from) for source in sources]
-        return Pool(units, curvature.weights)
+        return Pool(units, curvature.weights, self.context.parameter_groups)
 
     def _read_preconditioner(self, preconditioner: Preconditioner) -> Mapping[str, PreconditionerBlock]:
         """A preconditioner's block of each layer."""

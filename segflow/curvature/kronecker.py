@@ -23,7 +23,7 @@ Gradients = dict[str, Tensor]  # by layer, [Q, P, O, I] each
 
 @dataclass(frozen=True)
 class Covariance:
-    """Sums over tokens of a a^T and g g^T, and the number of tokens in each."""
+    """Sums over tokens of a a^T and g g^T, and the number of tokens in each; where examples have weights, weighted."""
 
     a_PII: Tensor
     g_POO: Tensor
@@ -39,16 +39,22 @@ class Covariance:
         rows = torch.zeros((), dtype=torch.float64, device=device)
         return cls(inputs, outputs, rows, rows.clone())
 
-    def add_(self, tokens: Tokens, mask_BS: Tensor | None = None) -> None:
-        """Add a batch's tokens, in place; an input token is padding where the mask is 0, and does not count."""
+    def add_(self, tokens: Tokens, mask_BS: Tensor | None = None, weights_B: Tensor | None = None) -> None:
+        """Add a batch's tokens, in place; an input token is padding where the mask is 0, and does not count.
+
+        weights_B: how often each example counts; None for once.
+        """
         a, g = tokens
+        examples = a.shape[1] if weights_B is None else weights_B.sum()
         if mask_BS is not None:
             mask = mask_BS.to(a.dtype)
             a = a * mask[None, :, :, None]
-            self.a_rows.add_(mask.sum())
+            self.a_rows.add_(mask.sum() if weights_B is None else weights_B @ mask.sum(1))
         else:
-            self.a_rows.add_(a.shape[1] * a.shape[2])
-        self.g_rows.add_(g.shape[1] * g.shape[2])
+            self.a_rows.add_(examples * a.shape[2])
+        self.g_rows.add_(examples * g.shape[2])
+        if weights_B is not None:
+            a, g = (side * weights_B.sqrt()[:, None, None] for side in (a, g))
         a_PNI, g_PNO = a.flatten(1, 2), g.flatten(1, 2)
         self.a_PII.baddbmm_(a_PNI.mT, a_PNI)
         self.g_POO.baddbmm_(g_PNO.mT, g_PNO)

@@ -5,7 +5,8 @@ Axes: Q queries, P parts, O outputs, I inputs.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from ..model.loss_view import LossView
 from ..runtime.sharding import is_sharded
 from .kronecker import Gradients
 
+_Draw = Callable[[np.random.Generator, int], Iterator[Batch]]  # so many batches
 _AT_ONCE = 8  # queries that are differentiated together: each keeps the batch's activations
 _POWER_ITERATIONS = 10
 _DIVERGED = 5.0  # a residual above this is divergence; noise of small batches and few steps leave up to about 1
@@ -54,28 +56,35 @@ def hessian_products(view: LossView, batch: Batch, values: Mapping[str, Tensor])
 
 
 def lissa(
-    view: LossView, train: Any, collate_fn: Collate | None, operator: IterativeInverse, values: Gradients
+    view: LossView,
+    train: Any,
+    collate_fn: Collate | None,
+    operator: IterativeInverse,
+    values: Gradients,
+    weights_N: Tensor | None = None,
 ) -> Gradients:
     """(H + damping)^-1 of each query q, layer by layer [Q, P, O, I].
 
     By the iteration v <- q + v - (H_batch + damping) v / scale, averaged over repetitions. Call it inside
-    `observing(model)`, at the operator's point. Raises MethodError where it diverges, and for sharded models.
+    `observing(model)`, at the operator's point. weights_N: of the training examples, which are drawn in proportion to
+    them; None: all alike. Raises MethodError where it diverges, and for sharded models.
     """
     if is_sharded(view.model):
         raise MethodError("LiSSA differentiates twice, which a sharded model does not allow. Use InfluenceFunction.")
     if not len(next(iter(values.values()))):
         return values
     draws = np.random.default_rng(operator.seed)
-    scale = operator.scale or _MARGIN * _largest_eigenvalue(view, train, collate_fn, operator)
+    draw = partial(_drawn, view, train, collate_fn, operator.sample_size, weights_N)
+    scale = operator.scale or _MARGIN * _largest_eigenvalue(view, draw, operator)
     mean = {name: torch.zeros_like(value) for name, value in values.items()}
     for _ in range(operator.repetitions):
         iterate = dict(values)
-        for batch in _drawn(view, train, collate_fn, draws, operator, operator.steps):
+        for batch in draw(draws, operator.steps):
             products = hessian_products(view, batch, iterate)
             iterate = {n: values[n] + v - (products[n] + operator.damping * v) / scale for n, v in iterate.items()}
         for name, value in iterate.items():
             mean[name] += value / (scale * operator.repetitions)
-    [batch] = _drawn(view, train, collate_fn, draws, operator, 1)
+    [batch] = draw(draws, 1)
     products = hessian_products(view, batch, mean)
     residual = _norm({n: products[n] + operator.damping * v - values[n] for n, v in mean.items()}) / _norm(values)
     if not residual < _DIVERGED:
@@ -91,7 +100,7 @@ def _norm(values: Gradients) -> float:
     return torch.stack([torch.linalg.vector_norm(value.double()) for value in values.values()]).norm().item()
 
 
-def _largest_eigenvalue(view: LossView, train: Any, collate_fn: Collate | None, operator: IterativeInverse) -> float:
+def _largest_eigenvalue(view: LossView, draw: _Draw, operator: IterativeInverse) -> float:
     """The largest absolute eigenvalue of H, plus the damping; by power iteration, each step on another batch."""
     generator = torch.Generator().manual_seed(operator.seed)
     vector = {
@@ -99,7 +108,7 @@ def _largest_eigenvalue(view: LossView, train: Any, collate_fn: Collate | None, 
         for name, layer in view.layers.items()
     }
     draws, largest = np.random.default_rng(operator.seed), 0.0
-    for batch in _drawn(view, train, collate_fn, draws, operator, _POWER_ITERATIONS):
+    for batch in draw(draws, _POWER_ITERATIONS):
         norm = _norm(vector)
         vector = hessian_products(view, batch, {name: value / norm for name, value in vector.items()})
         largest = max(largest, _norm(vector))
@@ -110,11 +119,29 @@ def _drawn(
     view: LossView,
     train: Any,
     collate_fn: Collate | None,
+    sample_size: int,
+    weights_N: Tensor | None,
     draws: np.random.Generator,
-    operator: IterativeInverse,
     count: int,
 ) -> Iterator[Batch]:
-    """`count` batches of examples, each drawn without replacement from all of the training data."""
-    size = min(operator.sample_size, len(train))
-    lists = [np.sort(draws.choice(len(train), size, replace=False)) for _ in range(count)]
+    """`count` batches of examples, each drawn without replacement from all of the training data.
+
+    Where examples have weights, each comes as often as its weight says.
+    """
+    size = min(sample_size, len(train))
+    if weights_N is None:
+        lists = [np.sort(draws.choice(len(train), size, replace=False)) for _ in range(count)]
+    else:
+        lists = [in_proportion(weights_N.numpy(), size, draws) for _ in range(count)]
     return batches(train, lists, collate_fn, view.device)
+
+
+def in_proportion(weights_N: np.ndarray, size: int, draws: np.random.Generator) -> np.ndarray:
+    """`size` indices, of which i comes size * weights_N[i] / sum(weights_N) times on average, and never one off that.
+
+    Systematic sampling: evenly spaced places on a line on which each example has its weight's length, in random order.
+    """
+    order = draws.permutation(len(weights_N))
+    ends = np.cumsum(weights_N[order])
+    places = (draws.random() + np.arange(size)) * (ends[-1] / size)
+    return np.sort(order[np.searchsorted(ends, np.minimum(places, np.nextafter(ends[-1], 0)), side="right")])

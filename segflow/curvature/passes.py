@@ -1,8 +1,9 @@
 """Passes over training data at one point: each rank sums over its share of the data, and all ranks' sums are reduced.
 
 In every pass, `data` is this rank's batches, `ranks` are those that share the data, and `where` names the point in
-errors. Where second moments are batched, `summed` is how many examples' gradients are summed before they are squared;
-each square then counts as so many examples.
+errors. Where batches have weights c, with a mean of 1 over all that is walked, means over examples are weighted:
+gradients are multiplied by c, and by sqrt(c) before they are squared. Where second moments are batched, `summed` is
+how many examples' gradients are summed before they are squared; each square then counts as so many examples.
 
 Axes: P parts, O outputs, I inputs of a layer, B examples, k features of a projection.
 """
@@ -18,11 +19,10 @@ from torch import Tensor
 from ..data.batches import Batch
 from ..errors import FactorError, TaskError
 from ..methods.plan import Projection
-from ..model.capture import Consumer
 from ..model.finite_check import FiniteCheck
 from ..model.layers.tracked import TrackedLayer
 from ..model.loss_view import LossView
-from ..model.tokens import Tokens, joined_examples
+from ..model.tokens import Tokens, joined_examples, scaled_examples
 from ..runtime.ranks import Ranks
 from ..store.files import Tensors
 from ..tasks.task import attention_mask
@@ -31,6 +31,7 @@ from .projection import Probes, join_layers, probes
 
 BATCHING_ERROR = "error of batching"  # beside batched second moments: how far some of them are from exact ones
 _COMPARED = 2048  # examples on each rank that this is measured on
+BatchConsumer = Callable[[TrackedLayer, Tokens, Batch], None]
 
 
 def covariances(view: LossView, data: Iterable[Batch], ranks: Ranks, where: str) -> dict[str, Covariance]:
@@ -46,11 +47,11 @@ def covariances(view: LossView, data: Iterable[Batch], ranks: Ranks, where: str)
         _check_mask(mask, view)
         masks += mask is not None and not batch.idle
 
-        def consume(layer: TrackedLayer, tokens: Tokens, mask: Any = mask) -> None:
+        def consume(layer: TrackedLayer, tokens: Tokens, mask: Any = mask, weights_B: Any = batch.weights) -> None:
             nonlocal used
             mask_BS = _mask_of(layer, tokens, mask)
             used += mask_BS is not None
-            totals[layer.name].add_(tokens, mask_BS)
+            totals[layer.name].add_(tokens, mask_BS, weights_B)
 
         view.capture(batch, consume, finite)
     finite.finish(view.layers, ranks)
@@ -75,8 +76,9 @@ def corrected_eigenvalues(
 ) -> Tensors:
     """Lambda [P, O, I] of every layer: the mean over examples of (Q_S^T G Q_A)^2, over one pass with pseudo-labels.
 
-    Pseudo-gradients have mean zero, so that the square of a sum of them has the expectation of the sum of their
-    squares; what summing changes on some examples is given as BATCHING_ERROR.
+    Pseudo-gradients have mean zero, so that the square of a sum of them, each times the root of its example's weight,
+    has the expectation of the weighted sum of their squares; what summing changes on some examples is given as
+    BATCHING_ERROR.
 
     Args:
         bases: None for the mean of G^2, the diagonal of the curvature.
@@ -86,8 +88,8 @@ def corrected_eigenvalues(
     check = _BatchingCheck(totals, summed)
     finite = FiniteCheck(f"{'corrected-eigenvalue' if bases else 'diagonal'} pass, {where}")
 
-    def consume(layer: TrackedLayer, tokens: Tokens) -> None:
-        basis = bases[layer.name] if bases else None
+    def consume(layer: TrackedLayer, tokens: Tokens, batch: Batch) -> None:
+        basis, tokens = bases[layer.name] if bases else None, scaled_examples(tokens, batch.root_weights)
 
         def add_(total: Tensor, size: int) -> None:
             add_squared_projections_(total, joined_examples(tokens, size), basis, budget)
@@ -108,9 +110,10 @@ def gradient_moments(view: LossView, data: Iterable[Batch], ranks: Ranks, where:
     means, squares = _zeros(view), _zeros(view)
     finite = FiniteCheck(f"gradient moments, {where}")
 
-    def consume(layer: TrackedLayer, tokens: Tokens) -> None:
-        means[layer.name] += torch.einsum("pbso,pbsi->poi", tokens.g_PBSO, tokens.a_PBSI)
-        add_squared_projections_(squares[layer.name], tokens, None, budget)
+    def consume(layer: TrackedLayer, tokens: Tokens, batch: Batch) -> None:
+        a_PBSI, g_PBSO = scaled_examples(tokens, batch.weights)
+        means[layer.name] += torch.einsum("pbso,pbsi->poi", g_PBSO, a_PBSI)
+        add_squared_projections_(squares[layer.name], scaled_examples(tokens, batch.root_weights), None, budget)
 
     examples = _walk(view, data, consume, finite)
     finite.finish(view.layers, ranks)
@@ -148,13 +151,18 @@ def projected_kernel(
 
 
 def sketches(view: LossView, data: Iterable[Batch], projection: Projection, ranks: Ranks, where: str) -> Tensors:
-    """Each layer's projected gradients [B, k] of every example that all ranks walk, in the dataset's order."""
+    """Each layer's projected gradients [B, k] of every example that all ranks walk, in the dataset's order.
+
+    Where batches have weights, a training gradient is multiplied by its example's, a pseudo-gradient by the root of it.
+    """
     shapes = {name: layer.shape for name, layer in view.layers.items()}
     probes_of = probes(projection, shapes, view.dtype, view.device)
     finite = FiniteCheck(f"sketches of gradients, {where}")
     this_rank: dict[int, dict[str, list[float]]] = {}
     for batch, by_layer in _projected(view, data, probes_of, finite):
-        rows = {name: features.cpu().double().tolist() for name, features in by_layer.items()}
+        root = batch.root_weights if view.kind == "train" else None  # features are multiplied by one root already
+        scaled = by_layer if root is None else {name: rows_Bk * root[:, None] for name, rows_Bk in by_layer.items()}
+        rows = {name: features.cpu().double().tolist() for name, features in scaled.items()}
         this_rank |= {example: {n: rows[n][place] for n in rows} for place, example in enumerate(batch.examples)}
     finite.finish(view.layers, ranks)
     sketch_of = {example: rows for of_rank in ranks.gather(this_rank) for example, rows in of_rank.items()}
@@ -173,13 +181,17 @@ def _projected(
 ) -> Iterator[tuple[Batch, dict[str, Tensor]]]:
     """Each batch that counts, with the features [B, k] of every layer; zeros where its loss does not reach a layer.
 
-    examples_of_row: how many examples' gradients are summed in one row of the next batch.
+    Gradients are multiplied by the roots of their examples' weights. examples_of_row: how many examples' gradients are
+    summed in one row of the next batch.
     """
     for batch in data:
         features: dict[str, Tensor] = {}
         size = examples_of_row()
 
-        def consume(layer: TrackedLayer, tokens: Tokens, features: Any = features, size: int = size) -> None:
+        def consume(
+            layer: TrackedLayer, tokens: Tokens, batch: Batch = batch, features: Any = features, size: int = size
+        ) -> None:
+            tokens = scaled_examples(tokens, batch.root_weights)
             features[layer.name] = probes_of[layer.name].of_tokens(joined_examples(tokens, size))
 
         view.capture(batch, consume, finite)
@@ -232,11 +244,15 @@ def _zeros(view: LossView) -> dict[str, Tensor]:
     return {name: torch.zeros(layer.shape, dtype=view.dtype, device=view.device) for name, layer in view.layers.items()}
 
 
-def _walk(view: LossView, data: Iterable[Batch], consume: Consumer, finite: FiniteCheck) -> Tensor:
+def _walk(view: LossView, data: Iterable[Batch], consume: BatchConsumer, finite: FiniteCheck) -> Tensor:
     """Run all batches forward and back; the number of examples in them, idle batches apart."""
     examples = torch.zeros((), dtype=torch.float64, device=view.device)
     for batch in data:
-        view.capture(batch, consume, finite)
+
+        def consume_batch(layer: TrackedLayer, tokens: Tokens, batch: Batch = batch) -> None:
+            consume(layer, tokens, batch)
+
+        view.capture(batch, consume_batch, finite)
         examples += 0 if batch.idle else batch.size
     return examples
 

@@ -54,6 +54,13 @@ class PreconditionerBlock:
     part: RankOne
 
 
+def no_preconditioner(shape: tuple[int, int, int]) -> PreconditionerBlock:
+    """P = 1 of a layer of shape [P, O, I]: of an optimizer without second moments, or where nothing moved."""
+    P, O, I = shape
+    ones_POI = torch.ones(P, O, I, dtype=torch.float64)
+    return PreconditionerBlock(ones_POI, RankOne(ones_POI[:, 0, :], ones_POI[:, :, 0]))
+
+
 @dataclass(frozen=True)
 class MeanDenominator:
     """The weighted mean of P's denominator sqrt(v_hat) + eps over the checkpoints so far.

@@ -14,8 +14,14 @@ from ..model.layers.tracked import TrackedLayer
 from ..model.loss_view import LossView
 from ..stage.context import StageContext
 from ..store.store import MadeFrom
-from .preconditioner import MeanDenominator, PreconditionerBlock, RankOne, preconditioner_block
-from .saved_moments import unsaved
+from .preconditioner import (
+    MeanDenominator,
+    PreconditionerBlock,
+    RankOne,
+    no_preconditioner,
+    preconditioner_block,
+)
+from .saved_moments import layer_weights, unsaved
 from .unit_names import at_point, moments_unit
 
 
@@ -26,14 +32,19 @@ def preconditioner_blocks(
 
     train_from: `StageContext.made_from` of the stage's training data, to which estimated moments are bound.
     """
-    denominators = {name: MeanDenominator() for name in view.layers}
-    missing = unsaved(context, preconditioner)
-    for index, weight in preconditioner.weights:
+    weights, missing = layer_weights(context, preconditioner), unsaved(context, preconditioner)
+    denominators = {name: MeanDenominator() for name in view.layers if weights[name]}
+    for index, _ in preconditioner.weights:
+        layers = [layer for name, layer in view.layers.items() if index in weights[name]]
+        if not layers:
+            continue
         moments_of = _estimates(context, index, train_from) if index in missing else _records(context, index)
-        for name, layer in view.layers.items():
-            eps = context.trajectory.eps[context.parameter_groups[name]]
-            denominators[name] = denominators[name].plus(weight, moments_of(layer).double(), eps)
-    return {name: _placed(preconditioner_block(denominator), view) for name, denominator in denominators.items()}
+        for layer in layers:
+            weight, eps = weights[layer.name][index], context.trajectory.eps[context.parameter_groups[layer.name]]
+            denominators[layer.name] = denominators[layer.name].plus(weight, moments_of(layer).double(), eps)
+    blocks = {name: no_preconditioner(layer.shape) for name, layer in view.layers.items()}
+    blocks |= {name: preconditioner_block(denominator) for name, denominator in denominators.items()}
+    return {name: _placed(block, view) for name, block in blocks.items()}
 
 
 def _placed(block: PreconditionerBlock, view: LossView) -> PreconditionerBlock:
@@ -56,14 +67,16 @@ def _records(context: StageContext, index: int) -> Callable[[TrackedLayer], Tens
 def _estimates(context: StageContext, index: int, train_from: MadeFrom) -> Callable[[TrackedLayer], Tensor]:
     """Gives a layer's second moments [P, O, I] as `fit` estimated them at a checkpoint.
 
-    The expected square of a batch's mean gradient is the mean gradient's square plus the variance over the batch size;
-    Adagrad's sum of squares is that times the steps taken.
+    The expected square of a batch's mean gradient is the mean gradient's square plus the variance over the batch size,
+    times the mean square of the factors that clipped it; Adagrad's sum of squares is that times the steps taken.
     """
     trajectory, point = context.trajectory, Point.at(context.stage, index)
     unit = context.store.open(moments_unit(context, point), at_point(train_from, context, point))
-    times = trajectory.steps[index] if trajectory.optimizer.name == "Adagrad" else 1
+    clip_squares = trajectory.clip_squares(index)
 
     def moments_of(layer: TrackedLayer) -> Tensor:
+        group = context.parameter_groups[layer.name]
+        times = clip_squares[group] * (trajectory.steps[index] if trajectory.kinds[group] == "Adagrad" else 1)
         mean, square = (unit.tensor(f"{layer.name}.{what}", layer.shape).double() for what in ("mean", "square"))
         variance = (square - mean.square()).clamp_min(0)
         return times * (mean.square() + variance / (trajectory.optimizer.batch_size or 1))

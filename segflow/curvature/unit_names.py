@@ -8,6 +8,7 @@ Units in the store, each below its stage's prefix if there are several stages or
     kfac/POOL                     K-FAC's eigenvalues in that basis
     diagonal/step-S               mean squared gradients at a point
     moments/step-S                mean and mean square of training gradients, where second moments were not saved
+    shares/step-S                 share of the examples that reach each layer, where batches left layers out
     kernel/NAME/step-S            second moment of projected per-example gradients
     statistics/step-S             what tells checkpoints apart, for automatic segments
 
@@ -55,6 +56,11 @@ def moments_unit(context: StageContext, point: Point) -> str:
     return f"{context.prefix}moments/{point_name(context, point)}"
 
 
+def shares_unit(context: StageContext) -> str:
+    """The name of the unit of the shares of the examples that reach each layer, at the stage's first checkpoint."""
+    return f"{context.prefix}shares/{point_name(context, Point.at(context.stage, 0))}"
+
+
 def statistics_unit(context: StageContext, point: Point) -> str:
     """The name of the unit of the statistics that tell a checkpoint from others."""
     return f"{context.prefix}statistics/{point_name(context, point)}"
@@ -100,7 +106,10 @@ def pool_from(context: StageContext, curvature: Curvature, train_from: MadeFrom,
 
 
 def preconditioner_from(context: StageContext, preconditioner: Preconditioner) -> dict[str, Any]:
-    """What a preconditioner is made of; TrajectoryError if moments were not saved and cannot be estimated either."""
+    """What a preconditioner is made of; TrajectoryError if moments were not saved and cannot be estimated either.
+
+    Which checkpoints lack the moments of some parameters only is known by the checkpoints' contents.
+    """
     trajectory, missing = context.run.stages[preconditioner.stage], unsaved(context, preconditioner)
     if missing and trajectory.optimizer.batch_size is None:
         raise TrajectoryError(
@@ -108,7 +117,13 @@ def preconditioner_from(context: StageContext, preconditioner: Preconditioner) -
             f"{[trajectory.steps[index] for index in missing]}. Train inside segflow.record(), or give "
             "OptimizerConstants(batch_size=...) to have them estimated from gradients."
         )
-    return {
+    clip_squares = [list(trajectory.clip_squares(index)) for index in missing]
+    made: dict[str, Any] = {}
+    if any(square != 1 for squares in clip_squares for square in squares):
+        made["clip_squares"] = clip_squares
+    if not all(trajectory.has_moments):
+        made["has_moments"] = list(trajectory.has_moments)
+    return made | {
         "checkpoints": [
             checkpoint_digest(context, Point.at(preconditioner.stage, index)) for index, _ in preconditioner.weights
         ],

@@ -22,16 +22,23 @@ class Batch(NamedTuple):
 
     idle: True for a batch that is run but counts for nothing. A rank runs one where other ranks have more batches, so
     that all ranks take part in what the forward of a sharded model exchanges.
+    weights: how much each example counts, [B]; None: all alike.
     """
 
     examples: Indices
     content: Any
     idle: bool = False
+    weights: torch.Tensor | None = None
 
     @property
     def size(self) -> int:
         """How many examples the batch holds."""
         return len(self.examples)
+
+    @property
+    def root_weights(self) -> torch.Tensor | None:
+        """The square roots of the weights, [B], for gradients that will be squared; None: all alike."""
+        return None if self.weights is None else self.weights.sqrt()
 
     def __str__(self) -> str:
         first, last = self.examples[0], self.examples[-1]
@@ -46,6 +53,12 @@ def batches(
     contents = _contents(dataset, lists, collate_fn)
     for number, (indices, content) in enumerate(zip(lists, contents, strict=True)):
         yield Batch(indices, to_device(content, device), number >= len(index_lists))
+
+
+def weighted(data: Iterable[Batch], weights_N: torch.Tensor) -> Iterator[Batch]:
+    """The batches with their examples' weights, out of those of all examples of the dataset."""
+    for batch in data:
+        yield batch._replace(weights=weights_N[batch.examples])
 
 
 def _contents(dataset: Any, lists: list[list[int]], collate_fn: Collate | None) -> Iterable[Any]:

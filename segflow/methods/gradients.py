@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 from ..arguments import settle, truth
 from ..errors import MethodError
 from ..training.segments import covered
-from .method import final_plan, final_point, stage_place
+from .method import ceilings, final_plan, final_point, stage_place
 from .plan import Plan, Point, Spectral, Term, UnitNorm
 
 if TYPE_CHECKING:
@@ -49,7 +49,9 @@ def _checkpoint_terms(trajectory: Trajectory, stage: int, query: Point | None) -
     terms = []
     for index, lr_steps in enumerate(covered(own, range(len(own)), 0, own.total_steps)):
         point, nothing = Point.at(stage, index), (0.0,) * len(lr_steps)
-        operator = Spectral(stage=stage, kind="constant", curvature=None, amount=lr_steps, shift=nothing)
+        operator = Spectral(
+            stage=stage, kind="constant", curvature=None, amount=lr_steps, shift=nothing, ceilings=ceilings(own)
+        )
         term = Term(
             label=f"checkpoint at step {own.steps[index]}",
             stage=stage,

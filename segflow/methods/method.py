@@ -88,6 +88,11 @@ def final_point(trajectory: Trajectory) -> Point:
     return Point.at(len(trajectory.stages) - 1, len(trajectory) - 1)
 
 
+def ceilings(trajectory: Trajectory) -> tuple[float, ...]:
+    """A stage's ceilings as an operator has them: empty where every rate counts once."""
+    return trajectory.ceilings if any(ceiling > 1 for ceiling in trajectory.ceilings) else ()
+
+
 def final_plan(trajectory: Trajectory, stage: int, *operators: Operator, **options: Any) -> Plan:
     """One term, in which queries and a stage's training gradients meet at the end of training.
 
@@ -111,6 +116,11 @@ def check_cuts(cuts: Any, stages: Sequence[int]) -> Cuts:
             "segflow.training.segments.segmentation."
         )
     return cuts
+
+
+def uncut(trajectory: Trajectory) -> Cuts:
+    """Each stage as one segment, for what can be said of an automatic method's plan before its cuts are known."""
+    return {place: Segmentation((), stage.steps, (), (), 0.0) for place, stage in enumerate(trajectory.stages)}
 
 
 def describe(method: Method) -> dict[str, Any]:

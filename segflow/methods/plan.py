@@ -16,12 +16,13 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import MethodError, check_choice
+from ..training.segments import Weight, for_group
 from .spectra import damped_inverse, decay, response, saturation
 
 _ROUNDING = 1e-6  # of weights that add up to 1
 HEURISTIC_SHARE = 0.1  # of a layer's mean eigenvalue; Grosse et al. 2023, arXiv 2308.03296
 Weights = tuple[tuple[int, float], ...]  # (index of a checkpoint within its stage, weight); the weights sum to 1
-_OF_LR_STEPS: dict[str, Callable[[Tensor, float], Tensor]] = {
+_OF_RATE: dict[str, Callable[[Tensor, float, Tensor | float], Tensor]] = {
     "decay": decay,
     "response": response,
     "saturation": saturation,
@@ -43,10 +44,16 @@ class Point:
 
 @dataclass(frozen=True)
 class Preconditioner:
-    """The optimizer's P over checkpoints of a stage: one over the weighted mean of sqrt(second moment) + eps."""
+    """The optimizer's P over checkpoints of a stage: one over the weighted mean of sqrt(second moment) + eps.
+
+    weights: (index of a checkpoint, its weight, or one for each parameter group of the stage).
+    moved: whether P moved the parameters of each group, which must then have second moments at one of the checkpoints;
+        where they were not moved and have none, P is 1. Empty: all were moved.
+    """
 
     stage: int
-    weights: Weights
+    weights: tuple[tuple[int, Weight], ...]
+    moved: tuple[bool, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -54,6 +61,7 @@ class Curvature:
     """The curvature of a stage's objective, averaged over points with weights that sum to 1.
 
     Args:
+        weights: of each point one number, or one for each parameter group of the stage.
         kind: "ekfac", "kfac" or "diagonal".
         scaled: P, for the curvature of P^1/2 H P^1/2 instead of H; "ekfac" and "kfac" take the rank-one part of P.
         batch: second moments are those of so many examples' summed gradients, over `batch`.
@@ -61,7 +69,7 @@ class Curvature:
 
     stage: int
     points: tuple[Point, ...]
-    weights: tuple[float, ...]
+    weights: tuple[Weight, ...]
     kind: str = "ekfac"
     scaled: Preconditioner | None = None
     batch: int = 1
@@ -73,14 +81,21 @@ class Spectral:
 
     Args:
         stage: the stage of training whose parameter groups are meant, and whose layers the operator acts on.
-        kind: "decay", "response" or "saturation", each of lr_steps (see `spectra`), "damped_inverse" or "constant".
-        amount: the lr_steps, the damping or the constant, one for each parameter group; None for a damping of 0.1 times
-            each layer's mean eigenvalue.
-        shift: weight decay, added to the eigenvalues; one for each parameter group.
-        shifted_by: where weight decay is coupled, the shift is that of the preconditioned objective, shift * P.
+        kind: "decay", "response" or "saturation", each of a rate (see `spectra`), "damped_inverse" or "constant".
+        amount: the rate (the segment's summed lr_steps), the damping or the constant, one for each parameter group;
+            None for a damping of 0.1 times each layer's mean eigenvalue.
+        shift: what weight decay adds to rate * eigenvalue, a sum over the segment's steps; for "damped_inverse" what it
+            adds to the eigenvalue; one for each parameter group.
+        coupled: the part of the shift that is times P, as the coupled weight decay of Adam and its like; one for each
+            parameter group, or empty where no group has such a part.
+        shifted_by: the P of that part.
+        ceilings: where training's batches may have left layers out, how many times the rate of each parameter group may
+            count: a layer's is rate * min(1 / share, ceiling), share being that of the training examples that reach
+            it. Weight decay is not multiplied. Empty: every rate counts once.
 
     Raises:
-        MethodError: the kind is not known, or an amount is None that is no damping.
+        MethodError: the kind is not known, an amount is None that is no damping, or of `coupled` and `shifted_by` only
+            one is given.
     """
 
     stage: int
@@ -88,33 +103,53 @@ class Spectral:
     curvature: Curvature | None
     amount: tuple[float | None, ...]
     shift: tuple[float, ...]
+    coupled: tuple[float, ...] = ()
     shifted_by: Preconditioner | None = None
+    ceilings: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
-        check_choice("kind", self.kind, (*_OF_LR_STEPS, "damped_inverse", "constant"), MethodError)
+        check_choice("kind", self.kind, (*_OF_RATE, "damped_inverse", "constant"), MethodError)
+        if bool(self.coupled) != (self.shifted_by is not None):
+            raise MethodError(
+                f"Spectral(stage={self.stage}, kind={self.kind!r}): coupled={self.coupled} and "
+                f"shifted_by={self.shifted_by}: expected both or neither. The coupled part of a shift is times the P "
+                "that shifted_by names."
+            )
         if self.kind != "damped_inverse":
             for parameter_group in range(len(self.amount)):
                 self._number(parameter_group)
 
-    def on(self, eigenvalues: Tensor, parameter_group: int, unit: Tensor | float = 1.0) -> Tensor:
+    def needs_share(self, parameter_group: int) -> bool:
+        """Whether the function of a layer in this group depends on the share of the examples that reach it."""
+        return bool(self.ceilings) and self.ceilings[parameter_group] > 1
+
+    def on(
+        self, eigenvalues: Tensor, parameter_group: int, P: Tensor | float = 1.0, share: float | None = None
+    ) -> Tensor:
         """The function's values at a layer's eigenvalues [P, O, I], or [] for a constant.
 
-        parameter_group: the layer's. unit: of the shift, P in the eigenvalues' basis.
+        parameter_group: the layer's. P: that of `shifted_by`, in the eigenvalues' basis. share: of the training
+        examples, those that reach the layer; None where it does not matter.
         """
+        counts = 1.0 if share is None else min(1 / share, self.ceilings[parameter_group])
         if self.kind == "constant":
-            return eigenvalues.new_full((), self._number(parameter_group))
-        sigma = eigenvalues + self.shift[parameter_group] * unit
+            return eigenvalues.new_full((), counts * self._number(parameter_group))
+        shift: Tensor | float = self.shift[parameter_group]
+        if self.coupled:
+            shift = shift + self.coupled[parameter_group] * P
         if self.kind == "damped_inverse":
             damping = self.amount[parameter_group]
-            return damped_inverse(sigma, HEURISTIC_SHARE * eigenvalues.mean() if damping is None else damping)
-        return _OF_LR_STEPS[self.kind](sigma, self._number(parameter_group))
+            heuristic = HEURISTIC_SHARE * eigenvalues.mean()
+            # the shift is a sum of weight decay per rate
+            return damped_inverse(eigenvalues + shift / counts, heuristic if damping is None else damping)
+        return _OF_RATE[self.kind](eigenvalues, counts * self._number(parameter_group), shift)
 
     def _number(self, parameter_group: int) -> float:
         amount = self.amount[parameter_group]
         if amount is None:
             raise MethodError(
                 f"Spectral(stage={self.stage}, kind={self.kind!r}): the amount of parameter group {parameter_group} is "
-                f"None, expected {'a number' if self.kind == 'constant' else 'its lr_steps'}. Only a damping may be "
+                f"None, expected {'a number' if self.kind == 'constant' else 'its rate'}. Only a damping may be "
                 "None, which stands for the heuristic one."
             )
         return amount
@@ -197,13 +232,14 @@ class Term:
         query: the parameters at which query gradients are taken.
         operators: applied in order to the query gradient.
         train: the points at which training gradients are taken.
-        weights: of those points, they add up to 1; a scale belongs into an operator (`Spectral` of kind "constant").
+        weights: of those points, one number each, or one for each parameter group of the stage; they add up to 1 (a
+            scale belongs into an operator, `Spectral` of kind "constant").
         side: what meets: each "gradient", or each "representation", the input of a layer.
         normalized: bring each group's gradient, or each example's representation, to norm 1.
         layer: of representations, the layer's name; None for the last tracked one.
 
     Raises:
-        MethodError: the side is unknown, or the weights are not one for each point and 1 in all.
+        MethodError: the side is unknown, or the weights are not one for each point and 1 in all, for each group.
     """
 
     label: str
@@ -211,14 +247,14 @@ class Term:
     query: Point
     operators: tuple[Operator, ...]
     train: tuple[Point, ...]
-    weights: tuple[float, ...]
+    weights: tuple[Weight, ...]
     side: str = "gradient"
     normalized: bool = False
     layer: str | None = None
 
     def __post_init__(self) -> None:
         check_choice("side", self.side, ("gradient", "representation"), MethodError)
-        if not self.train or len(self.weights) != len(self.train) or abs(sum(self.weights) - 1) > _ROUNDING:
+        if not self.train or len(self.weights) != len(self.train) or not _add_up(self.weights):
             raise MethodError(
                 f"term {self.label!r}: weights {self.weights} for {len(self.train)} points: expected one for each, 1 "
                 'in all. Put a scale into an operator, such as Spectral(kind="constant", ...).'
@@ -226,6 +262,13 @@ class Term:
 
 
 Plan = tuple[Term, ...]
+
+
+def _add_up(weights: Sequence[Weight]) -> bool:
+    """Whether weights are 1 in all, for each parameter group where they are one for each."""
+    groups = {len(weight) for weight in weights if isinstance(weight, tuple)} or {1}
+    sums = [sum(for_group(weights, group)) for group in range(min(groups))]
+    return len(groups) == 1 and all(abs(total - 1) <= _ROUNDING for total in sums)
 
 
 def check_plan(plan: Any, checkpoints: Sequence[int]) -> Plan:
@@ -251,10 +294,14 @@ def check_plan(plan: Any, checkpoints: Sequence[int]) -> Plan:
     return plan
 
 
+def spectral(plan: Plan) -> list[Spectral]:
+    """The distinct functions of eigenvalues, and constants, in a plan, in order of first use."""
+    return list(dict.fromkeys(op for term in plan for op in term.operators if isinstance(op, Spectral)))
+
+
 def curvatures(plan: Plan) -> list[Curvature]:
     """The distinct curvatures that a plan needs, in order of first use."""
-    operators = [op for term in plan for op in term.operators if isinstance(op, Spectral)]
-    return list(dict.fromkeys(op.curvature for op in operators if op.curvature is not None))
+    return list(dict.fromkeys(op.curvature for op in spectral(plan) if op.curvature is not None))
 
 
 def preconditioners(plan: Plan) -> list[Preconditioner]:

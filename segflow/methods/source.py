@@ -11,9 +11,9 @@ from torch import Tensor
 
 from ..arguments import plain, real_number, settle, truth, whole_number, whole_numbers
 from ..errors import MethodError, check_choice
-from ..training.segments import WEIGHTINGS, Segment, Segmentation, cut, segmentation
-from .method import Cuts, batch_of_fisher, final_point, stage_place
-from .plan import Curvature, Operator, Plan, Point, Preconditioner, Scale, Spectral, Term, Weights
+from ..training.segments import WEIGHTINGS, Segment, Segmentation, Weight, cut, segmentation
+from .method import Cuts, batch_of_fisher, ceilings, final_point, stage_place
+from .plan import Curvature, Operator, Plan, Point, Preconditioner, Scale, Spectral, Term
 
 if TYPE_CHECKING:
     from ..training.trajectory import Trajectory
@@ -27,12 +27,14 @@ class Source:
         segments: how many segments (the paper takes three; see docs/FIDELITY.md for why the default is one), the steps
             at which one ends and the next begins (of a single stage), or "auto": cut where curvature and gradients
             really change, which the scores' provenance then explains.
-        fast: Fast-SOURCE: training gradients and curvature at each segment's mean parameters.
+        fast: Fast-SOURCE: training gradients and curvature at each segment's mean parameters, in which a checkpoint
+            weighs by the summed rates of all parameter groups.
         preconditioner: how Adam, AdamW, RMSprop and Adagrad enter. "kronecker": H~ = P^1/2 H P^1/2 as EK-FAC with the
             rank-one part of P inside and the exact P where query and response enter and leave. "diagonal": the paper's
             hybrid (its Appendix C): a diagonal curvature in the exponential, damped EK-FAC in the inverse. "none": as
             if the run had been trained with SGD.
-        checkpoint_weights: "nearest": a checkpoint stands for the steps nearest to it; "equal", as in the paper.
+        checkpoint_weights: "nearest": a checkpoint stands for the steps nearest to it, for each parameter group by its
+            own rates; "equal", as in the paper.
         penalty: for each segment, of segments="auto": the least drop of scatter, relative to the statistics' mean
             square, that is worth one more cut.
         fisher_batch: square sums of so many examples' pseudo-gradients for EK-FAC's eigenvalues, not each one's (GGDA's
@@ -107,10 +109,10 @@ class Source:
             )
         return cut(trajectory.stages[place], asked, self.checkpoint_weights)
 
-    def _points(self, stage: int, segment: Segment) -> tuple[tuple[Point, ...], tuple[float, ...]]:
+    def _points(self, stage: int, segment: Segment) -> tuple[tuple[Point, ...], tuple[Weight, ...]]:
         """Where a segment's gradients and curvature are taken, and how the points weigh."""
         if self.fast:
-            return (Point(stage, _weights(segment)),), (1.0,)
+            return (Point(stage, tuple(zip(segment.checkpoints, segment.overall, strict=True))),), (1.0,)
         return tuple(Point.at(stage, checkpoint) for checkpoint in segment.checkpoints), segment.weights
 
     def _operators(
@@ -118,20 +120,25 @@ class Source:
     ) -> tuple[tuple[Operator, ...], tuple[Operator, ...]]:
         """What a segment learns of a query, and what it forgets of it on the way back."""
         plain = Curvature(stage, *self._points(stage, segment), batch=self.fisher_batch)
-        function = partial(Spectral, stage=stage, amount=segment.lr_steps, shift=segment.weight_decay)
+        capped = partial(Spectral, stage=stage, ceilings=ceilings(trajectory))
+        function = partial(capped, amount=segment.lr_steps, shift=segment.decay_steps)
         if not trajectory.preconditioned or self.preconditioner == "none":
             return (function(kind="response", curvature=plain),), (function(kind="decay", curvature=plain),)
-        P = Preconditioner(stage, _weights(segment))
+        beside_P, through_P = _divided(segment.decay_steps, trajectory.coupled)
+        moved = tuple(any(through) for through in zip(segment.lr_steps, through_P, strict=True))
+        P = Preconditioner(stage, tuple(zip(segment.checkpoints, segment.weights, strict=True)), moved)
         kind = "ekfac" if self.preconditioner == "kronecker" else "diagonal"
         scaled = replace(plain, kind=kind, scaled=P)
-        function = partial(function, curvature=scaled, shifted_by=None if trajectory.decoupled else P)
-        if self.preconditioner == "kronecker":  # P^1/2 f(P^1/2 H P^1/2 + w) P^+-1/2
+        function = partial(function, curvature=scaled, shift=beside_P)
+        if any(trajectory.coupled):
+            function = partial(function, coupled=through_P, shifted_by=P)
+        if self.preconditioner == "kronecker":  # P^1/2 f(rate * P^1/2 H P^1/2 + decay) P^+-1/2
             enter, undo = Scale(P, 0.5), Scale(P, -0.5)
             return (enter, function(kind="response"), enter), (enter, function(kind="decay"), undo)
-        # (1 - exp(-lr_steps (P diag(H) + w))), then H^-1: Bae et al. 2024, Appendix C
-        groups = len(segment.lr_steps)
-        coupled = (0.0,) * groups if trajectory.decoupled else segment.weight_decay
-        inverse = Spectral(stage=stage, kind="damped_inverse", curvature=plain, amount=(None,) * groups, shift=coupled)
+        # (1 - exp(-(rate * P diag(H) + decay))), then H^-1: Bae et al. 2024, Appendix C
+        heuristic = (None,) * len(segment.lr_steps)
+        per_rate = tuple(shift / rate if rate else 0.0 for shift, rate in zip(through_P, segment.lr_steps, strict=True))
+        inverse = capped(kind="damped_inverse", curvature=plain, amount=heuristic, shift=per_rate)
         return (function(kind="saturation"), inverse), (function(kind="decay"),)
 
 
@@ -143,5 +150,7 @@ def _count_or_cuts(segments: object) -> int | tuple[int, ...]:
     return whole_number("segments", segments, MethodError, advice=advice)
 
 
-def _weights(segment: Segment) -> Weights:
-    return tuple(zip(segment.checkpoints, segment.weights, strict=True))
+def _divided(decay: tuple[float, ...], coupled: tuple[bool, ...]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """What weight decay adds beside P, and what it adds through P, for each parameter group."""
+    through_P = tuple(amount if is_coupled else 0.0 for amount, is_coupled in zip(decay, coupled, strict=True))
+    return tuple(a - b for a, b in zip(decay, through_P, strict=True)), through_P

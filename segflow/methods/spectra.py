@@ -1,7 +1,8 @@
 """What an operator does to one eigenvalue: pure scalar functions, applied elementwise.
 
-Bae et al. 2024, arXiv 2405.12186, Eqs. 13 to 22. `lr_steps` is the sum of a segment's effective learning rates and
-`sigma` an eigenvalue of the objective's curvature, weight decay included.
+Bae et al. 2024, arXiv 2405.12186, Eqs. 13 to 22, in sums over a segment's steps: `rate` is the sum of what multiplies
+the data's gradient, `shift` the sum of what multiplies the parameter itself (weight decay), and `sigma` an eigenvalue
+of the data's curvature. With weight decay w in every step, rate * sigma + shift is the paper's rate * (sigma + w).
 """
 
 from __future__ import annotations
@@ -10,35 +11,42 @@ import torch
 from torch import Tensor
 
 
-def decay(sigma: Tensor, lr_steps: float) -> Tensor:
-    """What a segment forgets: exp(-lr_steps * sigma).
+def decay(sigma: Tensor, rate: float, shift: Tensor | float = 0.0) -> Tensor:
+    """What a segment forgets: exp(-s) with s = rate * sigma + shift.
 
     Example:
         >>> decay(torch.tensor([0.0, 1.0]), 1.0)
         tensor([1.0000, 0.3679])
     """
-    return torch.exp(-lr_steps * sigma)
+    return torch.exp(-(rate * sigma + shift))
 
 
-def response(sigma: Tensor, lr_steps: float) -> Tensor:
-    """What a segment learns: (1 - exp(-lr_steps * sigma)) / sigma, and lr_steps at sigma = 0.
+def response(sigma: Tensor, rate: float, shift: Tensor | float = 0.0) -> Tensor:
+    """What a segment learns: rate * (1 - exp(-s)) / s with s = rate * sigma + shift, and rate at s = 0.
 
     Example:
         >>> response(torch.tensor([0.0, 1.0]), 1.0)
         tensor([1.0000, 0.6321])
+        >>> response(torch.tensor([0.0, 1.0]), 0.0, shift=0.5)
+        tensor([0., 0.])
     """
-    safe = torch.where(sigma == 0, torch.ones_like(sigma), sigma)
-    return torch.where(sigma == 0, torch.full_like(sigma, lr_steps), -torch.expm1(-lr_steps * safe) / safe)
+    s = rate * sigma + shift
+    safe = torch.where(s == 0, torch.ones_like(s), s)
+    return torch.where(s == 0, torch.full_like(s, rate), rate * (-torch.expm1(-safe) / safe))
 
 
-def saturation(sigma: Tensor, lr_steps: float) -> Tensor:
-    """How far a segment has come to its optimum: 1 - exp(-lr_steps * sigma) (the paper's form for Adam, Appendix C).
+def saturation(sigma: Tensor, rate: float, shift: Tensor | float = 0.0) -> Tensor:
+    """How far a segment has come to its optimum: 1 - exp(-s) with s = rate * sigma + shift, and 0 at rate = 0.
+
+    The paper's form for Adam (Appendix C). A segment that saw none of the data comes no nearer to its optimum, however
+    much weight decay shrinks it.
 
     Example:
         >>> saturation(torch.tensor([0.0, 1.0]), 1.0)
         tensor([0.0000, 0.6321])
     """
-    return -torch.expm1(-lr_steps * sigma)
+    s = rate * sigma + shift
+    return -torch.expm1(-s) if rate else torch.zeros_like(s)
 
 
 def damped_inverse(sigma: Tensor, damping: float | Tensor, rounding: float | None = None) -> Tensor:

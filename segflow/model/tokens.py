@@ -20,6 +20,13 @@ class Tokens(NamedTuple):
     g_PBSO: Tensor
 
 
+def scaled_examples(tokens: Tokens, factors_B: Tensor | None) -> Tokens:
+    """Tokens whose gradients are each example's times a factor; None: as they are."""
+    if factors_B is None:
+        return tokens
+    return Tokens(tokens.a_PBSI, tokens.g_PBSO * factors_B[:, None, None])
+
+
 def joined_examples(tokens: Tokens, size: int) -> Tokens:
     """Tokens in which every `size` examples in a row are one, with all of their positions: its gradient is their sum.
 

@@ -65,7 +65,7 @@ class Bars:
 
     def say(self, line: str) -> None:
         """Write a line beside the bars, if there are any."""
-        if _shown(self._enabled):
+        if is_shown(self._enabled):
             tqdm.write(line, file=_Stderr())
 
     def _bar(self, label: str, total: int, position: int) -> Any:
@@ -97,10 +97,11 @@ class _Stderr:
 
 
 def _look(enabled: bool | None) -> dict[str, Any]:
-    return {"file": _Stderr(), "disable": not _shown(enabled), "leave": False, "dynamic_ncols": True}
+    return {"file": _Stderr(), "disable": not is_shown(enabled), "leave": False, "dynamic_ncols": True}
 
 
-def _shown(enabled: bool | None) -> bool:
+def is_shown(enabled: bool | None) -> bool:
+    """Whether to show progress: on the first process, always, never, or (None) on a terminal only."""
     if os.environ.get("RANK", "0") != "0":
         return False
     if enabled is not None:

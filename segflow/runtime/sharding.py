@@ -30,6 +30,11 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if _sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
+def local(tensor: Tensor) -> Tensor:
+    """What this rank holds of a tensor that may be spread over ranks."""
+    return tensor.to_local() if _sharded(tensor) else tensor  # type: ignore[attr-defined,no-any-return]
+
+
 def laid_out(state: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """A state dict of whole tensors, each spread over the ranks as the model's is; nothing is communicated."""
     if not is_sharded(model):

@@ -19,7 +19,7 @@ from ..model.finite_check import FiniteCheck
 from ..model.layers.tracked import TrackedLayer
 from ..model.loss_view import LossView
 from ..model.representation_view import FeatureLayer, RepresentationView
-from ..model.tokens import Tokens
+from ..model.tokens import Tokens, scaled_examples
 from .meeting import MetQueries
 from .outer_products import Stack, products, reference, token_cost, token_products
 from .tiles import GroupBatch, Tile
@@ -116,15 +116,18 @@ def _by_group(side_PBSD: Tensor, sizes: Sequence[int]) -> Tensor:
 def tile_scores(view: AnyView, data: Iterable[Batch], tile: Tile, gradients: GroupGradients, where: str) -> Tensor:
     """Scores [L, Q, K] of one tile's pieces: <query, summed training gradients>, for each layer in order.
 
-    data: the tile's batches, then idle ones; gradients: collects the tile's; where: names the point in errors.
+    data: the tile's batches, then idle ones; where they have weights, gradients are multiplied by their examples'.
+    gradients: collects the tile's; where: names the point in errors.
     """
     finite = FiniteCheck(f"training gradients, {where}")
     group_batches = iter(tile.batches)
     for batch in data:
         group_batch = None if batch.idle else next(group_batches)
 
-        def consume(layer: TrackedLayer, tokens: Tokens, group_batch: Any = group_batch) -> None:
-            gradients.add(layer, tokens, group_batch)
+        def consume(
+            layer: TrackedLayer, tokens: Tokens, group_batch: Any = group_batch, weights_B: Any = batch.weights
+        ) -> None:
+            gradients.add(layer, scaled_examples(tokens, weights_B), group_batch)
 
         view.capture(batch, consume, finite)
     finite.drain()

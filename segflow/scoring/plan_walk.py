@@ -30,6 +30,7 @@ from ..stage.context import StageContext
 from ..stage.unit_identity import checkpoint_digest
 from ..store.files import Tensors
 from ..store.shared_store import UnitRecipe
+from ..training.segments import for_group
 from .group_gradients import AnyView, GroupGradients, tile_scores
 from .meeting import MetQueries, Traffic, met_queries, outer_layers
 from .query_operators import Queries, QueryOperators
@@ -150,36 +151,59 @@ class _PlanWalk:
         return met_queries(queries.values, blocks, traffic, room, holders, self.context.ranks)
 
     def _term(self, term: Term, met: MetQueries, query_blocks: QueryBlocks) -> Tensor:
-        """One term's scores [L, Q, K] on every rank, from the store or computed into it."""
+        """One term's scores [L, Q, K] on every rank, from the store or computed into it.
+
+        Where the layers' parameter groups weigh the points otherwise, and the units hold the layers' sums, these are
+        weighted when they are made, and their weights are part of what they are made of.
+        """
         context = self.context
         identity = self.scored_from | term_identity(self.fitted, context, term, list(met.values))
         inputs, sketches = self.fitted.unit_names(term), context.ranks.gather(sketch(met.values))
         layers = len(met.values) if self.request.per_layer else 1
+        shapes = [(layers, size, len(self.groups)) for size in query_blocks.sizes]
+        by_layer = self._layer_weights(term, list(met.values))
         at_points = []
-        for point in term.train:
-            recipes = self._recipes(term, point, met, query_blocks, identity, sketches, inputs)
+        for place, point in enumerate(term.train):
+            weights_L = None if by_layer is None or self.request.per_layer else by_layer[place]
+            compute = lru_cache(1)(partial(self._at_point, term, point, met, weights_L))
+            made_from = identity if weights_L is None else identity | {"weights": _as_json(weights_L)}
+            recipes = self._recipes(compute, point, query_blocks, made_from, sketches, inputs)
             context.store.settle(recipes, context.store.held(recipes))
             units = [context.store.open(recipe.name, recipe.made_from) for recipe in recipes]
-            shapes = [(layers, size, len(self.groups)) for size in query_blocks.sizes]
             of_blocks = [unit.tensor("scores", shape) for unit, shape in zip(units, shapes, strict=True)]
             at_points.append(torch.cat(of_blocks, 1))
-        total = weighted_mean(at_points, term.weights)
+        total = self._over_points(at_points, term, by_layer)
         return total if term.normalized else total / context.trajectory.dataset_size
+
+    def _layer_weights(self, term: Term, layers: Sequence[str]) -> list[Tensor] | None:
+        """The weight [L] of each layer at each of a term's points; None where a point weighs the same for all."""
+        if not any(isinstance(weight, tuple) for weight in term.weights):
+            return None
+        groups = [self.context.parameter_groups[name] for name in layers]
+        rows = zip(*(for_group(term.weights, group) for group in groups), strict=True)
+        return [torch.tensor(row, dtype=torch.float64) for row in rows]
+
+    def _over_points(self, at_points: list[Tensor], term: Term, by_layer: list[Tensor] | None) -> Tensor:
+        """The weighted sum over a term's points of scores [L, Q, K], or their sum where units are weighted already."""
+        if by_layer is None:
+            return weighted_mean(at_points, for_group(term.weights, 0))
+        if self.request.per_layer:
+            pairs = zip(by_layer, at_points, strict=True)
+            at_points = [weights_L.to(scores_LQK)[:, None, None] * scores_LQK for weights_L, scores_LQK in pairs]
+        return torch.stack(at_points).sum(0)
 
     def _recipes(
         self,
-        term: Term,
+        compute: Callable[[], Tensor | None],
         point: Point,
-        met: MetQueries,
         query_blocks: QueryBlocks,
-        identity: dict[str, Any],
+        made_from: dict[str, Any],
         sketches: list[Any],
         inputs: tuple[str, ...],
     ) -> list[UnitRecipe]:
         """The recipe of each block's unit at a point; all are computed together, when the first is made."""
         context, starts = self.context, np.cumsum([0, *query_blocks.sizes]).tolist()
-        compute = lru_cache(1)(partial(self._at_point, term, point, met))
-        at_point = identity | {"checkpoint": checkpoint_digest(context, point)}
+        at_point = made_from | {"checkpoint": checkpoint_digest(context, point)}
         recipes = []
         for block, size in enumerate(query_blocks.sizes):
             made_from = at_point | {"queries": query_blocks.identities[block], "sketch": sketches[block]}
@@ -188,22 +212,24 @@ class _PlanWalk:
             recipes.append(UnitRecipe("groups", name, made_from, inputs, self.examples, make))
         return recipes
 
-    def _at_point(self, term: Term, point: Point, met: MetQueries) -> Tensor | None:
-        """<query, group gradients at a point>, [L, Q, K] on rank 0: each rank's groups, tile by tile."""
+    def _at_point(self, term: Term, point: Point, met: MetQueries, weights_L: Tensor | None) -> Tensor | None:
+        """<query, group gradients at a point>, [L, Q, K] on rank 0: each rank's groups, tile by tile.
+
+        weights_L: of the layers in their sum, where they are not kept apart; None for ones.
+        """
         context, ranks, where = self.context, self.context.ranks, self.context.where(point)
         context.load(point)
-        view: AnyView = self.view
-        if term.side == "representation":
-            view = representation_view(self.view, term.layer, term.normalized)
+        view, weights_N = self._seen(term, point)
         normalized, train = term.normalized and term.side == "gradient", self.fitted.trains[self.request.stage]
         tiles_of_ranks, scores = self.tiles[term.normalized], None
         for number in range(max(map(len, tiles_of_ranks))):
             tile_of_rank = [of_rank[number] if number < len(of_rank) else _NO_TILE for of_rank in tiles_of_ranks]
             tile = tile_of_rank[ranks.index]
-            data = context.walk(self.view, train, [batch.examples for batch in tile.batches], f"groups, {where}")
+            lists = [batch.examples for batch in tile.batches]
+            data = context.walk(self.view, train, lists, f"groups, {where}", weights_N=weights_N)
             gradients = GroupGradients(met, len(tile.groups), context.memory // _PASSING_SHARE, normalized)
             of_tile_LQK = tile_scores(view, data, tile, gradients, where)
-            of_tile_LQK = of_tile_LQK if self.request.per_layer else of_tile_LQK.sum(0, keepdim=True)
+            of_tile_LQK = of_tile_LQK if self.request.per_layer else _summed(of_tile_LQK, weights_L)
             if scores is None and ranks.main:
                 scores = of_tile_LQK.new_zeros(*of_tile_LQK.shape[:2], len(self.groups))
             for scored, columns in zip(tile_of_rank, ranks.collect(of_tile_LQK), strict=False):
@@ -216,11 +242,29 @@ class _PlanWalk:
             )
         return scores
 
+    def _seen(self, term: Term, point: Point) -> tuple[AnyView, Tensor | None]:
+        """What a term's training data is seen through at a point, and the weights [N] of the examples' gradients."""
+        if term.side == "representation":
+            return representation_view(self.view, term.layer, term.normalized), None
+        return self.view, self.context.example_weights(point)
+
 
 def _split(block: range, count: int) -> list[range]:
     """A block of queries in nearly even shares, one for each rank."""
     ends = [len(block) * rank // count for rank in range(count + 1)]
     return [block[start:end] for start, end in pairwise(ends)]
+
+
+def _summed(scores_LQK: Tensor, weights_L: Tensor | None) -> Tensor:
+    """The layers' sum [1, Q, K], weighted where there are weights."""
+    if weights_L is None:
+        return scores_LQK.sum(0, keepdim=True)
+    return torch.tensordot(weights_L.to(scores_LQK), scores_LQK, 1)[None]
+
+
+def _as_json(weights_L: Tensor) -> list[float]:
+    """Weights as a unit's name has them: the same where they differ by rounding only."""
+    return [float(f"{weight:.9g}") for weight in weights_L.tolist()]
 
 
 def _rows(compute: Callable[[], Tensor | None], start: int, size: int) -> Tensors:

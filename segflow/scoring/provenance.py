@@ -86,7 +86,8 @@ def _provenance(runs: Sequence[RunParts], method: Method, stage: int, queries: Q
     provenance = {
         **describe(method),
         "terms": {term.label: [_named(context, point) for point in term.train] for term in first.plan},
-        "optimizer": context.trajectory.optimizer.name,
+        "optimizer": " and ".join(dict.fromkeys(context.trajectory.kinds)),
+        "training": context.trajectory.observed,
         "attributed_layers": _layers_of(first, context),
         "seed": context.settings.seed,
         "not_attributed": dict(context.layers.skipped),
@@ -104,6 +105,7 @@ def _provenance(runs: Sequence[RunParts], method: Method, stage: int, queries: Q
         provenance["stage"] = context.trajectory.stage
     if len(runs) > 1:
         provenance["runs"] = len(runs)
+        provenance["training"] = [run.contexts[stage].trajectory.observed for run in runs]
     needed = [(run, preconditioner) for run in runs for preconditioner in preconditioners(run.plan)]
     if needed:
         estimated = any(unsaved(run.contexts[preconditioner.stage], preconditioner) for run, preconditioner in needed)

@@ -144,11 +144,12 @@ class QueryOperators:
                 continue
             block = None if blocks is None else blocks[name]
             eigenvalues = reference(values_QPOI).new_zeros(()) if block is None else block.eigenvalues_POI
-            unit: Tensor | float = 1.0
-            if shifts is not None:
+            P: Tensor | float = 1.0
+            if shifts is not None and operator.coupled[group]:
                 exact_POI = shifts[name].exact_POI
-                unit = exact_POI if block is None or block.basis is None else block.basis.diagonal(exact_POI)
-            scaled[name] = values_QPOI * operator.on(eigenvalues, group, unit)
+                P = exact_POI if block is None or block.basis is None else block.basis.diagonal(exact_POI)
+            share = self.fitted.share(operator, name)
+            scaled[name] = values_QPOI * operator.on(eigenvalues, group, P, share)
         return replace(before, values=scaled)
 
     @_apply.register

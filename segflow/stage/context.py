@@ -6,11 +6,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from ..arguments import settle, truth, whole_number
-from ..data.batches import Batch, Collate, Indices, batches, dataset_length
-from ..data.fingerprints import task_fingerprint
+from ..data.batches import Batch, Collate, Indices, batches, dataset_length, weighted
+from ..data.fingerprints import digest, task_fingerprint
 from ..errors import SegflowError, TaskError, TrajectoryError
 from ..methods.plan import Point
 from ..model.layers.registry import LayerChoice
@@ -129,31 +130,58 @@ class StageContext:
         checkpoints = weights if len(weights) > 1 else next(iter(weights))
         self.run.stages[point.stage].load_into(self.model, checkpoints)
 
+    def example_weights(self, point: Point) -> Tensor | None:
+        """The share that each example of the stage's training data had at a point, [N] with mean 1; None: all alike.
+
+        Of a mean of checkpoints it is the mean of theirs. A point of another stage takes this stage's first or last
+        checkpoint, whichever is nearer.
+        """
+        places = dict(point.weights)
+        if point.stage != self.stage:
+            places = {0 if point.stage < self.stage else len(self.trajectory) - 1: 1.0}
+        of_checkpoints = [self.trajectory.example_weights(place) for place in places]
+        if all(weights_N is None for weights_N in of_checkpoints):
+            return None
+        alike_N = torch.ones(self.trajectory.dataset_size, dtype=torch.float64)
+        rows_CN = torch.stack([alike_N if weights_N is None else weights_N for weights_N in of_checkpoints])
+        shares_C = torch.tensor(list(places.values()), dtype=torch.float64)
+        return shares_C @ rows_CN / shares_C.sum()
+
     def loss_view(self, kind: str, dataset: Any, layers: Mapping[str, TrackedLayer] | None = None) -> LossView:
         """The model seen through a loss of the task on a dataset; kind: see `summed_loss`; layers: None for all."""
         return make_loss_view(self.model, self.task, kind, layers or self.layers.tracked, dataset, self.collate_fn)
 
     def walk(
-        self, view: LossView, dataset: Any, lists: Sequence[Indices], label: str, collate_fn: Collate | None = None
+        self,
+        view: LossView,
+        dataset: Any,
+        lists: Sequence[Indices],
+        label: str,
+        collate_fn: Collate | None = None,
+        weights_N: Tensor | None = None,
     ) -> Iterator[Batch]:
         """One batch for each of this rank's lists of example indices, with a progress bar of this label.
 
         Where the model is sharded, ranks with fewer batches than another run idle ones at the end. collate_fn: instead
-        of the stage's.
+        of the stage's. weights_N: how much each example of the dataset counts; None: all alike.
         """
         idle = max(self.ranks.gather(len(lists))) - len(lists) if self.sharded else 0
         data = batches(dataset, lists, collate_fn or self.collate_fn, view.device, idle)
+        if weights_N is not None:
+            data = weighted(data, weights_N.to(view.dtype).to(view.device))
         examples = sum(map(len, lists))
         return self.store.journal.walk(data, label, examples, lambda b: 0 if b.idle else b.size)
 
     def agreement(self) -> dict[str, Any]:
         """What must be the same on every rank."""
+        weights = [self.example_weights(Point.at(self.stage, index)) for index in range(len(self.trajectory))]
         return {
             "model": self.shapes,
             "task": task_fingerprint(self.task),
             "steps": [list(stage.steps) for stage in self.run.stages],
             "seed": self.settings.seed,
             "memory": self.memory,
+            "example weights": digest(weights),
         }
 
     def require_task(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from ..errors import MethodError, TrajectoryError, check_choice
+from ..methods.plan import Plan, spectral
 from ..model.layers.registry import LayerChoice, choose_layers
 from ..tasks.task import check_task, tracked_module_names
 from ..training.trajectory import Trajectory
@@ -43,8 +45,8 @@ def _layers(model: nn.Module, task: Any, stage: Trajectory) -> tuple[LayerChoice
     if task is not None:
         check_task(task)
     check_parameter_names(model, stage)
-    trained = None if stage.parameter_groups is None else stage.parameter_groups.__contains__
-    return settle_parameter_groups(choose_layers(model, tracked_module_names(task), trained), stage)
+    why_untrained = None if stage.parameter_groups is None else stage.why_untrained
+    return settle_parameter_groups(choose_layers(model, tracked_module_names(task), why_untrained), stage)
 
 
 def _agreed(stages: Sequence[tuple[LayerChoice, dict[str, int]]]) -> list[tuple[LayerChoice, dict[str, int]]]:
@@ -97,6 +99,24 @@ def check_arguments(runs: Sequence[Any], method: Any) -> None:
         )
     if method is not None and (isinstance(method, type) or not callable(getattr(method, "plan", None))):
         raise MethodError(f"method={method!r}: expected one of Source(...), InfluenceFunction(...), TracIn(), ...")
+
+
+def check_rates(contexts: Sequence[StageContext], plan: Plan) -> None:
+    """Raise TrajectoryError if a plan needs rates of layers whose optimizer has none that are known, naming them."""
+    for operator in spectral(plan):
+        context = contexts[operator.stage]
+        unknown = {
+            name: context.trajectory.kinds[group]
+            for name, group in context.parameter_groups.items()
+            if any(math.isnan(number or 0.0) for number in (operator.amount[group], operator.shift[group]))
+        }
+        if unknown:
+            raise TrajectoryError(
+                f"layers {list(unknown)[:8]}{' and more' if len(unknown) > 8 else ''} were trained by "
+                f"{' and '.join(sorted(set(unknown.values())))}, whose rates are not known, and this method needs "
+                "them. Leave these layers out through get_influence_tracked_modules(), or use InfluenceFunction or "
+                "GradientDot, which need no rates."
+            )
 
 
 def check_alike(runs: Sequence[Sequence[StageContext]]) -> None:
@@ -155,13 +175,7 @@ def settle_parameter_groups(choice: LayerChoice, trajectory: Trajectory) -> tupl
         prefix = f"{name}." if name else ""
         groups[name] = weight = trajectory.group_of(f"{prefix}weight") or 0
         bias = trajectory.group_of(f"{prefix}bias") if layer.has_bias else weight
-        logged = {
-            "learning rate": trajectory.learning_rates,
-            "momentum": trajectory.momentum,
-            "dampening": trajectory.dampening,
-            "weight decay": trajectory.weight_decay,
-        }
-        differing = [quantity for quantity, log in logged.items() if not log[:, weight].equal(log[:, bias])]
+        differing = [] if bias is None else trajectory.used.differing(weight, bias)
         if bias is not None and trajectory.eps[weight] != trajectory.eps[bias]:
             differing.append("eps")
         if differing:

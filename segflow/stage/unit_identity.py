@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
 
 from ..data.batches import batches, evenly_spaced
@@ -76,11 +75,17 @@ def _probe_losses(context: StageContext, train: Any, view: LossView) -> list[flo
 
 
 def checkpoint_digest(context: StageContext, point: Point) -> str:
-    """sha256 of a checkpoint's file (of several: of their digests and weights), the same on every rank."""
+    """sha256 of a checkpoint's file (of several: of their digests and weights), the same on every rank.
+
+    Where examples have weights there, a digest of these follows: they are part of what was trained.
+    """
     trajectory, checkpoint = context.run.stages[point.stage], None
     if context.ranks.main:
         digests = [[trajectory.digest(index), weight] for index, weight in point.weights]
         checkpoint = digests[0][0] if len(digests) == 1 else digest(digests)
+        weights_N = context.example_weights(point)
+        if weights_N is not None:  # rounded, for sums differ between machines
+            checkpoint = f"{checkpoint} with example weights {digest(weights_N.float())[:16]}"
     return str(context.ranks.same(checkpoint))
 
 
@@ -93,8 +98,14 @@ def point_name(context: StageContext, point: Point) -> str:
 
 
 def rounded(weights: Sequence[Any]) -> str:
-    """A word for weights in a unit's name, the same where they differ by rounding only."""
-    return digest([f"{number:.9g}" for weight in weights for number in np.atleast_1d(weight)])[:8]
+    """A word for weights in a unit's name, the same where they differ by rounding only; they may be nested."""
+    return digest([f"{number:.9g}" for number in _numbers(weights)])[:8]
+
+
+def _numbers(nested: Any) -> list[float]:
+    if isinstance(nested, Sequence):
+        return [number for part in nested for number in _numbers(part)]
+    return [nested]
 
 
 def short(steps: Sequence[str]) -> str:

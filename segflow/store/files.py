@@ -124,6 +124,46 @@ def append_line(path: Path, content: Mapping[str, Any]) -> None:
         os.close(descriptor)
 
 
+class LineFile:
+    """A file that grows by whole lines; `append` hands each to the system, so that it outlives the process.
+
+    Raises `error` naming the file where it cannot be written.
+    """
+
+    def __init__(self, path: Path, error: type[SegflowError] = StoreError) -> None:
+        self._path, self._error = path, error
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        except OSError as problem:
+            raise error(_reason(path, 0, problem)) from problem
+
+    def append(self, line: str) -> None:
+        """Append one line; what of it is on disk where that fails has no end of line."""
+        content = line.encode() + b"\n"
+        try:
+            if os.write(self._descriptor, content) < len(content):
+                raise OSError(errno.ENOSPC, "No space left on device")
+        except OSError as problem:
+            raise self._error(_reason(self._path, len(content), problem)) from problem
+
+    def close(self) -> None:
+        """Flush the file to disk and let go of it; nothing may be appended afterwards."""
+        with suppress(OSError):
+            os.fsync(self._descriptor)
+        os.close(self._descriptor)
+
+
+def read_lines(path: Path, sha256: str | None, error: type[SegflowError]) -> list[str]:
+    """The whole lines of a text file, its checksum verified where one is known; a rest without an end is left out."""
+    _regular(path, error)
+    _verify(path, sha256, error)
+    try:
+        return path.read_text().split("\n")[:-1]
+    except (OSError, ValueError) as problem:
+        raise error(f"{path}: cannot be read ({problem}). Restore it or make it anew.") from problem
+
+
 def read_json(path: Path, error: type[SegflowError]) -> Any:
     """Read JSON; a file that is missing, huge, no regular file or not JSON raises `error` naming it."""
     size = _regular(path, error).st_size
@@ -145,12 +185,8 @@ class TensorFile:
 
     def __init__(self, path: Path, sha256: str | None, error: type[SegflowError]):
         self.path, self._error = path, error
-        size = _regular(path, error).st_size
-        if sha256 is not None and (now := file_digest(path, error)) != sha256:
-            raise error(
-                f"{path}: damaged, its {size:,} bytes have sha256 {now[:16]}..., expected {sha256[:16]}.... "
-                "Delete the file to have it made anew, or restore it."
-            )
+        _regular(path, error)
+        _verify(path, sha256, error)
         with self._reading():
             self._file: Any = safetensors.safe_open(str(path), framework="pt")
 
@@ -203,6 +239,15 @@ def file_digest(path: Path, error: type[SegflowError]) -> str:
             raise error(f"{path}: cannot be read ({problem}). Restore it or make it anew.") from problem
         _digests[look] = digest.hexdigest()
     return _digests[look]
+
+
+def _verify(path: Path, sha256: str | None, error: type[SegflowError]) -> None:
+    """Raise `error` unless the file has this checksum, where one is known."""
+    if sha256 is not None and (now := file_digest(path, error)) != sha256:
+        raise error(
+            f"{path}: damaged, its {path.stat().st_size:,} bytes have sha256 {now[:16]}..., expected {sha256[:16]}.... "
+            "Delete the file to have it made anew, or restore it."
+        )
 
 
 def inside(root: Path, *parts: str, error: type[SegflowError] = StoreError) -> Path:

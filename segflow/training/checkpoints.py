@@ -1,8 +1,9 @@
 """Checkpoint files: what they hold, and whether it is what a trajectory says.
 
-A checkpoint of `record` is a safetensors file with model.NAME for every tensor of the model's state and, where the
-optimizer keeps second moments, second_moment.PARAMETER for every parameter that has taken a step. Other trainers'
-checkpoints are state_dicts, in safetensors or as torch.save writes them.
+A checkpoint of `record` is a safetensors file with model.NAME for every tensor of the model's state (but for parameters
+that were frozen all along, which are in a file of the same form for the whole recording) and, where the optimizer keeps
+second moments, second_moment.PARAMETER for every parameter that has taken a step; example_counts [N] where a sampler
+was counted. Other trainers' checkpoints are state_dicts, in safetensors or as torch.save writes them.
 """
 
 from __future__ import annotations
@@ -23,13 +24,15 @@ from ..store.files import TensorFile, read_tensors
 from .optimizers import SECOND_MOMENTS
 
 MODEL, SECOND_MOMENT = "model.", "second_moment."  # what names begin with in a checkpoint of record()
+COUNTS = "example_counts"  # how often each example had been drawn
 
 
-def check_moment_files(name: str, files: int, checkpoints: int) -> None:
+def check_moment_files(kinds: Sequence[str], files: int, checkpoints: int) -> None:
     """Raise TrajectoryError unless an optimizer has second moments and there is a file of them for each checkpoint."""
-    if name not in SECOND_MOMENTS or files != checkpoints:
+    if not set(kinds) & set(SECOND_MOMENTS) or files != checkpoints:
+        names = ", ".join(dict.fromkeys(kinds))
         raise TrajectoryError(
-            f"{files} files of second moments for {checkpoints} checkpoints of {name}: expected a file for each, and "
+            f"{files} files of second moments for {checkpoints} checkpoints of {names}: expected a file for each, and "
             f"one of {', '.join(SECOND_MOMENTS)}. Leave second_moments= out otherwise."
         )
 
@@ -89,7 +92,7 @@ def open_recorded(path: Path, sha256: str | None) -> TensorFile | None:
     if not re.fullmatch(r"step-\d{8,}\.safetensors", path.name):
         return None
     file = TensorFile(path, sha256, TrajectoryError)
-    return file if all(name.startswith((MODEL, SECOND_MOMENT)) for name in file.names()) else None
+    return file if all(name.startswith((MODEL, SECOND_MOMENT)) or name == COUNTS for name in file.names()) else None
 
 
 def part_names(file: TensorFile, part: str) -> list[str]:

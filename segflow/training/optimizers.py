@@ -1,8 +1,7 @@
-"""What SOURCE needs to know of torch's optimizers: their constants, effective learning rates and second moments.
+"""What SOURCE needs to know of torch's optimizers: their names, constants and second moments.
 
-One step goes from theta to theta - rate * P * (gradient + weight decay * theta) with the effective learning rate; of
-the preconditioned optimizers P = 1 / (sqrt(v_hat) + eps), which `curvature.preconditioner` makes of the second moments
-v_hat; decoupled weight decay bypasses P. Pure: numbers and tensors in, numbers and tensors out.
+What the steps moved is known to `motion`; of the preconditioned optimizers P = 1 / (sqrt(v_hat) + eps), which
+`curvature.preconditioner` makes of the second moments v_hat. Pure: numbers and tensors in, numbers and tensors out.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..errors import TrajectoryError
-from .per_step import PerStep
+from .per_step import PerStep, one_by_group
 
 # The optimizers that divide by the root of second moments, and where their state keeps these.
 SECOND_MOMENTS = {"Adam": "exp_avg_sq", "AdamW": "exp_avg_sq", "RMSprop": "square_avg", "Adagrad": "sum"}
@@ -30,45 +29,36 @@ class OptimizerConstants:
     that training made *smaller*, hence minus what was climbed.
 
     Args:
-        name: the class name of the torch.optim optimizer, such as "SGD" or "AdamW".
-        momentum: of SGD and RMSprop, as in torch.optim. dampening: of SGD.
+        name: the class name of the torch.optim optimizer, such as "SGD" or "AdamW"; one, or one for each parameter
+        group.
+        momentum: of SGD and RMSprop, as in torch.optim. dampening: of SGD. beta1: of Adam and AdamW, their first beta.
         weight_decay: as in torch.optim.
-        nesterov: Nesterov's form of momentum; it has heavy-ball's effective learning rate.
+        nesterov: Nesterov's form of momentum; one, or one for each parameter group.
         maximize: True if the optimizer climbed; kept for the record, no formula depends on it.
         eps: what Adam, AdamW, RMSprop and Adagrad add to sqrt(v_hat); one number, or one for each parameter group.
         decoupled: True if weight decay bypasses the preconditioner (also Adam's `decoupled_weight_decay=True`).
-            None: as the name says, True for AdamW.
+            None: as the name says, True for AdamW. One, or one for each parameter group.
         batch_size: examples in one optimizer step; needed only where second moments were not saved, so that they must
             be estimated.
     """
 
-    name: str = "SGD"
+    name: str | Sequence[str] = "SGD"
     momentum: PerStep = 0.0
     dampening: PerStep = 0.0
     weight_decay: PerStep = 0.0
-    nesterov: bool = False
+    nesterov: bool | Sequence[bool] = False
     maximize: bool = False
     eps: float | Sequence[float] = 1e-8
-    decoupled: bool | None = None
+    decoupled: bool | Sequence[bool] | None = None
     batch_size: int | None = None
+    beta1: PerStep = 0.9
 
 
-def effective_rates(name: str, rates: Tensor, momentum: Tensor, dampening: Tensor) -> Tensor:
-    """What one step moves by for each unit of P * gradient, all [steps, parameter groups].
-
-    Heavy-ball momentum m multiplies a rate by 1/(1 - m), the limit of its velocity, and SGD's dampening d by 1 - d.
-    Adam's first moments are averages that keep a gradient's scale; Adagrad's rates are logged as they decay.
-    """
-    if name == "SGD":  # torch.optim.SGD dampens only where it has momentum
-        return torch.where(momentum == 0, rates, rates * (1 - dampening) / (1 - momentum))
-    return rates / (1 - momentum) if name == "RMSprop" else rates
-
-
-def mean_decay(rates: Tensor, decay: Tensor) -> tuple[float, ...]:
-    """Weight decay [steps, parameter groups] averaged over steps by effective rate; evenly where all rates are 0."""
-    total = rates.sum(0)
-    mean = torch.where(total > 0, (rates * decay).sum(0) / total.clamp_min(1e-300), decay.mean(0))
-    return tuple(mean.tolist())
+def decoupled_by_group(optimizer: OptimizerConstants, kinds: Sequence[str]) -> tuple[bool, ...]:
+    """Whether weight decay bypasses P, for each parameter group; kinds: each group's optimizer."""
+    if optimizer.decoupled is None:
+        return tuple(kind == "AdamW" for kind in kinds)
+    return one_by_group("decoupled", optimizer.decoupled, bool, len(kinds))
 
 
 def second_moment(name: str, state: Mapping[str, Any], options: Mapping[str, Any]) -> Tensor | None:
@@ -96,11 +86,11 @@ def second_moment(name: str, state: Mapping[str, Any], options: Mapping[str, Any
     return raw
 
 
-def require_known(name: str) -> None:
-    """Raise TrajectoryError unless effective learning rates are known for this optimizer."""
-    if name not in KNOWN:
+def require_known(kinds: Sequence[str]) -> None:
+    """Raise TrajectoryError if no parameter group was trained with an optimizer whose steps are known."""
+    if not set(kinds) & set(KNOWN):
         raise TrajectoryError(
-            f"the run was trained with {name}: effective learning rates are known for torch.optim's "
-            f"{', '.join(KNOWN[:-1])} and {KNOWN[-1]} only. "
+            f"the run was trained with {' and '.join(dict.fromkeys(kinds))}: effective learning rates are known for "
+            f"torch.optim's {', '.join(KNOWN[:-1])} and {KNOWN[-1]} only. "
             "Use InfluenceFunction, which needs none, or train with one of these."
         )

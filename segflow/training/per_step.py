@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..arguments import whole_number
+from ..arguments import plain, shown, whole_number
 from ..errors import TrajectoryError
 
 PerStep = float | Sequence[float] | Sequence[Sequence[float]] | np.ndarray | Tensor
@@ -42,16 +42,34 @@ def rates_by_step(given: PerStep | Mapping[int, float], total: int) -> Tensor:
     return rates
 
 
-def constant_by_step(name: str, given: PerStep, shape: torch.Size, below: float = torch.inf) -> Tensor:
-    """A constant as [steps, parameter groups]; TrajectoryError unless all its numbers are >= 0 and < `below`."""
+def constant_by_step(
+    name: str, given: PerStep, shape: torch.Size, below: float = torch.inf, most: float = torch.inf
+) -> Tensor:
+    """A constant as [steps, parameter groups]; TrajectoryError unless all are >= 0, < `below` and <= `most`."""
     values = _numbers(name, given)
     if values.ndim and (values.shape[0] != shape[0] or values.shape[1] not in (1, shape[1])):
         raise TrajectoryError(
             f"{name} has shape {tuple(values.shape)}: expected a number, [{shape[0]}] or "
             f"{list(shape)} as learning_rates."
         )
-    _check_range(name, values, below)
+    _check_range(name, values, below, most)
     return values.expand(shape)
+
+
+Kind = TypeVar("Kind", str, bool)
+
+
+def one_by_group(name: str, given: Any, kind: type[Kind], groups: int) -> tuple[Kind, ...]:
+    """A text or a truth as one for each parameter group; TrajectoryError unless it is one, or one for each."""
+    values = (
+        (given,) * groups if isinstance(plain(given), kind) else tuple(given if isinstance(given, Sequence) else ())
+    )
+    values = tuple(map(plain, values))
+    if len(values) != groups or not all(isinstance(value, kind) for value in values):
+        raise TrajectoryError(
+            f"{name}={shown(given)}: expected a {kind.__name__}, or one for each of {groups} parameter group(s)."
+        )
+    return values
 
 
 def constant_by_group(name: str, given: float | Sequence[float], groups: int) -> tuple[float, ...]:
@@ -89,10 +107,11 @@ def check_batch_size(given: object) -> int | None:
     return whole_number("batch_size", given, TrajectoryError, 1, advice="It counts examples of one optimizer step.")
 
 
-def _check_range(name: str, values: Tensor, below: float = torch.inf) -> None:
-    wrong = values[~((values >= 0) & (values < below))]
+def _check_range(name: str, values: Tensor, below: float = torch.inf, most: float = torch.inf) -> None:
+    wrong = values[~((values >= 0) & (values < below) & (values <= most))]
     if wrong.numel():
         upper = "" if below == torch.inf else f" and < {below:g}"
+        upper = upper if most == torch.inf else f" and <= {most:g}"
         raise TrajectoryError(f"{name}={wrong[0].item():g}: expected finite numbers >= 0{upper}.")
 
 

@@ -1,8 +1,10 @@
 """The folder of a recorded run: what its files are called, and how a run claims, describes and erases it.
 
     trajectory.json                          what was recorded; recording.json as long as training goes on
-    steps.safetensors                        the numbers of every step
+    steps.jsonl                              what every step did; see `step_log`
     checkpoints/step-00000010.safetensors    model and second moments; see `checkpoints`
+    frozen.safetensors                       parameters that were frozen all along
+    example_weights.safetensors              the examples' shares, where the user gave them
 
 Of training in several stages, `stages.json` lists their names in order, and each has such a folder of its own below.
 """
@@ -10,7 +12,7 @@ Of training in several stages, `stages.json` lists their names in order, and eac
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,10 +21,19 @@ from typing import Any
 from ..errors import TrajectoryError
 from ..store.files import inside, read_json, write_json
 
-FORMAT = 2  # of trajectory.json
+FORMAT = 3  # of trajectory.json
 FINISHED, UNFINISHED = "trajectory.json", "recording.json"
-STEPS, CHECKPOINTS, STAGES = "steps.safetensors", "checkpoints", "stages.json"
-_OWN_NAMES = (FINISHED, UNFINISHED, STEPS, CHECKPOINTS, STAGES)  # a stage must not be called so
+STEPS, CHECKPOINTS, STAGES = "steps.jsonl", "checkpoints", "stages.json"
+FROZEN, EXAMPLE_WEIGHTS = "frozen.safetensors", "example_weights.safetensors"
+_OWN_NAMES = (
+    FINISHED,
+    UNFINISHED,
+    STEPS,
+    CHECKPOINTS,
+    STAGES,
+    FROZEN,
+    EXAMPLE_WEIGHTS,
+)  # a stage must not be called so
 
 
 def checkpoint_file(step: int) -> str:
@@ -80,7 +91,7 @@ def read_description(folder: Path, *, unfinished: bool) -> Description:
     form = content.get("format") if isinstance(content, dict) else None
     if form != FORMAT:
         raise TrajectoryError(f"{folder}: trajectory format {form!r}, this segflow reads {FORMAT}. Record it again.")
-    if content.get("finished") is False:
+    if not content.get("checkpoints"):
         raise TrajectoryError(
             f"{folder}: the recorded run was stopped before its first checkpoint. Train again, with overwrite=True "
             "to reuse the folder; a stage before it can be loaded from its own folder."
@@ -104,8 +115,11 @@ class RecordingFolder:
         """The folder that holds this recording's files."""
         return self.root if self.stage is None else self.root / self.stage
 
-    def claim(self, overwrite: bool) -> None:
-        """Mark the folder as a recording under way; TrajectoryError if that would replace one unasked."""
+    def claim(self, overwrite: bool) -> list[str]:
+        """Mark the folder as a recording under way, and return the stages before it.
+
+        Raises TrajectoryError if that would replace a recording unasked.
+        """
         names = stage_names(self.root)
         if self.stage is None and names:
             raise TrajectoryError(
@@ -115,7 +129,7 @@ class RecordingFolder:
         if (present := _descriptions_in(self.path)) and not overwrite:
             raise TrajectoryError(
                 f"{self.path}: holds a recorded run already ({present[0]}). "
-                "Record into another folder, or pass overwrite=True."
+                "Record into another folder, go on with it (resume=True), or pass overwrite=True."
             )
         if self.stage is not None:
             later = [inside(self.root, name, error=TrajectoryError) for name in names[len(before) + 1 :]]
@@ -123,9 +137,33 @@ class RecordingFolder:
             for stale in later:
                 _erase(stale)
         write_json(self.path / UNFINISHED, {"format": FORMAT, "finished": False})
-        (self.path / FINISHED).unlink(missing_ok=True)
-        for stale in _checkpoints_in(self.path):
-            stale.unlink()
+        _erase_content(self.path)
+        return before
+
+    def reopened(self) -> dict[str, Any] | None:
+        """What the recording in the folder says of itself, so that it may go on; None if there is none to go on with.
+
+        Raises TrajectoryError where it is damaged, or where later stages follow it.
+        """
+        names = _descriptions_in(self.path)
+        later = stage_names(self.root)
+        if self.stage in later[:-1]:
+            raise TrajectoryError(
+                f"{self.root}: stage {self.stage!r} cannot go on, for {later[-1]!r} was recorded after it. Record "
+                "another stage, or replace those after it with overwrite=True."
+            )
+        if not names:
+            return None
+        content = read_json(self.path / names[0], TrajectoryError)
+        if not isinstance(content, dict) or content.get("format") != FORMAT:
+            raise TrajectoryError(f"{self.path / names[0]}: not of trajectory format {FORMAT}. Record it again.")
+        return content if "log" in content else None  # a process was stopped before it had begun
+
+    def drop_checkpoints(self, keep: Collection[str]) -> None:
+        """Remove all checkpoints but those with these paths in the folder."""
+        for path in _checkpoints_in(self.path):
+            if path.relative_to(self.path).as_posix() not in keep:
+                path.unlink()
 
     def _stages_before(self, stage: str, names: list[str], overwrite: bool) -> list[str]:
         """Those of the folder's stages that stay; TrajectoryError where they and this one would make no run."""
@@ -161,8 +199,15 @@ def _checkpoints_in(folder: Path) -> list[Path]:
 
 def _erase(folder: Path) -> None:
     """Remove what record() wrote into a folder, and the folder if nothing else is in it."""
-    for file in [*(folder / name for name in (FINISHED, UNFINISHED, STEPS)), *_checkpoints_in(folder)]:
-        file.unlink(missing_ok=True)
+    _erase_content(folder)
+    (folder / UNFINISHED).unlink(missing_ok=True)
     for empty in (folder / CHECKPOINTS, folder):
         with suppress(OSError):
             empty.rmdir()
+
+
+def _erase_content(folder: Path) -> None:
+    """Remove what a recording left, but for the mark that one is under way."""
+    own = (FINISHED, STEPS, FROZEN, EXAMPLE_WEIGHTS)
+    for file in [*(folder / name for name in own), *_checkpoints_in(folder)]:
+        file.unlink(missing_ok=True)

@@ -25,7 +25,7 @@ class CheckpointSchedule:
         self.total_steps = total_steps
         self._wanted: set[int] = set()
         self._count: int | None = None  # how many to end up with, where they are thinned on the way
-        self._interval = 1
+        self.interval = 1  # between checkpoints, where their number of steps is not known
         if isinstance(plain(checkpoints), Iterable):
             self._wanted = _explicit(checkpoints, total_steps)
             return
@@ -37,16 +37,23 @@ class CheckpointSchedule:
         else:
             self._wanted = set(_evenly(total_steps, count))
 
+    @property
+    def expected(self) -> int:
+        """How many checkpoints there will be in the end, the last step's among them."""
+        if self._count is not None:
+            return self._count
+        return len(self._wanted | ({self.total_steps} if self.total_steps else set()))
+
     def due(self, step: int) -> bool:
         """Whether to save a checkpoint after this step."""
-        return step in self._wanted or (self._count is not None and step % self._interval == 0)
+        return step in self._wanted or (self._count is not None and step % self.interval == 0)
 
     def surplus(self, saved: Collection[int]) -> list[int]:
         """The saved steps to drop: every other one, once there are more than twice as many as wanted."""
         if self._count is None or len(saved) <= 2 * self._count:
             return []
-        self._interval *= 2
-        return [step for step in saved if step % self._interval]
+        self.interval *= 2
+        return [step for step in saved if step % self.interval]
 
     def surplus_at_end(self, saved: Collection[int], last: int) -> list[int]:
         """The saved steps to drop when training has ended: all but those nearest to evenly spaced ones."""

@@ -6,6 +6,7 @@ penalty for each segment (Killick et al. 2012, arXiv 1101.1438, in its exact qua
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -16,9 +17,12 @@ import torch
 from torch import Tensor
 
 from ..errors import MethodError, check_choice
+from .sampling import nearest_bounds
 from .trajectory import Trajectory
 
 WEIGHTINGS = ("nearest", "equal")
+Weight = float | tuple[float, ...]  # a checkpoint's: one number for all parameter groups, or one for each of them
+_ROUNDING = 1e-9  # weights of two parameter groups that differ by less are the same
 
 
 @dataclass(frozen=True)
@@ -26,17 +30,19 @@ class Segment:
     """Steps (start, end] of training, with the checkpoints in them.
 
     Args:
-        weights: each checkpoint's share of the segment; they sum to 1.
-        lr_steps: the steps' summed effective learning rates, and weight_decay: its mean over them; both one number for
-            each parameter group.
+        weights: each checkpoint's share of the segment, by the rates of each parameter group; they sum to 1.
+        overall: the same by the summed rates of all groups, for what is taken at one point for all parameters.
+        lr_steps: what multiplies the data's gradient in the steps, summed; decay_steps: what multiplies the parameter
+            itself (weight decay), summed; both one number for each parameter group.
     """
 
     start: int
     end: int
     checkpoints: tuple[int, ...]
-    weights: tuple[float, ...]
+    weights: tuple[Weight, ...]
+    overall: tuple[float, ...]
     lr_steps: tuple[float, ...]
-    weight_decay: tuple[float, ...]
+    decay_steps: tuple[float, ...]
 
 
 def cut(trajectory: Trajectory, segments: int | Sequence[int], weighting: str = "nearest") -> tuple[Segment, ...]:
@@ -46,7 +52,7 @@ def cut(trajectory: Trajectory, segments: int | Sequence[int], weighting: str = 
         segments: how many (checkpoints are shared out evenly, in order, and a segment ends at its last checkpoint), or
             the steps at which one segment ends and the next begins.
         weighting: "nearest": a checkpoint stands for the steps of its segment that are nearest to it, by their
-            effective learning rates; "equal": all of a segment weigh the same.
+            rates, for each parameter group by its own; "equal": all of a segment weigh the same.
 
     Raises:
         MethodError: the segments make no sense, or one would hold no checkpoint.
@@ -78,21 +84,19 @@ def _segment(trajectory: Trajectory, start: int, end: int, weighting: str) -> Se
             f"no checkpoint lies in steps {start + 1}..{end} (checkpoints: {list(trajectory.steps)}). "
             "Move the cut, or record a checkpoint there."
         )
-    weights = (1 / len(inside),) * len(inside)
+    overall = (1 / len(inside),) * len(inside)
+    weights: tuple[Weight, ...] = overall
     if weighting == "nearest":
-        weights = shares([sum(amount) for amount in covered(trajectory, inside, start, end)])
-    decay = trajectory.mean_weight_decay(start, end)
-    return Segment(start, end, inside, weights, trajectory.lr_steps(start, end), decay)
+        amounts = covered(trajectory, inside, start, end)
+        overall = _overall(amounts)
+        weights = _by_group(amounts, overall)
+    rates, decay = trajectory.lr_steps(start, end), trajectory.decay_steps(start, end)
+    return Segment(start, end, inside, weights, overall, rates, decay)
 
 
 def covered(trajectory: Trajectory, checkpoints: Sequence[int], start: int, end: int) -> tuple[tuple[float, ...], ...]:
-    """For each checkpoint the lr_steps of the steps in (start, end] that are nearest to it, for each parameter group.
-
-    Step t goes from parameters t - 1 to t, so a checkpoint after s steps is nearest to those around s.
-    """
-    steps = [trajectory.steps[index] for index in checkpoints]
-    middles = [(earlier + later) // 2 for earlier, later in pairwise(steps)]
-    bounds = [start, *middles, end]
+    """For each checkpoint the lr_steps of the steps in (start, end] nearest to it, for each parameter group."""
+    bounds = nearest_bounds([trajectory.steps[index] for index in checkpoints], start, end)
     return tuple(trajectory.lr_steps(low, high) for low, high in pairwise(bounds))
 
 
@@ -105,6 +109,31 @@ def shares(amounts: Sequence[float]) -> tuple[float, ...]:
     """
     total = sum(amounts)
     return tuple(amount / total if total else 1 / len(amounts) for amount in amounts)
+
+
+def for_group(weights: Sequence[Weight], parameter_group: int) -> tuple[float, ...]:
+    """The weights that hold for one parameter group.
+
+    Example:
+        >>> for_group((0.25, (0.75, 0.5)), 1)
+        (0.25, 0.5)
+    """
+    return tuple(weight[parameter_group] if isinstance(weight, tuple) else weight for weight in weights)
+
+
+def _overall(amounts: Sequence[Sequence[float]]) -> tuple[float, ...]:
+    """Each checkpoint's share of all parameter groups' rates; a group whose rates are not known does not count."""
+    return shares([sum(amount for amount in by_group if not math.isnan(amount)) for by_group in amounts])
+
+
+def _by_group(amounts: Sequence[Sequence[float]], overall: tuple[float, ...]) -> tuple[Weight, ...]:
+    """Each checkpoint's share of each group's rates; where all groups agree it is the overall one, a plain number.
+
+    A group whose rates are not known takes the overall shares.
+    """
+    groups = [shares(rates) if math.isfinite(sum(rates)) else overall for rates in zip(*amounts, strict=True)]
+    agree = all(abs(own - of_all) < _ROUNDING for group in groups for own, of_all in zip(group, overall, strict=True))
+    return overall if agree else tuple(zip(*groups, strict=True))
 
 
 @dataclass(frozen=True)
@@ -145,7 +174,7 @@ def segmentation(trajectory: Trajectory, statistics_CF: Tensor, penalty: float) 
     count = len(trajectory)
     squared_CC = torch.cdist(statistics_CF.double(), statistics_CF.double()).square()
     amounts = covered(trajectory, range(count), 0, trajectory.total_steps)
-    weights = torch.tensor(shares([sum(amount) for amount in amounts]), dtype=torch.float64)
+    weights = torch.tensor(_overall(amounts), dtype=torch.float64)
     scatter = {
         (first, last): _scatter(squared_CC[first:last, first:last], weights[first:last])
         for first in range(count)

@@ -1,58 +1,242 @@
-"""What each optimizer step used, read from a live optimizer: learning rates and constants of its parameter groups."""
+"""The log of a recorded run's steps: a line of JSON for each, on disk when the step is done.
+
+    {"step": 1, "learning_rate": [0.1], ..., "codes": [11], "clip_factors": [0.5], "histories": {"groups": [0], "of":
+    {...}}}
+
+A line holds what changed since the line before. The optimizer's numbers have an entry for each of its parameter groups;
+`codes` (see MOVED and the like) and `clip_factors` have one for each history, which is a set of parameters whose steps
+were all alike: `histories` tells each one's parameter group, and each parameter's history.
+
+Axes: T steps, G parameter groups.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+import json
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
-# What the log calls a number: what torch's optimizers call it.
-_LOGGED = {"learning_rate": "lr", "momentum": "momentum", "dampening": "dampening", "weight_decay": "weight_decay"}
+from ..errors import TrajectoryError
+from ..store.files import LineFile, read_lines, write_file
+from .gradient_watch import Factor
+from .histories import Histories
+from .motion import step_counts
+
+# What a code says of a step, added up: the optimizer moved the parameter; the gradient was the data's; the parameter
+# was in training, but not reached by the step's batch; the optimizer had no state of it before.
+MOVED, CARRIED, LEFT_OUT, FRESH = 1, 2, 4, 8
+NUMBERS = ("learning_rate", "momentum", "beta1", "dampening", "weight_decay")  # of each of the optimizer's groups
+Numbers = Mapping[str, Sequence[float]]
+
+
+class Round(NamedTuple):
+    """One round: the numbers that the optimizers used, and each parameter's code and clip factor, by place."""
+
+    numbers: Numbers
+    codes: list[int]
+    factors: list[Factor]
 
 
 class StepLog:
-    """The numbers of every step so far; `uneven`: parameters of one group were trained at different rates."""
+    """Writes the log, or on ranks that write nothing (path None) only keeps the steps' count.
 
-    def __init__(self) -> None:
-        self.uneven = False
-        self._rows: list[list[list[float]]] = []  # [steps][logged numbers][parameter groups]
-        self._row: list[list[float]] = []  # of the step under way
-
-    def before_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Note what the optimizer is about to use."""
-        groups = optimizer.param_groups
-        self._row = [[float(group.get(key, 0.0)) for group in groups] for key in _LOGGED.values()]
-
-    def after_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Log the step; one that raised is never logged, for it was not taken."""
-        for group, (divisor, even) in enumerate(rate_divisors(optimizer)):
-            if divisor != 1:
-                self._row[0][group] /= divisor
-            self.uneven |= not even
-        self._rows.append(self._row)
-
-    def tensors(self, groups: int) -> dict[str, Tensor]:
-        """Each number as [steps, parameter groups]; a group that was added later has zeros before.
-
-        groups: the optimizer's number of parameter groups now.
-        """
-        width = max(groups, *(len(row[0]) for row in self._rows))
-        padded = [[values + [0.0] * (width - len(values)) for values in row] for row in self._rows]
-        log = torch.tensor(padded, dtype=torch.float64)
-        return {name: log[:, index] for index, name in enumerate(_LOGGED)}
-
-
-def rate_divisors(optimizer: torch.optim.Optimizer) -> list[tuple[float, bool]]:
-    """By what each parameter group's learning rate was divided in the step just taken, and whether for all alike.
-
-    Adagrad divides by 1 + (t - 1) lr_decay, t being each parameter's own count of steps.
+    step: how many steps there were before, where a log is continued.
     """
-    divisors = []
-    for group in optimizer.param_groups:
-        decay = float(group.get("lr_decay") or 0.0)
-        trained = [p for p in group["params"] if p.grad is not None] if decay else []
-        states: list[dict[str, Any]] = [optimizer.state.get(parameter, {}) for parameter in trained]
-        counts = {float(state["step"]) for state in states if "step" in state}
-        divisors.append((1 + (max(counts, default=1.0) - 1) * decay, len(counts) < 2))
-    return divisors
+
+    def __init__(self, path: Path | None, step: int = 0) -> None:
+        self.step = step
+        self._file = None if path is None else LineFile(path, TrajectoryError)
+        self._histories, self._names = Histories(), list[str]()
+        self._written: dict[str, Any] = {}  # what the lines so far say
+        self._codes: list[int] = []
+        self._pending: deque[tuple[dict[str, Any], list[_Number]]] = deque()
+
+    def append(self, round_: Round, names: Sequence[str], groups: Callable[[], list[int]]) -> None:
+        """Log a round as one step.
+
+        names: of all parameters that are followed by now; groups: gives the parameter group of each.
+        """
+        self.step += 1
+        if len(names) > len(self._names):
+            self._histories.add(groups()[len(self._names) :])
+            self._names = list(names)
+        states, factors = self._of_histories(round_.codes, round_.factors)
+        row = {"step": self.step} | self._changed({**round_.numbers, "codes": states})
+        if len(self._histories.groups) != len(self._written.get("histories", {}).get("groups", ())):
+            of = dict(zip(self._names, self._histories.of, strict=True))
+            row["histories"] = self._written["histories"] = {"groups": list(self._histories.groups), "of": of}
+        self._pending.append((row, [_Number(factor) for factor in factors]))
+        self._write(delayed=1)
+
+    def _of_histories(self, codes: list[int], factors: list[Factor]) -> tuple[list[int], list[Factor]]:
+        """Each history's code and factor, where parameters that differ have been given histories of their own."""
+        if codes == self._codes and all(factor is factors[0] for factor in factors):  # nothing to tell apart
+            return self._written["codes"], [factors[0]] * len(self._histories.groups)
+        self._codes = codes
+        keys = [(code, id(f) if isinstance(f, Tensor) else f) for code, f in zip(codes, factors, strict=True)]
+        by_key = dict(zip(keys, factors, strict=True))
+        states = self._histories.states(keys)
+        return [code for code, _ in states], [by_key[state] for state in states]
+
+    def _changed(self, values: dict[str, Any]) -> dict[str, Any]:
+        changed = {key: value for key, value in values.items() if self._written.get(key) != value}
+        self._written |= changed
+        return changed
+
+    def _write(self, delayed: int = 0) -> None:
+        """Write the pending lines; of numbers that a device still computes, all but the last `delayed` lines."""
+        while self._pending:
+            row, factors = self._pending[0]
+            if len(self._pending) <= delayed and any(factor.on_device for factor in factors):
+                return
+            self._pending.popleft()
+            row |= self._changed({"clip_factors": [factor.value() for factor in factors]})
+            if self._file is not None:
+                self._file.append(json.dumps(row))
+
+    def flush(self) -> None:
+        """Write all lines, also those whose numbers a device still computes."""
+        self._write()
+
+    def close(self) -> None:
+        """Write all lines, and let go of the file."""
+        self.flush()
+        if self._file is not None:
+            self._file.close()
+
+
+class _Number:
+    """A factor on its way to the CPU, without waiting for its device."""
+
+    def __init__(self, factor: Factor) -> None:
+        self.on_device = isinstance(factor, Tensor) and factor.device.type != "cpu"
+        self._factor, self._event = factor, None
+        if isinstance(factor, Tensor) and self.on_device:
+            self._factor = factor.to("cpu", non_blocking=True)
+            self._event = torch.Event(factor.device.type)
+            self._event.record()
+
+    def value(self) -> float | None:
+        """The number; None if it is not finite."""
+        if self._event is not None:
+            self._event.synchronize()
+        number = float(self._factor)
+        return number if np.isfinite(number) else None
+
+
+@dataclass(frozen=True)
+class Logged:
+    """What a log says, all [T, G], G being sets of parameters whose steps were all alike.
+
+    group_of: the index of each parameter's set. numbers: by the names in NUMBERS. optimizer_groups: the optimizer's own
+    parameter group of each set, in the end.
+    """
+
+    group_of: Mapping[str, int]
+    numbers: Mapping[str, np.ndarray]
+    codes: np.ndarray
+    clip_factors: np.ndarray
+    optimizer_groups: tuple[int, ...]
+
+    def __len__(self) -> int:
+        """T."""
+        return len(self.codes)
+
+    def flags(self, code: int) -> np.ndarray:
+        """Where a code is among those of a step, [T, G]."""
+        return (self.codes & code) > 0
+
+    def until(self, steps: int) -> Logged:
+        """The first so many steps."""
+        numbers = {name: values[:steps] for name, values in self.numbers.items()}
+        return Logged(self.group_of, numbers, self.codes[:steps], self.clip_factors[:steps], self.optimizer_groups)
+
+
+def read_steps(path: Path, sha256: str | None, apart: Mapping[str, Any] | None = None) -> Logged:
+    """A log as far as its lines are whole; TrajectoryError where it is damaged.
+
+    sha256: of the file, if it is complete. apart: something of each parameter, where it is not None; parameters in
+    which it differs are told apart.
+    """
+    rows = list(_rows(path, sha256))
+    if not rows:
+        return Logged({}, dict.fromkeys(NUMBERS, np.zeros((0, 0))), np.zeros((0, 0), int), np.zeros((0, 0)), ())
+    starts = [place for place, row in enumerate(rows) if "histories" in row]
+    epochs = [rows[start]["histories"] for start in starts]
+    names = list(dict.fromkeys(name for epoch in epochs for name in epoch["of"]))
+    paths = {name: tuple(epoch["of"].get(name) for epoch in epochs) for name in names}
+    kinds = {name: (paths[name], (apart or {}).get(name)) for name in names}
+    places = {kind: place for place, kind in enumerate(dict.fromkeys(kinds.values()))}
+    states = _filled(rows)
+    blocks = [
+        _block(states[start:end], epoch, [path[number] for path, _ in places])
+        for number, (start, end, epoch) in enumerate(zip(starts, [*starts[1:], len(rows)], epochs, strict=True))
+    ]
+    columns = {key: np.concatenate([block[key] for block in blocks]) for key in blocks[0]}
+    last = [
+        next(e["groups"][h] for e, h in zip(epochs[::-1], path[::-1], strict=True) if h is not None)
+        for path, _ in places
+    ]
+    numbers = {name: columns[name] for name in NUMBERS}
+    group_of = {name: places[kinds[name]] for name in names}
+    return Logged(group_of, numbers, columns["codes"].astype(np.uint8), columns["clip_factors"], tuple(last))
+
+
+def _rows(path: Path, sha256: str | None) -> Iterator[dict[str, Any]]:
+    """The log's lines; where it may have been cut short by a kill (no sha256), up to the last whole one."""
+    lines = read_lines(path, sha256, TrajectoryError)
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+            if row["step"] != number:
+                raise ValueError(f"step {row['step']} in line {number}")
+        except (ValueError, TypeError, KeyError, RecursionError) as problem:
+            if sha256 is None and number == len(lines):
+                return
+            raise TrajectoryError(
+                f"{path}: line {number} is damaged ({type(problem).__name__}: {problem}). Restore it, or record again."
+            ) from problem
+        yield row
+
+
+def _filled(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Each row with what it does not say taken from the row before."""
+    filled, state = [], dict[str, Any]()
+    for row in rows:
+        state = {**state, **row}
+        filled.append(state)
+    return filled
+
+
+def _block(rows: Sequence[dict[str, Any]], epoch: Mapping[str, Any], histories: Sequence[int | None]) -> dict[str, Any]:
+    """Columns [T, G] of rows with the same histories; zeros for sets that are not among them (None)."""
+    here = [(place, history) for place, history in enumerate(histories) if history is not None]
+    places, chosen = [place for place, _ in here], [history for _, history in here]
+    groups = [epoch["groups"][history] for history in chosen]
+    block = {}
+    for key in (*NUMBERS, "codes", "clip_factors"):
+        values = np.array([row[key] for row in rows], dtype=float)
+        block[key] = np.full((len(rows), len(histories)), 1.0 if key == "clip_factors" else 0.0)
+        block[key][:, places] = values[:, groups if key in NUMBERS else chosen]
+    return block
+
+
+def counts_before_and_after(log: Logged, taken_before: Mapping[str, int]) -> np.ndarray:
+    """How many steps each set of parameters had taken at the beginning and after each step, [T + 1, G]."""
+    first = np.zeros(len(log.optimizer_groups))
+    for name, group in log.group_of.items():
+        first[group] = taken_before.get(name, 0)
+    return np.concatenate([first[None], step_counts(log.flags(MOVED), log.flags(FRESH), first)])
+
+
+def cut_steps(path: Path, step: int) -> None:
+    """Keep the first `step` lines of a log."""
+    lines = read_lines(path, None, TrajectoryError)
+    write_file(path, "".join(f"{line}\n" for line in lines[:step]).encode(), TrajectoryError)

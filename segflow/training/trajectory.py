@@ -6,6 +6,7 @@ import copy
 import math
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..arguments import whole_number
 from ..errors import TrajectoryError
 from ..runtime.sharding import laid_out
-from ..store.files import TensorFile, file_digest, inside, read_tensors
+from ..store.files import TensorFile, file_digest, inside
 from .checkpoints import (
     MODEL,
     SECOND_MOMENT,
@@ -29,16 +31,20 @@ from .checkpoints import (
     read_state_dict,
     state_dict_names,
 )
-from .optimizers import SECOND_MOMENTS, OptimizerConstants, effective_rates, mean_decay, require_known
+from .motion import Moves, motion, steps_used
+from .observed import seen
+from .optimizers import SECOND_MOMENTS, OptimizerConstants, decoupled_by_group, require_known
 from .per_step import (
     PerStep,
     check_batch_size,
     check_parameter_groups,
     constant_by_group,
-    constant_by_step,
+    one_by_group,
     rates_by_step,
 )
-from .recording_folder import STAGES, STEPS, Description, check_stage, read_description, stage_names
+from .recorded import Recorded, read_counts, read_recorded
+from .recording_folder import STAGES, check_stage, read_description, stage_names
+from .sampling import example_weights_by_checkpoint, nearest_bounds, weights_at_checkpoints
 
 
 class Trajectory:
@@ -57,6 +63,13 @@ class Trajectory:
         parameter_groups: {parameter name: index of its parameter group}; None puts every parameter in group 0.
         stage: what this stage of training is called; see `after`.
         second_moments: a file for each checkpoint, with {parameter name: bias-corrected second moments v_hat}.
+        moves: which steps moved which parameters, and what clipping left of their gradients; None: all, everything.
+        example_weights: the share that each training example had, [N] or [checkpoints, N], of which only the ratios
+            count; None: all alike.
+
+    Attributes:
+        kinds: the optimizer's name, and decoupled: whether weight decay bypasses P, for each parameter group.
+        used: every step's numbers, [steps, parameter groups].
 
     Raises:
         TrajectoryError: a file is missing, steps are out of order, or a step has no learning rate.
@@ -73,44 +86,49 @@ class Trajectory:
         *,
         stage: str = "train",
         second_moments: Sequence[str | os.PathLike[str]] | None = None,
+        moves: Moves | None = None,
+        example_weights: Any = None,
     ):
         self.checkpoints = tuple(Path(path) for path in checkpoints)
-        check_checkpoint_files(self.checkpoints, steps)
-        self.steps = tuple(int(step) for step in steps)
-        if dataset_size < 1 or dataset_size != int(dataset_size):
-            raise TrajectoryError(f"dataset_size={dataset_size}: expected the number of training examples.")
-        self.dataset_size = int(dataset_size)
+        self.steps = check_checkpoint_files(self.checkpoints, steps)
+        advice = "Give the number of training examples."
+        self.dataset_size = whole_number("dataset_size", dataset_size, TrajectoryError, 1, advice=advice)
         self.optimizer = optimizer or OptimizerConstants()
-        self.parameter_groups = None if parameter_groups is None else dict(parameter_groups)
+        self.optimizer = replace(self.optimizer, batch_size=check_batch_size(self.optimizer.batch_size))
         self.learning_rates = rates_by_step(learning_rates, self.steps[-1])
-        shape = self.learning_rates.shape
-        self.momentum = constant_by_step("momentum", self.optimizer.momentum, shape, below=1.0)
-        self.dampening = constant_by_step("dampening", self.optimizer.dampening, shape)
-        self.weight_decay = constant_by_step("weight_decay", self.optimizer.weight_decay, shape)
-        self._effective = effective_rates(self.optimizer.name, self.learning_rates, self.momentum, self.dampening)
-        self.eps = constant_by_group("eps", self.optimizer.eps, shape[1])
-        check_parameter_groups(self.parameter_groups, shape[1])
-        check_batch_size(self.optimizer.batch_size)
+        groups = self.learning_rates.shape[1]
+        self.parameter_groups = check_parameter_groups(parameter_groups, groups)
+        self.kinds = one_by_group("name", self.optimizer.name, str, groups)
+        self.decoupled = decoupled_by_group(self.optimizer, self.kinds)
+        self.eps = constant_by_group("eps", self.optimizer.eps, groups)
+        self.used = steps_used(self.learning_rates, self.optimizer, moves or Moves(), self.kinds, self.decoupled)
+        self._motion = motion(self.used)
         self.stage = check_stage(stage)
         self.earlier: Trajectory | None = None  # the stage before; see `after`
         self._moment_files = None if second_moments is None else tuple(Path(path) for path in second_moments)
         if self._moment_files is not None:
-            check_moment_files(self.optimizer.name, len(self._moment_files), len(self))
+            check_moment_files(self.kinds, len(self._moment_files), len(self))
             check_files(self._moment_files, "file of second moments")
-        self._sha256: dict[int, str] = {}  # of a recording's checkpoints, by index
+        if example_weights is not None:
+            example_weights = example_weights_by_checkpoint(example_weights, len(self.steps), self.dataset_size)
+        self._example_weights: tuple[Tensor, ...] | None = example_weights
+        self._recorded = Recorded()  # of a recording, what its files say besides
 
     @classmethod
-    def load(cls, directory: str | os.PathLike[str], *, unfinished: bool = False) -> Trajectory:
+    def load(cls, directory: str | os.PathLike[str], *, unfinished: bool = False, partial: bool = False) -> Trajectory:
         """Read what `segflow.record` wrote into `directory`: of several stages the last, which knows those before.
 
-        unfinished: accept a run whose last stage was stopped inside `segflow.record`, up to its last checkpoint.
+        Args:
+            unfinished: accept a run whose last stage was stopped inside `segflow.record`, up to its last checkpoint.
+            partial: accept a recording that began when the optimizer had taken steps already, and explain its part of
+                training alone, which methods that need the whole refuse otherwise.
 
         Raises TrajectoryError where the recording is missing, unfinished or damaged.
         """
         root = Path(directory)
         names = stage_names(root)
         folders = [inside(root, name, error=TrajectoryError) for name in names] or [root]
-        stages = [cls._loaded(folder, unfinished and folder == folders[-1]) for folder in folders]
+        stages = [cls._loaded(folder, unfinished and folder == folders[-1], partial) for folder in folders]
         for name, stage in zip(names, stages, strict=False):
             if stage.stage != name:
                 raise TrajectoryError(
@@ -120,35 +138,17 @@ class Trajectory:
         return reduce(lambda earlier, later: later.after(earlier), stages)
 
     @classmethod
-    def _loaded(cls, folder: Path, unfinished: bool) -> Trajectory:
+    def _loaded(cls, folder: Path, unfinished: bool, partial: bool) -> Trajectory:
         """The one stage that was recorded into a folder."""
         description = read_description(folder, unfinished=unfinished)
         try:
-            return cls._described(folder, description)
-        except (KeyError, TypeError, AttributeError, ValueError) as problem:
+            arguments, recorded = read_recorded(folder, description)
+            trajectory = cls(**arguments)
+        except (KeyError, TypeError, AttributeError, ValueError, IndexError) as problem:
             raise TrajectoryError(
                 f"{description.path}: damaged ({type(problem).__name__}: {problem}). Restore it, or record again."
             ) from problem
-
-    @classmethod
-    def _described(cls, folder: Path, description: Description) -> Trajectory:
-        """The trajectory that a recording describes; of a run that was stopped, only what is surely there."""
-        content, finished = description.content, description.finished
-        log = read_tensors(folder / STEPS, content["log"]["sha256"] if finished else None, TrajectoryError)
-        entries = [(inside(folder, entry["file"], error=TrajectoryError), entry) for entry in content["checkpoints"]]
-        entries = [(path, entry) for path, entry in entries if finished or path.exists()]
-        last = None if finished else entries[-1][1]["step"] if entries else 0
-        log = {name: values[:last] for name, values in log.items()}
-        trajectory = cls(
-            checkpoints=[path for path, _ in entries],
-            steps=[entry["step"] for _, entry in entries],
-            learning_rates=log["learning_rate"],
-            dataset_size=content["dataset_size"],
-            optimizer=_recorded_optimizer(content, log),
-            parameter_groups=content["parameter_groups"],
-            stage=content["stage"],
-        )
-        trajectory._sha256 = {index: entry["sha256"] for index, (_, entry) in enumerate(entries)}
+        trajectory._recorded = replace(recorded, missing=None) if partial else recorded
         return trajectory
 
     def after(self, earlier: Trajectory) -> Trajectory:
@@ -187,21 +187,26 @@ class Trajectory:
         return self.steps[-1]
 
     @property
-    def preconditioned(self) -> bool:
-        """True if steps were divided by the root of second moments (Adam, AdamW, RMSprop, Adagrad)."""
-        return self.optimizer.name in SECOND_MOMENTS
+    def has_moments(self) -> tuple[bool, ...]:
+        """For each parameter group, whether its steps are divided by the root of second moments (Adam, AdamW, ...)."""
+        return tuple(kind in SECOND_MOMENTS for kind in self.kinds)
 
     @property
-    def decoupled(self) -> bool:
-        """True if weight decay bypassed the preconditioner, as AdamW's does."""
-        return self.optimizer.name == "AdamW" if self.optimizer.decoupled is None else self.optimizer.decoupled
+    def preconditioned(self) -> bool:
+        """True if some parameter group's steps are divided by the root of second moments."""
+        return any(self.has_moments)
+
+    @property
+    def coupled(self) -> tuple[bool, ...]:
+        """For each parameter group, whether weight decay passes through P, as Adam's does, and not AdamW's."""
+        return tuple(has and not decoupled for has, decoupled in zip(self.has_moments, self.decoupled, strict=True))
 
     def state(self, index: int) -> dict[str, Tensor]:
         """The model's state_dict at checkpoint `index`, on the CPU."""
-        recorded = self._recorded(index)
+        recorded = self._file(index)
         if recorded is not None:
-            return read_part(recorded, MODEL)
-        return read_state_dict(self.checkpoints[index], self._sha256.get(index))
+            return self._recorded.frozen_state() | read_part(recorded, MODEL)
+        return read_state_dict(self.checkpoints[index], self._recorded.sha256.get(index))
 
     def saved_moments(self, index: int) -> frozenset[str] | None:
         """The names of the parameters whose second moments were saved at checkpoint `index`; None if none were.
@@ -213,7 +218,7 @@ class Trajectory:
         if self._moment_files is not None:
             names = state_dict_names(self._moment_files[index])
         else:
-            recorded = self._recorded(index)
+            recorded = self._file(index)
             names = [] if recorded is None else part_names(recorded, SECOND_MOMENT)
         return frozenset(names) or None
 
@@ -230,18 +235,23 @@ class Trajectory:
             moments = read_state_dict(path, None)
             check_moments(str(path), moments, self.group_of, self.state(index))
         else:
-            recorded = self._recorded(index)
+            recorded = self._file(index)
             moments = {} if recorded is None else read_part(recorded, SECOND_MOMENT)
             check_moments(str(self.checkpoints[index]), moments, self.group_of)
         return moments or None
 
-    def _recorded(self, index: int) -> TensorFile | None:
+    def _file(self, index: int) -> TensorFile | None:
         """The file of checkpoint `index` if record() wrote it; None if it is somebody else's."""
-        return open_recorded(self.checkpoints[index], self._sha256.get(index))
+        return open_recorded(self.checkpoints[index], self._recorded.sha256.get(index))
 
     def digest(self, index: int) -> str:
-        """sha256 of the checkpoint's file; where `second_moments` were given, "-" and that of their file besides."""
-        paths = [self.checkpoints[index], *(self._moment_files[index : index + 1] if self._moment_files else ())]
+        """sha256 of the checkpoint's file, and of other files that make it whole, joined by "-"."""
+        frozen = [] if self._recorded.frozen is None else [self._recorded.frozen]
+        paths = [
+            self.checkpoints[index],
+            *(self._moment_files[index : index + 1] if self._moment_files else ()),
+            *frozen,
+        ]
         return "-".join(file_digest(path, TrajectoryError) for path in paths)
 
     def load_into(self, model: nn.Module, index: int | Mapping[int, float]) -> None:
@@ -279,33 +289,68 @@ class Trajectory:
         return last | {name: summed.to(last[name].dtype) for name, summed in mean.items()}
 
     def lr_steps(self, start: int, end: int) -> tuple[float, ...]:
-        """Summed effective learning rates of the steps in (start, end], for each parameter group.
+        """What the steps in (start, end] moved the parameters by, for each unit of P * gradient.
 
-        TrajectoryError for an optimizer whose effective learning rates are not known.
+        One number for each parameter group: the sum of its steps' learning rates times clip factors, where a step moved
+        it; with momentum a gradient counts for what later steps took of it. NaN for a group whose optimizer's steps are
+        not known. TrajectoryError where no group's are, or where the recording does not have the whole of training.
         """
-        require_known(self.optimizer.name)
-        return tuple(self._effective[start:end].sum(0).tolist())
+        require_known(self.kinds)
+        if self._recorded.missing is not None:
+            raise TrajectoryError(
+                f"stage {self.stage!r}: {self._recorded.missing}, so the influence of the whole of training is not "
+                "known. Record from the start, go on with the earlier part's recording (record(..., resume=True)), or "
+                "explain the recorded part alone with Trajectory.load(folder, partial=True)."
+            )
+        return tuple(self._motion.rates[start:end].sum(0).tolist())
 
-    def mean_weight_decay(self, start: int, end: int) -> tuple[float, ...]:
-        """Weight decay over (start, end], weighted by the effective learning rate, for each parameter group."""
-        return mean_decay(self._effective[start:end], self.weight_decay[start:end])
+    def decay_steps(self, start: int, end: int) -> tuple[float, ...]:
+        """What the steps in (start, end] moved the parameters by for each unit of themselves: weight decay, summed.
+
+        One number for each parameter group, in units of P where weight decay is `coupled`.
+        """
+        return tuple(self._motion.decays[start:end].sum(0).tolist())
+
+    @property
+    def ceilings(self) -> tuple[float, ...]:
+        """For each parameter group, by how much its rate may grow where its data was not in every batch, at least 1.
+
+        That is the learning rates of all steps in which it was in training over those of the steps that carried a
+        gradient.
+        """
+        return self._motion.ceilings
+
+    def clip_squares(self, index: int) -> tuple[float, ...]:
+        """For each parameter group the mean squared clip factor around checkpoint `index`, of Adagrad up to it."""
+        bounds = nearest_bounds(self.steps, 0, self.total_steps)
+        near = range(bounds[index], bounds[index + 1])
+        return tuple(
+            self.used.mean_squared_clip(group, range(self.steps[index]) if kind == "Adagrad" else near)
+            for group, kind in enumerate(self.kinds)
+        )
+
+    def example_weights(self, index: int) -> Tensor | None:
+        """The share that each training example had around checkpoint `index`, [N] with mean 1; None: all alike."""
+        if self._example_weights is None and self._recorded.counted:
+            counts = [read_counts(path, self._recorded.sha256.get(i)) for i, path in enumerate(self.checkpoints)]
+            self._example_weights = tuple(weights_at_checkpoints(self.steps, torch.stack(counts)))
+        return None if self._example_weights is None else self._example_weights[index]
+
+    @property
+    def observed(self) -> dict[str, Any]:
+        """What really happened in training and is unlike a textbook's, for provenance and reports, by a short name."""
+        return dict(self._recorded.observed) | seen(self.used, self.parameter_groups) | self._sampled()
+
+    def _sampled(self) -> dict[str, Any]:
+        weighted = self._example_weights is not None or self._recorded.counted
+        return {} if weighted else {"sampling": "uniform, as is assumed"}
 
     def group_of(self, parameter: str) -> int | None:
-        """The parameter group that trained `parameter`; None if the optimizer did not hold it."""
+        """The parameter group that trained `parameter`; None if none did."""
         return 0 if self.parameter_groups is None else self.parameter_groups.get(parameter)
 
-
-def _recorded_optimizer(content: Mapping[str, Any], log: Mapping[str, Tensor]) -> OptimizerConstants:
-    """What trajectory.json and the log of steps say of it; KeyError, TypeError and the like where they are damaged."""
-    groups = content["constants"]
-    return OptimizerConstants(
-        name=content["optimizer"],
-        momentum=log["momentum"],
-        dampening=log["dampening"],
-        weight_decay=log["weight_decay"],
-        nesterov=content["nesterov"],
-        maximize=content["maximize"],
-        eps=[float(group.get("eps", 1e-8)) for group in groups],
-        decoupled=any(group.get("decoupled_weight_decay") for group in groups) or None,
-        batch_size=content["batch_size"],
-    )
+    def why_untrained(self, parameter: str) -> str | None:
+        """Why a parameter is in no parameter group; None if it is in one."""
+        if self.group_of(parameter) is not None:
+            return None
+        return self._recorded.unmoved.get(parameter, "it is in no parameter group")

@@ -79,7 +79,7 @@ def _reference(weighting: tuple[float, float], form: str, coupled: bool) -> Tens
                     "curvature": oracles.dense_curvature(*oracles.pooled_ekfac(plain, weighting))[0],
                     "diagonal": sum(w * f[2].square().mean(0).flatten() for w, f in zip(weighting, plain, strict=True)),
                     "lr_steps": 20 * LR,
-                    "weight_decay": DECAY,
+                    "decay_steps": 20 * LR * DECAY,
                     "coupled": coupled,
                     "weights": weighting,
                     "group_gradients": [grouped[i][name] for i in pool],

@@ -32,6 +32,7 @@ from ..support.naive import (
     Margins,
     N,
     assert_near,
+    exact_hessian,
     flat,
     grouped_rows,
     naive_gradients,
@@ -128,35 +129,10 @@ def test_options_of_projections_change_the_scores(tmp_path: Path) -> None:
         assert not any(torch.allclose(first, second, rtol=1e-3, atol=0) for second in found[:place])
 
 
-def _hessian() -> tuple[Tensor, Tensor, Tensor]:
-    """The exact Hessian of the mean training loss, queries and groups, flattened by parameter."""
-    model, (x, y), query = mlp(), vectors(N).tensors, vectors(QUERIES, seed=5)
-    model.load_state_dict(perturbed_states(model, 3)[2])
-    names, task = [name for name, _ in model.named_parameters()], Margins()
-    shapes = [p.shape for p in model.parameters()]
-
-    def loss(flat: Tensor, inputs: Tensor, labels: Tensor, kind: str) -> Tensor:
-        parts = [p.reshape(s) for p, s in zip(flat.split([s.numel() for s in shapes]), shapes, strict=True)]
-
-        def run(values: Tensor) -> Tensor:
-            return torch.func.functional_call(model, dict(zip(names, parts, strict=True)), (values,))
-
-        if kind == "measurement":
-            return task.compute_measurement((inputs, labels), run)
-        return task.compute_train_loss((inputs, labels), run)
-
-    flat = torch.cat([p.detach().flatten() for p in model.parameters()])
-    hessian = torch.autograd.functional.hessian(lambda v: loss(v, x, y, "train") / N, flat)
-    grad = torch.func.grad(loss)
-    asked = torch.stack([grad(flat, a[None], b[None], "measurement") for a, b in query])
-    rows = torch.stack([grad(flat, a[None], b[None], "train") for a, b in zip(x, y, strict=True)])
-    return hessian, asked, grouped_rows(rows)
-
-
 def test_lissa_converges_to_the_exact_damped_hessian_inverse(tmp_path: Path) -> None:
-    hessian, asked, grouped = _hessian()
+    hessian, asked, rows = exact_hessian()
     damping = 2.0 + max(0.0, -torch.linalg.eigvalsh(hessian).min().item())
-    expected = oracles.influence_scores(asked, hessian, damping, grouped, N)
+    expected = oracles.influence_scores(asked, hessian, damping, grouped_rows(rows), N)
     found = scored(tmp_path / "all", sf.LiSSA(damping, steps=80, sample_size=N)).values
     assert_near(found, expected, 1e-6)
     fixed = scored(tmp_path / "fixed", sf.LiSSA(damping, steps=80, sample_size=N, scale=20.0)).values
@@ -164,9 +140,9 @@ def test_lissa_converges_to_the_exact_damped_hessian_inverse(tmp_path: Path) -> 
 
 
 def test_lissa_on_small_batches_averages_towards_the_inverse_and_every_option_counts(tmp_path: Path) -> None:
-    hessian, asked, grouped = _hessian()
+    hessian, asked, rows = exact_hessian()
     damping = 1.0 + max(0.0, -torch.linalg.eigvalsh(hessian).min().item())
-    expected = oracles.influence_scores(asked, hessian, damping, grouped, N)
+    expected = oracles.influence_scores(asked, hessian, damping, grouped_rows(rows), N)
     base = {"damping": damping, "steps": 25, "sample_size": 5, "repetitions": 1, "scale": 8.0}
     changes = [{}, {"steps": 20}, {"sample_size": 6}, {"seed": 1}, {"scale": 9.0}, {"repetitions": 12}]
     found = [scored(tmp_path / f"{p}", sf.LiSSA(**{**base, **c})).values for p, c in enumerate(changes)]
@@ -344,7 +320,7 @@ def test_check_looks_at_the_output_function(tmp_path: Path) -> None:
 
 
 def test_lissa_without_damping_refuses_an_answer_that_is_none(tmp_path: Path) -> None:
-    hessian, _, _ = _hessian()
+    hessian, _, _ = exact_hessian()
     assert torch.linalg.eigvalsh(hessian).min() < -0.01
     with pytest.raises(sf.MethodError, match="LiSSA diverged"):
         scored(tmp_path, sf.LiSSA(0.0, steps=400, sample_size=N))

@@ -75,7 +75,7 @@ def _source(queries: Any, grouped: Any, curvature: Any, weights: tuple[float, fl
             "curvature": curvature(pool, weights),
             "weights": weights,
             "lr_steps": 20 * LR / (1 - MOMENTUM),
-            "weight_decay": WEIGHT_DECAY,
+            "decay_steps": 20 * LR / (1 - MOMENTUM) * WEIGHT_DECAY,
             "group_gradients": [grouped[i] for i in pool],
         }
         for pool in ((0, 1), (2, 3))

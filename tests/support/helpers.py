@@ -112,6 +112,7 @@ def trajectory_of(
     steps: Sequence[int] | None = None,
     lr: Any = 0.1,
     second_moments: Sequence[dict[str, Tensor]] | None = None,
+    example_weights: Any = None,
     **constants: Any,
 ) -> sf.Trajectory:
     """A trajectory made of state dicts, ten steps apart unless told otherwise."""
@@ -125,7 +126,13 @@ def trajectory_of(
         save_file({name: value.contiguous() for name, value in tensors.items()}, path)
     steps = steps or [10 * (index + 1) for index in range(len(states))]
     return sf.Trajectory(
-        files, steps, lr, dataset_size, sf.OptimizerConstants(**constants), second_moments=moments or None
+        files,
+        steps,
+        lr,
+        dataset_size,
+        sf.OptimizerConstants(**constants),
+        second_moments=moments or None,
+        example_weights=example_weights,
     )
 
 

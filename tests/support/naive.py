@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -79,3 +80,32 @@ def projected_scores(features: Tensor, asked: Tensor, grouped: Tensor, damping: 
     kernel = features.mT @ features / N
     damped = kernel + damping * torch.eye(len(kernel)).double()
     return asked @ torch.linalg.pinv(damped, hermitian=True, rtol=1e-13) @ grouped.mT / N
+
+
+def exact_hessian(drawn: Sequence[int] = range(N)) -> tuple[Tensor, Tensor, Tensor]:
+    """The exact Hessian of the mean training loss of the drawn examples; each query's and training example's gradient.
+
+    All flattened by parameter.
+    """
+    drawn = list(drawn)
+    model, (x, y), query = mlp(), vectors(N).tensors, vectors(QUERIES, seed=5)
+    model.load_state_dict(perturbed_states(model, 3)[2])
+    names, task = [name for name, _ in model.named_parameters()], Margins()
+    shapes = [p.shape for p in model.parameters()]
+
+    def loss(flat: Tensor, inputs: Tensor, labels: Tensor, kind: str) -> Tensor:
+        parts = [p.reshape(s) for p, s in zip(flat.split([s.numel() for s in shapes]), shapes, strict=True)]
+
+        def run(values: Tensor) -> Tensor:
+            return torch.func.functional_call(model, dict(zip(names, parts, strict=True)), (values,))
+
+        if kind == "measurement":
+            return task.compute_measurement((inputs, labels), run)
+        return task.compute_train_loss((inputs, labels), run)
+
+    flat = torch.cat([p.detach().flatten() for p in model.parameters()])
+    hessian = torch.autograd.functional.hessian(lambda v: loss(v, x[drawn], y[drawn], "train") / len(drawn), flat)
+    grad = torch.func.grad(loss)
+    asked = torch.stack([grad(flat, a[None], b[None], "measurement") for a, b in query])
+    rows = torch.stack([grad(flat, a[None], b[None], "train") for a, b in zip(x, y, strict=True)])
+    return hessian, asked, rows

@@ -12,6 +12,7 @@ the last, always 1), T tokens, D = O*I flattened row-major, Q queries, K groups 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -227,16 +228,21 @@ def dense_function(matrix: Tensor, f: Spectral) -> Tensor:
     return U @ torch.diag(f(sigma)) @ U.T
 
 
-def decay(lr_steps: float, weight_decay: float = 0.0) -> Spectral:
-    """sigma -> exp(-lr_steps (sigma + weight_decay)): what a segment forgets (SOURCE Eqs. 13-22)."""
-    return lambda sigma: torch.exp(-lr_steps * (sigma + weight_decay))
+def decay(lr_steps: float, decay_steps: float = 0.0) -> Spectral:
+    """sigma -> exp(-(lr_steps sigma + decay_steps)): what a segment forgets (SOURCE Eqs. 13-22, in sums)."""
+    return lambda sigma: torch.exp(-lr_steps * sigma) * math.exp(-decay_steps)
 
 
-def response(lr_steps: float, weight_decay: float = 0.0) -> Spectral:
-    """sigma -> (1 - exp(-lr_steps s)) / s, s = sigma + weight_decay; lr_steps at s = 0 (SOURCE Eq. 13-22)."""
+def response(lr_steps: float, decay_steps: float = 0.0) -> Spectral:
+    """sigma -> the integral over t in [0, 1] of lr_steps exp(-t (lr_steps sigma + decay_steps)) (SOURCE Eqs. 13-22).
+
+    A gradient that comes in at a time is forgotten over what is left of the segment.
+    """
 
     def f(sigma: Tensor) -> Tensor:
-        s = sigma + weight_decay
+        if lr_steps == 0.0:
+            return torch.zeros_like(sigma)
+        s = sigma + decay_steps / lr_steps
         return torch.where(s == 0.0, torch.full_like(s, lr_steps), -torch.expm1(-lr_steps * s) / s)
 
     return f
@@ -246,14 +252,14 @@ def source_scores(query_grads: Tensor, segments: Sequence[dict[str, Any]], datas
     """SOURCE's parts [Q, K], one per segment, first to last; their sum is the score (SOURCE Eqs. 13-22).
 
     `query_grads` [Q, D] at the final parameters. Segments, first to last, are dicts with "curvature" [D, D],
-    "lr_steps", "weight_decay" and "group_gradients": a list over checkpoints of [K, D], sums over members, with
+    "lr_steps", "decay_steps" and "group_gradients": a list over checkpoints of [K, D], sums over members, with
     "weights" (by default equal ones).
     Sign: the predicted change of the measurement if the group were removed, + <r_l, mean sum grad> / N.
     """
     v = query_grads.double()
     parts: list[Tensor] = []
     for segment in reversed(segments):
-        options = (segment["lr_steps"], segment["weight_decay"])
+        options = (segment["lr_steps"], segment["decay_steps"])
         r = v @ dense_function(segment["curvature"], response(*options))
         gradients = segment["group_gradients"]
         weights = segment.get("weights") or [1 / len(gradients)] * len(gradients)
@@ -309,7 +315,7 @@ def preconditioned_source_scores(
 ) -> list[Tensor]:
     """SOURCE's parts where steps are preconditioned, dense; segments as for `source_scores`, with "P" [D].
 
-    "basis" is (sigma, U), the eigenvalues and eigenvectors of the curvature of P^1/2 H P^1/2; "coupled" weight decay is
+    "basis" is (sigma, U), the eigenvalues and eigenvectors of the curvature of P^1/2 H P^1/2; "coupled" decay_steps are
     multiplied by P's diagonal in that basis.
     """
     v = query_grads.double()
@@ -318,8 +324,9 @@ def preconditioned_source_scores(
         root = segment["P"].sqrt()
         sigma, U = segment["basis"]
         unit = (U.square().T @ segment["P"]) if segment["coupled"] else torch.ones_like(sigma)
-        s = sigma + segment["weight_decay"] * unit
-        forget, answer = torch.exp(-segment["lr_steps"] * s), response(segment["lr_steps"])(s)
+        shift = segment["decay_steps"] * unit
+        forget = torch.exp(-segment["lr_steps"] * sigma - shift)
+        answer = torch.stack([response(segment["lr_steps"], d.item())(x) for x, d in zip(sigma, shift, strict=True)])
         gradients = sum(w * g for w, g in zip(segment["weights"], segment["group_gradients"], strict=True))
         parts.append((v * root) @ U @ torch.diag(answer) @ U.T * root @ gradients.T / dataset_size)
         v = (v * root) @ U @ torch.diag(forget) @ U.T / root
@@ -332,8 +339,9 @@ def hybrid_source_scores(query_grads: Tensor, segments: Sequence[dict[str, Any]]
     parts: list[Tensor] = []
     for segment in reversed(segments):
         unit = segment["P"] if segment["coupled"] else torch.ones_like(segment["P"])
-        kept = torch.exp(-segment["lr_steps"] * (segment["P"] * segment["diagonal"] + segment["weight_decay"] * unit))
-        damping = 0.1 * segment["curvature"].diagonal().mean() + segment["weight_decay"] * segment["coupled"]
+        kept = torch.exp(-segment["lr_steps"] * segment["P"] * segment["diagonal"] - segment["decay_steps"] * unit)
+        weight_decay = segment["decay_steps"] / segment["lr_steps"]
+        damping = 0.1 * segment["curvature"].diagonal().mean() + weight_decay * segment["coupled"]
         inverse = torch.linalg.inv(segment["curvature"] + damping * torch.eye(len(kept), dtype=torch.float64))
         gradients = sum(w * g for w, g in zip(segment["weights"], segment["group_gradients"], strict=True))
         parts.append((v * (1 - kept)) @ inverse @ gradients.T / dataset_size)

@@ -21,7 +21,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, ExponentialLR, OneCycleL
 
 import segflow as sf
 from segflow.training import recording_folder
-from segflow.training.record import Recording
+from segflow.training.recording import Recording, RecordOptions
 from segflow.training.recording_folder import RecordingFolder
 from segflow.training.schedule import CheckpointSchedule
 
@@ -181,16 +181,18 @@ def test_thinning_on_the_way_keeps_the_count_nearly_even_and_the_last_step(tmp_p
         def _drop(self, step: int) -> None:
             del self._saved[step]
 
-        def _write_trajectory(self) -> None:
+        def _describe(self, file: str) -> None:
             pass
 
     model = mlp()
     for total in range(1, 150):
         schedule = CheckpointSchedule(None, checkpoints)
-        dry = Dry(model, SGD(model.parameters(), lr=0.1), RecordingFolder(tmp_path, None), schedule, N)
+        folder, optimizers = RecordingFolder(tmp_path, None), [SGD(model.parameters(), lr=0.1)]
+        dry = Dry(model, optimizers, folder, schedule, RecordOptions(N))
         for _ in range(total):
-            dry.log_step()
-            dry.end_step()
+            model[0].weight.grad = torch.zeros_like(model[0].weight)
+            dry.before_step(0)
+            dry.after_step(0)
         dry.finish()
         kept = sorted(dry._saved)
         count = min(checkpoints, total)
@@ -218,8 +220,8 @@ def test_every_step_logs_the_learning_rate_it_used_for_each_parameter_group(tmp_
     decay = torch.tensor([0.9**step for step in range(STEPS)], dtype=torch.float64)[:, None]
     expected = decay * torch.tensor([0.1, 0.03], dtype=torch.float64)
     torch.testing.assert_close(found.learning_rates, expected, rtol=1e-12, atol=0)
-    assert (found.momentum == 0.5).all() and (found.dampening == 0.25).all()
-    assert found.weight_decay.tolist() == [[0.01, 0.0]] * STEPS
+    assert (found.used.momentum == 0.5).all() and (found.used.dampening == 0.25).all()
+    assert found.used.weight_decay.tolist() == [[0.01, 0.0]] * STEPS
     assert found.parameter_groups == {n: int(n.startswith("4.")) for n, _ in model.named_parameters()}
 
 
@@ -237,35 +239,14 @@ def test_a_cycled_momentum_is_logged_as_each_step_used_it(tmp_path: Path) -> Non
         train(model, optimizer, after_step=lambda _s: scheduler.step())
     found = sf.Trajectory.load(tmp_path)
     assert len({momentum for _, momentum in used}) > 5
-    assert [*zip(found.learning_rates[:, 0].tolist(), found.momentum[:, 0].tolist(), strict=True)] == used
-    expected = sum(lr / (1 - momentum) for lr, momentum in used)
-    assert found.lr_steps(0, STEPS)[0] == pytest.approx(expected, rel=1e-13)
-
-
-@pytest.mark.parametrize("nesterov", [False, True])
-def test_lr_steps_are_those_of_the_constants_that_trained_the_model(tmp_path: Path, nesterov: bool) -> None:
-    lr, m, d, w = 0.1, 0.9, 0.0 if nesterov else 0.4, 0.02
-    model = mlp()
-    optimizer = SGD(model.parameters(), lr=lr, momentum=m, dampening=d, weight_decay=w, nesterov=nesterov)
-    found = recorded(tmp_path, optimizer=optimizer, model=model, total_steps=STEPS)
-    assert found.lr_steps(3, 10) == (pytest.approx(7 * lr * (1 - d) / (1 - m), rel=1e-12),)
-    assert found.mean_weight_decay(3, 10) == (pytest.approx(w, rel=1e-12),)
-    assert found.optimizer.nesterov is nesterov
-
-
-@pytest.mark.parametrize("nesterov", [False, True])
-def test_effective_learning_rate_is_the_displacement_per_gradient_of_real_sgd(tmp_path: Path, nesterov: bool) -> None:
-    """Under a constant gradient, torch.optim.SGD must move by lr (1 - d)/(1 - m) a step, once up to speed."""
-    model = nn.Linear(1, 1, bias=False).double()
-    optimizer = SGD(model.parameters(), lr=0.1, momentum=0.5, dampening=0.0 if nesterov else 0.3, nesterov=nesterov)
-    places = []
-    with record(model, optimizer, tmp_path, total_steps=80, checkpoints=1):
-        for _ in range(80):
-            model.weight.grad = torch.ones(1, 1, dtype=torch.float64)
-            optimizer.step()
-            places.append(model.weight.item())
-    moved = places[59] - places[79]
-    assert sf.Trajectory.load(tmp_path).lr_steps(60, 80)[0] == pytest.approx(moved, rel=1e-12)
+    assert [*zip(found.learning_rates[:, 0].tolist(), found.used.momentum[:, 0].tolist(), strict=True)] == used
+    velocity = sum(
+        lr * torch.tensor([m for _, m in used[step + 1 : later + 1]]).double().prod().item()
+        for step in range(STEPS)
+        for later, (lr, _) in enumerate(used)
+        if later >= step
+    )
+    assert found.lr_steps(0, STEPS)[0] == pytest.approx(velocity, rel=1e-6)
 
 
 def test_a_parameter_group_added_midway_counts_from_then_on(tmp_path: Path) -> None:
@@ -277,11 +258,16 @@ def test_a_parameter_group_added_midway_counts_from_then_on(tmp_path: Path) -> N
         if step == 5:
             optimizer.add_param_group({"params": list(model[4].parameters()), "lr": 0.2})
 
-    with record(model, optimizer, tmp_path, total_steps=STEPS, checkpoints=2):
-        train(model, optimizer, after_step=unfreeze)
+    with pytest.warns(UserWarning, match=r"no recorded optimizer holds 4\.weight"):
+        block = record(model, optimizer, tmp_path, total_steps=STEPS, checkpoints=2)
+        with block:
+            train(model, optimizer, after_step=unfreeze)
     found = sf.Trajectory.load(tmp_path)
     assert found.learning_rates.tolist() == [[0.1, 0.0]] * 5 + [[0.1, 0.2]] * 7
-    assert found.lr_steps(0, STEPS) == pytest.approx((12 * 0.2, 7 * 0.4), rel=1e-12)
+    expected = [
+        rate * sum((1 - 0.5**left) / 0.5 for left in range(1, count + 1)) for rate, count in ((0.1, 12), (0.2, 7))
+    ]
+    assert found.lr_steps(0, STEPS) == pytest.approx(expected, rel=1e-12)
     assert {found.group_of("0.weight"), found.group_of("4.bias")} == {0, 1}
 
 
@@ -297,7 +283,8 @@ def test_a_parameter_frozen_before_the_end_is_still_part_of_the_run(tmp_path: Pa
 def test_parameters_that_the_optimizer_does_not_hold_are_in_no_group(tmp_path: Path) -> None:
     model = mlp()
     model[0].requires_grad_(False)
-    found = recorded(tmp_path, model=model, optimizer=SGD(model[2].parameters(), lr=0.1))
+    with pytest.warns(UserWarning, match=r"no recorded optimizer holds 4\.weight, 4\.bias\. If another"):
+        found = recorded(tmp_path, model=model, optimizer=SGD(model[2].parameters(), lr=0.1))
     assert set(found.parameter_groups) == {"2.weight", "2.bias"}
     assert found.group_of("0.weight") is None and found.group_of("4.weight") is None
 
@@ -362,7 +349,7 @@ def test_a_refused_recording_leaves_the_folder_and_the_optimizer_alone(tmp_path:
         ({"checkpoints": [2.5]}, r"checkpoints\[0\]=2.5: expected a whole number"),
         ({"checkpoints": [4, 30], "total_steps": 12}, r"checkpoints\[1\]=30: expected a whole number, 1 to 12"),
         ({"checkpoints": 6, "total_steps": 5}, "total_steps=5: too few for 6 checkpoints"),
-        ({"dataset_size": 0}, "dataset_size=0: expected the number of training examples"),
+        ({"dataset_size": 0}, "dataset_size=0: expected a whole number, at least 1"),
     ],
 )
 def test_options_that_make_no_sense_are_refused_before_training(tmp_path: Path, options: dict, text: str) -> None:
@@ -523,7 +510,7 @@ def test_a_dataset_size_that_is_no_count_is_refused_before_training(tmp_path: Pa
     model = torch.nn.Linear(2, 1)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     recording = sf.record(model, optimizer, tmp_path, dataset_size=size)  # type: ignore[arg-type]
-    with pytest.raises(sf.TrajectoryError, match="expected the number of training examples"), recording:
+    with pytest.raises(sf.TrajectoryError, match="expected a whole number, at least 1"), recording:
         pass
 
 

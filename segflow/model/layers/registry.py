@@ -56,13 +56,14 @@ class LayerChoice(NamedTuple):
 
 
 def choose_layers(
-    model: nn.Module, names: Collection[str] | None = None, is_trained: Callable[[str], bool] | None = None
+    model: nn.Module, names: Collection[str] | None = None, why_untrained: Callable[[str], str | None] | None = None
 ) -> LayerChoice:
     """The layers to attribute, and the reason for every other module that has parameters.
 
     Args:
         names: the names of the modules to attribute; None takes every supported one.
-        is_trained: tells for a parameter's name whether training changed it; None asks `requires_grad`.
+        why_untrained: tells for a parameter's name why training did not change it, None if it did; None asks
+            `requires_grad`.
 
     Raises:
         LayerError: a module of these names is unknown or not supported, or nothing is left to attribute.
@@ -71,7 +72,12 @@ def choose_layers(
     _check_names(names, modules)
     first_name = {module: name for name, module in reversed(modules.items())}
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    trained = is_trained or (lambda name: parameters[name].requires_grad)
+
+    def untrained(name: str) -> str | None:
+        if why_untrained is not None:
+            return why_untrained(name)
+        return None if parameters[name].requires_grad else "it does not require gradients"
+
     wanted = None if names is None else {first_name[modules[name]] for name in names}
     owners = _owners(model)
     tracked, skipped = {}, {}
@@ -79,7 +85,7 @@ def choose_layers(
         if not _has_parameters(module):
             continue
         prefix = f"{name}." if name else ""
-        reason = _why_not(module, name, modules, prefix, trained) or _why_shared(module, name, owners)
+        reason = _why_not(module, name, modules, prefix, untrained) or _why_shared(module, name, owners)
         if wanted is not None and name not in wanted:
             reason = "not among the tracked modules that the task names"
         elif wanted is not None and reason:
@@ -87,7 +93,10 @@ def choose_layers(
         if reason:
             skipped[name] = reason
         else:
-            has_bias = module.bias is not None and trained(f"{prefix}bias")
+            why_no_bias = untrained(f"{prefix}bias") if module.bias is not None else None
+            has_bias = module.bias is not None and why_no_bias is None
+            if why_no_bias:
+                skipped[f"{prefix}bias"] = f"it was not trained: {why_no_bias}"
             tracked[name] = track(name, module, has_bias)
     if not tracked:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in skipped.items()) or "no module has parameters"
@@ -114,7 +123,7 @@ def _has_parameters(module: nn.Module) -> bool:
 
 
 def _why_not(
-    module: nn.Module, name: str, modules: dict[str, nn.Module], prefix: str, trained: Callable[[str], bool]
+    module: nn.Module, name: str, modules: dict[str, nn.Module], prefix: str, untrained: Callable[[str], str | None]
 ) -> str | None:
     """Why this module cannot be tracked, whatever other modules hold; None if it can."""
     kind = kind_of(module)
@@ -124,7 +133,7 @@ def _why_not(
     overridden = [m for m in kind.methods if m in vars(module) or getattr(actual, m, 0) is not getattr(base, m, 0)]
     extra = sorted(set(module._parameters) - {"weight", "bias"})
     weight = module._parameters.get("weight")
-    reasons = {
+    properties = {
         f"{actual.__name__} is a {base.__name__} with its own {''.join(overridden[:1])}()": bool(overridden),
         "nn.MultiheadAttention uses its weight without calling it": isinstance(
             modules.get(name.rpartition(".")[0]), nn.MultiheadAttention
@@ -134,8 +143,9 @@ def _why_not(
         f"it has extra parameters {extra}": bool(extra),
         "it is lazy and not initialised yet": isinstance(weight, nn.UninitializedParameter),
     }
-    first_reason = next((reason for reason, holds in reasons.items() if holds), None)
-    return first_reason or (None if trained(f"{prefix}weight") else "its weight was not trained")
+    first_reason = next((reason for reason, holds in properties.items() if holds), None)
+    why_untrained = untrained(f"{prefix}weight")
+    return first_reason or (f"its weight was not trained: {why_untrained}" if why_untrained else None)
 
 
 def _identity(parameter: nn.Parameter) -> Hashable:

@@ -1,0 +1,126 @@
+"""What a live optimizer is about to use, what it is called, and what it has done before."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import TrajectoryError
+from .step_log import NUMBERS, Numbers
+
+# What torch's optimizers call the logged numbers; beta1 is the first of `betas`.
+_KEYS = {"learning_rate": "lr", "momentum": "momentum", "dampening": "dampening", "weight_decay": "weight_decay"}
+_USED = ("lr", "momentum", "dampening", "weight_decay", "eps", "alpha", "lr_decay", "betas")  # numbers in formulas
+_TRUTHS = ("nesterov", "maximize", "amsgrad", "centered", "decoupled_weight_decay")
+
+
+def unwrapped(optimizer: Any) -> list[torch.optim.Optimizer]:
+    """The torch optimizers in what is given: one, a trainer's wrapper of one, or several.
+
+    Raises TrajectoryError for what is none, for one that comes twice, and for numbers that no formula can use.
+    """
+    given = list(optimizer) if isinstance(optimizer, list | tuple) else [optimizer]
+    optimizers = [getattr(one, "optimizer", one) for one in given]
+    for one in optimizers:
+        if not isinstance(one, torch.optim.Optimizer):
+            raise TrajectoryError(
+                f"the optimizer is a {type(one).__name__}, which has no step hooks. Expected a torch.optim optimizer, "
+                "or a list of them."
+            )
+        for group in one.param_groups:
+            constants(group)
+    if not optimizers or len({id(one) for one in optimizers}) < len(optimizers):
+        raise TrajectoryError(f"optimizer: expected one optimizer, or several different ones, found {len(given)}.")
+    return optimizers
+
+
+def numbers(optimizer: torch.optim.Optimizer) -> Numbers:
+    """What the optimizer is about to use, of each parameter group."""
+    groups = optimizer.param_groups
+    read = {name: [float(group.get(key, 0.0)) for group in groups] for name, key in _KEYS.items()}
+    betas = [group.get("betas") for group in groups]
+    return {**read, "beta1": [float(pair[0]) if pair else 0.0 for pair in betas]}
+
+
+def joined(of_optimizers: Sequence[Numbers]) -> Numbers:
+    """The numbers of several optimizers, parameter group after parameter group."""
+    return {name: [value for one in of_optimizers for value in one[name]] for name in NUMBERS}
+
+
+def optimizer_name(optimizer: torch.optim.Optimizer) -> str:
+    """The optimizer's class name, which is torch.optim's own only if the formulas in `optimizers` hold for this run.
+
+    Known reasons why they do not are added in parentheses, so that no formula is found under the name.
+    """
+    kind, groups = type(optimizer), optimizer.param_groups
+    name = kind.__name__ if kind.__module__.startswith("torch.optim.") else f"{kind.__module__}.{kind.__qualname__}"
+    mixed = len({bool(group.get("maximize")) for group in groups}) > 1
+    return f"{name} (maximize=True in some parameter groups only)" if mixed else name
+
+
+def constants(group: Mapping[str, Any]) -> dict[str, Any]:
+    """A parameter group's options as JSON can hold them.
+
+    Numbers of any kind (NumPy's, tensors of one element) become plain ones. TrajectoryError for an option that formulas
+    use and that is no number.
+    """
+    plain = {}
+    for name, value in group.items():
+        if name == "params":
+            continue
+        converted = _truth(name, value) if name in _TRUTHS else _plain(value)
+        if converted is not None or value is None:
+            plain[name] = converted
+        elif name in _USED:
+            raise TrajectoryError(
+                f"the optimizer's option {name}={value!r} is a {type(value).__name__}, expected a number. "
+                "Give it as a plain float."
+            )
+    return plain
+
+
+def _truth(name: str, value: Any) -> bool:
+    try:
+        return bool(value)
+    except (TypeError, ValueError, RuntimeError) as problem:
+        raise TrajectoryError(f"the optimizer's option {name}={value!r}: expected True or False ({problem}).") from None
+
+
+def _plain(value: Any) -> Any:
+    """A number, a text, or a list of such; None for anything else."""
+    if isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, list | tuple):
+        items = [_plain(item) for item in value]
+        return None if None in items else items
+    try:
+        number = value.item() if hasattr(value, "item") else float(value)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        return None
+    return number if isinstance(number, bool | int | float) else None
+
+
+def steps_taken(optimizer: torch.optim.Optimizer, parameter: Tensor) -> int | None:
+    """How many steps an optimizer has taken with a parameter, by its state; None if it has, and does not count them."""
+    values: dict[str, Any] = optimizer.state.get(parameter, {})
+    if "step" in values:
+        return int(values["step"])
+    return None if started(optimizer, parameter) else 0
+
+
+def started(optimizer: torch.optim.Optimizer, parameter: Tensor) -> bool:
+    """Whether an optimizer keeps anything of a parameter yet."""
+    values: dict[str, Any] = optimizer.state.get(parameter, {})
+    return any(value is not None for value in values.values())
+
+
+def skipped(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether a fused optimizer, told so by GradScaler, left the step under way out.
+
+    Reading that waits for the device, once a step, for fused optimizers under a GradScaler only.
+    """
+    found_inf = getattr(optimizer, "found_inf", None)
+    return found_inf is not None and bool(found_inf)
