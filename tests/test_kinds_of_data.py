@@ -109,7 +109,7 @@ class TestFrames:
         indices = frame.groupby("kind", observed=True).indices
         assert told(sf.Groups.from_lists(indices, 3)) == told(sf.Groups.by(["x", "y", "y"]))
 
-    @pytest.mark.parametrize("values", [["a", "b", None], [1.0, 2.0, math.nan]], ids=["text", "numbers"])
+    @pytest.mark.parametrize("values", [["a", "b", None, "c", None], [1.0, 2.0, math.nan] * 3], ids=["text", "numbers"])
     def test_a_missing_label_is_named_with_its_example(self, values: list[Any]) -> None:
         pandas = pytest.importorskip("pandas")
         column = pandas.Series(values, dtype="str" if values[0] == "a" else None)

@@ -287,6 +287,18 @@ WHOLE = {
         "batch_size", 5, lambda n: sf.properties.SoftAccuracy(DATA).evaluate(MODEL, batch_size=n)
     ),
     "Trajectory steps": Door("steps", 9, lambda n, folder: _run(folder, steps=[4, n])),
+    "Trajectory dataset_size": Door("dataset_size", N, lambda n, folder: _trajectory(folder, n).dataset_size),
+    "OptimizerConstants.batch_size": Door(
+        "batch_size", 6, lambda n, folder: _trajectory(folder, N, batch_size=n).optimizer.batch_size
+    ),
+    "Trajectory parameter_groups": Door(
+        "parameter_groups", 1, lambda n, folder: _trajectory(folder, N, {"0.weight": n}).group_of("0.weight")
+    ),
+    "record dataset_size": Door("dataset_size", N, lambda n, folder: _recorded(folder, dataset_size=n)),
+    "record batch_size": Door("batch_size", 6, lambda n, folder: _recorded(folder, batch_size=n)),
+    "record total_steps": Door("total_steps", 4, lambda n, folder: _recorded(folder, total_steps=n)),
+    "record checkpoints": Door("checkpoints", 2, lambda n, folder: _recorded(folder, checkpoints=n)),
+    "record steps of checkpoints": Door("checkpoints", 2, lambda n, folder: _recorded(folder, checkpoints=[n, 3])),
     "checkpoints": _evaluated("checkpoints", 2, lambda n: _due(CheckpointSchedule(6, n))),
     "steps of checkpoints": _evaluated("checkpoints", 3, lambda n: _due(CheckpointSchedule(None, [n, 6]))),
     "total_steps": _evaluated(
@@ -308,6 +320,27 @@ def _left_out(folder: Path, **options: Any) -> Any:
 def _run(folder: Path, **options: Any) -> list[Any]:
     run = trajectory_of(folder, perturbed_states(mlp(), 2), N, **options)
     return [run.steps, run.learning_rates, run.lr_steps(0, run.total_steps), repr(run)]
+
+
+def _trajectory(folder: Path, size: Any, groups: Any = None, **constants: Any) -> sf.Trajectory:
+    run = trajectory_of(folder, perturbed_states(mlp(), 2), N)
+    return sf.Trajectory(
+        run.checkpoints, run.steps, [[0.5, 0.25]] * 20, size, sf.OptimizerConstants(**constants), groups or {}
+    )
+
+
+def _recorded(folder: Path, **options: Any) -> Any:
+    """What a recording of four steps says, in its files and when it is read."""
+    torch.manual_seed(0)
+    model = nn.Linear(4, 3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    options = {"dataset_size": N, "total_steps": 4, "checkpoints": 2, **options}
+    with sf.record(model, optimizer, folder, **options):
+        for _ in range(4):
+            optimizer.zero_grad()
+            model(DATA.tensors[0]).square().sum().backward()
+            optimizer.step()
+    return [(folder / "trajectory.json").read_text(), repr(sf.Trajectory.load(folder))]
 
 
 def _due(schedule: CheckpointSchedule) -> list[Any]:
@@ -381,7 +414,14 @@ def test_whole_numbers_of_any_kind_give_what_the_plain_one_gives(tmp_path: Path,
     _check(WHOLE[door], WHOLE_KINDS[kind](WHOLE[door].value), tmp_path)
 
 
-TAKES_MORE = ("Source.segments", "split only", "leave out chosen", "checkpoints", "Scores.top query")  # or names
+TAKES_MORE = (
+    "Source.segments",
+    "split only",
+    "leave out chosen",
+    "checkpoints",
+    "record checkpoints",
+    "Scores.top query",
+)  # or names
 REFUSED = [(door, given) for door in WHOLE for given in (True, 2.5, math.nan, 10**-3)]
 REFUSED += [(door, given) for door in WHOLE if door not in TAKES_MORE for given in (torch.tensor([2, 3]), "a")]
 
