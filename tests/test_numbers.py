@@ -399,8 +399,13 @@ TRUTH = {
 }
 
 
+PLAIN: dict[Callable[[Any, Path], Any], Any] = {}  # what comes of a door's plain value, which is asked for many times
+
+
 def _check(door: Door, given: Any, folder: Path) -> None:
-    assert told(door.result(given, folder / "given")) == told(door.result(door.value, folder / "plain"))
+    if door.result not in PLAIN:
+        PLAIN[door.result] = told(door.result(door.value, folder / "plain"))
+    assert told(door.result(given, folder / "given")) == PLAIN[door.result]
 
 
 def _check_refused(door: Door, given: Any, folder: Path, text: str) -> None:
