@@ -52,5 +52,5 @@ class ScoreError(SegflowError):
 def check_choice(option: str, value: object, choices: Iterable[str], error: type[SegflowError]) -> None:
     """Raise `error` unless the option's value is one of `choices`; the message lists them."""
     known = sorted(choices)
-    if value not in known:
+    if not isinstance(value, str) or value not in known:
         raise error(f"{option}={value!r} is not known. Choose one of: {', '.join(map(repr, known))}.")

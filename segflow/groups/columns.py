@@ -55,10 +55,10 @@ def _read(column: Iterable[object]) -> tuple[list[object], list[object]]:
         ordered = sorted(set(labels), key=lambda label: (str(type(label)), label))  # type: ignore[arg-type, return-value]
     except (TypeError, ValueError, RuntimeError) as problem:  # unhashable, unordered, or an array
         raise GroupError(f"a label cannot name a group ({problem}). Expected numbers or strings.") from problem
-    if missing := [label for label in ordered if _is_missing(label)]:
-        example = next(place for place, label in enumerate(labels) if label is missing[0])
+    if any(map(_is_missing, ordered)):
+        example = next(place for place, label in enumerate(labels) if _is_missing(label))
         raise GroupError(
-            f"example {example}'s label is {missing[0]}, which stands for none. Give such examples a label "
+            f"example {example}'s label is {labels[example]}, which stands for none. Give such examples a label "
             "of their own, as pandas' fillna does."
         )
     return labels, ordered

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ..data.batches import Batch, Collate, batches, dataset_length, in_order
 from ..data.fingerprints import code_digest, digest, plain_options
 from ..errors import TaskError
-from ..tasks.ready_made import inputs_and_targets
+from ..tasks.ready_made import inputs_and_targets, outputs_of
 
 Seen = TypeVar("Seen")
 
@@ -60,7 +60,7 @@ class Property(ABC):
 
     def outputs(self, batch: Any, model: nn.Module) -> Tensor:
         """What the model says of each example, [B, ...]: by default its logits."""
-        returned = model(inputs_and_targets(batch, self.inputs, self.targets)[0])
+        returned = outputs_of(model, inputs_and_targets(batch, self.inputs, self.targets)[0])
         outputs = getattr(returned, "logits", returned)
         if not isinstance(outputs, Tensor):
             raise TaskError(f"{self.name}: the model returns a {type(outputs).__name__}. Define outputs(batch, model).")

@@ -31,6 +31,19 @@ def inputs_and_targets(batch: Any, inputs: str, targets: str) -> tuple[Any, Tens
     return batch[0], batch[1]
 
 
+def outputs_of(model: nn.Module, inputs: Any) -> Any:
+    """What the model makes of a batch's inputs; TaskError where it cannot take a list, made of examples of numbers."""
+    try:
+        return model(inputs)
+    except TypeError as problem:
+        if not isinstance(inputs, list):
+            raise
+        raise TaskError(
+            f"the batch's inputs are a list of {len(inputs)} tensors, which the model does not take ({problem}). Give "
+            'examples of tensors, as dataset.with_format("torch") has them, or a collate_fn that stacks them.'
+        ) from problem
+
+
 def margins(logits: Tensor, labels: Tensor) -> Tensor:
     """[B]: log p - log(1 - p) of the true class, from logits [B, C] and labels [B]."""
     others = logits.scatter(-1, labels[:, None], -torch.inf).logsumexp(-1)
@@ -65,7 +78,7 @@ class Classification(Task):
 
     def _logits(self, batch: Any, model: nn.Module) -> tuple[Tensor, Tensor]:
         inputs, labels = inputs_and_targets(batch, self.inputs, self.targets)
-        logits = _tensor(model(inputs), "Classification")
+        logits = _tensor(outputs_of(model, inputs), "Classification")
         if logits.ndim != 2 or labels.shape != logits.shape[:1]:
             raise TaskError(
                 f"Classification: expected logits [B, C] and labels [B], found {tuple(logits.shape)} and "
@@ -127,7 +140,7 @@ class Regression(Task):
 
     def _predictions(self, batch: Any, model: nn.Module) -> tuple[Tensor, Tensor, float]:
         inputs, targets = inputs_and_targets(batch, self.inputs, self.targets)
-        predictions = _tensor(model(inputs), "Regression")
+        predictions = _tensor(outputs_of(model, inputs), "Regression")
         if predictions.shape == (*targets.shape, 1):
             targets = targets[..., None]
         if predictions.shape != targets.shape:

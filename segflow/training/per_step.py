@@ -117,7 +117,8 @@ def _check_range(name: str, values: Tensor, below: float = torch.inf, most: floa
 
 def _numbers(name: str, given: Any) -> Tensor:
     try:
-        given = given.to_numpy() if hasattr(given, "to_numpy") else given  # of pandas
+        if hasattr(given, "__array__") and not isinstance(given, Tensor):
+            given = np.array(given)  # a copy that may be written to, also of a column of a frame
         values = torch.as_tensor(given, dtype=torch.float64).detach().cpu()
     except (TypeError, ValueError, RuntimeError) as problem:
         raise TrajectoryError(
