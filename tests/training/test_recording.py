@@ -205,7 +205,8 @@ def test_the_recording_says_what_it_will_write(tmp_path: Path, capsys: pytest.Ca
     with sf.record(
         model, optimizer, tmp_path, **settings(progress=None, dtype=torch.float16, overwrite=True)
     ) as recording:
-        step(model, optimizer)
+        for _ in range(STEPS):
+            step(model, optimizer)
         assert recording.expected() == (4, 2 * 17 + 4 * 16, 2 * 18)
 
 
@@ -299,3 +300,66 @@ def test_steps_that_a_scaler_skips_are_no_steps(tmp_path: Path, fused: bool) -> 
     assert found.used.clip_factors[:, 0].max() < 1 and len(found.second_moments(len(found) - 1)) == 2
     assert found.observed.get("skipped steps") == (3 if fused else None)
     assert "gradients, not followed" not in found.observed
+
+
+# Regimes
+
+
+def test_closures_are_followed_where_a_step_calls_them_once(tmp_path: Path) -> None:
+    model = mlp()
+    optimizer = SGD(model.parameters(), lr=0.1, momentum=0.9)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(model(X), Y)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+        return loss
+
+    with sf.record(model, optimizer, tmp_path / "closure", **settings()):
+        for _ in range(STEPS):
+            optimizer.step(closure)
+    model = mlp()
+    optimizer = SGD(model.parameters(), lr=0.1, momentum=0.9)
+    with sf.record(model, optimizer, tmp_path / "plain", **settings()):
+        for _ in range(STEPS):
+            closure()
+            optimizer.step()
+    closed, plain = (sf.Trajectory.load(tmp_path / name) for name in ("closure", "plain"))
+    assert closed.lr_steps(0, STEPS) == plain.lr_steps(0, STEPS) and closed.used.clip_factors.max() < 1
+    assert closed.observed == plain.observed
+
+
+class Namesake(SGD):
+    """As schedule-free and 8-bit optimizers are: torch's in form, other in what a step does."""
+
+
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        (lambda p: torch.optim.LBFGS(p, max_iter=3), "LBFGS"),
+        (lambda p: Namesake(p, lr=0.1), "tests.training.test_recording.Namesake"),
+        (
+            lambda p: type("AdamW", (Namesake,), {"__module__": "bitsandbytes.optim"})(p, lr=0.1),
+            "bitsandbytes.optim.AdamW",
+        ),
+    ],
+)
+def test_optimizers_whose_steps_are_not_known_are_refused_by_name(tmp_path: Path, make: Any, name: str) -> None:
+    model = mlp()
+    optimizer = make(model.parameters())
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(model(X), Y)
+        loss.backward()
+        return loss
+
+    with sf.record(model, optimizer, tmp_path, **settings()):
+        for _ in range(STEPS):
+            optimizer.step(closure)
+    found = sf.Trajectory.load(tmp_path)
+    for method in (sf.Source(), sf.TracIn(), sf.Hydra()):
+        with pytest.raises(sf.TrajectoryError, match=rf"trained with {name}: effective learning rates are known"):
+            method.plan(found)
+    assert sf.InfluenceFunction().plan(found) and sf.GradientDot().plan(found)
