@@ -113,7 +113,7 @@ def test_what_is_neither_true_nor_false_is_refused_by_name(value: Any) -> None:
 
 @pytest.mark.parametrize(
     "values",
-    [[3, 6], (3.0, 6), np.array([3, 6]), torch.tensor([3, 6]), range(3, 7, 3), iter([3, np.int8(6)])],
+    [[3, 6], (3.0, 6), np.array([3, 6]), torch.tensor([3, 6]), range(3, 7, 3), (3, np.int8(6))],
     ids=repr,
 )
 def test_sequences_of_any_kind_become_tuples_of_plain_numbers(values: Any) -> None:
