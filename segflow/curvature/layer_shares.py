@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 import torch
+from torch import Tensor
 
 from ..data.batches import Batch
 from ..errors import LayerError
@@ -39,18 +40,20 @@ def shares_point(context: StageContext) -> Point:
 def measured_shares(view: LossView, data: Iterable[Batch], ranks: Ranks, where: str) -> Tensors:
     """`<layer>`, []: the share of the examples in whose training loss some position's output gradient is not zero.
 
-    One pass over this rank's data; ranks: all that share the data; where: names the point in errors.
+    Examples count by their weights, where batches have some. One pass over this rank's data; ranks: all that share the data; where: names the point in errors.
     """
     totals = {name: torch.zeros((), dtype=torch.float64, device=view.device) for name in view.layers}
     examples = torch.zeros((), dtype=torch.float64, device=view.device)
     finite = FiniteCheck(f"shares of examples, {where}")
 
-    def consume(layer: TrackedLayer, tokens: Tokens) -> None:
-        totals[layer.name] += (tokens.g_PBSO != 0).any(3).any(2).any(0).sum()
-
     for batch in data:
+        counts_B = torch.ones(batch.size).to(examples) if batch.weights is None else batch.weights.to(examples)
+
+        def consume(layer: TrackedLayer, tokens: Tokens, counts_B: Tensor = counts_B) -> None:
+            totals[layer.name] += counts_B @ (tokens.g_PBSO != 0).any(3).any(2).any(0).to(counts_B)
+
         view.capture(batch, consume, finite)
-        examples += 0 if batch.idle else batch.size
+        examples += 0 if batch.idle else counts_B.sum()
     finite.finish(view.layers, ranks, every=False)
     ranks.sum_([*totals.values(), examples])
     return {name: total / examples for name, total in totals.items()}

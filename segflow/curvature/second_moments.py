@@ -68,15 +68,15 @@ def _estimates(context: StageContext, index: int, train_from: MadeFrom) -> Calla
     """Gives a layer's second moments [P, O, I] as `fit` estimated them at a checkpoint.
 
     The expected square of a batch's mean gradient is the mean gradient's square plus the variance over the batch size,
-    times the mean square of the factors that clipped it; Adagrad's sum of squares is that times the steps taken.
+    times the mean square of the factors that clipped it; Adagrad's sum of squares is that times its steps.
     """
     trajectory, point = context.trajectory, Point.at(context.stage, index)
     unit = context.store.open(moments_unit(context, point), at_point(train_from, context, point))
-    clip_squares = trajectory.clip_squares(index)
+    clip_squares, moves = trajectory.clip_squares(index), trajectory.moves_until(index)
 
     def moments_of(layer: TrackedLayer) -> Tensor:
         group = context.parameter_groups[layer.name]
-        times = clip_squares[group] * (trajectory.steps[index] if trajectory.kinds[group] == "Adagrad" else 1)
+        times = clip_squares[group] * (moves[group] if trajectory.kinds[group] == "Adagrad" else 1)
         mean, square = (unit.tensor(f"{layer.name}.{what}", layer.shape).double() for what in ("mean", "square"))
         variance = (square - mean.square()).clamp_min(0)
         return times * (mean.square() + variance / (trajectory.optimizer.batch_size or 1))

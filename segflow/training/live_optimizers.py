@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..arguments import plain, shown
 from ..errors import TrajectoryError
 from .step_log import Numbers
 
@@ -68,26 +69,26 @@ def constants(group: Mapping[str, Any]) -> dict[str, Any]:
     Numbers of any kind (NumPy's, tensors of one element) become plain ones. TrajectoryError for an option that formulas
     use and that is no number.
     """
-    plain = {}
+    options = {}
     for name, value in group.items():
         if name == "params":
             continue
         converted = _truth(name, value) if name in _TRUTHS else _plain(value)
         if converted is not None or value is None:
-            plain[name] = converted
+            options[name] = converted
         elif name in _USED:
             raise TrajectoryError(
                 f"the optimizer's option {name}={value!r} is a {type(value).__name__}, expected a number. "
                 "Give it as a plain float."
             )
-    return plain
+    return options
 
 
 def _truth(name: str, value: Any) -> bool:
-    try:
-        return bool(value)
-    except (TypeError, ValueError, RuntimeError) as problem:
-        raise TrajectoryError(f"the optimizer's option {name}={value!r}: expected True or False ({problem}).") from None
+    number = plain(value)
+    if isinstance(number, bool | int | float):
+        return bool(number)
+    raise TrajectoryError(f"the optimizer's option {name}={shown(value)}: expected True or False.")
 
 
 def _plain(value: Any) -> Any:

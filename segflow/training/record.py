@@ -7,13 +7,14 @@ import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..arguments import shown, whole_number
+from ..arguments import shown, truth, whole_number
 from ..errors import TrajectoryError
 from ..runtime.progress import is_shown
 from ..runtime.ranks import current
@@ -109,11 +110,13 @@ def record(  # noqa: PLR0913 (one argument for each thing to say of a run)
     options = _options(dataset_size, batch_size, dtype, example_weights, sampler)
     if step is not None:
         step = whole_number("step", step, TrajectoryError)
+    overwrite, resume = truth("overwrite", overwrite, TrajectoryError), truth("resume", resume, TrajectoryError)
     folder, schedule = RecordingFolder(Path(directory), stage), CheckpointSchedule(total_steps, checkpoints)
+    progress = None if progress is None else truth("progress", progress, TrajectoryError)
     recording = Recording(unwrap(model), unwrapped(optimizer), folder, schedule, options)
     ranks = current()
     with ranks.together("record"):
-        begun = ranks.same(_begun(recording, overwrite, resume, step) if ranks.main else None)
+        begun = Begun(**ranks.same(asdict(_begun(recording, overwrite, resume, step)) if ranks.main else None))
         recording.begin(begun)
         _say(recording, begun, progress)
         hooks = [

@@ -51,7 +51,7 @@ class Begun:
 
     Args:
         step: the last step that stays.
-        saved: by step, what trajectory.json says of the checkpoints that stay.
+        saved: what trajectory.json says of each checkpoint that stays.
         interval: of checkpoints whose number of steps is not known beforehand.
         frozen: what trajectory.json says of the parameters that were stored once; moved: those that have moved.
         taken_before: how many steps the optimizer had taken with each parameter before the first one.
@@ -61,15 +61,15 @@ class Begun:
     """
 
     step: int = 0
-    saved: dict[int, dict[str, Any]] = field(default_factory=dict)
+    saved: Sequence[dict[str, Any]] = ()
     interval: int = 1
     frozen: dict[str, Any] | None = None
-    moved: tuple[str, ...] = ()
+    moved: Sequence[str] = ()
     taken_before: dict[str, int] = field(default_factory=dict)
     unaccounted: int = 0
-    resumed: tuple[int, ...] = ()
+    resumed: Sequence[int] = ()
     skipped: int = 0
-    strange: tuple[str, ...] = ()
+    strange: Sequence[str] = ()
 
 
 class Recording:
@@ -104,7 +104,8 @@ class Recording:
 
     def begin(self, begun: Begun) -> None:
         """Go on from what was recorded before, nothing for a new recording; called once the folder is claimed."""
-        self._begun, self._saved, self.schedule.interval = begun, dict(begun.saved), begun.interval
+        self._begun, self._saved, self.schedule.interval = begun, {}, begun.interval
+        self._saved |= {entry["step"]: entry for entry in begun.saved}
         self._log = StepLog(self.folder.path / STEPS if self._main else None, begun.step)
         observer = self.observer
         observer.moved = {place for place, name in enumerate(observer.names) if name in begun.moved}

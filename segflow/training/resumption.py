@@ -68,7 +68,7 @@ def begun_before(folder: RecordingFolder, taken: Mapping[str, int], step: int | 
     folder.drop_checkpoints({entry["file"] for entry in entries})
     return Begun(
         step=at,
-        saved={entry["step"]: entry for entry in entries},
+        saved=entries,
         interval=content["interval"],
         frozen=content["frozen"],
         moved=tuple(content["moved"]),

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..arguments import whole_number
+from ..arguments import truth, whole_number
 from ..errors import TrajectoryError
 from ..runtime.sharding import laid_out
 from ..store.files import TensorFile, file_digest, inside
@@ -125,6 +125,10 @@ class Trajectory:
 
         Raises TrajectoryError where the recording is missing, unfinished or damaged.
         """
+        unfinished, partial = (
+            truth("unfinished", unfinished, TrajectoryError),
+            truth("partial", partial, TrajectoryError),
+        )
         root = Path(directory)
         names = stage_names(root)
         folders = [inside(root, name, error=TrajectoryError) for name in names] or [root]
@@ -211,16 +215,15 @@ class Trajectory:
     def saved_moments(self, index: int) -> frozenset[str] | None:
         """The names of the parameters whose second moments were saved at checkpoint `index`; None if none were.
 
+        Of a recording they may be none at all: those that its optimizer had not stepped yet have none.
         Only names are read, so that the moments themselves may still be refused by `second_moments`.
         """
         if not self.preconditioned:
             return None
         if self._moment_files is not None:
-            names = state_dict_names(self._moment_files[index])
-        else:
-            recorded = self._file(index)
-            names = [] if recorded is None else part_names(recorded, SECOND_MOMENT)
-        return frozenset(names) or None
+            return frozenset(state_dict_names(self._moment_files[index])) or None
+        recorded = self._file(index)
+        return None if recorded is None else frozenset(part_names(recorded, SECOND_MOMENT))
 
     def second_moments(self, index: int) -> dict[str, Tensor] | None:
         """Bias-corrected second moments v_hat at checkpoint `index`, {parameter name: tensor}; None if not saved.
@@ -328,6 +331,10 @@ class Trajectory:
             self.used.mean_squared_clip(group, range(self.steps[index]) if kind == "Adagrad" else near)
             for group, kind in enumerate(self.kinds)
         )
+
+    def moves_until(self, index: int) -> tuple[float, ...]:
+        """For each parameter group how many steps up to checkpoint `index` carried a gradient to it."""
+        return tuple((self.used.carried[: self.steps[index]] > 0).sum(0).astype(float).tolist())
 
     def example_weights(self, index: int) -> Tensor | None:
         """The share that each training example had around checkpoint `index`, [N] with mean 1; None: all alike."""

@@ -41,7 +41,7 @@ def _run(
 ) -> sf.Scores:
     model, train, query = mlp(), vectors(N), vectors(QUERIES, seed=5)
     states, moments = perturbed_states(model, 4), _moments(model, 4)
-    constants = {"weight_decay": DECAY, "eps": EPS, **constants}
+    constants = {"weight_decay": DECAY, "eps": EPS, "beta1": 0.0, **constants}
     trajectory = trajectory_of(folder / "run", states, N, lr=lr, second_moments=moments, name=name, **constants)
     analyzer = analyzer_of(model, trajectory, store or folder / "store", method=method)
     analyzer.fit(train, batch_size=7)

@@ -131,7 +131,10 @@ def test_a_frozen_weight_is_left_out_and_a_frozen_bias_is_no_input() -> None:
     model[0].weight.requires_grad_(False)
     model[1].bias.requires_grad_(False)
     choice = choose_layers(model)
-    assert choice.skipped == {"0": "its weight was not trained"}
+    assert choice.skipped == {
+        "0": "its weight was not trained: it does not require gradients",
+        "1.bias": "it was not trained: it does not require gradients",
+    }
     assert {name: layer.has_bias for name, layer in choice.tracked.items()} == {"1": False, "2": True, "3": False}
     assert {name: layer.shape for name, layer in choice.tracked.items()} == {
         "1": (1, 4, 3),
@@ -152,7 +155,7 @@ def test_a_frozen_weight_is_left_out_and_a_frozen_bias_is_no_input() -> None:
 def test_what_training_changed_outranks_the_flags() -> None:
     model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2))
     model.requires_grad_(False)
-    choice = choose_layers(model, is_trained={"1.weight"}.__contains__)
+    choice = choose_layers(model, why_untrained=lambda name: None if name == "1.weight" else "it was not")
     assert list(choice.tracked) == ["1"]
     assert not choice.tracked["1"].has_bias
 

@@ -61,7 +61,7 @@ def test_examples_routed_to_different_layers_are_refused() -> None:
         with pytest.raises(sf.LayerError, match=r"layer 'right': its input has shape \(0, 2\) for 2 examples"):
             view_of(model, Loss(lambda b, m: m(b[0]).sum()), TensorDataset(x))
         model.run = lambda m, x: m.left(x[x[:, 0] > 0])
-        tracked = choose_layers(model, ["left"], is_trained=lambda _name: True).tracked
+        tracked = choose_layers(model, ["left"], why_untrained=lambda _name: None).tracked
         view = make_loss_view(model, Loss(lambda b, m: m(b[0]).sum()), "train", tracked, TensorDataset(x), None)
         [batch] = batches(TensorDataset(x), [[0, 1, 2]], None, CPU)
         with pytest.raises(sf.LayerError, match=r"layer 'left': its input has 2 rows in the batch of 3 examples from"):
@@ -98,7 +98,7 @@ def test_a_weight_used_outside_its_layers_calls_is_refused(case: str, kind: str,
 
 def test_a_view_takes_layers_with_and_without_a_trained_bias() -> None:
     model = nn.Sequential(nn.Linear(3, 3, bias=False), nn.Tanh(), nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 2))
-    tracked = choose_layers(model, None, lambda name: name != "2.bias").tracked
+    tracked = choose_layers(model, None, lambda name: "it was not" if name == "2.bias" else None).tracked
     assert [layer.has_bias for layer in tracked.values()] == [False, False, True]
     with observing(model):
         loss = Loss(lambda batch, m: m(batch[0]).sin().sum())

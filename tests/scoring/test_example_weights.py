@@ -122,7 +122,7 @@ def _source(net: str, segments: int, groups: sf.Groups) -> Tensor:
                     ],
                     "weights": w,
                     "lr_steps": steps * LR,
-                    "weight_decay": DECAY,
+                    "decay_steps": steps * LR * DECAY,
                     "group_gradients": [grouped_rows(at[c].real[name][:, part].flatten(1), groups) for c in pool],
                 }
                 for pool, w, steps in pools
@@ -158,7 +158,7 @@ def test_source_for_adamw_is_that_of_the_drawn_examples(tmp_path: Path, saved: b
         {name: g.mean(0).square() + g.var(0, correction=0) / batch for name, g in point.real_drawn.items()}
         for point in at
     ]
-    constants = {"name": "AdamW", "eps": eps, "lr": lr, "weight_decay": 0.3, "batch_size": batch}
+    constants = {"name": "AdamW", "eps": eps, "lr": lr, "weight_decay": 0.3, "batch_size": batch, "beta1": 0.0}
     files = [
         {k: v for n, (m,) in of.items() for k, v in ((f"{n}.weight", m[:, :-1]), (f"{n}.bias", m[:, -1]))}
         for of in drawn_moments
@@ -176,7 +176,7 @@ def test_source_for_adamw_is_that_of_the_drawn_examples(tmp_path: Path, saved: b
             "P": P.flatten(),
             "basis": (scaled[2].flatten(), torch.kron(scaled[1][0], scaled[0][0])),
             "lr_steps": 30 * lr,
-            "weight_decay": 0.3,
+            "decay_steps": 30 * lr * 0.3,
             "coupled": False,
             "weights": weights,
             "group_gradients": [grouped_rows(point.real[name].flatten(1)) for point in at],

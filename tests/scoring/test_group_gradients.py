@@ -243,7 +243,7 @@ def test_a_training_set_that_changed_length_is_refused(fitted: tuple[sf.Analyzer
 @pytest.mark.parametrize("batch_size", [0, -3])
 def test_a_batch_size_below_one_is_refused(fitted: tuple[sf.Analyzer, TensorDataset], batch_size: int) -> None:
     analyzer, train = fitted
-    with pytest.raises(sf.SegflowError, match=f"batch_size={batch_size}.*expected at least 1"):
+    with pytest.raises(sf.SegflowError, match=f"batch_size={batch_size}.*expected a whole number, at least 1"):
         analyzer.score(sf.Groups.singletons(12), train, vectors(2), batch_size=batch_size)
 
 
@@ -253,4 +253,4 @@ def test_query_labels_name_the_rows_and_must_be_as_many(fitted: tuple[sf.Analyze
     assert analyzer.score(groups, train, vectors(2)).query_labels == ("0", "1")
     assert analyzer.score(groups, train, vectors(2), query_labels=["a", 7]).query_labels == ("a", "7")
     with pytest.raises(sf.ScoreError, match="3 query labels for 2 queries: expected one for each"):
-        analyzer.score(groups, train, vectors(2), query_labels="abc")
+        analyzer.score(groups, train, vectors(2), query_labels=["a", "b", "c"])

@@ -68,18 +68,23 @@ def reference(of: Quantities, groups: sf.Groups, combine: Callable[..., Tensor])
     return total
 
 
-def _source(queries: Any, grouped: Any, curvature: Any, weights: tuple[float, float] = (0.75, 0.25)) -> Tensor:
+# What all steps take of each of 40 steps' gradients: a geometric sum of those that are left (torch.optim.SGD).
+RATES = [LR * (1 - MOMENTUM**left) / (1 - MOMENTUM) for left in range(40, 0, -1)]
+
+
+def _source(queries: Any, grouped: Any, curvature: Any, weights: tuple[float, float] | None = None) -> Tensor:
     """A segment of 20 steps has checkpoints after 10 and 20: 15 steps are nearest to the first, 5 to the second."""
-    segments = [
-        {
-            "curvature": curvature(pool, weights),
-            "weights": weights,
-            "lr_steps": 20 * LR / (1 - MOMENTUM),
-            "decay_steps": 20 * LR / (1 - MOMENTUM) * WEIGHT_DECAY,
+    segments = []
+    for pool, rates in (((0, 1), RATES[:20]), ((2, 3), RATES[20:])):
+        shares = weights or (sum(rates[:15]) / sum(rates), sum(rates[15:]) / sum(rates))
+        segment = {
+            "curvature": curvature(pool, shares),
+            "weights": shares,
+            "lr_steps": sum(rates),
+            "decay_steps": sum(rates) * WEIGHT_DECAY,
             "group_gradients": [grouped[i] for i in pool],
         }
-        for pool in ((0, 1), (2, 3))
-    ]
+        segments.append(segment)
     return torch.stack(oracles.source_scores(queries[-1], segments, N)).sum(0)
 
 
@@ -88,8 +93,8 @@ def _influence(queries: Any, grouped: Any, curvature: Any) -> Tensor:
 
 
 def _tracin(queries: Any, grouped: Any, _curvature: Any) -> Tensor:
-    steps = zip((15, 10, 10, 5), queries, grouped, strict=True)
-    return oracles.tracin_scores([(q, count * LR / (1 - MOMENTUM), g) for count, q, g in steps], N)
+    covered = (RATES[:15], RATES[15:25], RATES[25:35], RATES[35:])
+    return oracles.tracin_scores([(q, sum(own), g) for own, q, g in zip(covered, queries, grouped, strict=True)], N)
 
 
 METHODS: dict[str, tuple[Any, Callable[..., Tensor]]] = {

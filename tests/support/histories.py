@@ -34,7 +34,6 @@ class History(sf.Trajectory):
     coupled = property(lambda self: self.given["coupled"])
     has_moments = property(lambda self: self.given["has_moments"])
     preconditioned = property(lambda self: any(self.given["has_moments"]))
-    kinds = property(lambda self: self.given["kinds"])
     ceilings = property(lambda self: self.given["ceilings"])
 
 
@@ -62,6 +61,7 @@ def history(
         "clip_squares": ((1.0,) * count,) * len(made.steps),
         **given,
     }
+    trajectory.kinds = trajectory.given["kinds"]
     return trajectory
 
 
