@@ -40,7 +40,8 @@ def shares_point(context: StageContext) -> Point:
 def measured_shares(view: LossView, data: Iterable[Batch], ranks: Ranks, where: str) -> Tensors:
     """`<layer>`, []: the share of the examples in whose training loss some position's output gradient is not zero.
 
-    Examples count by their weights, where batches have some. One pass over this rank's data; ranks: all that share the data; where: names the point in errors.
+    Examples count by their weights, where batches have some. One pass over this rank's data; ranks: all that share the
+    data; where: names the point in errors.
     """
     totals = {name: torch.zeros((), dtype=torch.float64, device=view.device) for name in view.layers}
     examples = torch.zeros((), dtype=torch.float64, device=view.device)

@@ -37,7 +37,9 @@ def _beside_muon(folder: Path, **given: Any) -> sf.Trajectory:
 
 @pytest.mark.parametrize("method", [sf.Source(), sf.Source(segments="auto"), sf.TracIn(), sf.Hydra()])
 def test_methods_that_need_rates_name_the_layers_when_the_analyzer_is_made(tmp_path: Path, method: Any) -> None:
-    message = r"layers \['2'\] were trained by Muon, whose rates are not known.*Leave these layers out"
+    message = (
+        r"parameters \['2.weight', '2.bias'\] were trained by Muon, whose rates are not known.*Leave their layers out"
+    )
     with pytest.raises(sf.TrajectoryError, match=message):
         analyzer_of(mlp(), _beside_muon(tmp_path), tmp_path / "store", method=method)
 
@@ -65,6 +67,8 @@ def test_the_other_layers_are_scored_as_if_there_were_no_other_optimizer(tmp_pat
 def test_a_bias_of_another_optimizer_than_its_weights_is_left_out_by_name(tmp_path: Path) -> None:
     made = trajectory_of(tmp_path / "run", perturbed_states(mlp(), 2), N)
     groups = {name: int(name == "2.bias") for name in mlp().state_dict()}
-    trajectory = history(made, groups, by_span((20, (0.3, 0.3))), kinds=("Muon", "SGD"))
+    constants = sf.OptimizerConstants(name=["Muon", "SGD"])
+    kinds = {"kinds": ("Muon", "SGD"), "has_moments": (False, False)}
+    trajectory = history(made, groups, by_span((20, (0.3, 0.3))), optimizer=constants, **kinds)
     analyzer = analyzer_of(mlp(), trajectory, tmp_path / "store", method=sf.GradientDot())
     assert analyzer.context.layers.skipped["2.bias"] == "it was trained with another optimizer than the weight"

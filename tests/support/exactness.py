@@ -110,7 +110,7 @@ class Loss(sf.Task):
 
 
 def view_of(model: nn.Module, task: sf.Task, data: Any, kind: str = "train", collate: Any = None) -> LossView:
-    return make_loss_view(model, task, kind, choose_layers(model, None, lambda _name: True).tracked, data, collate)
+    return make_loss_view(model, task, kind, choose_layers(model, None, lambda _name: None).tracked, data, collate)
 
 
 def ignore(_layer: Any, _tokens: Any) -> None:
