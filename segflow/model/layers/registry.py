@@ -144,8 +144,10 @@ def _why_not(
         "it is lazy and not initialised yet": isinstance(weight, nn.UninitializedParameter),
     }
     first_reason = next((reason for reason, holds in properties.items() if holds), None)
+    if first_reason is not None:
+        return first_reason
     why_untrained = untrained(f"{prefix}weight")
-    return first_reason or (f"its weight was not trained: {why_untrained}" if why_untrained else None)
+    return f"its weight was not trained: {why_untrained}" if why_untrained else None
 
 
 def _identity(parameter: nn.Parameter) -> Hashable:
