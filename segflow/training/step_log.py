@@ -26,7 +26,7 @@ from torch import Tensor
 
 from ..errors import TrajectoryError
 from ..store.files import LineFile, read_lines, write_file
-from .gradient_watch import ONE, Factor
+from .gradient_watch import Factor
 from .histories import Histories
 from .motion import step_counts
 
@@ -73,9 +73,7 @@ class StepLog:
         numbers, codes, factors = round_
         first = factors[0]
         alike = codes == self._codes and _same(factors)
-        if alike and first is ONE and self._factor == ONE and numbers is self._numbers:  # as the step before
-            self._write()
-            self._put(f'{{"step": {self.step}}}')
+        if alike and numbers is self._numbers and not self._pending and self._put_factor(first):
             return
         row: dict[str, Any] = {"step": self.step}
         if numbers is not self._numbers:
@@ -89,6 +87,24 @@ class StepLog:
             self._codes = codes
         self._pending.append((row, [_Number(first)] if alike else [_Number(factor) for factor in factors]))
         self._write(delayed=1)
+
+    def _put_factor(self, factor: Factor) -> bool:
+        """Write the line of a step in which only the clip factor, shared by all, may have changed; False if it cannot.
+
+        Most steps are such ones, so this is written for speed.
+        """
+        if isinstance(factor, Tensor):
+            if factor.device.type != "cpu":
+                return False
+            factor = factor.item()
+            if not math.isfinite(factor):
+                return False
+        if factor == self._factor:
+            self._put(f'{{"step": {self.step}}}')
+        else:
+            self._factor = self._written["clip_factors"] = factor
+            self._put(f'{{"step": {self.step}, "clip_factors": {factor!r}}}')
+        return True
 
     def _tell_apart(self, row: dict[str, Any], codes: list[int], factors: list[Factor]) -> list[Factor]:
         """Each history's factor, and its code in the row; parameters that differ are given histories of their own."""
