@@ -46,15 +46,20 @@ def _stored(model: nn.Module) -> set[str]:
     return set(model.state_dict())
 
 
-def _sketches(parameters: Mapping[str, Tensor]) -> dict[str, float | int]:
-    """A number for each tensor that changes with nearly any change of it; read from the device all at once."""
-    real = {name: local(p.detach()) for name, p in parameters.items() if p.is_floating_point()}
-    other = {name: local(p.detach()) for name, p in parameters.items() if not p.is_floating_point()}
-    by_device: dict[Any, list[str]] = {}
-    for name, tensor in real.items():
-        by_device.setdefault((tensor.device, tensor.dtype), []).append(name)
-    sketches: dict[str, float | int] = {}
-    for names in by_device.values():
-        norms = torch.stack(torch._foreach_norm([real[name] for name in names])).tolist()
-        sketches |= dict(zip(names, norms, strict=True))
-    return sketches | {name: int(tensor.sum(dtype=torch.int64)) for name, tensor in other.items()}
+def _sketches(parameters: Mapping[str, Tensor]) -> dict[str, list[float]]:
+    """Numbers for each tensor that change with nearly any change of it: sum, norm, and how often torch wrote to it.
+
+    They are summed in double precision, and read from each device all at once.
+    """
+    by_device: dict[torch.device, dict[str, Tensor]] = {}
+    for name, parameter in parameters.items():
+        tensor = local(parameter.detach())
+        if tensor.is_floating_point() and tensor.element_size() == 1:
+            tensor = tensor.view(torch.uint8)
+        total = tensor.sum(dtype=torch.float64)
+        norm = torch.linalg.vector_norm(tensor, dtype=torch.float64) if tensor.is_floating_point() else total
+        by_device.setdefault(tensor.device, {})[name] = torch.stack([total, norm])
+    sketches: dict[str, list[float]] = {}
+    for of_device in by_device.values():
+        sketches |= dict(zip(of_device, torch.stack(list(of_device.values())).tolist(), strict=True))
+    return {name: [*sketches[name], float(parameters[name]._version)] for name in parameters}

@@ -7,7 +7,7 @@ not matter when or from where the training script imported them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
@@ -85,16 +85,20 @@ class GradientWatch:
         """Nobody told how a gradient came to be another: somebody changed it, if there was a backward pass."""
         if self._passes > self._stepped[place]:
             self.strange.add(BY_HAND)
-            self._last[place] = id(gradient), gradient._version
+        last = self._last[place]
+        if not self.told or last is None or last[0] != id(gradient):  # another gradient, which nothing clipped
+            self.factors[place] = ONE
+        self._last[place] = id(gradient), gradient._version
 
     def before_backward(self) -> None:
         """Note which gradients stand, and which were made anew since they were seen last."""
         self._depth += 1
         if self._depth == 1:
             self._before = now = _signatures(self.parameters)
-            if now != self._last:  # some are gone, zeroed, or others'
-                pairs = zip(now, self._last, self.factors, strict=True)
-                self.factors = [factor if new == old else ONE for new, old, factor in pairs]
+            if now != self._last:
+                for place, (new, old) in enumerate(zip(now, self._last, strict=True)):
+                    if new != old:  # gone, zeroed, or another's
+                        self.factors[place], self._reached[place] = ONE, 0
 
     def after_backward(self, done: bool) -> None:
         """Note which gradients the backward pass reached; done: False where it raised an error."""
@@ -112,9 +116,8 @@ class GradientWatch:
                     self.strange.add(ON_CLIPPED)
         self._last = now
 
-    def clipped(self, gradients: Sequence[Tensor], factor: Tensor) -> None:
-        """These gradients are about to be multiplied by a factor."""
-        clipped = set(map(id, gradients))
+    def clipped(self, clipped: Collection[int], factor: Tensor) -> None:
+        """Gradients, told by their ids, are about to be multiplied by a factor."""
         last, factors = self._last, self.factors
         for place, parameter in enumerate(self.parameters):
             gradient = parameter.grad
@@ -125,9 +128,8 @@ class GradientWatch:
             factors[place] = factor if factors[place] is ONE else factors[place] * factor
             last[place] = id(gradient), gradient._version + 1
 
-    def clipped_by_value(self, gradients: Sequence[Tensor]) -> None:
-        """These gradients are about to be clamped from below, and then from above."""
-        clamped = set(map(id, gradients))
+    def clipped_by_value(self, clamped: Collection[int]) -> None:
+        """Gradients, told by their ids, are about to be clamped from below, and then from above."""
         self.strange.add(BY_VALUE)
         for place, signature in enumerate(_signatures(self.parameters)):
             if signature is not None and signature[0] in clamped:
@@ -209,10 +211,11 @@ def _clipping_patches() -> list[tuple[Any, str, Any]]:
     as a change only).
     """
     group = clip_grad._group_tensors_by_device_and_dtype  # type: ignore[attr-defined]
-    listed: list[Tensor] = []
+    listed: set[int] = set()  # ids, for nothing may keep gradients alive
 
     def group_and_note(tensors: Any, *arguments: Any, **options: Any) -> Any:
-        listed[:] = tensors[0]
+        listed.clear()
+        listed.update(map(id, tensors[0]))
         return group(tensors, *arguments, **options)
 
     def clamp(value: Tensor, *arguments: Any, **options: Any) -> Tensor:
@@ -223,7 +226,7 @@ def _clipping_patches() -> list[tuple[Any, str, Any]]:
 
     def clamp_values(gradients: list[Tensor], *arguments: Any, **options: Any) -> Any:
         for watch in _ACTIVE:
-            watch.clipped_by_value(gradients)
+            watch.clipped_by_value(listed)
         return torch._foreach_clamp_min_(gradients, *arguments, **options)
 
     stand_in = _StandIn({"clamp": clamp, "_foreach_clamp_min_": clamp_values})

@@ -22,7 +22,7 @@ def unwrapped(optimizer: Any) -> list[torch.optim.Optimizer]:
     Raises TrajectoryError for what is none, for one that comes twice, and for numbers that no formula can use.
     """
     given = list(optimizer) if isinstance(optimizer, list | tuple) else [optimizer]
-    optimizers = [getattr(one, "optimizer", one) for one in given]
+    optimizers = [_inner(one) for one in given]
     for one in optimizers:
         if not isinstance(one, torch.optim.Optimizer):
             raise TrajectoryError(
@@ -36,6 +36,13 @@ def unwrapped(optimizer: Any) -> list[torch.optim.Optimizer]:
     return optimizers
 
 
+def _inner(given: Any) -> Any:
+    """The optimizer in a trainer's wrapper; one of a library's own that steps another in its own way stays as it is."""
+    trainers = ("accelerate", "lightning", "pytorch_lightning", "torch.optim")
+    own = isinstance(given, torch.optim.Optimizer) and not type(given).__module__.startswith(trainers)
+    return given if own else getattr(given, "optimizer", given)
+
+
 def numbers(optimizer: torch.optim.Optimizer) -> Numbers:
     """What the optimizer is about to use: for each parameter group the numbers that NUMBERS names, in their order."""
     return tuple([_of_group(group) for group in optimizer.param_groups])
@@ -44,11 +51,11 @@ def numbers(optimizer: torch.optim.Optimizer) -> Numbers:
 def _of_group(group: Mapping[str, Any]) -> tuple[float, ...]:
     betas, get = group.get("betas"), group.get
     return (
-        float(group["lr"]),
-        float(get("momentum", 0.0)),
+        float(get("lr") or 0.0),  # optimizers that have none, or a schedule of their own, are not known
+        float(get("momentum") or 0.0),
         float(betas[0]) if betas else 0.0,
-        float(get("dampening", 0.0)),
-        float(get("weight_decay", 0.0)),
+        float(get("dampening") or 0.0),
+        float(get("weight_decay") or 0.0),
     )
 
 

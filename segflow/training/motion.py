@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..errors import TrajectoryError
 from .optimizers import OptimizerConstants
 from .per_step import PerStep, constant_by_group, constant_by_step, one_by_group
 
@@ -33,7 +34,7 @@ class Moves:
         left_out: 1 for a step in which parameters in training were reached by no gradient of the batch, so that it did
             not carry; 0 where they were frozen.
         fresh: 1 where the optimizer began with no state of the parameters, so that momentum and step counts begin;
-            None: at the first step.
+            None: at the first step, unless steps were taken before.
         taken_before: how many steps the optimizer had taken before the first one, for each parameter group.
     """
 
@@ -101,8 +102,9 @@ def steps_used(
 ) -> Steps:
     """Every step's numbers, checked; TrajectoryError names those that do not fit learning_rates [T, G]."""
     shape = learning_rates.shape
+    before = np.array(constant_by_group("taken_before", moves.taken_before, len(kinds)))
     first = torch.zeros(shape, dtype=torch.float64)
-    first[:1] = 1
+    first[:1] = torch.from_numpy(before == 0).double()
     moved = constant_by_step("moved", moves.moved, shape, most=1.0)
     given = {
         "learning_rates": learning_rates,
@@ -116,11 +118,15 @@ def steps_used(
         "left_out": constant_by_step("left_out", moves.left_out, shape, most=1.0),
         "fresh": first if moves.fresh is None else constant_by_step("fresh", moves.fresh, shape, most=1.0),
     }
+    for name in ("moved", "carried", "left_out", "fresh"):
+        values = given[name]
+        if ((values != 0) & (values != 1)).any():
+            raise TrajectoryError(f"Moves({name}=...): expected 1 or 0 for each step, found {values.max().item():g}.")
     return Steps(
         kinds=kinds,
         decoupled=decoupled,
         nesterov=one_by_group("nesterov", optimizer.nesterov, bool, len(kinds)),
-        taken_before=np.array(constant_by_group("taken_before", moves.taken_before, len(kinds))),
+        taken_before=before,
         **{name: values.numpy() for name, values in given.items()},
     )
 

@@ -87,7 +87,7 @@ class Recording:
         self.options = options
         self._main = current().main  # of several ranks the first writes
         self._begun, self._saved, self._log = Begun(), dict[int, dict[str, Any]](), StepLog(None)
-        self.observer = StepObserver(model, optimizers)
+        self.observer, self._layouts = StepObserver(model, optimizers), 0
         self._model_state()  # refuses now what could not be saved
         self.frozen = FrozenPart(model, self.observer.names)
 
@@ -125,9 +125,11 @@ class Recording:
 
     def _model_state(self) -> dict[str, Tensor]:
         state = self.model.state_dict()
-        plain = [name for name, value in state.items() if not isinstance(value, Tensor)]
-        if plain:
-            raise TrajectoryError(f"the model's state {plain[0]!r} is no tensor, so it cannot be saved as safetensors.")
+        unknown = [name for name, value in state.items() if not isinstance(value, Tensor) or value.is_complex()]
+        if unknown:
+            raise TrajectoryError(
+                f"the model's state {unknown[0]!r} is no tensor of real numbers, so it cannot be saved as safetensors."
+            )
         return state
 
     def before_step(self, number: int) -> None:
@@ -142,7 +144,10 @@ class Recording:
         """Log a round as one step, and save a checkpoint where one is due."""
         if ended is None:
             return
-        self._log.append(ended, self.observer.names, self.observer.groups)
+        if self._layouts != self.observer.layouts:
+            self._layouts = self.observer.layouts
+            self._log.follow(self.observer.names, self.observer.groups())
+        self._log.append(ended)
         if self.schedule.due(self.step):
             self._save()
         for step in self.schedule.surplus(self._saved):

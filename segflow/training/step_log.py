@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import math
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -64,11 +64,14 @@ class StepLog:
         self._written: dict[str, Any] = {}  # what the lines so far say
         self._pending: deque[tuple[dict[str, Any], list[_Number]]] = deque()
 
-    def append(self, round_: Round, names: Sequence[str], groups: Callable[[], list[int]]) -> None:
-        """Log a round as one step.
+    def follow(self, names: Sequence[str], groups: Sequence[int]) -> None:
+        """Log the steps of these parameters from now on; groups: the parameter group of each."""
+        self._names, self._codes, self._histories = list(names), [], Histories()
+        self._histories.add(groups)
+        self._written.pop("histories", None)
 
-        names: of all parameters that are followed by now; groups: gives the parameter group of each.
-        """
+    def append(self, round_: Round) -> None:
+        """Log a round as one step."""
         self.step += 1
         numbers, codes, factors = round_
         first = factors[0]
@@ -80,9 +83,6 @@ class StepLog:
             row |= self._changed(dict(zip(NUMBERS, map(list, zip(*numbers, strict=True)), strict=True)))
             self._numbers = numbers
         if not alike:
-            if len(names) > len(self._names):
-                self._histories.add(groups()[len(self._names) :])
-                self._names = list(names)
             factors = self._tell_apart(row, codes, factors)
             self._codes = codes
         self._pending.append((row, [_Number(first)] if alike else [_Number(factor) for factor in factors]))
@@ -130,8 +130,9 @@ class StepLog:
                 return
             self._pending.popleft()
             values = [factor.value() for factor in factors]
-            self._factor = values[0] if len(set(values)) == 1 else None
-            told = values if self._factor is None else self._factor
+            alike = len(set(values)) == 1
+            self._factor = values[0] if alike else None
+            told = values[0] if alike else values
             if self._written.get("clip_factors", values) != told or "clip_factors" not in self._written:
                 row["clip_factors"] = self._written["clip_factors"] = told
             self._put(json.dumps(row))

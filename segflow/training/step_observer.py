@@ -33,6 +33,7 @@ class StepObserver:
         self.names: list[str] = []
         self.moved: set[int] = set()
         self.skipped = 0
+        self.layouts = 0  # how often parameters came, went or changed their parameter group
         self._places: list[list[int]] = [[] for _ in optimizers]  # those that each optimizer holds
         self._groups: list[tuple[int, int]] = []  # each one's optimizer, and its parameter group there
         self._layout: list[int] = []
@@ -113,7 +114,8 @@ class StepObserver:
         known = self._zero.get(place)
         stays_zero = known is not None and known[1] and known[0][0] == look[0] and not parameter.requires_grad
         if known is None or (known[0] != look and not stays_zero):
-            known = look, not bool(whole(gradient).count_nonzero())
+            values = gradient.coalesce().values() if gradient.is_sparse else whole(gradient)
+            known = look, not bool(values.count_nonzero())
         self._zero[place] = look, known[1]
         return known[1]
 
@@ -141,33 +143,44 @@ class StepObserver:
         return round_
 
     def _look_at_layout(self) -> list[int]:
-        return [len(group["params"]) for one in self.optimizers for group in one.param_groups]
+        return [id(p) for one in self.optimizers for group in one.param_groups for p in (*group["params"], group)]
 
     def _note_parameters(self) -> None:
-        """Follow every parameter of the model that an optimizer holds; refuse one that two of them hold."""
+        """Follow every parameter of the model that an optimizer holds; refuse one that two of them hold.
+
+        Also called where parameters came, went, were replaced or changed their parameter group.
+        """
         self._layout = self._look_at_layout()
-        holders = {
-            id(p): (number, g)
-            for number, one in enumerate(self.optimizers)
-            for g, group in enumerate(one.param_groups)
-            for p in group["params"]
-        }
-        twice = len(holders) < sum(self._layout)
-        known, new = set(self.names), list[Tensor]()
+        holders: dict[int, tuple[int, int]] = {}
+        for number, one in enumerate(self.optimizers):
+            for g, group in enumerate(one.param_groups):
+                holders |= {id(p): (number, g) for p in group["params"]}
+        known, new = {name: place for place, name in enumerate(self.names)}, list[Tensor]()
+        self._places = [[] for _ in self.optimizers]
+        self._groups = [(number, 0) for number, _ in self._groups]  # of those that nothing holds any more
         for name, parameter in self.model.named_parameters(remove_duplicate=False):
-            if id(parameter) in holders and name not in known:
-                if twice:
-                    self._check_holders(name, parameter)
-                self._places[holders[id(parameter)][0]].append(len(self.names))
+            if id(parameter) not in holders:
+                continue
+            self._check_holders(name, parameter)
+            if name not in known:
+                known[name] = len(self.names)
                 self.names.append(name)
                 self._groups.append(holders[id(parameter)])
                 new.append(parameter)
+            place = known[name]
+            self._places[holders[id(parameter)][0]].append(place)
+            self._groups[place] = holders[id(parameter)]
+            if place < len(self.watch.parameters):
+                self.watch.parameters[place] = parameter
         self.watch.follow(new)
         self._codes += [0] * len(new)
         self._factors += [ONE] * len(new)
         self._looks = [None for _ in self.optimizers]
+        self.layouts += 1
 
     def _check_holders(self, name: str, parameter: Tensor) -> None:
+        if len(self.optimizers) == 1:
+            return
         held = [any(p is parameter for g in one.param_groups for p in g["params"]) for one in self.optimizers]
         if sum(held) > 1:
             raise TrajectoryError(
