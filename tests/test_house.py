@@ -50,7 +50,6 @@ PURE = (
 PURE_MAY_USE = {
     "errors",
     "arguments",
-    "arguments",
     "training/segments",
     "training/optimizers",
     "training/per_step",

@@ -102,6 +102,12 @@ def steps_used(
 ) -> Steps:
     """Every step's numbers, checked; TrajectoryError names those that do not fit learning_rates [T, G]."""
     shape = learning_rates.shape
+    unknown = torch.nonzero(~torch.isfinite(torch.as_tensor(moves.clip_factors, dtype=torch.float64)))
+    if len(unknown):
+        raise TrajectoryError(
+            f"step {int(unknown[0][0]) + 1 if unknown.shape[1] else 1}: the clip factor is no finite number, for the "
+            "gradients' norm was none. Leave such steps out, as GradScaler does, or end the run before them."
+        )
     before = np.array(constant_by_group("taken_before", moves.taken_before, len(kinds)))
     first = torch.zeros(shape, dtype=torch.float64)
     first[:1] = torch.from_numpy(before == 0).double()

@@ -165,7 +165,7 @@ def _begun(recording: Recording, overwrite: bool, resume: bool, step: int | None
             "with resume=True only."
         )
     taken, folder = recording.observer.taken_before(), recording.folder
-    begun = begun_before(folder, taken, step) if resume else None
+    begun = begun_before(folder, taken, step, recording.description()) if resume else None
     if begun is None:
         if step:
             raise TrajectoryError(f"{folder.path}: no recording to go on with, so steps 1 to {step} are missing.")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..errors import TrajectoryError
 from ..runtime.ranks import current
 from ..runtime.sharding import whole
-from ..store.files import file_digest, write_json, write_tensors
+from ..store.files import file_digest, read_tensors, write_json, write_tensors
 from .checkpoints import COUNTS, MODEL, SECOND_MOMENT
 from .frozen import FrozenPart
 from .live_optimizers import constants, optimizer_name
@@ -88,6 +88,7 @@ class Recording:
         self._main = current().main  # of several ranks the first writes
         self._begun, self._saved, self._log = Begun(), dict[int, dict[str, Any]](), StepLog(None)
         self.observer, self._layouts = StepObserver(model, optimizers), 0
+        self._drawn_before: Tensor | None = None  # how often each example was drawn before a resume
         self._model_state()  # refuses now what could not be saved
         self.frozen = FrozenPart(model, self.observer.names)
 
@@ -106,6 +107,9 @@ class Recording:
         """Go on from what was recorded before, nothing for a new recording; called once the folder is claimed."""
         self._begun, self._saved, self.schedule.interval = begun, {}, begun.interval
         self._saved |= {entry["step"]: entry for entry in begun.saved}
+        if self._main and begun.saved and self.options.sampler is not None:
+            last = self.folder.path / begun.saved[-1]["file"]
+            self._drawn_before = read_tensors(last, begun.saved[-1]["sha256"], TrajectoryError)[COUNTS]
         self._log = StepLog(self.folder.path / STEPS if self._main else None, begun.step)
         observer = self.observer
         observer.moved = {place for place, name in enumerate(observer.names) if name in begun.moved}
@@ -113,7 +117,7 @@ class Recording:
         observer.watch.strange |= set(begun.strange)
         if begun.frozen is not None:
             self.frozen.entry = begun.frozen
-            self.frozen.keep(set(begun.frozen["names"]))
+            self.frozen.keep(self._still_frozen(begun.frozen))
         elif self.frozen.names:
             tensors = self._stored({f"{MODEL}{name}": self._model_state()[name] for name in sorted(self.frozen.names)})
             self.frozen.entry = {"file": FROZEN, "names": sorted(self.frozen.names)}
@@ -122,6 +126,15 @@ class Recording:
         if self._main and self.options.example_weights is not None:
             write_tensors(self.folder.path / EXAMPLE_WEIGHTS, {"weights": self.options.example_weights})
         self._describe(UNFINISHED)
+
+    def _still_frozen(self, entry: dict[str, Any]) -> set[str]:
+        """The parameters that were stored once and are so still."""
+        unchanged: list[str] = []
+        now = self._stored({name: self._model_state()[name] for name in entry["names"]})
+        if self._main:
+            stored = read_tensors(self.folder.path / entry["file"], entry["sha256"], TrajectoryError)
+            unchanged = [name for name, value in now.items() if torch.equal(stored[f"{MODEL}{name}"], value.cpu())]
+        return set(current().same(unchanged))
 
     def _model_state(self) -> dict[str, Tensor]:
         state = self.model.state_dict()
@@ -172,7 +185,7 @@ class Recording:
         if dtype is None:
             return complete
         return {
-            name: tensor.to(_precision(name, dtype)) if tensor.is_floating_point() else tensor
+            name: _converted(tensor, _precision(name, dtype)) if tensor.is_floating_point() else tensor
             for name, tensor in complete.items()
         }
 
@@ -211,7 +224,8 @@ class Recording:
     def _counts(self, sampler: CountedSampler) -> Tensor:
         """How often each example was handed out so far, on all ranks."""
         counts = sampler.counts(self.options.dataset_size)
-        return torch.stack([torch.tensor(of_rank) for of_rank in current().gather(counts.tolist())]).sum(0)
+        drawn = torch.stack([torch.tensor(of_rank) for of_rank in current().gather(counts.tolist())]).sum(0)
+        return drawn if self._drawn_before is None else drawn + self._drawn_before
 
     def _drop(self, step: int) -> None:
         file = self.folder.path / self._saved.pop(step)["file"]
@@ -245,7 +259,7 @@ class Recording:
 
     def _describe(self, file: str) -> None:
         """Write what is known of the trajectory: FINISHED as a whole, UNFINISHED so far."""
-        content = self._description()
+        content = self.description()
         if self._main:
             if file == FINISHED:
                 content["log"]["sha256"] = file_digest(self.folder.path / STEPS, TrajectoryError)
@@ -253,7 +267,8 @@ class Recording:
             if file == FINISHED:
                 (self.folder.path / UNFINISHED).unlink()
 
-    def _description(self) -> dict[str, Any]:
+    def description(self) -> dict[str, Any]:
+        """What trajectory.json says so far."""
         begun = asdict(self._begun)
         return {
             "format": FORMAT,
@@ -292,6 +307,13 @@ class Recording:
         if self.options.sampler is not None:
             return "counted"
         return "uniform, as is assumed" if self.options.example_weights is None else "example weights"
+
+
+def _converted(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The tensor in another precision, unless finite numbers would overflow there."""
+    converted = tensor.to(dtype)
+    overflows = dtype == torch.float16 and bool((converted.isinf() & tensor.isfinite()).any())
+    return tensor if overflows else converted
 
 
 def size(number: float) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
@@ -43,7 +44,29 @@ def _accounted(folder: RecordingFolder, stages: list[str]) -> dict[str, int]:
     return recorded
 
 
-def begun_before(folder: RecordingFolder, taken: Mapping[str, int], step: int | None) -> Begun | None:
+_FORMULAS = ("eps", "nesterov", "maximize", "decoupled_weight_decay", "lr_decay")  # options that hold for a whole run
+
+
+def check_same(folder: RecordingFolder, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Raise TrajectoryError where a recording would go on with another dataset size, sampling or optimizer."""
+    for what in ("dataset_size", "sampling", "optimizers"):
+        _same(folder, what, before[what], now[what])
+    for option in _FORMULAS:
+        of_groups = [[group.get(option) for group in content["constants"]] for content in (before, now)]
+        _same(folder, f"the optimizer's {option}", *of_groups)
+
+
+def _same(folder: RecordingFolder, what: str, before: Any, now: Any) -> None:
+    if before != now:
+        raise TrajectoryError(
+            f"{folder.path}: {what} was {before}, and is {now} where the recording would go on. Go on with the same, "
+            "or record the rest as a stage of its own."
+        )
+
+
+def begun_before(
+    folder: RecordingFolder, taken: Mapping[str, int], step: int | None, now: Mapping[str, Any]
+) -> Begun | None:
     """What stays of the recording in a folder where training goes on; None if there is none.
 
     The log and the checkpoints after the step at which training goes on are removed.
@@ -51,6 +74,7 @@ def begun_before(folder: RecordingFolder, taken: Mapping[str, int], step: int | 
     Args:
         taken: how many steps the optimizers have taken with each parameter, -1 where they do not count them.
         step: the step after which training goes on, None to find it by these counts.
+        now: what the recording that goes on says of itself.
 
     Raises:
         TrajectoryError: steps between the recording and where training goes on are missing, or it cannot be told where
@@ -59,6 +83,7 @@ def begun_before(folder: RecordingFolder, taken: Mapping[str, int], step: int | 
     content = folder.reopened()
     if content is None:
         return None
+    check_same(folder, content, now)
     log = read_steps(folder.path / STEPS, None, content["taken_before"])
     at = _resumed_step(folder, log, content["taken_before"], taken, step)
     entries = [entry for entry in content["checkpoints"] if entry["step"] <= at]

@@ -87,6 +87,22 @@ def test_factors_of_clipping_by_norm_are_those_that_torch_multiplied_by(tmp_path
     assert "gradients, not followed" not in found.observed
 
 
+def test_factors_of_gradients_that_were_made_by_hand_do_not_add_up(tmp_path: Path) -> None:
+    model = mlp()
+    optimizer = SGD(model.parameters(), lr=0.1)
+    x, y = vectors(N).tensors
+    expected = []
+    with sf.record(model, optimizer, tmp_path, dataset_size=N, checkpoints=2):
+        for _ in range(STEPS):
+            parameters = list(model.parameters())
+            gradients = torch.autograd.grad(nn.functional.cross_entropy(model(x), y), parameters)
+            for parameter, gradient in zip(parameters, gradients, strict=True):
+                parameter.grad = gradient
+            expected.append(min(1.0, 0.3 / (float(clip_grad_norm_(parameters, 0.3)) + 1e-6)))
+            optimizer.step()
+    assert sf.Trajectory.load(tmp_path).used.clip_factors[:, 0].tolist() == pytest.approx(expected, rel=1e-12)
+
+
 def test_a_norm_that_is_only_measured_clips_nothing(tmp_path: Path) -> None:
     found = run(tmp_path, lambda model, _s: clip_grad_norm_(model.parameters(), float("inf")))
     assert (found.used.clip_factors == 1).all() and "clipping" not in found.observed

@@ -275,6 +275,51 @@ def test_what_optimizers_cannot_be_recorded_together_is_said(tmp_path: Path) -> 
     assert not list(tmp_path.iterdir())
 
 
+def test_a_parameter_group_that_is_added_does_not_shift_another_optimizers(tmp_path: Path) -> None:
+    model = mlp()
+    first, second = SGD(model[0].parameters(), lr=0.1), SGD(model[4].parameters(), lr=0.005)
+    model[2].requires_grad_(False)
+    with sf.record(model, [first, second], tmp_path, **settings()):
+        for number in range(STEPS):
+            if number == 4:
+                first.add_param_group({"params": list(model[2].requires_grad_(True).parameters()), "lr": 0.2})
+            step(model, first, second)
+    found = sf.Trajectory.load(tmp_path)
+    rates = {name: found.learning_rates[:, found.group_of(f"{name}.weight")].tolist() for name in ("0", "2", "4")}
+    assert rates == {"0": [0.1] * 8, "2": [0.0] * 4 + [0.2] * 4, "4": [0.005] * 8}
+
+
+def test_parameters_that_change_groups_leave_or_are_replaced_are_followed(tmp_path: Path) -> None:
+    model = nn.ModuleList([nn.Linear(2, 2, bias=False) for _ in range(4)]).double()
+    moving, leaving, replaced, swapped = (layer.weight for layer in model)
+    optimizer = SGD([{"params": [moving, leaving, replaced]}, {"params": [swapped], "lr": 0.1}], lr=0.01)
+    with sf.record(model, optimizer, tmp_path, **settings(total_steps=4, checkpoints=2)):
+        for number in range(4):
+            groups = optimizer.param_groups
+            if number == 2:
+                model[2].weight = nn.Parameter(torch.zeros(2, 2, dtype=torch.float64))
+                groups[0]["params"], groups[1]["params"] = [swapped, model[2].weight], [moving]
+            optimizer.zero_grad()
+            sum(layer.weight.sum() for layer in model).backward()
+            optimizer.step()
+    found = sf.Trajectory.load(tmp_path)
+    rates = [[found.lr_steps(n, n + 1)[found.group_of(f"{layer}.weight")] for n in range(4)] for layer in range(4)]
+    assert rates == [[0.01, 0.01, 0.1, 0.1], [0.01, 0.01, 0, 0], [0.01] * 4, [0.1, 0.1, 0.01, 0.01]]
+
+
+def test_a_parameter_group_may_be_removed(tmp_path: Path) -> None:
+    model = mlp()
+    optimizer = Adam([{"params": layer.parameters()} for layer in (model[0], model[2], model[4])], lr=0.01)
+    with sf.record(model, optimizer, tmp_path, **settings()):
+        for number in range(STEPS):
+            if number == 3:
+                del optimizer.param_groups[1]
+            step(model, optimizer)
+    found = sf.Trajectory.load(tmp_path)
+    moved = [found.used.moved[:, found.group_of(f"{layer}.weight")].sum() for layer in (0, 2, 4)]
+    assert moved == [8, 3, 8]
+
+
 # Skipped steps
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop
 
@@ -159,6 +160,62 @@ def test_where_training_goes_on_must_be_known(tmp_path: Path, name: str, options
     state = stopped(tmp_path, OPTIMIZERS[name], STOP, STOP)
     with pytest.raises(sf.TrajectoryError, match=text):
         resumed(tmp_path, OPTIMIZERS[name], state, STOP + 1, **options)
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"dataset_size": N + 1}, r"dataset_size was 24, and is 25 where the recording would go on"),
+        ({"make": lambda p: AdamW(p, lr=0.01)}, r"optimizers was \['Adam'\], and is \['AdamW'\]"),
+        ({"make": lambda p: Adam(p, lr=0.01, eps=0.1)}, r"the optimizer's eps was \[1e-08\], and is \[0.1\]"),
+        ({"example_weights": [1.0] * N}, "sampling was uniform, as is assumed, and is example weights"),
+    ],
+)
+def test_a_recording_goes_on_with_what_it_began_with(tmp_path: Path, change: dict[str, Any], text: str) -> None:
+    state = stopped(tmp_path, OPTIMIZERS["Adam"], STOP, STOP)
+    make = change.pop("make", OPTIMIZERS["Adam"])
+    model = mlp()
+    optimizer = make(model.parameters())
+    options = {k: v for k, v in optimizer.state_dict()["param_groups"][0].items() if k != "params"}
+    optimizer.load_state_dict(state[1])
+    optimizer.param_groups[0].update(options)
+    recording = sf.record(model, optimizer, tmp_path, resume=True, **settings(change))
+    with pytest.raises(sf.TrajectoryError, match=text), recording:
+        pass
+
+
+def test_draws_before_and_after_a_stop_are_added(tmp_path: Path) -> None:
+    for first, last, resume in ((0, 4, False), (4, 12, True)):
+        model = mlp()
+        optimizer = SGD(model.parameters(), lr=0.1)
+        sampler = sf.CountedSampler(range(N) if resume else range(N // 2))
+        options = {"total_steps": None, "checkpoints": [4, 8, 12] if resume else [4], "sampler": sampler}
+        extra = {"resume": True, "step": 4} if resume else {}
+        with sf.record(model, optimizer, tmp_path, **settings(options), **extra):
+            for _ in range(first, last):
+                list(sampler)
+                steps(model, optimizer, 1, 1)
+    counts = [load_file(path)["example_counts"] for path in sf.Trajectory.load(tmp_path).checkpoints]
+    assert [(row[0].item(), row[-1].item()) for row in counts] == [(4, 0), (8, 4), (12, 8)]
+
+
+def test_a_frozen_part_that_was_changed_before_the_resume_is_saved_from_then_on(tmp_path: Path) -> None:
+    model = nn.ModuleDict({"head": nn.Linear(5, 3), "base": nn.Linear(5, 3).requires_grad_(False)}).double()
+    optimizer = SGD(model["head"].parameters(), lr=0.1)
+    x, y = vectors(N).tensors
+    for first, resume in ((1, {}), (5, {"resume": True, "step": 4})):
+        with sf.record(
+            model, optimizer, tmp_path, **settings({"total_steps": None, "checkpoints": [4, first + 3]}), **resume
+        ):
+            for _ in range(first, first + 4):
+                optimizer.zero_grad()
+                nn.functional.cross_entropy(model["head"](x), y).backward()
+                optimizer.step()
+        last = {name: value.clone() for name, value in model.state_dict().items()}
+        model["base"].weight.data.neg_()
+    found = sf.Trajectory.load(tmp_path)
+    assert all(torch.equal(value, found.state(1)[name]) for name, value in last.items())
+    assert not torch.equal(found.state(0)["base.weight"], last["base.weight"])
 
 
 def test_step_is_for_resuming_only(tmp_path: Path) -> None:
