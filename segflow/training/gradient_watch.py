@@ -60,6 +60,12 @@ class GradientWatch:
         """Whether backward passes are seen at all; they are not where gradients are made without torch's `backward`."""
         return self._passes > 0
 
+    def replace(self, place: int, parameter: Tensor) -> None:
+        """Another parameter has this place now; its gradient, if it has one, is taken as a backward pass left it."""
+        self.parameters[place], self.factors[place] = parameter, ONE
+        [self._last[place]] = _signatures([parameter])
+        self._reached[place] = self._passes if self._last[place] is not None else 0
+
     def reached(self, places: Sequence[int]) -> list[bool]:
         """Whether a backward pass left parameters with a gradient since they were stepped last."""
         reached, stepped, parameters = self._reached, self._stepped, self.parameters

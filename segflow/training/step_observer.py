@@ -170,8 +170,8 @@ class StepObserver:
             place = known[name]
             self._places[holders[id(parameter)][0]].append(place)
             self._groups[place] = holders[id(parameter)]
-            if place < len(self.watch.parameters):
-                self.watch.parameters[place] = parameter
+            if place < len(self.watch.parameters) and self.watch.parameters[place] is not parameter:
+                self.watch.replace(place, parameter)
         self.watch.follow(new)
         self._codes += [0] * len(new)
         self._factors += [ONE] * len(new)
