@@ -15,35 +15,31 @@ from ..runtime.sharding import local
 class FrozenPart:
     """Parameters that need no place in every checkpoint, for they are frozen and have not changed so far.
 
-    `names`: of these parameters. `entry`: what the recording says of the file that holds them, None without one.
+    `names`: of these parameters. `changed`: those that are frozen, or that no optimizer holds, and that were not what
+    they had been when a checkpoint was saved last. `entry`: what the recording says of the file that holds them, None
+    without one.
     """
 
     def __init__(self, model: nn.Module, held: Collection[str]):
         parameters = dict(model.named_parameters(remove_duplicate=False))
         self.entry: dict[str, Any] | None = None
+        self.changed: set[str] = set()
         self._parameters = parameters
-        self._unheld = {name for name in parameters if name not in held}
-        self.names = {name for name, parameter in parameters.items() if not parameter.requires_grad} & _stored(model)
-        self._begin = _sketches({name: parameters[name] for name in self._unheld | self.names})
+        frozen = {name for name, parameter in parameters.items() if not parameter.requires_grad}
+        self.names = frozen & set(model.state_dict())
+        self._begin = _sketches({n: p for n, p in parameters.items() if n not in held or n in self.names})
 
     def keep(self, stored: Collection[str]) -> None:
         """Of a recording that goes on: those that it has stored, as far as they are frozen still."""
-        self.names &= set(stored)
+        self.names.intersection_update(stored)
 
     def forget_moved(self, moved: Collection[str]) -> None:
         """Take out what has moved, is to be trained now, or changed otherwise, on any rank."""
-        changed = {name for of_rank in current().gather(sorted(self.changed())) for name in of_rank}
-        thawed = {name for name in self.names if self._parameters[name].requires_grad}
-        self.names -= set(moved) | thawed | changed
-
-    def changed(self) -> set[str]:
-        """Those that no optimizer holds, or that are frozen, and that are not what they were at the beginning."""
         now = _sketches({name: self._parameters[name] for name in self._begin})
-        return {name for name, sketch in self._begin.items() if now[name] != sketch}
-
-
-def _stored(model: nn.Module) -> set[str]:
-    return set(model.state_dict())
+        here = [name for name, sketch in self._begin.items() if now[name] != sketch]
+        self.changed = {name for of_rank in current().gather(here) for name in of_rank}
+        thawed = {name for name in self.names if self._parameters[name].requires_grad}
+        self.names -= set(moved) | thawed | self.changed
 
 
 def _sketches(parameters: Mapping[str, Tensor]) -> dict[str, list[float]]:

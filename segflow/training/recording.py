@@ -105,8 +105,8 @@ class Recording:
 
     def begin(self, begun: Begun) -> None:
         """Go on from what was recorded before, nothing for a new recording; called once the folder is claimed."""
-        self._begun, self._saved, self.schedule.interval = begun, {}, begun.interval
-        self._saved |= {entry["step"]: entry for entry in begun.saved}
+        self._begun, self.schedule.interval = begun, begun.interval
+        self._saved = {entry["step"]: entry for entry in begun.saved}
         if self._main and begun.saved and self.options.sampler is not None:
             last = self.folder.path / begun.saved[-1]["file"]
             self._drawn_before = read_tensors(last, begun.saved[-1]["sha256"], TrajectoryError)[COUNTS]
@@ -291,7 +291,7 @@ class Recording:
 
     def _reasons(self) -> dict[str, str]:
         """Why each parameter that did not move is not attributed."""
-        moved, held, changed = self._moved(), set(self.observer.names), self.frozen.changed()
+        moved, held, changed = self._moved(), set(self.observer.names), self.frozen.changed
         reasons = {}
         for name, _ in self.model.named_parameters(remove_duplicate=False):
             if name not in moved:

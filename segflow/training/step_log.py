@@ -118,7 +118,7 @@ class StepLog:
         return [by_key[state] for state in states]
 
     def _changed(self, values: dict[str, Any]) -> dict[str, Any]:
-        changed = {key: value for key, value in values.items() if self._written.get(key) != value}
+        changed = {k: value for k, value in values.items() if k not in self._written or self._written[k] != value}
         self._written |= changed
         return changed
 
@@ -132,9 +132,7 @@ class StepLog:
             values = [factor.value() for factor in factors]
             alike = len(set(values)) == 1
             self._factor = values[0] if alike else None
-            told = values[0] if alike else values
-            if self._written.get("clip_factors", values) != told or "clip_factors" not in self._written:
-                row["clip_factors"] = self._written["clip_factors"] = told
+            row |= self._changed({"clip_factors": values[0] if alike else values})
             self._put(json.dumps(row))
 
     def _put(self, line: str) -> None:
