@@ -24,7 +24,8 @@ from torch import Tensor
 
 from segflow.curvature.kronecker import Eigenbasis, eigenvectors, mean_over
 from segflow.curvature.passes import corrected_eigenvalues, covariances
-from segflow.data.batches import batches, in_order
+from segflow.data.batches import in_order
+from segflow.data.reading import Reader, batches
 from segflow.groups.groups import Groups
 from segflow.model.capture import observing
 from segflow.model.layers.registry import choose_layers
@@ -56,7 +57,7 @@ class Ours:
         self.layers = choose_layers(self.model).tracked
         with observing(self.model):
             self.sample, self.plain, self.measurement = (
-                make_loss_view(self.model, Classification(), kind, self.layers, data, None)
+                make_loss_view(self.model, Classification(), kind, self.layers, Reader(data))
                 for kind, data in (("sample", self.train), ("train", self.train), ("measurement", self.query))
             )
         self.sums = self.covariance()

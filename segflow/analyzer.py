@@ -63,7 +63,7 @@ class Analyzer:
         store: the folder for factors and scores; methods may share one, one run at a time (a lock sees to it). Its
             `events.jsonl` logs what was done.
         method: what to compute, by default Source(); see segflow.methods.
-        seed: of the pseudo-labels.
+        seed: of the pseudo-labels, and of what reading the data draws at random.
         memory: bytes that queries, groups and per-example gradients may take together in one process, besides the
             model's own activations; what needs more is taken in tiles (of at least one query and one group), each of
             which walks the training data once more. Several processes hold as many tiles of queries at a time.
@@ -71,6 +71,10 @@ class Analyzer:
         progress: show bars: True always, False never, None on a terminal only.
         curvature_examples: fit curvature to so many training examples of a stage, drawn at random, so that its cost
             does not grow with the data; None takes all. Groups are always scored with all of their examples.
+        num_workers: processes that read data, as of a DataLoader; 0 reads in this one.
+        views: how many views of each training example are averaged, where reading draws at random (augmentation, masked
+            tokens): view v of example i depends on (seed, v, i) only. Passes over training data take so many times
+            longer. Queries are read in one view.
 
     Raises:
         TaskError, LayerError, TrajectoryError, MethodError: something does not fit together.
@@ -89,6 +93,8 @@ class Analyzer:
         collate_fn: Collate | Mapping[str, Collate] | None = None,
         progress: bool | None = None,
         curvature_examples: int | None = None,
+        num_workers: int = 0,
+        views: int = 1,
     ):
         runs = [trajectory] if isinstance(trajectory, Trajectory) else list(trajectory)
         check_arguments(runs, method)
@@ -96,7 +102,9 @@ class Analyzer:
         describe(self.method)  # refuses now what is no dataclass of plain options
         ranks = current()
         shared = SharedStore(Store(store), ranks, Journal(Path(store) / "events.jsonl", ranks, progress))
-        settings = Settings(unwrap(model), shared, seed, memory, collate_fn, progress, curvature_examples)
+        settings = Settings(
+            unwrap(model), shared, seed, memory, collate_fn, progress, curvature_examples, num_workers, views
+        )
         self.runs = [
             open_stages(settings, task, run, f"runs/{number}/" if len(runs) > 1 else "")
             for number, run in enumerate(runs, start=1)
@@ -334,7 +342,10 @@ class Analyzer:
             settings = [context.agreement() for contexts in self.runs for context in contexts]
             context.ranks.agree("the model, task and settings", [settings, facts])
             stack.enter_context(observing(context.model))
+            readers = context.settings.readers
+            readers.begin(digesting=store)
             yield
+            readers.confirm(context.ranks, context.settings.progress)
 
     def _plan(self, contexts: Sequence[StageContext], place: int, cuts: Cuts | None) -> Plan:
         """The method's plan for one stage's data."""

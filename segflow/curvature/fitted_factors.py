@@ -261,7 +261,8 @@ class FittedFactors:
         context = self.contexts[operator.stage]
         context.load(operator.point)
         weights_N = context.example_weights(operator.point)
-        return lissa(view, self.trains[operator.stage], context.collate_fn, operator, values, weights_N)
+        reader = context.train_reader(self.trains[operator.stage])
+        return lissa(view, reader, context.settings.views, operator, values, weights_N)
 
     def _projected_inverse(self, operator: ProjectedInverse, view: LossView, values: Gradients) -> Gradients:
         """R (R^T F R + damping)^-1 R^T of each query, R being the projection and F the second moment."""

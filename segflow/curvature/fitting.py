@@ -133,7 +133,7 @@ class FactorFitter:
 
     def _add(self, kind: str, name: str, made_from: Mapping[str, Any], make: Any, inputs: Sequence[str] = ()) -> str:
         """Add a recipe; returns its unit's name."""
-        examples = 0 if kind in _WITHOUT_PASS else sum(map(len, self._lists(1)))
+        examples = 0 if kind in _WITHOUT_PASS else self.context.settings.views * sum(map(len, self._lists(1)))
         self._recipes.setdefault(name, UnitRecipe(kind, name, dict(made_from), tuple(inputs), examples, make))
         return name
 
@@ -197,16 +197,17 @@ class FactorFitter:
                 f"{self.context.where(point)}: all of the {len(self.drawn)} examples that curvature is fitted to have "
                 "an example weight of 0, expected some that training drew there. Raise curvature_examples=."
             )
-        return self._walked(point, view, kind, self._lists(summed), weights_N)
+        return self._walked(point, view, kind, self._lists(summed), weights_N, self.context.settings.views)
 
     def _walked(
-        self, point: Point, view: LossView, kind: str, lists: Sequence[Indices], weights_N: Tensor | None
+        self, point: Point, view: LossView, kind: str, lists: Sequence[Indices], weights_N: Tensor | None, views: int
     ) -> tuple[LossView, Iterator[Batch], str]:
         """The view and the data, in this rank's lists of indices, for one pass at a point, and the point's name."""
         self.context.load(point)
         steps = self.context.run.stages[point.stage].steps
         view, where = replace(view, place=steps[point.weights[-1][0]]), self.context.where(point)
-        return view, self.context.walk(view, self.train, lists, f"{kind}, {where}", weights_N=weights_N), where
+        reader, label = self.context.train_reader(self.train), f"{kind}, {where}"
+        return view, self.context.walk(view, reader, lists, label, views, weights_N), where
 
     def _weights(self, point: Point, examples: Indices) -> Tensor | None:
         """Example weights [N] at a point, with a mean of 1 over some examples (or all 0 there); None: all alike."""
@@ -253,7 +254,7 @@ class FactorFitter:
         statistics: Tensors = {}
         for kind, loss_view in (("gradients", self.view), ("curvature", self.sample)):
             here, weights_N = self.context.ranks.share(lists), self._weights(point, chosen)
-            view, data, where = self._walked(point, loss_view, "statistics", here, weights_N)
+            view, data, where = self._walked(point, loss_view, "statistics", here, weights_N, views=1)
             rows = sketches(view, data, _SKETCH, self.context.ranks, where)
             statistics |= {f"{name}.{kind}": value for name, value in rows.items()}
         return statistics

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..data.batches import Batch, Collate, batches
+from ..data.batches import Batch
+from ..data.reading import Reader, Request
 from ..errors import MethodError
 from ..methods.plan import IterativeInverse
 from ..model.capture import requiring_grad
@@ -57,8 +57,8 @@ def hessian_products(view: LossView, batch: Batch, values: Mapping[str, Tensor])
 
 def lissa(
     view: LossView,
-    train: Any,
-    collate_fn: Collate | None,
+    train: Reader,
+    views: int,
     operator: IterativeInverse,
     values: Gradients,
     weights_N: Tensor | None = None,
@@ -66,15 +66,15 @@ def lissa(
     """(H + damping)^-1 of each query q, layer by layer [Q, P, O, I].
 
     By the iteration v <- q + v - (H_batch + damping) v / scale, averaged over repetitions. Call it inside
-    `observing(model)`, at the operator's point. weights_N: of the training examples, which are drawn in proportion to
-    them; None: all alike. Raises MethodError where it diverges, and for sharded models.
+    `observing(model)`, at the operator's point. train: reads the training data, of which each example has so many
+    views. weights_N: of the training examples, which are drawn in proportion to them; None: all alike. Raises MethodError where it diverges, and for sharded models.
     """
     if is_sharded(view.model):
         raise MethodError("LiSSA differentiates twice, which a sharded model does not allow. Use InfluenceFunction.")
     if not len(next(iter(values.values()))):
         return values
     draws = np.random.default_rng(operator.seed)
-    draw = partial(_drawn, view, train, collate_fn, operator.sample_size, weights_N)
+    draw = partial(_drawn, view, train, views, operator.sample_size, weights_N)
     scale = operator.scale or _MARGIN * _largest_eigenvalue(view, draw, operator)
     mean = {name: torch.zeros_like(value) for name, value in values.items()}
     for _ in range(operator.repetitions):
@@ -117,8 +117,8 @@ def _largest_eigenvalue(view: LossView, draw: _Draw, operator: IterativeInverse)
 
 def _drawn(
     view: LossView,
-    train: Any,
-    collate_fn: Collate | None,
+    train: Reader,
+    views: int,
     sample_size: int,
     weights_N: Tensor | None,
     draws: np.random.Generator,
@@ -126,14 +126,15 @@ def _drawn(
 ) -> Iterator[Batch]:
     """`count` batches of examples, each drawn without replacement from all of the training data.
 
-    Where examples have weights, each comes as often as its weight says.
+    Where examples have weights, each comes as often as its weight says. Views take turns from batch to batch.
     """
     size = min(sample_size, len(train))
     if weights_N is None:
         lists = [np.sort(draws.choice(len(train), size, replace=False)) for _ in range(count)]
     else:
         lists = [in_proportion(weights_N.numpy(), size, draws) for _ in range(count)]
-    return batches(train, lists, collate_fn, view.device)
+    requests = [Request(indices.tolist(), place % views) for place, indices in enumerate(lists)]
+    return train.read(requests, view.device)
 
 
 def in_proportion(weights_N: np.ndarray, size: int, draws: np.random.Generator) -> np.ndarray:

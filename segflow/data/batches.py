@@ -1,4 +1,4 @@
-"""Map-style datasets as batches of chosen examples, and lists of the examples to choose."""
+"""Batches of a map-style dataset, and lists of the examples to choose for them."""
 
 from __future__ import annotations
 
@@ -7,11 +7,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+from torch.utils.data import IterableDataset
 
 from ..arguments import shown, whole_number
 from ..errors import SegflowError, TaskError
-from ..runtime.sharding import to_device
 
 Collate = Callable[[list[Any]], Any]
 Indices = Sequence[int] | np.ndarray
@@ -45,32 +44,10 @@ class Batch(NamedTuple):
         return f"example {first}" if self.size == 1 else f"the batch of {self.size} examples from {first} to {last}"
 
 
-def batches(
-    dataset: Any, index_lists: Sequence[Indices], collate_fn: Collate | None, device: torch.device, idle: int = 0
-) -> Iterator[Batch]:
-    """Yield a collated batch on `device` for each list of example indices, in that order; then `idle` idle batches."""
-    lists = [np.asarray(indices).tolist() for indices in index_lists] + [[0]] * idle
-    contents = _contents(dataset, lists, collate_fn)
-    for number, (indices, content) in enumerate(zip(lists, contents, strict=True)):
-        yield Batch(indices, to_device(content, device), number >= len(index_lists))
-
-
 def weighted(data: Iterable[Batch], weights_N: torch.Tensor) -> Iterator[Batch]:
     """The batches with their examples' weights, out of those of all examples of the dataset."""
     for batch in data:
         yield batch._replace(weights=weights_N[batch.examples])
-
-
-def _contents(dataset: Any, lists: list[list[int]], collate_fn: Collate | None) -> Iterable[Any]:
-    """What the collate function makes of each list of examples; a plain TensorDataset is indexed as a whole."""
-    if type(dataset) is TensorDataset and collate_fn is None:
-        return ([tensor[indices] for tensor in dataset.tensors] for indices in lists)
-    return DataLoader(
-        dataset,
-        batch_sampler=lists,  # type: ignore[arg-type]
-        collate_fn=collate_fn,
-        generator=torch.Generator(),
-    )
 
 
 def in_order(length: int, batch_size: int) -> list[range]:

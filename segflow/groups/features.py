@@ -65,8 +65,11 @@ def example_features(
     finite = FiniteCheck(where)
     with _extracting(context, train, kind, layer, finite) as (view, extractor):
         lists = in_order(len(train), batch_size)
-        data = context.walk(view, train, ranks.share(lists), where)
-        parts = _collected(data, extractor.features_of, ranks, -(-len(lists) // ranks.count))
+        views = context.settings.views
+        data = context.walk(view, context.train_reader(train), ranks.share(lists), where, views)
+        parts = _collected(
+            zip(*[data] * views, strict=True), extractor.features_of, ranks, -(-len(lists) // ranks.count)
+        )
         checked = _finished(parts, finite, () if kind == "input" else view.layers, ranks)
         shape = (len(train), extractor.width)
         if path is None:
@@ -102,7 +105,7 @@ def _extracting(
         yield view, make[kind](view, finite)
         return
     with _watching(context.model) as given:
-        [first] = context.walk(view, train, [[0]], "the first example")
+        [first] = context.train_reader(train).probes([[0]], view.device)
         width = _inputs(view, first, given, finite).shape[1]
         yield view, _Extractor(width, lambda batch: _inputs(view, batch, given, finite))
 
@@ -190,14 +193,20 @@ def _inputs(view: LossView, batch: Batch, given: list[Tensor | None], finite: Fi
 
 
 def _collected(
-    data: Iterator[Batch], features_of: Callable[[Batch], Tensor], ranks: Ranks, rounds: int
+    data: Iterable[tuple[Batch, ...]], features_of: Callable[[Batch], Tensor], ranks: Ranks, rounds: int
 ) -> Iterator[list[Tensor | None]]:
-    """Every rank's next batch of features, on rank 0: in the dataset's order, as batches are dealt out in turn."""
-    for batch in chain(data, repeat(None)):
+    """Every rank's next batch of features, on rank 0: in the dataset's order, as batches are dealt out in turn.
+
+    data: the views of each batch, whose features are averaged.
+    """
+    for views in chain(data, repeat(None)):
         if rounds == 0:
             return
-        part_BD = None if batch is None else features_of(batch).to("cpu", torch.float32)
-        yield ranks.collect(None if batch is None or batch.idle else part_BD)
+        part_BD = None
+        if views is not None:
+            mean_BD = torch.stack([features_of(batch).to("cpu", torch.float32) for batch in views]).mean(0)
+            part_BD = None if views[0].idle else mean_BD
+        yield ranks.collect(part_BD)
         rounds -= 1
 
 

@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..data.batches import Batch, Collate, batches
+from ..data.batches import Batch
+from ..data.draws import drawing, seeded
+from ..data.reading import Reader
 from ..errors import LayerError
 from ..runtime.sharding import is_sharded
 from ..tasks.task import summed_loss
 from .capture import Consumer, Layout, called_parameters, capture, example_axes, requiring_grad
 from .finite_check import FiniteCheck
-from .label_draws import drawing
 from .layers.tracked import TrackedLayer
 from .tokens import Tokens
 
@@ -98,10 +99,9 @@ def make_loss_view(
     task: Any,
     kind: str,
     layers: Mapping[str, TrackedLayer],
-    dataset: Any,
-    collate_fn: Collate | None,
+    reader: Reader,
 ) -> LossView:
-    """A view of the model, whose layout is found with the dataset's first example; call it inside `observing(model)`.
+    """A view of the model, whose layout is found with a dataset's first example; call it inside `observing(model)`.
 
     Raises LayerError where a layer is not reached by the loss, its input has no axis of examples, or its weight is
     used outside its calls as well. A measurement may leave layers out: their share of its gradient is zero.
@@ -109,7 +109,7 @@ def make_loss_view(
     device = _reference(layers).device
 
     def run(copies: int) -> None:
-        [batch] = batches(dataset, [[0] * copies], collate_fn, device)
+        [batch] = reader.probes([[0] * copies], device)
         summed_loss(task, batch.content, model, kind=kind)
 
     layout = example_axes(layers, run)
@@ -121,7 +121,7 @@ def make_loss_view(
         )
     view = LossView(model, task, kind, layers, layout)
     if kind != "sample":  # pseudo-labels may differ between two evaluations
-        [batch] = batches(dataset, [[0, 0]], collate_fn, device)
+        [batch] = reader.probes([[0, 0]], device)
         _require_whole_gradients(view, batch)
     return view
 
@@ -143,8 +143,8 @@ def _require_whole_gradients(view: LossView, batch: Batch) -> None:
         from_tokens[layer.name] = torch.einsum("pbso,pbsi->poi", tokens.g_PBSO, tokens.a_PBSI)
         scales[layer.name] = _magnitude(tokens).sqrt().item()
 
-    torch.manual_seed(0)
-    view.capture(batch, consume, FiniteCheck(""))
+    with seeded(0):
+        view.capture(batch, consume, FiniteCheck(""))
     exact = _autograd_gradients(view, batch)
     relative, rounding = view.tolerance, 0.01 * view.tolerance
     for name, gradient in exact.items():
@@ -160,12 +160,12 @@ def _require_whole_gradients(view: LossView, batch: Batch) -> None:
 
 def _autograd_gradients(view: LossView, batch: Batch) -> dict[str, Tensor]:
     """The gradient [P, O, I] of a batch's loss in each layer, by autograd; inside `observing(model)`."""
-    torch.manual_seed(0)
     by_layer = {} if is_sharded(view.model) else {name: layer.parameters for name, layer in view.layers.items()}
     with ExitStack() as stack:
         stack.enter_context(requiring_grad(_flat(by_layer)))
         by_layer = by_layer or stack.enter_context(called_parameters(view.layers))
         stack.enter_context(torch.enable_grad())
+        stack.enter_context(seeded(0))
         loss = view.loss(batch)
         slopes = torch.autograd.grad(loss, _flat(by_layer), allow_unused=True, materialize_grads=True)
     gradients = iter(gradient.to(view.dtype) for gradient in slopes)

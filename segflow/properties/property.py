@@ -17,8 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..data.batches import Batch, Collate, batches, dataset_length, in_order
+from ..data.batches import Batch, Collate, dataset_length, in_order
 from ..data.fingerprints import code_digest, digest, plain_options
+from ..data.reading import batches
 from ..errors import TaskError
 from ..tasks.ready_made import inputs_and_targets, outputs_of
 

@@ -113,14 +113,17 @@ def _by_group(side_PBSD: Tensor, sizes: Sequence[int]) -> Tensor:
     return rearrange(side_PBSD, "p (k n) s d -> (k p) (n s) d", k=K)
 
 
-def tile_scores(view: AnyView, data: Iterable[Batch], tile: Tile, gradients: GroupGradients, where: str) -> Tensor:
+def tile_scores(
+    view: AnyView, data: Iterable[Batch], tile: Tile, gradients: GroupGradients, where: str, views: int = 1
+) -> Tensor:
     """Scores [L, Q, K] of one tile's pieces: <query, summed training gradients>, for each layer in order.
 
     data: the tile's batches, then idle ones; where they have weights, gradients are multiplied by their examples'.
-    gradients: collects the tile's; where: names the point in errors.
+    gradients: collects the tile's; where: names the point in errors; views: how many batches there are of each of the
+    tile's in a row, over whose views of the examples gradients are averaged.
     """
     finite = FiniteCheck(f"training gradients, {where}")
-    group_batches = iter(tile.batches)
+    group_batches = (batch for batch in tile.batches for _ in range(views))
     for batch in data:
         group_batch = None if batch.idle else next(group_batches)
 
@@ -131,4 +134,4 @@ def tile_scores(view: AnyView, data: Iterable[Batch], tile: Tile, gradients: Gro
 
         view.capture(batch, consume, finite)
     finite.drain()
-    return gradients.scores()
+    return gradients.scores() / (1 if gradients.normalized else views)  # a norm is divided out with the views

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import cache, lru_cache, partial
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -29,7 +29,7 @@ from ..model.representation_view import representation_view
 from ..stage.context import StageContext
 from ..stage.unit_identity import checkpoint_digest
 from ..store.files import Tensors
-from ..store.shared_store import UnitRecipe
+from ..store.shared_store import UnitRecipe, called
 from ..training.segments import for_group
 from .group_gradients import AnyView, GroupGradients, tile_scores
 from .meeting import MetQueries, Traffic, met_queries, outer_layers
@@ -67,10 +67,13 @@ class ScoringRequest:
 
 
 class QueryBlocks(NamedTuple):
-    """The blocks of queries of one round: how many queries each holds, and what identifies them."""
+    """The blocks of queries of one round: how many queries each holds, and a function that says what identifies them.
+
+    The function is called once their gradients have been taken, so that the data need not be read for it.
+    """
 
     sizes: tuple[int, ...]
-    identities: list[dict[str, Any]]
+    identities: Callable[[], list[dict[str, Any]]]
 
 
 def score_parts(request: ScoringRequest) -> Tensor:
@@ -103,7 +106,7 @@ class _PlanWalk:
                 "layers, whose parts do not belong together. Leave it out."
             )
         self.view = self.fitted.loss_view(request.stage)
-        self.scored_from = groups_identity(self.fitted, request.stage, members, request.per_layer)
+        self.scored_from = called(groups_identity(self.fitted, request.stage, members, request.per_layer))
         self.gradient_bytes = context.parameters * self.view.dtype.itemsize
         size = max(1, min(len(self.groups), context.memory // _GROUP_SHARE // self.gradient_bytes))
         size = size - size % batch_size if size > batch_size else size
@@ -112,7 +115,8 @@ class _PlanWalk:
             for whole in {term.normalized for term in self.plan}
         }
         on_this_rank = next(iter(self.tiles.values()))[context.ranks.index]
-        self.examples = sum(len(batch.examples) for tile in on_this_rank for batch in tile.batches)
+        walked = sum(len(batch.examples) for tile in on_this_rank for batch in tile.batches)
+        self.examples = context.settings.views * walked
 
     def room(self, query_bytes: int) -> int:
         """How many queries of so many bytes may be held at a time."""
@@ -131,7 +135,11 @@ class _PlanWalk:
         ranks, queries = self.context.ranks, self.request.queries
         rows = blocks if len(blocks) > 1 else _split(blocks[0], ranks.count)
         here = rows[ranks.index] if ranks.index < len(rows) else range(0)
-        identities = [queries.identity(block, self.fitted.contexts[-1]) for block in blocks]
+
+        @cache
+        def identities() -> list[dict[str, Any]]:
+            return [queries.identity(block, self.fitted.contexts[-1]) for block in blocks]
+
         query_blocks = QueryBlocks(tuple(map(len, blocks)), identities)
         every = range(blocks[0].start, blocks[-1].stop)
         share = QueryShare(queries, every, here, self.view.layers, self.request.batch_size)
@@ -206,7 +214,7 @@ class _PlanWalk:
         at_point = made_from | {"checkpoint": checkpoint_digest(context, point)}
         recipes = []
         for block, size in enumerate(query_blocks.sizes):
-            made_from = at_point | {"queries": query_blocks.identities[block], "sketch": sketches[block]}
+            made_from = at_point | {"queries": query_blocks.identities()[block], "sketch": sketches[block]}
             make = partial(_rows, compute, starts[block], size)
             name = score_unit(context, made_from, point)
             recipes.append(UnitRecipe("groups", name, made_from, inputs, self.examples, make))
@@ -220,15 +228,16 @@ class _PlanWalk:
         context, ranks, where = self.context, self.context.ranks, self.context.where(point)
         context.load(point)
         view, weights_N = self._seen(term, point)
-        normalized, train = term.normalized and term.side == "gradient", self.fitted.trains[self.request.stage]
+        normalized, views = term.normalized and term.side == "gradient", context.settings.views
+        train = context.train_reader(self.fitted.trains[self.request.stage])
         tiles_of_ranks, scores = self.tiles[term.normalized], None
         for number in range(max(map(len, tiles_of_ranks))):
             tile_of_rank = [of_rank[number] if number < len(of_rank) else _NO_TILE for of_rank in tiles_of_ranks]
             tile = tile_of_rank[ranks.index]
             lists = [batch.examples for batch in tile.batches]
-            data = context.walk(self.view, train, lists, f"groups, {where}", weights_N=weights_N)
+            data = context.walk(self.view, train, lists, f"groups, {where}", views, weights_N)
             gradients = GroupGradients(met, len(tile.groups), context.memory // _PASSING_SHARE, normalized)
-            of_tile_LQK = tile_scores(view, data, tile, gradients, where)
+            of_tile_LQK = tile_scores(view, data, tile, gradients, where, views)
             of_tile_LQK = of_tile_LQK if self.request.per_layer else _summed(of_tile_LQK, weights_L)
             if scores is None and ranks.main:
                 scores = of_tile_LQK.new_zeros(*of_tile_LQK.shape[:2], len(self.groups))

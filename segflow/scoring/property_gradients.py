@@ -18,7 +18,7 @@ from torch.utils.data import Dataset, default_collate
 
 from ..curvature.kronecker import Gradients
 from ..data.batches import in_order
-from ..data.fingerprints import dataset_fingerprint
+from ..data.reading import Reader
 from ..errors import TaskError
 from ..model.finite_check import FiniteCheck
 from ..model.layers.tracked import TrackedLayer
@@ -57,14 +57,13 @@ class _Streamed:
 
 
 def property_identity(prop: Property, context: StageContext) -> dict[str, Any]:
-    """What identifies a property and its data; TaskError where reading the data is random."""
-    data = dataset_fingerprint(prop.data, "property's", context.ranks, context.settings.progress)
-    if data["examples"] == "random" and prop.needs_outputs:
-        raise TaskError(
-            f"{prop.name}: reading its data twice gives different examples (augmentation?), but a property is "
-            "differentiated in two passes that must see the same. Give data that is read alike each time."
-        )
+    """What identifies a property and its data."""
+    data = _reader(context, prop).fingerprint(context.ranks, context.settings.progress)
     return prop.fingerprint() | {"data": data}
+
+
+def _reader(context: StageContext, prop: Property) -> Reader:
+    return context.reader(prop.data, "property's", prop.collate_fn)
 
 
 def property_gradient(
@@ -76,12 +75,13 @@ def property_gradient(
     backward. Raises TaskError where the property cannot be differentiated.
     """
     collate = prop.collate_fn or context.collate_fn or default_collate
-    data = _Indexed(prop.data)
 
     def collate_indexed(items: list[tuple[int, Any]]) -> tuple[Tensor, Any]:
         return torch.tensor([index for index, _ in items]), collate([example for _, example in items])
 
-    view = make_loss_view(context.model, _Streamed(prop), "measurement", layers, data, collate_indexed)
+    settings = context.settings
+    data = Reader(_Indexed(prop.data), collate_indexed, seed=settings.seed, workers=settings.num_workers)
+    view = make_loss_view(context.model, _Streamed(prop), "measurement", layers, data)
     batch_rows = in_order(len(prop.data), batch_size)
     if prop.needs_outputs:
         view = replace(view, task=_Streamed(prop, _slopes(context, view, prop, batch_rows)))
@@ -93,7 +93,7 @@ def property_gradient(
         totals[layer.name].baddbmm_(g.mT, a)
 
     here = context.ranks.share(batch_rows)
-    for batch in context.walk(view, data, here, f"{prop.name}, {where}", collate_indexed):
+    for batch in context.walk(view, data, here, f"{prop.name}, {where}"):
         view.capture(batch, consume, finite)
     finite.finish(view.layout.axes, context.ranks, every=False)
     context.ranks.sum_(list(totals.values()))
@@ -106,7 +106,7 @@ def _slopes(context: StageContext, view: LossView, prop: Property, batch_rows: S
     targets: list[Tensor] = []
     here = context.ranks.share(batch_rows)
     with torch.no_grad():
-        for batch in context.walk(view, prop.data, here, f"{prop.name}'s outputs", prop.collate_fn):
+        for batch in context.walk(view, _reader(context, prop), here, f"{prop.name}'s outputs"):
             outputs_B, targets_B = prop.outputs_and_targets(batch, context.model)
             if not batch.idle:
                 outputs.append(outputs_B)

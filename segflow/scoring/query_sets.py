@@ -12,11 +12,9 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.utils.data import Subset
 
 from ..curvature.kronecker import Eigenbasis
 from ..data.batches import dataset_length, in_order
-from ..data.fingerprints import dataset_fingerprint
 from ..errors import MethodError, TaskError
 from ..model.layers.tracked import TrackedLayer
 from ..model.representation_view import representation_view
@@ -110,14 +108,14 @@ class ExampleQueries(QuerySet):
 
     def identity(self, rows: range, context: StageContext) -> dict[str, Any]:
         """The digest of the examples."""
-        return dataset_fingerprint(Subset(self.dataset, rows), "query", context.ranks, context.settings.progress)
+        return context.reader(self.dataset, "query").fingerprint(context.ranks, context.settings.progress, rows)
 
     def gradients(
         self, share: QueryShare, context: StageContext, bases: Mapping[str, Eigenbasis], where: str
     ) -> Stacks:
         """The measurement's gradients, batch by batch."""
         view = context.loss_view("measurement", self.dataset, share.layers)
-        data = context.walk(view, self.dataset, _batched(share), f"queries, {where}")
+        data = context.walk(view, context.reader(self.dataset, "query"), _batched(share), f"queries, {where}")
         return query_gradients(view, data, bases, context.ranks, where)
 
     def representations(
@@ -125,7 +123,7 @@ class ExampleQueries(QuerySet):
     ) -> Stacks:
         """The layer's inputs, averaged over positions."""
         view = context.loss_view("measurement", self.dataset, share.layers)
-        data = context.walk(view, self.dataset, _batched(share), f"queries, {where}")
+        data = context.walk(view, context.reader(self.dataset, "query"), _batched(share), f"queries, {where}")
         return query_gradients(representation_view(view, layer, normalized), data, {}, context.ranks, where)
 
     def check(

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..arguments import settle, truth, whole_number
-from ..data.batches import Batch, Collate, Indices, batches, dataset_length, weighted
+from ..data.batches import Batch, Collate, Indices, dataset_length, weighted
 from ..data.fingerprints import digest, task_fingerprint
+from ..data.reading import TRAINING, Reader, Readers
 from ..errors import SegflowError, TaskError, TrajectoryError
 from ..methods.plan import Point
 from ..model.layers.registry import LayerChoice
@@ -30,7 +31,8 @@ class Settings:
     """What all stages of all runs of an analyzer share; see Analyzer for the fields.
 
     collate_fn: one for all stages, or one for each stage's name. curvature_examples: how many examples, drawn at
-    random, curvature is fitted to; None for all. SegflowError, by an option's name, where one makes no sense.
+    random, curvature is fitted to; None for all. num_workers: processes that read data; views: of each training
+    example. readers: of all data. SegflowError, by an option's name, where one makes no sense.
     """
 
     model: nn.Module
@@ -40,6 +42,9 @@ class Settings:
     collate_fn: Collate | Mapping[str, Collate] | None
     progress: bool | None
     curvature_examples: int | None = None
+    num_workers: int = 0
+    views: int = 1
+    readers: Readers = field(init=False)
 
     def __post_init__(self) -> None:
         settle(self, seed=whole_number("seed", self.seed, SegflowError, most=_LARGEST_SEED))
@@ -51,6 +56,11 @@ class Settings:
             advice = "It counts examples; None takes all."
             count = whole_number("curvature_examples", self.curvature_examples, SegflowError, 1, advice=advice)
             settle(self, curvature_examples=count)
+        advice = "It counts processes that read data; 0 reads in this one."
+        settle(self, num_workers=whole_number("num_workers", self.num_workers, SegflowError, advice=advice))
+        advice = "It counts views of each training example; 1 where reading draws nothing at random."
+        settle(self, views=whole_number("views", self.views, SegflowError, 1, advice=advice))
+        settle(self, readers=Readers(self.seed, self.num_workers))
 
 
 @dataclass(frozen=True)
@@ -149,27 +159,36 @@ class StageContext:
 
     def loss_view(self, kind: str, dataset: Any, layers: Mapping[str, TrackedLayer] | None = None) -> LossView:
         """The model seen through a loss of the task on a dataset; kind: see `summed_loss`; layers: None for all."""
-        return make_loss_view(self.model, self.task, kind, layers or self.layers.tracked, dataset, self.collate_fn)
+        return make_loss_view(self.model, self.task, kind, layers or self.layers.tracked, self.reader(dataset))
+
+    def reader(self, dataset: Any, role: str = "given", collate_fn: Collate | None = None) -> Reader:
+        """The reader of a dataset; role: names it in errors; collate_fn: instead of the stage's."""
+        return self.settings.readers.of(dataset, collate_fn or self.collate_fn, role)
+
+    def train_reader(self, train: Any) -> Reader:
+        """The reader of the stage's training data."""
+        return self.reader(train, TRAINING)
 
     def walk(
         self,
         view: LossView,
-        dataset: Any,
+        reader: Reader,
         lists: Sequence[Indices],
         label: str,
-        collate_fn: Collate | None = None,
+        views: int = 1,
         weights_N: Tensor | None = None,
     ) -> Iterator[Batch]:
         """One batch for each of this rank's lists of example indices, with a progress bar of this label.
 
-        Where the model is sharded, ranks with fewer batches than another run idle ones at the end. collate_fn: instead
-        of the stage's. weights_N: how much each example of the dataset counts; None: all alike.
+        Where the model is sharded, ranks with fewer batches than another run idle ones at the end. views: how many
+        batches there are of each list, in a row, each of another view of its examples. weights_N: how much each example
+        of the dataset counts; None: all alike.
         """
-        idle = max(self.ranks.gather(len(lists))) - len(lists) if self.sharded else 0
-        data = batches(dataset, lists, collate_fn or self.collate_fn, view.device, idle)
+        idle = views * (max(self.ranks.gather(len(lists))) - len(lists)) if self.sharded else 0
+        data = reader.batches(lists, view.device, idle, views)
         if weights_N is not None:
             data = weighted(data, weights_N.to(view.dtype).to(view.device))
-        examples = sum(map(len, lists))
+        examples = views * sum(map(len, lists))
         return self.store.journal.walk(data, label, examples, lambda b: 0 if b.idle else b.size)
 
     def agreement(self) -> dict[str, Any]:

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 
-from ..data.batches import batches, evenly_spaced
-from ..data.fingerprints import dataset_fingerprint, digest, task_fingerprint
+from ..data.batches import evenly_spaced
+from ..data.fingerprints import digest, task_fingerprint
 from ..methods.plan import Point
 from ..model.loss_view import LossView
 from .context import StageContext
@@ -26,19 +27,21 @@ _PROBES = 16  # training examples whose losses tell one task from another
 def training_identity(context: StageContext, train: Any, view: LossView) -> dict[str, Any]:
     """What binds every unit of a stage: model, training dataset and task.
 
+    The dataset's digest is a function, which the store calls when it compares or writes: a pass may read the data first.
     The training losses of some examples at the last checkpoint are among it, because they change with whatever the
     loss depends on: the task's tensors and helpers, the collate function.
     """
-    settings = context.settings
-    dataset = dataset_fingerprint(train, "training", context.ranks, settings.progress)
-    random = dataset["examples"] == "random"
+    settings, reader = context.settings, context.train_reader(train)
+    reader.check_steady(context.ranks)
     fewer = settings.curvature_examples is not None and settings.curvature_examples < len(train)
-    examples = {"curvature examples": settings.curvature_examples} if fewer else {}
+    examples: dict[str, Any] = {"curvature examples": settings.curvature_examples} if fewer else {}
+    if settings.views > 1:
+        examples["views"] = settings.views
     return examples | {
         "model": context.shapes,
-        "dataset": dataset,
+        "dataset": partial(reader.fingerprint, context.ranks, settings.progress),
         "task": task_fingerprint(context.task),
-        "training losses": "random" if random else steady_losses(context, train, replace(view, kind="train")),
+        "training losses": steady_losses(context, train, replace(view, kind="train")),
         "seed": settings.seed,
     }
 
@@ -52,7 +55,7 @@ def sampling_identity(context: StageContext, train: Any, sample: LossView, batch
     alone = _probe_losses(context, train, sample)
     probes = evenly_spaced(len(train), _PROBES)
     with torch.enable_grad():
-        [together] = [sample.loss(batch) for batch in batches(train, [probes], context.collate_fn, sample.device)]
+        [together] = [sample.loss(batch) for batch in context.train_reader(train).probes([probes], sample.device)]
     difference = abs(sum(alone) - together.item())
     mixes = difference > max(1e-4, sample.tolerance) * sum(map(abs, alone))
     return dict(zip(SAMPLING_KEYS, (alone, batch_size if mixes else "any"), strict=True))
@@ -70,7 +73,7 @@ def _probe_losses(context: StageContext, train: Any, view: LossView) -> list[flo
     probes = [[index] for index in evenly_spaced(len(train), _PROBES)]
     torch.manual_seed(context.settings.seed)
     with torch.enable_grad():  # parameters are frozen; a task may differentiate by itself
-        losses = [view.loss(batch).detach() for batch in batches(train, probes, context.collate_fn, view.device)]
+        losses = [view.loss(batch).detach() for batch in context.train_reader(train).probes(probes, view.device)]
     return torch.stack(losses).tolist()
 
 

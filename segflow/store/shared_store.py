@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Container, Iterable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,7 +32,8 @@ class StoredUnit:
 class UnitRecipe(NamedTuple):
     """A unit that can be made: its kind and name, what binds it, the units it is made of, and how to make it.
 
-    examples: how many this rank walks to make it. make: runs on every rank; rank 0's result counts.
+    made_from: entries may be functions, which every rank calls when the store compares or writes. examples: how many
+    this rank walks to make it. make: runs on every rank; rank 0's result counts.
     """
 
     kind: str
@@ -56,9 +57,11 @@ class SharedStore:
 
     def held(self, recipes: Iterable[UnitRecipe]) -> set[str]:
         """The names of those units that the store holds; StoreError for one that was made from something else."""
-        names = None
-        if self.ranks.main:
-            names = [recipe.name for recipe in recipes if self.on_rank_0.holds(recipe.name, recipe.made_from)]
+        there = {recipe.name: recipe for recipe in recipes}
+        if not self.ranks.same(any(self.on_rank_0.is_committed(name) for name in there) if self.ranks.main else None):
+            return set()
+        made_from = {name: called(recipe.made_from) for name, recipe in there.items()}
+        names = [name for name in there if self.on_rank_0.holds(name, made_from[name])] if self.ranks.main else None
         return set(self.ranks.same(names))
 
     def open(self, name: str, made_from: MadeFrom, unasked: Collection[str] = ()) -> StoredUnit:
@@ -66,15 +69,16 @@ class SharedStore:
 
         unasked: keys of what it was made from that the reader does not know.
         """
+        made_from = called(made_from)
         return StoredUnit(self.on_rank_0.open(name, made_from, unasked) if self.ranks.main else None, self.ranks)
 
     def make(self, recipe: UnitRecipe) -> None:
         """Make and commit a unit."""
         with self.journal.unit(recipe.kind, recipe.name) as facts:
-            tensors = recipe.make()
+            tensors, made_from = recipe.make(), called(recipe.made_from)
             if self.ranks.main:
                 with shielded():
-                    written = self.on_rank_0.write(recipe.name, tensors, recipe.made_from, recipe.inputs)
+                    written = self.on_rank_0.write(recipe.name, tensors, made_from, recipe.inputs)
                 facts.update(written)
 
     def settle(self, recipes: Sequence[UnitRecipe], held: Container[str]) -> bool:
@@ -86,3 +90,8 @@ class SharedStore:
         for recipe in missing:
             self.make(recipe)
         return bool(missing)
+
+
+def called(made_from: MadeFrom) -> dict[str, Any]:
+    """What a unit is made from, where functions among it have been called."""
+    return {key: value() if callable(value) else value for key, value in made_from.items()}

@@ -102,6 +102,10 @@ class Store:
         """True if a unit that this one was made of is there with other content."""
         return any((now := self.entry(name)) is not None and now.sha256 != sha for name, sha in entry.inputs.items())
 
+    def is_committed(self, name: str) -> bool:
+        """Whether the manifest has the unit, from whatever it was made."""
+        return self.entry_path(name).exists()
+
     def holds(self, name: str, made_from: MadeFrom) -> bool:
         """Whether the unit is in the store; StoreError if it is and was made from something else."""
         entry = self._current(name)

@@ -13,8 +13,9 @@ import torch
 from torch.utils.data import Dataset, IterableDataset, Subset, TensorDataset
 
 import segflow as sf
-from segflow.data.batches import batches, dataset_length, in_order
-from segflow.data.fingerprints import dataset_fingerprint, digest
+from segflow.data.batches import dataset_length, in_order
+from segflow.data.fingerprints import digest
+from segflow.data.reading import Reader, batches
 from segflow.runtime.ranks import Ranks
 
 from ..support.helpers import vectors
@@ -74,14 +75,18 @@ KINDS: dict[str, Callable[[float], Any]] = {
 }
 
 
+def fingerprint(dataset: Any) -> dict[str, Any]:
+    return Reader(dataset, role="training").fingerprint(Ranks())
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_fingerprint_follows_the_examples_content_of_every_kind(kind: str) -> None:
-    def fingerprint(value: float) -> dict[str, Any]:
-        return dataset_fingerprint(Examples([KINDS[kind](v) for v in (0.0, 0.5, value)]), "training", Ranks())
+    def of_kind(value: float) -> dict[str, Any]:
+        return fingerprint(Examples([KINDS[kind](v) for v in (0.0, 0.5, value)]))
 
-    assert fingerprint(1.0) == fingerprint(1.0)
-    assert fingerprint(1.0)["length"] == 3 and fingerprint(1.0)["examples"] != "random"
-    assert fingerprint(1.0) != fingerprint(2.0)
+    assert of_kind(1.0) == of_kind(1.0)
+    assert of_kind(1.0)["length"] == 3
+    assert of_kind(1.0) != of_kind(2.0)
 
 
 def test_a_digest_tells_shapes_types_and_keys_apart() -> None:
@@ -113,16 +118,16 @@ def test_a_digest_tells_shapes_types_and_keys_apart() -> None:
 @pytest.mark.parametrize("make", [lambda d: d, lambda d: Examples(list(d)), lambda d: Subset(d, range(400))])
 def test_one_changed_label_changes_the_fingerprint(make: Callable, changed: int) -> None:
     data = vectors(400)
-    before = dataset_fingerprint(make(data), "training", Ranks())
+    before = fingerprint(make(data))
     data.tensors[1][changed] += 1
-    assert dataset_fingerprint(make(data), "training", Ranks()) != before
+    assert fingerprint(make(data)) != before
 
 
 def test_every_example_counts_in_a_fingerprint() -> None:
     data = TensorDataset(torch.zeros(20_000, 2))
-    before = dataset_fingerprint(data, "training", Ranks())
+    before = fingerprint(data)
     data.tensors[0][12_345, 1] = 1
-    assert dataset_fingerprint(data, "training", Ranks()) != before
+    assert fingerprint(data) != before
     reads: list[int] = []
 
     class Counting(Examples):
@@ -130,18 +135,8 @@ def test_every_example_counts_in_a_fingerprint() -> None:
             reads.append(index)
             return index
 
-    dataset_fingerprint(Counting([0] * 20_000), "training", Ranks())
+    fingerprint(Counting([0] * 20_000))
     assert set(reads) == set(range(20_000)) and len(reads) < 20_200
-
-
-def test_an_augmented_dataset_is_random_and_blocks_nothing() -> None:
-    class Flipped(Examples):
-        def __getitem__(self, index: int) -> Any:
-            return -self.items[index] if random.random() < 0.5 else self.items[index]
-
-    data = Flipped([torch.ones(2)] * 40)
-    prints = [dataset_fingerprint(data, "training", Ranks()) for _ in range(5)]
-    assert prints == [{"length": 40, "examples": "random"}] * 5
 
 
 def test_a_dataset_without_length_or_indices_or_examples_is_refused() -> None:
@@ -170,7 +165,7 @@ def test_batches_hold_the_examples_asked_for_in_that_order() -> None:
         (1, [9], False),
         (3, [4, 5, 6], False),
     ]
-    assert [b.idle for b in batches(data, lists, None, CPU, idle=2)] == [False] * 3 + [True] * 2
+    assert [b.idle for b in Reader(data).batches(lists, CPU, idle=2)] == [False] * 3 + [True] * 2
     for batch, chosen in zip(found, ([3, 1], [9], [4, 5, 6]), strict=True):
         assert torch.equal(batch.content[0], data.tensors[0][chosen])
         assert torch.equal(batch.content[1], data.tensors[1][chosen])
@@ -204,7 +199,7 @@ def test_walking_data_draws_nothing_from_the_global_random_state() -> None:
     np_before, py_before = np.random.get_state()[1].copy(), random.getstate()  # noqa: NPY002
     data = vectors(10)
     list(batches(data, in_order(10, 3), None, CPU))
-    dataset_fingerprint(data, "training", Ranks())
-    dataset_fingerprint(Examples(list(data)), "training", Ranks())
+    fingerprint(data)
+    fingerprint(Examples(list(data)))
     assert torch.equal(torch.get_rng_state(), before)
     assert (np.random.get_state()[1] == np_before).all() and random.getstate() == py_before  # noqa: NPY002

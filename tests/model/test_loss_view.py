@@ -14,7 +14,8 @@ from torch.utils.data import TensorDataset
 import segflow as sf
 from segflow.curvature.kronecker import Eigenbasis, eigenvectors
 from segflow.curvature.passes import corrected_eigenvalues, covariances
-from segflow.data.batches import batches, in_order
+from segflow.data.batches import in_order
+from segflow.data.reading import Reader, batches
 from segflow.model.capture import observing
 from segflow.model.finite_check import FiniteCheck
 from segflow.model.layers.registry import choose_layers
@@ -62,7 +63,7 @@ def test_examples_routed_to_different_layers_are_refused() -> None:
             view_of(model, Loss(lambda b, m: m(b[0]).sum()), TensorDataset(x))
         model.run = lambda m, x: m.left(x[x[:, 0] > 0])
         tracked = choose_layers(model, ["left"], why_untrained=lambda _name: None).tracked
-        view = make_loss_view(model, Loss(lambda b, m: m(b[0]).sum()), "train", tracked, TensorDataset(x), None)
+        view = make_loss_view(model, Loss(lambda b, m: m(b[0]).sum()), "train", tracked, Reader(TensorDataset(x)))
         [batch] = batches(TensorDataset(x), [[0, 1, 2]], None, CPU)
         with pytest.raises(sf.LayerError, match=r"layer 'left': its input has 2 rows in the batch of 3 examples from"):
             view.capture(batch, ignore, FiniteCheck("pass"))
@@ -102,7 +103,7 @@ def test_a_view_takes_layers_with_and_without_a_trained_bias() -> None:
     assert [layer.has_bias for layer in tracked.values()] == [False, False, True]
     with observing(model):
         loss = Loss(lambda batch, m: m(batch[0]).sin().sum())
-        view = make_loss_view(model, loss, "train", tracked, TensorDataset(normal(4, 3)), None)
+        view = make_loss_view(model, loss, "train", tracked, Reader(TensorDataset(normal(4, 3))))
     assert view.layout.axes == {"0": 0, "2": 0, "4": 0}
     assert view.layout.shapes["4"] == (2, 3)
 

@@ -10,6 +10,7 @@ from hypothesis import settings
 from torch import Tensor, nn
 
 import segflow as sf
+from segflow.data.reading import Reader
 from segflow.model.capture import capture, example_axes, observing
 from segflow.model.layers.registry import choose_layers
 from segflow.model.layers.tracked import TrackedLayer
@@ -110,7 +111,9 @@ class Loss(sf.Task):
 
 
 def view_of(model: nn.Module, task: sf.Task, data: Any, kind: str = "train", collate: Any = None) -> LossView:
-    return make_loss_view(model, task, kind, choose_layers(model, None, lambda _name: None).tracked, data, collate)
+    return make_loss_view(
+        model, task, kind, choose_layers(model, None, lambda _name: None).tracked, Reader(data, collate)
+    )
 
 
 def ignore(_layer: Any, _tokens: Any) -> None:

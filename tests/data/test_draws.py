@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributions import Bernoulli, Categorical, Exponential, Normal, Uniform
 
 import segflow as sf
-from segflow.model.label_draws import drawing
+from segflow.data.draws import drawing
 
 from ..support.helpers import mlp, vectors
 

@@ -1,4 +1,4 @@
-"""Where pseudo-labels are drawn: random numbers that depend on (seed, checkpoint, example) only, not on the batch.
+"""Draws for a batch: random numbers that depend on (seed, place, example) only, as pseudo-labels and masks must.
 
 Random functions that run inside `drawing` are caught where torch dispatches them, and answered by a hash of the
 example's key, the draw's number among those of the batch, and the place within the example's share of the result.
@@ -25,26 +25,47 @@ _GOLDEN, _FACTORS = -7046029254386353131, (-4658895280553007687, -77235922931107
 
 
 @contextmanager
-def drawing(seed: int, place: object, examples: Sequence[int] | np.ndarray) -> Iterator[None]:
+def drawing(
+    seed: int, place: object, examples: Sequence[int] | np.ndarray, own_generators: bool = False
+) -> Iterator[None]:
     """Inside, what random functions draw for an example of the batch depends on (seed, place, its index) only.
 
-    This holds for uniform, normal, exponential, Bernoulli and multinomial draws (so for Categorical, Normal and the
-    like of torch.distributions) whose result has the examples on its first axis, on its second, or flattened with
+    This holds for uniform, integer, normal, exponential, Bernoulli and multinomial draws (so for Categorical, Normal
+    and the like of torch.distributions) whose result has the examples on its first axis, on its second, or flattened with
     their positions. All other draws, and those for a selection of rows, come from a generator that depends on the batch
     as well. NumPy's and Python's random functions cannot be caught. The caller's random state does not move.
 
     Args:
         place: what else the numbers shall depend on, such as a checkpoint's step.
         examples: the indices of the batch's examples in their dataset, in order.
+        own_generators: whether draws from a generator that is passed to a function are answered too.
     """
     indices = [int(index) for index in examples]
     digest = hashlib.sha256(repr((seed, place)).encode()).digest()
     root = int.from_bytes(digest[:8], "little", signed=True)
     batch_digest = hashlib.sha256(repr((seed, place, indices)).encode()).digest()
-    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
-    with torch.random.fork_rng(devices=devices), _Draws(_mixed(torch.tensor(indices) * _GOLDEN + root)):
-        torch.manual_seed(int.from_bytes(batch_digest[:7], "little"))
+    keys_B = _mixed(torch.tensor(indices) * _GOLDEN + root)
+    with seeded(int.from_bytes(batch_digest[:7], "little")), _Draws(keys_B, own_generators):
         yield
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Inside, torch's generators of the CPU and the current device begin at a seed; afterwards they are as before.
+
+    Unlike torch.manual_seed it asks no device that nobody uses, which would take half a millisecond.
+    """
+    generators = [torch.default_generator]
+    if torch.cuda.is_initialized():
+        generators.append(torch.cuda.default_generators[torch.cuda.current_device()])
+    states = [generator.get_state() for generator in generators]
+    try:
+        for generator in generators:
+            generator.manual_seed(seed)
+        yield
+    finally:
+        for generator, state in zip(generators, states, strict=True):
+            generator.set_state(state)
 
 
 class _NoExamples(Exception):
@@ -54,21 +75,23 @@ class _NoExamples(Exception):
 class _Draws(TorchDispatchMode):
     """Inside, answers the random functions that are called for a batch whose examples have these keys [B]."""
 
-    def __init__(self, keys_B: Tensor):
+    def __init__(self, keys_B: Tensor, own_generators: bool):
         super().__init__()
-        self._keys_B = keys_B
+        self._keys_B, self._own_generators = keys_B, own_generators
         self._draws = 0  # how many draws there were so far
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         sampler = _SAMPLERS.get(func)
-        if sampler is None or kwargs.get("generator") is not None:
+        if sampler is None or (kwargs.get("generator") is not None and not self._own_generators):
             return func(*args, **kwargs)
+        if "generator" in kwargs:
+            kwargs = kwargs | {"generator": None}
         self._draws += 1
         try:
             return sampler(self._uniforms, *args, **kwargs)
         except _NoExamples:
-            return func(*args, **kwargs)
+            return func(*args, **kwargs)  # from the batch's own seed
 
     def _uniforms(self, like: Tensor, draws: int = 0) -> Tensor:
         """Uniform numbers in (0, 1), in float64, of a tensor's shape; its last axis is `draws` long if that is given.
@@ -116,6 +139,13 @@ def _rand(uniforms: Uniforms, size: Sequence[int], **options: Any) -> Tensor:
 
 def _randn(uniforms: Uniforms, size: Sequence[int], **options: Any) -> Tensor:
     return _randn_like(uniforms, _empty(size, options))
+
+
+def _randint(uniforms: Uniforms, *bounds_and_size: Any, **options: Any) -> Tensor:
+    *bounds, size = bounds_and_size
+    low, high = bounds if len(bounds) == 2 else (0, bounds[0])
+    like = torch.empty(tuple(size), dtype=options.get("dtype") or torch.int64, device=options.get("device"))
+    return like.copy_((uniforms(like) * (high - low)).floor().clamp_max(high - low - 1) + low)
 
 
 def _uniform_(uniforms: Uniforms, target: Tensor, low: float = 0.0, high: float = 1.0, **_: Any) -> Tensor:
@@ -180,6 +210,12 @@ _SAMPLERS: dict[Any, Callable[..., Tensor]] = {
     _aten.randn_like.default: _randn_like,
     _aten.rand.default: _rand,
     _aten.randn.default: _randn,
+    _aten.randint.default: _randint,
+    _aten.randint.low: _randint,
+    _aten.randint.generator: _randint,
+    _aten.randint.low_generator: _randint,
+    _aten.rand.generator: _rand,
+    _aten.randn.generator: _randn,
     _aten.uniform_.default: _uniform_,
     _aten.normal_.default: _normal_,
     _aten.normal.Tensor_float: _normal_of_parameters,
