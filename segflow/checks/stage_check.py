@@ -61,10 +61,10 @@ def _check_loss(context: StageContext, view: LossView, dataset: Any) -> None:
     """Check one loss, which `view` sees the model through, on the first examples of a dataset."""
     count = min(len(dataset), _BATCH)
     lists = [range(count), *in_order(count, max(1, (count + 1) // 2))]
-    whole, *halves = context.reader(dataset).probes(lists, view.device)
+    whole, *halves = context.reader(dataset, "given").probes(lists, view.device)
     check_sum(view, whole, halves)
     first = range(min(count, _ALONE))
-    together, *alone = context.reader(dataset).probes([first, *([index] for index in first)], view.device)
+    together, *alone = context.reader(dataset, "given").probes([first, *([index] for index in first)], view.device)
     check_examples(view, together, alone)
     check_reached(view, _few_batches(context, dataset), context.where(context.last))
 
@@ -72,4 +72,4 @@ def _check_loss(context: StageContext, view: LossView, dataset: Any) -> None:
 def _few_batches(context: StageContext, dataset: Any) -> Iterator[Batch]:
     device = next(context.model.parameters()).device
     lists = in_order(min(len(dataset), _BATCHES * _BATCH), _BATCH)
-    return iter(context.reader(dataset).probes(lists, device))
+    return iter(context.reader(dataset, "given").probes(lists, device))

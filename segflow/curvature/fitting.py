@@ -266,7 +266,8 @@ class FactorFitter:
 
     def _make_kfac(self, curvature: Curvature, sources: list[str]) -> Tensors:
         bases = self.bases(curvature)
-        return pooled_kfac(self._pool(curvature, sources), self.view, bases, len(self.drawn))
+        walked = self.context.settings.views * len(self.drawn)
+        return pooled_kfac(self._pool(curvature, sources), self.view, bases, walked)
 
     def _pool(self, curvature: Curvature, sources: list[str]) -> Pool:
         units = [self.context.store.open(source, self._recipes[source].made_from) for source in sources]

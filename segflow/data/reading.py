@@ -382,6 +382,8 @@ class Readers:
             self._readers[key] = Reader(
                 dataset, collate_fn, role, seed=self._seed, workers=self._workers, digesting=self._digesting
             )
+        elif role == TRAINING:  # data that is asked about as well
+            self._readers[key].role = role
         return self._readers[key]
 
     def confirm(self, ranks: Ranks, progress: bool | None) -> None:

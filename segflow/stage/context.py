@@ -159,9 +159,10 @@ class StageContext:
 
     def loss_view(self, kind: str, dataset: Any, layers: Mapping[str, TrackedLayer] | None = None) -> LossView:
         """The model seen through a loss of the task on a dataset; kind: see `summed_loss`; layers: None for all."""
-        return make_loss_view(self.model, self.task, kind, layers or self.layers.tracked, self.reader(dataset))
+        reader = self.reader(dataset, "query") if kind == "measurement" else self.train_reader(dataset)
+        return make_loss_view(self.model, self.task, kind, layers or self.layers.tracked, reader)
 
-    def reader(self, dataset: Any, role: str = "given", collate_fn: Collate | None = None) -> Reader:
+    def reader(self, dataset: Any, role: str, collate_fn: Collate | None = None) -> Reader:
         """The reader of a dataset; role: names it in errors; collate_fn: instead of the stage's."""
         return self.settings.readers.of(dataset, collate_fn or self.collate_fn, role)
 

@@ -155,7 +155,7 @@ def example_loss(model: nn.Module, data: TensorDataset, task: Any, kind: str = "
     return loss
 
 
-class Stopped(Exception):
+class Stopped(BaseException):
     """The user's process died here."""
 
 
