@@ -64,7 +64,7 @@ def property_identity(prop: Property, context: StageContext) -> dict[str, Any]:
             f"{prop.name}: reading its data twice gives different examples (augmentation?), but a property is "
             "differentiated in two passes that must see the same. Give data that is read alike each time."
         )
-    return prop.fingerprint() | {"data": data}
+    return prop.fingerprint(context.model) | {"data": data}
 
 
 def property_gradient(

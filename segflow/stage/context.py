@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from ..arguments import settle, truth, whole_number
 from ..data.batches import Batch, Collate, Indices, batches, dataset_length, weighted
-from ..data.fingerprints import digest, task_fingerprint
+from ..data.code_identity import task_fingerprint
+from ..data.fingerprints import digest
 from ..errors import SegflowError, TaskError, TrajectoryError
 from ..methods.plan import Point
 from ..model.layers.registry import LayerChoice
@@ -177,7 +178,7 @@ class StageContext:
         weights = [self.example_weights(Point.at(self.stage, index)) for index in range(len(self.trajectory))]
         return {
             "model": self.shapes,
-            "task": task_fingerprint(self.task),
+            "task": task_fingerprint(self.task, self.model),
             "steps": [list(stage.steps) for stage in self.run.stages],
             "seed": self.settings.seed,
             "memory": self.memory,
