@@ -10,6 +10,7 @@ import math
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,7 @@ _PROBES = 16  # examples whose losses tell one task from another
 _TOGETHER = 4  # of them, those that are run in one batch as well
 _NEAR = 1.0  # the standard deviation of the logarithm of a perturbed parameter's size
 _REPEATS = 1e-4  # relative; accelerators add up in another order each time
+Losses = Callable[[], list[float]]
 
 
 def steady_probes(context: StageContext, data: Any, view: LossView) -> dict[str, Any]:
@@ -38,28 +40,28 @@ def steady_probes(context: StageContext, data: Any, view: LossView) -> dict[str,
     chosen = _read(data, _PROBES)
     alone = [[index] for index in range(len(chosen))]
     together = list(range(min(_TOGETHER, len(chosen))))
-    points = _at_both(context, lambda: _steady(context, chosen, view, [together, *alone]))
-    return {"probes": points}
+    losses = partial(_steady, context, chosen, view, [together, *alone])
+    return {"probes": _at_both(context, losses, losses)}
 
 
 def sampled_probes(context: StageContext, data: Any, sample: LossView) -> tuple[dict[str, Any], bool]:
     """The same of pseudo-labels; and whether losses of examples alone do not add up to their loss in one batch."""
     chosen = _read(data, _PROBES)
     together, alone = list(range(len(chosen))), [[index] for index in range(len(chosen))]
-    context.load(context.last)
-    total, *parts = _losses(context, chosen, sample, [together, *alone])
-    points = [[total, *parts], *_at_both(context, lambda: _losses(context, chosen, sample, [together]))[1:]]
+    losses = partial(_losses, context, chosen, sample)
+    points = _at_both(context, partial(losses, [together, *alone]), partial(losses, [together]))
+    total, *parts = map(float, points[0])
     mixes = abs(sum(parts) - total) > max(1e-4, sample.tolerance) * sum(map(abs, parts))
-    return {"probes": [list(map(_plain, numbers)) for numbers in points]}, mixes
+    return {"probes": points}, mixes
 
 
-def _at_both(context: StageContext, losses: Callable[[], list[float]]) -> list[list[Any]]:
+def _at_both(context: StageContext, at_last: Losses, near_it: Losses) -> list[list[Any]]:
     """Losses at the last checkpoint, and at perturbed parameters; there, the name of the error where there are none."""
     context.load(context.last)
-    points = [losses()]
+    points = [at_last()]
     try:
         perturb(context.model, context.settings.seed)
-        points.append(losses())
+        points.append(near_it())
     except (SegflowError, ValueError, ArithmeticError, RuntimeError, AssertionError) as problem:  # the loss refuses
         points.append([type(problem).__name__])
     finally:
