@@ -67,7 +67,8 @@ def lissa(
 
     By the iteration v <- q + v - (H_batch + damping) v / scale, averaged over repetitions. Call it inside
     `observing(model)`, at the operator's point. train: reads the training data, of which each example has so many
-    views. weights_N: of the training examples, which are drawn in proportion to them; None: all alike. Raises MethodError where it diverges, and for sharded models.
+    views. weights_N: of the training examples, which are drawn in proportion to them; None: all alike. Raises
+    MethodError where it diverges, and for sharded models.
     """
     if is_sharded(view.model):
         raise MethodError("LiSSA differentiates twice, which a sharded model does not allow. Use InfluenceFunction.")

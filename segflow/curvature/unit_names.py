@@ -22,12 +22,12 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from ..data.fingerprints import output_fingerprint
+from ..data.code_identity import output_fingerprint
 from ..errors import TrajectoryError
 from ..methods.plan import Curvature, Point, Preconditioner, ProjectedInverse
 from ..model.loss_view import LossView
 from ..stage.context import StageContext
-from ..stage.unit_identity import checkpoint_digest, point_name, rounded, short, steady_losses
+from ..stage.unit_identity import checkpoint_digest, point_name, read_and_probed, rounded, short
 from ..store.store import MadeFrom
 from .saved_moments import unsaved
 
@@ -87,10 +87,9 @@ def kernel_from(
     """
     made = {**at_point(train_from, context, inverse.point), "dtype": str(view.dtype)}
     if inverse.features == "output":
-        made |= {
-            "output": output_fingerprint(context.task),
-            "outputs": steady_losses(context, train, replace(view, kind="output")),
-        }
+        made["output"], made["outputs"] = read_and_probed(
+            context, train, replace(view, kind="output"), output_fingerprint
+        )
     return made
 
 

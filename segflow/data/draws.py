@@ -31,9 +31,9 @@ def drawing(
     """Inside, what random functions draw for an example of the batch depends on (seed, place, its index) only.
 
     This holds for uniform, integer, normal, exponential, Bernoulli and multinomial draws (so for Categorical, Normal
-    and the like of torch.distributions) whose result has the examples on its first axis, on its second, or flattened with
-    their positions. All other draws, and those for a selection of rows, come from a generator that depends on the batch
-    as well. NumPy's and Python's random functions cannot be caught. The caller's random state does not move.
+    and the like of torch.distributions) whose result has the examples on its first axis, on its second, or flattened
+    with their positions. All other draws, and those for a selection of rows, come from a generator that depends on the
+    batch as well. NumPy's and Python's random functions cannot be caught. The caller's random state does not move.
 
     Args:
         place: what else the numbers shall depend on, such as a checkpoint's step.

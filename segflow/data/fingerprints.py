@@ -1,68 +1,19 @@
-"""Fingerprints: what a dataset, a task or a function is, in a form that tells it from others and that JSON can hold.
+"""Fingerprints: what a dataset is, in a form that tells it from others and that JSON can hold.
 
-From the whole to its parts: a dataset is told by its examples, a task by its options and its code, and all of these
-end in `digest`, a sha256 of whatever they hold.
+A dataset is told by its examples, and these end in `digest`, a sha256 of whatever they hold. What a task or a function
+is stands in `code_identity.py`.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping
-from types import CodeType
 from typing import Any
 
 import numpy as np
 import torch
 
 from ..errors import TaskError
-
-
-def task_fingerprint(task: Any) -> dict[str, Any]:
-    """What tells apart the factors fitted for a task: its class, plain options, and the code of its training loss.
-
-    Options that only the measurement depends on, by the task's `measurement_options`, do not count.
-    """
-    ignored = getattr(task, "measurement_options", ())
-    options = {name: value for name, value in plain_options(task).items() if name not in ignored}
-    return {
-        "class": type(task).__qualname__,
-        "options": options,
-        "code": code_digest(task, "compute_train_loss", "get_attention_mask"),
-    }
-
-
-def measurement_fingerprint(task: Any) -> dict[str, Any]:
-    """What tells apart scores of a task: its plain options, and the code of its measurement."""
-    return {"options": plain_options(task), "code": code_digest(task, "compute_measurement")}
-
-
-def output_fingerprint(task: Any) -> dict[str, Any]:
-    """What tells apart kernels of a task's output function: its plain options, and that function's code."""
-    return {"options": plain_options(task), "code": code_digest(task, "compute_output")}
-
-
-def plain_options(subject: Any) -> dict[str, str]:
-    """The `repr` of each attribute of an object that holds a number, a text, None, or a list or tuple."""
-    plain = (bool, int, float, str, type(None), list, tuple)
-    return {
-        key: repr(value) for key, value in sorted(getattr(subject, "__dict__", {}).items()) if isinstance(value, plain)
-    }
-
-
-def code_digest(subject: Any, *methods: str) -> str:
-    """A digest of the compiled code of some of an object's methods."""
-    sha = hashlib.sha256()
-    for name in methods:
-        code = getattr(getattr(type(subject), name, None), "__code__", None)
-        sha.update(repr(_instructions(code)).encode())
-    return sha.hexdigest()[:16]
-
-
-def _instructions(code: Any) -> Any:
-    """What a function's code does: its instructions, names and constants, but not the lines where its text stands."""
-    if not isinstance(code, CodeType):
-        return code if isinstance(code, bool | int | float | str | bytes | tuple | None) else type(code).__name__
-    return (code.co_code, code.co_names, [_instructions(constant) for constant in code.co_consts])
 
 
 def digest(content: Any) -> str:

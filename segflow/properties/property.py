@@ -13,12 +13,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ..data.batches import Batch, Collate, dataset_length, in_order
-from ..data.fingerprints import code_digest, digest, plain_options
+from ..data.code_identity import reached
 from ..data.reading import batches
 from ..errors import TaskError
 from ..tasks.ready_made import inputs_and_targets, outputs_of
@@ -45,6 +44,7 @@ class Property(ABC):
     """
 
     needs_outputs = True  # of all examples, before it can be differentiated
+    told_apart: tuple[str, ...] = ("data", "name")  # attributes that its fingerprint leaves to others
 
     def __init__(
         self,
@@ -118,11 +118,10 @@ class Property(ABC):
         finally:
             model.train(training)
 
-    def fingerprint(self) -> dict[str, Any]:
-        """What tells this property from others, besides its data: class, options and code."""
-        options: dict[str, Any] = plain_options(self)
-        for key, value in vars(self).items():
-            if isinstance(value, Tensor | np.ndarray):
-                options[key] = digest(value)
-        code = code_digest(self, "outputs", "targets_of", "value", "part", "total")
-        return {"property": type(self).__qualname__, "options": options, "code": code}
+    def fingerprint(self, model: nn.Module | None = None) -> dict[str, Any]:
+        """What tells this property from others, besides its data: its class, and what its functions reach.
+
+        model: the analysed one, whose parameters do not count.
+        """
+        methods = ("outputs", "targets_of", "value", "number", "part", "collate_fn")
+        return {"property": type(self).__qualname__, "reaches": reached(self, methods, model, self.told_apart)}

@@ -18,7 +18,7 @@ from torch.utils.data import Subset
 
 from ..arguments import real_number, truth, whole_number
 from ..data.batches import Collate
-from ..data.fingerprints import measurement_fingerprint, task_fingerprint
+from ..data.code_identity import measurement_fingerprint, task_fingerprint
 from ..errors import TaskError
 from ..tasks.ready_made import margins
 from ..tasks.task import check_task
@@ -29,6 +29,7 @@ class _MeanOverExamples(Property):
     """The mean over the data of something that sums up over batches: one pass, without outputs."""
 
     needs_outputs = False
+    told_apart = ("data", "name", "task")
 
     def __init__(self, data: Any, task: Any, *, name: str | None = None, collate_fn: Collate | None = None):
         super().__init__(data, name=name, collate_fn=collate_fn)
@@ -52,10 +53,10 @@ class _MeanOverExamples(Property):
         parts = self._walk(model, batch_size, lambda batch: self.part(batch.content, model, torch.ones(())))
         return self.number(torch.stack(parts), torch.ones(())).item()
 
-    def fingerprint(self) -> dict[str, Any]:
+    def fingerprint(self, model: nn.Module | None = None) -> dict[str, Any]:
         """What tells this property from others, its task's fingerprints among it."""
-        task = {"loss": task_fingerprint(self.task), "measurement": measurement_fingerprint(self.task)}
-        return super().fingerprint() | {"task": task}
+        task = {"loss": task_fingerprint(self.task, model), "measurement": measurement_fingerprint(self.task, model)}
+        return super().fingerprint(model) | {"task": task}
 
 
 class MeanLoss(_MeanOverExamples):

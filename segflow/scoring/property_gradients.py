@@ -59,7 +59,7 @@ class _Streamed:
 def property_identity(prop: Property, context: StageContext) -> dict[str, Any]:
     """What identifies a property and its data."""
     data = _reader(context, prop).fingerprint(context.ranks, context.settings.progress)
-    return prop.fingerprint() | {"data": data}
+    return prop.fingerprint(context.model) | {"data": data}
 
 
 def _reader(context: StageContext, prop: Property) -> Reader:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..curvature.saved_moments import unsaved
-from ..data.fingerprints import task_fingerprint
+from ..data.code_identity import plain_options
 from ..errors import ScoreError
 from ..groups.groups import Groups
 from ..methods.method import Cuts, Method, describe
@@ -91,7 +91,7 @@ def _provenance(runs: Sequence[RunParts], method: Method, stage: int, queries: Q
         "attributed_layers": _layers_of(first, context),
         "seed": context.settings.seed,
         "not_attributed": dict(context.layers.skipped),
-        "task": {key: task_fingerprint(context.task)[key] for key in ("class", "options")},
+        "task": {"class": type(context.task).__qualname__, "options": _training_options(context.task)},
         "measurement": queries.measurement(last.task),
         "segflow": __version__,
     }
@@ -116,6 +116,12 @@ def _provenance(runs: Sequence[RunParts], method: Method, stage: int, queries: Q
             for run in runs
         ]
     return provenance
+
+
+def _training_options(task: Any) -> dict[str, str]:
+    """A task's plain options, but those of its measurement alone."""
+    ignored = getattr(task, "measurement_options", ())
+    return {name: value for name, value in plain_options(task).items() if name not in ignored}
 
 
 def _named(context: StageContext, point: Point) -> Any:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -15,11 +15,14 @@ from torch import Tensor
 
 from ..curvature.kronecker import Eigenbasis
 from ..data.batches import dataset_length, in_order
+from ..data.code_identity import collate_fingerprint, measurement_fingerprint
 from ..errors import MethodError, TaskError
 from ..model.layers.tracked import TrackedLayer
+from ..model.loss_view import LossView
 from ..model.representation_view import representation_view
 from ..properties.property import Property
 from ..stage.context import StageContext
+from ..stage.unit_identity import read_and_probed
 from .outer_products import Stacks
 from .property_gradients import property_gradient, property_identity
 from .query_gradients import query_gradients
@@ -66,6 +69,10 @@ class QuerySet(ABC):
         """What identifies these queries, as the store compares it."""
 
     @abstractmethod
+    def measured(self, context: StageContext, view: LossView) -> dict[str, Any]:
+        """What identifies the function that is measured; view: of the training loss of the last stage."""
+
+    @abstractmethod
     def gradients(
         self, share: QueryShare, context: StageContext, bases: Mapping[str, Eigenbasis], where: str
     ) -> Stacks:
@@ -110,6 +117,16 @@ class ExampleQueries(QuerySet):
         """The digest of the examples."""
         return context.reader(self.dataset, "query").fingerprint(context.ranks, context.settings.progress, rows)
 
+    def measured(self, context: StageContext, view: LossView) -> dict[str, Any]:
+        """What the task's measurement reaches, and its values of some queries."""
+        view = replace(view, kind="measurement")
+        reached, values = read_and_probed(context, self.dataset, view, measurement_fingerprint)
+        return {
+            "measurement": reached,
+            "measurements": values,
+            "query collate": collate_fingerprint(context.collate_fn),
+        }
+
     def gradients(
         self, share: QueryShare, context: StageContext, bases: Mapping[str, Eigenbasis], where: str
     ) -> Stacks:
@@ -153,6 +170,10 @@ class PropertyQueries(QuerySet):
     def identity(self, rows: range, context: StageContext) -> dict[str, Any]:
         """The properties' classes, options, code and data."""
         return {"properties": [property_identity(self.properties[row], context) for row in rows]}
+
+    def measured(self, context: StageContext, view: LossView) -> dict[str, Any]:
+        """The properties' own identities say it, and those of how the context joins their examples."""
+        return {"query collate": collate_fingerprint(context.collate_fn)}
 
     def gradients(
         self, share: QueryShare, context: StageContext, bases: Mapping[str, Eigenbasis], where: str

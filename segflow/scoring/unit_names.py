@@ -9,25 +9,29 @@ from typing import Any
 import torch
 
 from ..curvature.fitted_factors import FittedFactors
-from ..data.fingerprints import digest, measurement_fingerprint
+from ..data.fingerprints import digest
 from ..methods.plan import Point, Term
 from ..stage.context import StageContext
 from ..stage.unit_identity import checkpoint_digest, point_name
 from .outer_products import Stacks, products, reference, squared_norms
+from .query_sets import QuerySet
 
 _SKETCHING = 1 << 28  # bytes for temporaries
 # Entries that may differ slightly on another machine: the store compares them, and a unit's name leaves them out.
-_ROUNDED = ("training losses", "outputs")
+_ROUNDED = ("training losses", "outputs", "measurements")
 
 
-def groups_identity(fitted: FittedFactors, stage: int, groups: str, per_layer: bool) -> dict[str, Any]:
-    """What all units of one call of `score` are made of: training data, task, the groups' digest, the measurement."""
+def groups_identity(
+    fitted: FittedFactors, queries: QuerySet, stage: int, groups: str, per_layer: bool
+) -> dict[str, Any]:
+    """What all units of one call of `score` are made of: training data, task, the groups' digest, what is measured."""
+    place = len(fitted.contexts) - 1
     return {
         **fitted.train_from(stage),
         "dtype": str(fitted.loss_view(stage).dtype),
         "groups": groups,
         "per_layer": per_layer,
-        "measurement": measurement_fingerprint(fitted.contexts[-1].task),
+        **queries.measured(fitted.contexts[place], fitted.loss_view(place)),
     }
 
 

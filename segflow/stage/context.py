@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from ..arguments import settle, truth, whole_number
 from ..data.batches import Batch, Collate, Indices, dataset_length, weighted
-from ..data.fingerprints import digest, task_fingerprint
+from ..data.code_identity import task_fingerprint
+from ..data.fingerprints import digest
 from ..data.reading import TRAINING, Reader, Readers
 from ..errors import SegflowError, TaskError, TrajectoryError
 from ..methods.plan import Point
@@ -159,8 +160,12 @@ class StageContext:
 
     def loss_view(self, kind: str, dataset: Any, layers: Mapping[str, TrackedLayer] | None = None) -> LossView:
         """The model seen through a loss of the task on a dataset; kind: see `summed_loss`; layers: None for all."""
-        reader = self.reader(dataset, "query") if kind == "measurement" else self.train_reader(dataset)
+        reader = self.reader_of(kind, dataset)
         return make_loss_view(self.model, self.task, kind, layers or self.layers.tracked, reader)
+
+    def reader_of(self, kind: str, dataset: Any) -> Reader:
+        """The reader of the dataset that a kind of loss is taken of."""
+        return self.reader(dataset, "query") if kind == "measurement" else self.train_reader(dataset)
 
     def reader(self, dataset: Any, role: str, collate_fn: Collate | None = None) -> Reader:
         """The reader of a dataset; role: names it in errors; collate_fn: instead of the stage's."""
@@ -197,7 +202,7 @@ class StageContext:
         weights = [self.example_weights(Point.at(self.stage, index)) for index in range(len(self.trajectory))]
         return {
             "model": self.shapes,
-            "task": task_fingerprint(self.task),
+            "task": task_fingerprint(self.task, self.model),
             "steps": [list(stage.steps) for stage in self.run.stages],
             "seed": self.settings.seed,
             "memory": self.memory,

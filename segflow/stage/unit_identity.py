@@ -6,30 +6,30 @@ apart by reading their code, their values on some examples tell.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import torch
+from torch import nn
 
-from ..data.batches import evenly_spaced
-from ..data.fingerprints import digest, task_fingerprint
+from ..data.code_identity import Reached, collate_fingerprint, settled, task_fingerprint
+from ..data.fingerprints import digest
 from ..methods.plan import Point
 from ..model.loss_view import LossView
 from .context import StageContext
+from .probes import sampled_probes, steady_probes
 
 _SPELLED_OUT = 6  # steps in a unit's name
 SAMPLING_KEYS = ("sampled losses", "batch_size")  # of `sampling_identity`, which who reads a unit does not know
-_PROBES = 16  # training examples whose losses tell one task from another
 
 
 def training_identity(context: StageContext, train: Any, view: LossView) -> dict[str, Any]:
-    """What binds every unit of a stage: model, training dataset and task.
+    """What binds every unit of a stage: model, training dataset, collate function and task.
 
-    The dataset's digest is a function, which the store calls when it compares or writes: a pass may read the data first.
-    The training losses of some examples at the last checkpoint are among it, because they change with whatever the
-    loss depends on: the task's tensors and helpers, the collate function.
+    The dataset's digest is a function, which the store calls when it compares or writes: a pass may read the data
+    first. The training losses of some examples are among it, because they change with whatever the loss depends on,
+    also where that cannot be read.
     """
     settings, reader = context.settings, context.train_reader(train)
     reader.check_steady(context.ranks)
@@ -37,13 +37,28 @@ def training_identity(context: StageContext, train: Any, view: LossView) -> dict
     examples: dict[str, Any] = {"curvature examples": settings.curvature_examples} if fewer else {}
     if settings.views > 1:
         examples["views"] = settings.views
+    collate = collate_fingerprint(context.collate_fn)
+    task, losses = read_and_probed(context, train, replace(view, kind="train"), task_fingerprint)
     return examples | {
         "model": context.shapes,
         "dataset": partial(reader.fingerprint, context.ranks, settings.progress),
-        "task": task_fingerprint(context.task),
-        "training losses": steady_losses(context, train, replace(view, kind="train")),
+        "collate": settled(context.collate_fn, collate, collate_fingerprint(context.collate_fn)),
+        "task": task,
+        "training losses": losses,
         "seed": settings.seed,
     }
+
+
+def read_and_probed(
+    context: StageContext, data: Any, view: LossView, read: Callable[[Any, nn.Module], Reached]
+) -> tuple[Reached, Any]:
+    """What tells one of the task's functions from others: what it reaches, and its values on some of the data.
+
+    view: of that function; read: its fingerprint. What running it changes does not count among what it reaches.
+    """
+    before = read(context.task, context.model)
+    values = steady_probes(context, data, view)
+    return settled(context.task, before, read(context.task, context.model)), values
 
 
 def sampling_identity(context: StageContext, train: Any, sample: LossView, batch_size: int) -> dict[str, Any]:
@@ -52,29 +67,8 @@ def sampling_identity(context: StageContext, train: Any, sample: LossView, batch
     They do where examples' losses, each in a batch of its own, do not add up to their loss in one batch: the task then
     draws in a way that mixes examples (for a selection of rows, say), and a store keeps its batch size.
     """
-    alone = _probe_losses(context, train, sample)
-    probes = evenly_spaced(len(train), _PROBES)
-    with torch.enable_grad():
-        [together] = [sample.loss(batch) for batch in context.train_reader(train).probes([probes], sample.device)]
-    difference = abs(sum(alone) - together.item())
-    mixes = difference > max(1e-4, sample.tolerance) * sum(map(abs, alone))
-    return dict(zip(SAMPLING_KEYS, (alone, batch_size if mixes else "any"), strict=True))
-
-
-def steady_losses(context: StageContext, train: Any, view: LossView) -> list[float] | str:
-    """The view's losses of some examples at the last checkpoint; "random" where they do not repeat themselves."""
-    first, second = (_probe_losses(context, train, view) for _ in range(2))
-    return first if first == second else "random"
-
-
-def _probe_losses(context: StageContext, train: Any, view: LossView) -> list[float]:
-    """The view's loss of evenly spaced examples, each a batch of its own, at the last checkpoint."""
-    context.load(context.last)
-    probes = [[index] for index in evenly_spaced(len(train), _PROBES)]
-    torch.manual_seed(context.settings.seed)
-    with torch.enable_grad():  # parameters are frozen; a task may differentiate by itself
-        losses = [view.loss(batch).detach() for batch in context.train_reader(train).probes(probes, view.device)]
-    return torch.stack(losses).tolist()
+    losses, mixes = sampled_probes(context, train, sample)
+    return dict(zip(SAMPLING_KEYS, (losses, batch_size if mixes else "any"), strict=True))
 
 
 def checkpoint_digest(context: StageContext, point: Point) -> str:

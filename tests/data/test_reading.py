@@ -243,7 +243,11 @@ def test_an_example_that_changed_between_two_calls_is_named() -> None:
         reader.confirm(Ranks())
 
 
-METHODS = {"SOURCE": (sf.Source(), 8, 4), "influence": (sf.InfluenceFunction(0.01), 2, 1), "dot": (sf.GradientDot(), 0, 1)}
+METHODS = {
+    "SOURCE": (sf.Source(), 8, 4),
+    "influence": (sf.InfluenceFunction(0.01), 2, 1),
+    "dot": (sf.GradientDot(), 0, 1),
+}
 PROBES = 100
 
 

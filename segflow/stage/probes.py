@@ -1,0 +1,132 @@
+"""Losses of a few examples, which tell two functions apart where reading their code does not.
+
+They are taken at a stage's last checkpoint, and at parameters near it, where a model that has memorised its data has
+losses of ordinary size as well; alone, and some of them in one batch, for which a collate function pads.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..data.batches import evenly_spaced
+from ..errors import SegflowError, TaskError
+from ..model.loss_view import LossView
+from ..runtime.sharding import laid_out
+from .context import StageContext
+
+_PROBES = 16  # examples whose losses tell one task from another
+_TOGETHER = 4  # of them, those that are run in one batch as well
+_NEAR = 1.0  # the standard deviation of the logarithm of a perturbed parameter's size
+_REPEATS = 1e-4  # relative; accelerators add up in another order each time
+Losses = Callable[[], list[float]]
+
+
+def steady_probes(context: StageContext, data: Any, view: LossView) -> dict[str, Any]:
+    """The view's losses of some examples, as the store has them: at the last checkpoint, and at perturbed parameters.
+
+    At each of these of the first examples in one batch, and of every one alone. Random functions are seeded. Raises
+    TaskError where the loss does not repeat itself even so.
+    """
+    chosen = evenly_spaced(len(data), _PROBES)
+    losses = partial(_steady, context, data, view, [chosen[:_TOGETHER], *([index] for index in chosen)])
+    return {"probes": _at_both(context, losses, losses)}
+
+
+def sampled_probes(context: StageContext, data: Any, sample: LossView) -> tuple[dict[str, Any], bool]:
+    """The same of pseudo-labels; and whether losses of examples alone do not add up to their loss in one batch."""
+    chosen, losses = evenly_spaced(len(data), _PROBES), partial(_losses, context, data, sample)
+    alone = [[index] for index in chosen]
+    points = _at_both(context, partial(losses, [chosen, *alone]), partial(losses, [chosen]))
+    total, *parts = map(float, points[0])
+    mixes = abs(sum(parts) - total) > max(1e-4, sample.tolerance) * sum(map(abs, parts))
+    return {"probes": points}, mixes
+
+
+def _at_both(context: StageContext, at_last: Losses, near_it: Losses) -> list[list[Any]]:
+    """Losses at the last checkpoint, and at perturbed parameters; there, the name of the error where there are none."""
+    context.load(context.last)
+    points = [at_last()]
+    try:
+        perturb(context.model, context.settings.seed)
+        points.append(near_it())
+    except (SegflowError, ValueError, ArithmeticError, RuntimeError, AssertionError) as problem:  # the loss refuses
+        points.append([type(problem).__name__])
+    finally:
+        context.load(context.last)
+    return [list(map(_plain, numbers)) for numbers in points]
+
+
+@torch.no_grad()
+def perturb(model: nn.Module, seed: int) -> None:
+    """Scale every parameter by random factors of its rows and columns, which keep its sign and its mean square.
+
+    The factors are the same on every rank, also where parameters are spread over the ranks, and on every machine.
+    """
+    generator, factors = torch.Generator().manual_seed(seed), {}
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() or parameter.is_complex():
+            factors[name] = _factors(parameter.shape, generator)
+    spread = laid_out(factors, model)
+    for name, parameter in model.named_parameters():
+        if name in spread:
+            parameter.mul_(spread[name].to(parameter.device, parameter.dtype))
+
+
+def _factors(shape: Sequence[int], generator: torch.Generator) -> Tensor:
+    """exp(s z - s^2) for each entry, z being standard normal, made of a factor for each row and one for each column."""
+    axes = range(len(shape)) if len(shape) < 2 else (0, len(shape) - 1)
+    spread, product = _NEAR / max(1, len(axes)) ** 0.5, torch.ones((), dtype=torch.float64)
+    for axis in axes:
+        normal = torch.randn(shape[axis], generator=generator, dtype=torch.float64)
+        along = [-1 if other == axis else 1 for other in range(len(shape))]
+        product = product * (spread * normal - spread**2).exp().reshape(along)
+    return product.expand(tuple(shape))
+
+
+def _steady(context: StageContext, data: Any, view: LossView, lists: list[list[int]]) -> list[float]:
+    """The losses at the parameters in the model; TaskError where the first is another one the second time."""
+    losses = _losses(context, data, view, lists)
+    [again] = _losses(context, data, view, lists[:1])
+    if abs(losses[0] - again) > _REPEATS * max(map(abs, [*losses, again])):
+        raise TaskError(
+            f"{type(view.task).__name__}: the {view.kind} loss of one batch was {losses[0]:.6g}, then {again:.6g}, "
+            "although torch's, NumPy's and Python's random functions were seeded alike. A store could not tell it from "
+            "that of another task. Draw in it with torch's random functions, from no generator of your own."
+        )
+    return losses
+
+
+def _losses(context: StageContext, data: Any, view: LossView, lists: list[list[int]]) -> list[float]:
+    """The view's loss of each list of examples, at the parameters in the model."""
+    with _seeded(context.settings.seed), torch.enable_grad():  # a task may differentiate by itself
+        losses = [view.loss(batch).detach() for batch in context.reader_of(view.kind, data).probes(lists, view.device)]
+    numbers: list[float] = torch.stack(losses).double().tolist()
+    return numbers
+
+
+def _plain(number: Any) -> Any:
+    """A number, or the name of one that JSON does not have."""
+    return number if isinstance(number, str) or math.isfinite(number) else str(number)
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Inside, torch, NumPy and Python draw what they always draw for a seed; those of NumPy and Python go on after."""
+    numpy_state, python_state = np.random.get_state(), random.getstate()  # noqa: NPY002
+    torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002
+    random.seed(seed)
+    try:
+        yield
+    finally:
+        np.random.set_state(numpy_state)  # noqa: NPY002
+        random.setstate(python_state)
