@@ -80,7 +80,7 @@ class Analyzer:
         TaskError, LayerError, TrajectoryError, MethodError: something does not fit together.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913
         self,
         model: nn.Module,
         task: Any,
