@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, default_collate
 
 from ..curvature.kronecker import Gradients
-from ..data.batches import in_order
+from ..data.batches import Collate, in_order
 from ..data.fingerprints import dataset_fingerprint
 from ..errors import TaskError
 from ..model.finite_check import FiniteCheck
@@ -48,7 +48,7 @@ class _Streamed:
     """
 
     def __init__(self, prop: Property, slopes_N: Tensor | None = None):
-        self.prop, self.slopes_N = prop, slopes_N
+        self.prop, self.slopes_N, self.shown_as = prop, slopes_N, prop.name
 
     def compute_measurement(self, batch: tuple[Tensor, Any], model: nn.Module) -> Tensor:
         examples, content = batch
@@ -67,6 +67,21 @@ def property_identity(prop: Property, context: StageContext) -> dict[str, Any]:
     return prop.fingerprint() | {"data": data}
 
 
+def indexed_data(context: StageContext, prop: Property) -> tuple[Dataset[Any], Collate]:
+    """A property's data, each example with its index, and what joins such examples into a batch."""
+    collate = prop.collate_fn or context.collate_fn or default_collate
+
+    def collate_indexed(items: list[tuple[int, Any]]) -> tuple[Tensor, Any]:
+        return torch.tensor([index for index, _ in items]), collate([example for _, example in items])
+
+    return _Indexed(prop.data), collate_indexed
+
+
+def property_view(context: StageContext, layers: Mapping[str, TrackedLayer], prop: Property) -> LossView:
+    """The model seen through the sum of a property's outputs (or parts), on the data of `indexed_data`."""
+    return make_loss_view(context.model, _Streamed(prop), "measurement", layers, *indexed_data(context, prop))
+
+
 def property_gradient(
     context: StageContext, layers: Mapping[str, TrackedLayer], prop: Property, where: str, batch_size: int
 ) -> Gradients:
@@ -75,13 +90,8 @@ def property_gradient(
     Only inside `observing(model)`. where: names the parameters in errors; batch_size: examples in one forward and
     backward. Raises TaskError where the property cannot be differentiated.
     """
-    collate = prop.collate_fn or context.collate_fn or default_collate
-    data = _Indexed(prop.data)
-
-    def collate_indexed(items: list[tuple[int, Any]]) -> tuple[Tensor, Any]:
-        return torch.tensor([index for index, _ in items]), collate([example for _, example in items])
-
-    view = make_loss_view(context.model, _Streamed(prop), "measurement", layers, data, collate_indexed)
+    data, collate_indexed = indexed_data(context, prop)
+    view = property_view(context, layers, prop)
     batch_rows = in_order(len(prop.data), batch_size)
     if prop.needs_outputs:
         view = replace(view, task=_Streamed(prop, _slopes(context, view, prop, batch_rows)))
