@@ -110,6 +110,7 @@ class Analyzer:
             for number, run in enumerate(runs, start=1)
         ]
         check_alike(self.runs)
+        self._guards = checks.Guards()
         for contexts in self.runs:  # refuses now what does not fit
             self._plan(contexts, len(contexts) - 1, uncut(contexts[-1].run) if self._automatic else None)
 
@@ -181,6 +182,8 @@ class Analyzer:
             if not self._automatic:  # before hours are spent
                 for contexts in self.runs:
                     self._check_needs(contexts, trains, None)
+            plans = None if self._automatic else self._plans(self.runs[0], trains, None)
+            self._guards.before_fit(self.runs[0], trains, plans, batch_size)
             for contexts in self.runs:
                 self._fit(contexts, trains, batch_size)
 
@@ -246,6 +249,7 @@ class Analyzer:
             raise ScoreError(f"{len(labels)} query labels for {len(queries)} queries: expected one for each.")
         of_runs: list[RunParts] = []
         with self._call("score", batch_size=batch_size, groups=len(groups), queries=len(queries)):
+            self._guards.before_score(self.runs[0], trains, queries, place, batch_size)
             for contexts in self.runs:
                 fitted = FittedFactors(contexts, trains)
                 given = [p for p, data in enumerate(trains) if data is not None]
@@ -287,6 +291,8 @@ class Analyzer:
         check_kind(of, layer)
         data = self._by_stage(train)[-1]
         with self._call("features", store=False, batch_size=batch_size, asked=[of, layer]):
+            if of != "input":  # which no loss enters
+                self._guards.before_features(self.context, data, layer, batch_size)
             return example_features(self.context, data, of, layer, batch_size, out)
 
     def refine(

@@ -1,11 +1,13 @@
 """What can be wrong with a task, a model or a trajectory, found on a few batches before hours are spent.
 
-`losses` checks what every loss must fulfil, `curvature_scale` the pseudo-labels of `sample=True`; `stage_check` runs
-both on one stage of training, and `check_report` is what `Analyzer.check` returns.
+`losses` checks what every loss must fulfil and `sampling` that `sample=True` is honoured, on the distinct examples that
+`probe_examples` finds. `guards` runs both before every fit and score; `stage_check` does so on one stage of training
+and measures the scale of its pseudo-labels besides (`curvature_scale`), for the report of `Analyzer.check`.
 """
 
 from .check_report import CheckReport
 from .curvature_scale import CurvatureScale
+from .guards import Guards
 from .stage_check import check_checkpoints, check_stage
 
-__all__ = ["CheckReport", "CurvatureScale", "check_checkpoints", "check_stage"]
+__all__ = ["CheckReport", "CurvatureScale", "Guards", "check_checkpoints", "check_stage"]

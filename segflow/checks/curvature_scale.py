@@ -35,13 +35,11 @@ class CurvatureScale:
         factor: None where it could not be measured.
         error: the factor's standard error.
         note: why it could not be measured.
-        fixed: True if every draw gave the same gradients.
     """
 
     factor: float | None
     error: float = 0.0
     note: str = ""
-    fixed: bool = False
 
     def __str__(self) -> str:
         if self.factor is None:
@@ -66,20 +64,15 @@ def curvature_scale(train: LossView, sample: LossView, batch: Batch) -> Curvatur
     draws = [replace(sample, seed=draw) for draw in range(_DRAWS)]
     slopes_DLRB = torch.stack([torch.stack(list(example_slopes(draw, batch, directions).values())) for draw in draws])
     moments = slopes_DLRB.sum(1).square().sum((1, 2)) / exact  # D draws, L layers, R directions, B examples
-    fixed = bool((slopes_DLRB == slopes_DLRB[0]).all())
-    return CurvatureScale(moments.mean().item(), (moments.std() / _DRAWS**0.5).item(), fixed=fixed)
+    if getattr(train.task, "draws_labels", True) and bool((slopes_DLRB == slopes_DLRB[0]).all()):
+        return CurvatureScale(None, note="the model is so sure that its pseudo-labels do not vary")
+    return CurvatureScale(moments.mean().item(), (moments.std() / _DRAWS**0.5).item())
 
 
 def require_scale(scale: CurvatureScale, tolerance: float, task: Any) -> None:
     """Raise TaskError if the sampled curvature is off by more than `tolerance`, and by three standard errors."""
     if scale.factor is None or tolerance == float("inf"):
         return
-    if scale.fixed:
-        raise TaskError(
-            f"{type(task).__name__}: compute_train_loss(sample=True) gives the same gradients in every draw, so "
-            "`sample` is ignored or its labels are fixed. Draw labels from the model's own outputs, see segflow.Task "
-            "(curvature_tolerance=float('inf') accepts it, as an empirical Fisher)."
-        )
     low, high = scale.factor - _SURE * scale.error, scale.factor + _SURE * scale.error
     if low <= tolerance and high >= 1 / tolerance:
         return

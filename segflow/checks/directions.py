@@ -1,16 +1,22 @@
 """Random directions, and the slope of each example's loss along them: gradients are compared without forming them.
 
-Axes: R directions, B examples, P parts, S positions, O outputs, I inputs of a layer.
+Dense directions are for small models (curvature_scale.py differentiates along them); features along rank-one ones cost
+as little as a forward, whatever the model.
+
+Axes: R directions, B examples, k features, P parts, S positions, O outputs, I inputs of a layer.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..curvature.projection import Probes, probes
 from ..data.batches import Batch
+from ..methods.plan import Projection
 from ..model.finite_check import FiniteCheck
 from ..model.layers.tracked import TrackedLayer
 from ..model.loss_view import LossView
@@ -38,3 +44,29 @@ def example_slopes(view: LossView, batch: Batch, directions: Mapping[str, Tensor
 
     view.capture(batch, consume, FiniteCheck("check, slopes"))
     return slopes
+
+
+class Probed(NamedTuple):
+    """What one batch's loss is, and the features [B, k] of each of its examples' gradients in the layers it reaches."""
+
+    loss: Tensor
+    features: dict[str, Tensor]
+
+
+def random_probes(view: LossView) -> dict[str, Probes]:
+    """Rank-one directions for each layer, the same in every run."""
+    shapes = {name: layer.shape for name, layer in view.layers.items()}
+    return probes(Projection(DIRECTIONS, 0), shapes, view.dtype, view.device)
+
+
+def probed(view: LossView, batch: Batch, along: Mapping[str, Probes], where: str) -> Probed:
+    """A batch's loss and its examples' features, all of them finite: TaskError or LayerError where one is not."""
+    features: dict[str, Tensor] = {}
+    finite = FiniteCheck(where)
+
+    def consume(layer: TrackedLayer, tokens: Tokens) -> None:
+        features[layer.name] = along[layer.name].of_tokens(tokens).double()
+
+    loss = view.capture(batch, consume, finite)
+    finite.drain()
+    return Probed(loss.double(), features)

@@ -17,11 +17,12 @@ from ..stage.context import StageContext
 from ..tasks.task import defines_output
 from .check_report import CheckReport
 from .curvature_scale import curvature_scale, require_scale
-from .losses import check_examples, check_reached, check_sum
+from .losses import check_loss, check_reached
+from .probe_examples import probe_examples
+from .sampling import check_sampling
 
 _BATCH = 16  # examples of a batch
 _BATCHES = 4
-_ALONE = 4  # examples that are compared alone and in a batch
 
 
 def check_checkpoints(contexts: Sequence[StageContext]) -> None:
@@ -51,6 +52,9 @@ def check_stage(context: StageContext, train: Any, query: Any | None, curvature_
     sample = replace(view, kind="sample", seed=context.settings.seed)
     covariances(sample, _few_batches(context, train), Ranks(), f"check, {context.where(context.last)}")
     context.load(Point.at(context.stage, 0))  # the least converged checkpoint: pseudo-labels still vary there
+    first = context.where(Point.at(context.stage, 0))
+    if curvature_tolerance < float("inf"):
+        check_sampling(sample, probe_examples(context.train_reader(train), view.device), first)
     scale = curvature_scale(view, sample, next(_few_batches(context, train)))
     require_scale(scale, curvature_tolerance, context.task)
     parameters = sum(parameter.numel() for parameter in context.model.parameters())
@@ -58,15 +62,10 @@ def check_stage(context: StageContext, train: Any, query: Any | None, curvature_
 
 
 def _check_loss(context: StageContext, view: LossView, dataset: Any) -> None:
-    """Check one loss, which `view` sees the model through, on the first examples of a dataset."""
-    count = min(len(dataset), _BATCH)
-    lists = [range(count), *in_order(count, max(1, (count + 1) // 2))]
-    whole, *halves = context.reader(dataset, "given").probes(lists, view.device)
-    check_sum(view, whole, halves)
-    first = range(min(count, _ALONE))
-    together, *alone = context.reader(dataset, "given").probes([first, *([index] for index in first)], view.device)
-    check_examples(view, together, alone)
-    check_reached(view, _few_batches(context, dataset), context.where(context.last))
+    """Check one loss, which `view` sees the model through, on a few examples of a dataset."""
+    where = context.where(context.last)
+    check_loss(view, probe_examples(context.reader_of(view.kind, dataset), view.device), where)
+    check_reached(view, _few_batches(context, dataset), where)
 
 
 def _few_batches(context: StageContext, dataset: Any) -> Iterator[Batch]:

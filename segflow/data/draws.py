@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ..errors import TaskError
+
 _aten = torch.ops.aten
 # The constants of splitmix64 (Steele et al. 2014), as signed integers.
 _GOLDEN, _FACTORS = -7046029254386353131, (-4658895280553007687, -7723592293110705685)
@@ -181,13 +183,27 @@ def _multinomial(uniforms: Uniforms, p_RC: Tensor, draws: int, replacement: bool
     if p_RC.ndim != 2:
         raise _NoExamples
     p = p_RC.double()
-    torch._assert_async((torch.isfinite(p).all() & (p >= 0).all() & (p.sum(-1) > 0).all()), "probabilities are invalid")
+    _require_probabilities(p)
     if draws > 1 and not replacement:
         return (p / uniforms(p_RC).log().neg()).topk(draws, -1).indices
     ends_RC = p.cumsum(-1)
     drawn_RN = torch.searchsorted(ends_RC, uniforms(p_RC, draws) * ends_RC[:, -1:], right=True)
     last_R1 = p.shape[-1] - 1 - (p > 0).flip(-1).to(torch.uint8).argmax(-1, keepdim=True)  # where rounding must end
     return torch.minimum(drawn_RN, last_R1)
+
+
+def _require_probabilities(p_RC: Tensor) -> None:
+    """Raise TaskError unless labels can be drawn; an accelerator, for which nothing waits, ends with an assertion."""
+    right_R = torch.isfinite(p_RC).all(-1) & (p_RC >= 0).all(-1) & (p_RC.sum(-1) > 0)
+    text = "the probabilities that labels are drawn from are not all finite, at least 0, and above 0 in sum"
+    if p_RC.device.type != "cpu":
+        torch._assert_async(right_R.all(), text)
+    elif not right_R.all():
+        row = int((~right_R).nonzero()[0])
+        raise TaskError(
+            f"{text}: row {row} is {p_RC[row, :4].tolist()}{'...' if p_RC.shape[1] > 4 else ''}. Its inputs hold NaN "
+            "or infinity, or the model's outputs are not finite at this checkpoint."
+        )
 
 
 def _normal(u: Tensor) -> Tensor:

@@ -23,6 +23,10 @@ _COARSE = {torch.bfloat16, torch.float16}
 Consumer = Callable[[TrackedLayer, Tokens], None]
 
 
+class DetachedError(TaskError):
+    """A loss depends on no tracked layer."""
+
+
 @contextmanager
 def observing(model: nn.Module) -> Iterator[None]:
     """Inside, the model is in eval mode and its parameters are frozen; afterwards it is as it was.
@@ -215,7 +219,7 @@ class _Capture:
     def backward(self, loss: Tensor) -> None:
         """Walk back from the loss, handing on each layer's tokens as soon as its last call has its gradient."""
         if not loss.requires_grad:
-            raise TaskError(
+            raise DetachedError(
                 "the loss does not depend on any tracked layer's output: the task detaches it, runs the model under "
                 "no_grad, or uses none of the tracked layers. Return a differentiable loss."
             )

@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..data.batch_faults import not_finite, row_sums
 from ..data.batches import Batch
 from ..errors import LayerError, TaskError
 from ..runtime.ranks import Ranks
 
 _DRAIN_EVERY = 64  # batches between two looks at the numbers that the device computed
+
+
+class _Origin(NamedTuple):
+    """Where a number comes from; layer: None for a loss; sums: of each example's own numbers, on the device."""
+
+    batch: Batch
+    layer: str | None
+    sums: Mapping[str, Tensor]
 
 
 @dataclass
@@ -24,7 +34,7 @@ class FiniteCheck:
 
     where: str
     _numbers: list[Tensor] = field(default_factory=list)
-    _origins: list[tuple[str, str | None]] = field(default_factory=list)  # of each number: batch, and layer or loss
+    _origins: list[_Origin] = field(default_factory=list)  # of each number
     _layers_of_batch: list[str] = field(default_factory=list)  # noted since the last batch's loss
     _reached: set[str] = field(default_factory=set)  # layers, by any batch so far
     _batches: int = 0
@@ -37,7 +47,8 @@ class FiniteCheck:
 
     def see_loss(self, batch: Batch, loss: Tensor) -> None:
         """Note the loss of the current batch, which ends the batch; every so often look at all that was noted."""
-        self._origins += [(str(batch), layer) for layer in [*self._layers_of_batch, None]]
+        bare, sums = batch._replace(content=None), row_sums(batch)
+        self._origins += [_Origin(bare, layer, sums) for layer in [*self._layers_of_batch, None]]
         self._numbers.append(loss)
         self._layers_of_batch.clear()
         self._batches += 1
@@ -57,12 +68,21 @@ class FiniteCheck:
         self._origins.clear()
         if not bad:
             return
-        bad_losses = [origin for origin in bad if origin[1] is None]
-        batch, layer = (bad_losses or bad)[0]
-        what = "loss" if layer is None else f"gradient or input of layer {layer!r}"
-        raise (TaskError if layer is None else LayerError)(
-            f"{self.where}: the {what} of {batch} is not finite. Look at that batch's data and at the "
-            "checkpoint; a run that diverged has no influence to explain."
+        bad_losses = [origin for origin in bad if origin.layer is None]
+        raise self._error((bad_losses or bad)[0])
+
+    def _error(self, origin: _Origin) -> TaskError | LayerError:
+        """Names what is not finite: the data of the batch, or what the model made of it."""
+        what = "loss" if origin.layer is None else f"gradient or input of layer {origin.layer!r}"
+        data = not_finite(list(origin.batch.examples), origin.sums)
+        cause = (
+            f"{data}. Mend or leave out such examples."
+            if data
+            else "the batch's own numbers are, so it is what the model makes of them. Look at the checkpoint; a run "
+            "that diverged has no influence to explain."
+        )
+        return (TaskError if origin.layer is None else LayerError)(
+            f"{self.where}: the {what} of {origin.batch} is not finite: {cause}"
         )
 
     def finish(self, layers: Iterable[str], ranks: Ranks, every: bool = True) -> None:

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..data.batch_faults import naming
 from ..data.batches import Batch
 from ..data.draws import drawing, seeded
 from ..data.reading import Reader
 from ..errors import LayerError
 from ..runtime.sharding import is_sharded
-from ..tasks.task import summed_loss
+from ..tasks.task import summed_loss, task_name
 from .capture import Consumer, Layout, called_parameters, capture, example_axes, requiring_grad
 from .finite_check import FiniteCheck
 from .layers.tracked import TrackedLayer
@@ -64,10 +65,9 @@ class LossView:
         return self.layers[name].positions(self.layout.shapes[name])
 
     def loss(self, batch: Batch) -> Tensor:
-        """The summed loss of one batch."""
-        if self.kind != "sample":
-            return summed_loss(self.task, batch.content, self.model, kind=self.kind)
-        with drawing(self.seed, self.place, batch.examples):
+        """The summed loss of one batch; TaskError, naming the batch and what is in it, where that raises an error."""
+        draws = drawing(self.seed, self.place, batch.examples) if self.kind == "sample" else nullcontext()
+        with _naming_loss(self.task, self.kind, batch, self.model), draws:
             return summed_loss(self.task, batch.content, self.model, kind=self.kind)
 
     def capture(self, batch: Batch, consume: Consumer, finite: FiniteCheck) -> Tensor:
@@ -110,7 +110,8 @@ def make_loss_view(
 
     def run(copies: int) -> None:
         [batch] = reader.probes([[0] * copies], device)
-        summed_loss(task, batch.content, model, kind=kind)
+        with _naming_loss(task, kind, batch, model):
+            summed_loss(task, batch.content, model, kind=kind)
 
     layout = example_axes(layers, run)
     unreached = [name for name in layers if name not in layout.axes]
@@ -124,6 +125,10 @@ def make_loss_view(
         [batch] = reader.probes([[0, 0]], device)
         _require_whole_gradients(view, batch)
     return view
+
+
+def _naming_loss(task: Any, kind: str, batch: Batch, model: nn.Module) -> AbstractContextManager[None]:
+    return naming(f"{task_name(task)}: the {kind} loss", batch, model)
 
 
 def _reference(layers: Mapping[str, TrackedLayer]) -> Tensor:

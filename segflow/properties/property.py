@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from ..data.batch_faults import naming
 from ..data.batches import Batch, Collate, dataset_length, in_order
 from ..data.code_identity import reached
 from ..data.reading import batches
@@ -73,7 +74,8 @@ class Property(ABC):
 
     def outputs_and_targets(self, batch: Batch, model: nn.Module) -> tuple[Tensor, Tensor]:
         """A batch's outputs and targets, [B, ...] each; TaskError unless both have one row for each example."""
-        outputs_B, targets_B = self.outputs(batch.content, model), self.targets_of(batch.content)
+        with naming(f"{self.name}: what the model says", batch, model):
+            outputs_B, targets_B = self.outputs(batch.content, model), self.targets_of(batch.content)
         if {outputs_B.shape[:1], targets_B.shape[:1]} != {(batch.size,)}:
             raise TaskError(
                 f"{self.name}: outputs {tuple(outputs_B.shape)} and targets {tuple(targets_B.shape)} of {batch}: "
@@ -91,7 +93,9 @@ class Property(ABC):
 
     def number(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """`value`, checked to be one finite number; raises TaskError."""
-        value = self.value(outputs, targets)
+        data = Batch(range(len(outputs)), {"outputs": outputs, "targets": targets})
+        with naming(f"{self.name}.value", data):
+            value = self.value(outputs, targets)
         if not isinstance(value, Tensor) or value.numel() != 1:
             shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
             raise TaskError(f"{self.name}.value: expected one number, found {shape}. Return a tensor of shape [].")

@@ -48,7 +48,7 @@ class _Streamed:
     """
 
     def __init__(self, prop: Property, slopes_N: Tensor | None = None):
-        self.prop, self.slopes_N = prop, slopes_N
+        self.prop, self.slopes_N, self.shown_as = prop, slopes_N, prop.name
 
     def compute_measurement(self, batch: tuple[Tensor, Any], model: nn.Module) -> Tensor:
         examples, content = batch
@@ -66,6 +66,23 @@ def _reader(context: StageContext, prop: Property) -> Reader:
     return context.reader(prop.data, "property's", prop.collate_fn)
 
 
+def indexed(context: StageContext, prop: Property) -> Reader:
+    """Reads a property's data, each batch behind its examples' indices."""
+    collate = prop.collate_fn or context.collate_fn or default_collate
+
+    def collate_indexed(items: list[tuple[int, Any]]) -> tuple[Tensor, Any]:
+        return torch.tensor([index for index, _ in items]), collate([example for _, example in items])
+
+    settings = context.settings
+    data = _Indexed(prop.data)
+    return Reader(data, collate_indexed, "property's", seed=settings.seed, workers=settings.num_workers)
+
+
+def property_view(context: StageContext, layers: Mapping[str, TrackedLayer], prop: Property) -> LossView:
+    """The model seen through the sum of a property's outputs (or parts), on the data that `indexed` reads."""
+    return make_loss_view(context.model, _Streamed(prop), "measurement", layers, indexed(context, prop))
+
+
 def property_gradient(
     context: StageContext, layers: Mapping[str, TrackedLayer], prop: Property, where: str, batch_size: int
 ) -> Gradients:
@@ -74,14 +91,8 @@ def property_gradient(
     Only inside `observing(model)`. where: names the parameters in errors; batch_size: examples in one forward and
     backward. Raises TaskError where the property cannot be differentiated.
     """
-    collate = prop.collate_fn or context.collate_fn or default_collate
-
-    def collate_indexed(items: list[tuple[int, Any]]) -> tuple[Tensor, Any]:
-        return torch.tensor([index for index, _ in items]), collate([example for _, example in items])
-
-    settings = context.settings
-    data = Reader(_Indexed(prop.data), collate_indexed, seed=settings.seed, workers=settings.num_workers)
-    view = make_loss_view(context.model, _Streamed(prop), "measurement", layers, data)
+    data = indexed(context, prop)
+    view = property_view(context, layers, prop)
     batch_rows = in_order(len(prop.data), batch_size)
     if prop.needs_outputs:
         view = replace(view, task=_Streamed(prop, _slopes(context, view, prop, batch_rows)))

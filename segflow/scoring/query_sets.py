@@ -8,7 +8,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from functools import partial
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from torch import Tensor
 from ..curvature.kronecker import Eigenbasis
 from ..data.batches import dataset_length, in_order
 from ..data.code_identity import collate_fingerprint, measurement_fingerprint
+from ..data.reading import Reader
 from ..errors import MethodError, TaskError
 from ..model.layers.tracked import TrackedLayer
 from ..model.loss_view import LossView
@@ -24,7 +26,7 @@ from ..properties.property import Property
 from ..stage.context import StageContext
 from ..stage.unit_identity import read_and_probed
 from .outer_products import Stacks
-from .property_gradients import property_gradient, property_identity
+from .property_gradients import indexed, property_gradient, property_identity, property_view
 from .query_gradients import query_gradients
 
 
@@ -41,6 +43,19 @@ class QueryShare:
     here: range
     layers: Mapping[str, TrackedLayer]
     batch_size: int
+
+
+class QueryLoss(NamedTuple):
+    """A loss that queries are differentiated through.
+
+    what: tells it from others on the same data; data: as the user gave it; reader: reads it for the loss; view: makes a
+    view of the loss.
+    """
+
+    what: tuple[Any, ...]
+    data: Any
+    reader: Reader
+    view: Callable[[], LossView]
 
 
 class QuerySet(ABC):
@@ -86,6 +101,10 @@ class QuerySet(ABC):
         self, share: QueryShare, context: StageContext, layer: str, normalized: bool, where: str
     ) -> Stacks:
         """This rank's queries as the inputs of one layer, [Q, 1, 1, I]; MethodError where they have none."""
+
+    @abstractmethod
+    def losses(self, context: StageContext, layers: Mapping[str, TrackedLayer]) -> list[QueryLoss]:
+        """What the queries are differentiated through; each must be a sum over its data's examples."""
 
     @abstractmethod
     def check(
@@ -143,6 +162,11 @@ class ExampleQueries(QuerySet):
         data = context.walk(view, context.reader(self.dataset, "query"), _batched(share), f"queries, {where}")
         return query_gradients(representation_view(view, layer, normalized), data, {}, context.ranks, where)
 
+    def losses(self, context: StageContext, layers: Mapping[str, TrackedLayer]) -> list[QueryLoss]:
+        """The task's measurement."""
+        view = partial(context.loss_view, "measurement", self.dataset, layers)
+        return [QueryLoss(("measurement",), self.dataset, context.reader(self.dataset, "query"), view)]
+
     def check(
         self, context: StageContext, layers: Mapping[str, TrackedLayer], check_measurement: Callable[[Any], None]
     ) -> None:
@@ -193,6 +217,16 @@ class PropertyQueries(QuerySet):
         raise MethodError(
             "a property has a gradient, but no representation. Use GradientDot or another method of gradients."
         )
+
+    def losses(self, context: StageContext, layers: Mapping[str, TrackedLayer]) -> list[QueryLoss]:
+        """The sum of each property's outputs, or parts; once where properties take them alike, from the same data."""
+        found = []
+        for prop in self.properties:
+            code = tuple(getattr(type(prop), name, None) for name in ("outputs", "part", "total"))
+            what = ("property", *code, prop.inputs, prop.targets, prop.collate_fn, getattr(prop, "task", None))
+            view = partial(property_view, context, layers, prop)
+            found.append(QueryLoss(what, prop.data, indexed(context, prop), view))
+        return found
 
     def check(
         self, context: StageContext, layers: Mapping[str, TrackedLayer], check_measurement: Callable[[Any], None]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..errors import TaskError, check_choice
-from .task import Task
+from .task import FaultyRowError, Task
 
 
 def inputs_and_targets(batch: Any, inputs: str, targets: str) -> tuple[Any, Tensor]:
@@ -48,6 +48,25 @@ def margins(logits: Tensor, labels: Tensor) -> Tensor:
     """[B]: log p - log(1 - p) of the true class, from logits [B, C] and labels [B]."""
     others = logits.scatter(-1, labels[:, None], -torch.inf).logsumexp(-1)
     return logits.gather(-1, labels[:, None]).squeeze(-1) - others
+
+
+def check_labels(labels_B: Tensor, classes: int, name: str) -> None:
+    """Raise TaskError unless labels are whole numbers from 0, below the number of classes.
+
+    Their range is looked at on the CPU only: an accelerator would have to be waited for.
+    """
+    if labels_B.is_floating_point() or labels_B.is_complex():
+        raise TaskError(f"{name}: expected integer labels, found {labels_B.dtype}. Convert them with .long().")
+    if labels_B.device.type != "cpu" or not labels_B.numel():
+        return
+    low, high = torch.aminmax(labels_B)
+    if low < 0 or high >= classes:
+        row = int(((labels_B < 0) | (labels_B >= classes)).nonzero()[0])
+        raise FaultyRowError(
+            row,
+            f"{name}: the label is {labels_B[row].item()}, but the model has the classes 0..{classes - 1}. Mend it, or "
+            "leave the example out.",
+        )
 
 
 def _tensor(output: Any, task: str) -> Tensor:
@@ -84,8 +103,7 @@ class Classification(Task):
                 f"Classification: expected logits [B, C] and labels [B], found {tuple(logits.shape)} and "
                 f"{tuple(labels.shape)}. Derive a Task of your own for other shapes."
             )
-        if labels.is_floating_point():
-            raise TaskError(f"Classification: expected integer labels, found {labels.dtype}.")
+        check_labels(labels, logits.shape[1], "Classification")
         return logits, labels.long()
 
     def compute_train_loss(self, batch: Any, model: nn.Module, sample: bool = False) -> Tensor:

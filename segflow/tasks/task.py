@@ -17,6 +17,14 @@ from torch import Tensor, nn
 from ..errors import TaskError
 
 
+class FaultyRowError(TaskError):
+    """An example that a task cannot take; row: its place in the batch."""
+
+    def __init__(self, row: int, text: str):
+        super().__init__(text)
+        self.row = row
+
+
 class Task(ABC):
     """The training loss and the measurement of one problem, each **summed** over the batch.
 
@@ -34,6 +42,7 @@ class Task(ABC):
     """
 
     measurement_options: tuple[str, ...] = ()  # attributes that only compute_measurement reads: factors outlive them
+    draws_labels: bool = True  # False: sample=True draws nothing, on purpose, as for an empirical Fisher
 
     @abstractmethod
     def compute_train_loss(self, batch: Any, model: nn.Module, sample: bool = False) -> Tensor:
@@ -43,7 +52,9 @@ class Task(ABC):
         drawn from the model's own output distribution. For a negative log-likelihood with weight w (w = 1/T for
         the mean over T tokens) that is sqrt(w) * NLL of the drawn labels; for a squared error w * (y - f)^2 it is
         sqrt(w) * (f + noise - f)^2 with noise of variance 1/2. SOURCE puts the curvature in an exponential, so a
-        wrong constant there is a wrong score; `Analyzer.check` measures it.
+        wrong constant there is a wrong score; `Analyzer.check` measures it. `Analyzer.fit` refuses a loss in which
+        `sample` changes nothing from draw to draw, unless the task says `draws_labels = False`: an empirical Fisher, of
+        the real labels, or a loss whose gradients are a root of the curvature without any drawing.
         """
 
     @abstractmethod
@@ -89,6 +100,11 @@ def defines_output(task: Any) -> bool:
     return getattr(type(task), "compute_output", Task.compute_output) is not Task.compute_output
 
 
+def task_name(task: Any) -> str:
+    """What a task is called in errors: its class, unless it says `shown_as`."""
+    return str(getattr(task, "shown_as", type(task).__name__))
+
+
 def tracked_module_names(task: Any) -> list[str] | None:
     """The task's own choice of modules, or None."""
     chosen = getattr(task, "get_influence_tracked_modules", None)
@@ -111,7 +127,7 @@ def summed_loss(task: Any, batch: Any, model: nn.Module, *, kind: str) -> Tensor
     if not isinstance(loss, Tensor) or loss.numel() != 1 or not torch.is_floating_point(loss):
         returned = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
         raise TaskError(
-            f"{type(task).__name__}.{name}: expected one number, the sum over the batch, found {returned}. Return a "
+            f"{task_name(task)}.{name}: expected one number, the sum over the batch, found {returned}. Return a "
             "floating-point tensor of shape []."
         )
     return loss.reshape(())

@@ -81,6 +81,8 @@ def out_of_place(model: nn.Module) -> nn.Module:
 class FixedLabels(sf.tasks.Classification):
     """Classification whose pseudo-labels are a fixed function of the inputs, so that an oracle can draw the same."""
 
+    draws_labels = False
+
     def compute_train_loss(self, batch: Any, model: nn.Module, sample: bool = False) -> Tensor:
         inputs, labels = batch
         return super().compute_train_loss((inputs, pseudo_labels(inputs) if sample else labels), model)

@@ -1,0 +1,130 @@
+"""Guards: cheap probes that `fit`, `score` and `features` run before their passes, once for each loss and dataset.
+
+A loss takes at most 33 passes of single examples, the pseudo-labels 24 more, and what rounding may explain 16 more; so
+a dataset takes fewer than 100. A layer that no probe reaches is not judged here: the passes themselves do, at their end
+(FiniteCheck.finish). Where all units are stored the probes are run all the same: telling that takes longer than they.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from functools import lru_cache, partial
+from typing import Any
+
+from ..data.reading import Reader
+from ..methods.plan import Plan, Point, curvatures, projected
+from ..model.layers.tracked import TrackedLayer
+from ..model.loss_view import LossView
+from ..scoring.query_sets import QuerySet
+from ..stage.context import StageContext
+from .losses import check_loss
+from .probe_examples import MOST, probe_examples
+from .sampling import check_sampling
+
+
+class Guards:
+    """The probes of one analyzer, which are run on the first run of an ensemble: the others share its code.
+
+    All ranks probe the same examples and so come to the same end.
+    """
+
+    def __init__(self) -> None:
+        self._passed: list[tuple[tuple[Any, ...], Callable[[], Any]]] = []  # what was probed, and of which dataset
+
+    def before_fit(
+        self, contexts: Sequence[StageContext], trains: Sequence[Any], plans: Sequence[Plan] | None, batch_size: int
+    ) -> None:
+        """Probe the training loss of each stage, and what `fit` walks besides; plans: None where they are not known."""
+        terms = tuple(term for plan in plans or () for term in plan)
+        sampled = {curvature.stage for curvature in curvatures(terms)}
+        outputs = {inverse.stage for inverse in projected(terms) if inverse.features == "output"}
+        for context, data in _given(contexts, trains):
+            view = self._train(context, data, batch_size)
+            if plans is None or context.stage in sampled:
+                probe = partial(_probe_sampling, context, data, batch_size, view)
+                self._once(context, (context.stage, "sample"), data, probe)
+            if context.stage in outputs:
+                probe = partial(_probe_loss, context, context.train_reader(data), batch_size)
+                make = partial(context.loss_view, "output", data)
+                self._once(context, (context.stage, "output"), data, partial(probe, make))
+
+    def before_score(
+        self, contexts: Sequence[StageContext], trains: Sequence[Any], queries: QuerySet, place: int, batch_size: int
+    ) -> None:
+        """Probe the training loss of each stage, and what queries are differentiated through.
+
+        place: of the stage whose data is scored, in whose layers queries are taken.
+        """
+        for context, data in _given(contexts, trains):
+            self._train(context, data, batch_size)
+        for loss in queries.losses(contexts[-1], contexts[place].layers.tracked):
+            probe = partial(_probe_loss, contexts[-1], loss.reader, batch_size, loss.view)
+            self._once(contexts[-1], (place, *loss.what), loss.data, probe)
+
+    def before_features(self, context: StageContext, train: Any, layer: str | None, batch_size: int) -> None:
+        """Probe the training loss in the one layer that features are taken of; None: the last."""
+        tracked = context.layers.tracked
+        name = list(tracked)[-1] if layer is None else layer
+        if name in tracked:  # otherwise refused by what follows
+            self._train(context, train, batch_size, {name: tracked[name]})
+
+    def _train(
+        self, context: StageContext, data: Any, batch_size: int, layers: Mapping[str, TrackedLayer] | None = None
+    ) -> LossView | None:
+        """Probe the training loss; the view of it, if it was not probed before."""
+        make = lru_cache(1)(partial(context.loss_view, "train", data, layers))
+        probe = partial(_probe_loss, context, context.train_reader(data), batch_size, make)
+        what = (context.stage, "train", *(layers or context.layers.tracked))
+        return make() if self._once(context, what, data, probe) else None
+
+    def _once(self, context: StageContext, what: tuple[Any, ...], data: Any, probe: Callable[[], None]) -> bool:
+        """Probe what was not found to be in order before, on any rank; whether it was probed now."""
+        known = any(key == what and reference() is data for key, reference in self._passed)
+        if not any(context.ranks.gather(not known)):
+            return False
+        probe()
+        self._passed = [pair for pair in self._passed if pair[1]() is not None]
+        self._passed.append((what, _reference(data)))
+        return True
+
+
+def _probe_loss(
+    context: StageContext,
+    reader: Reader,
+    batch_size: int,
+    make_view: Callable[[], LossView],
+) -> None:
+    """Probe a loss at the stage's last checkpoint."""
+    context.load(context.last)
+    view = make_view()
+    examples = probe_examples(reader, view.device, _most(batch_size))
+    check_loss(view, examples, context.where(context.last))
+
+
+def _probe_sampling(context: StageContext, dataset: Any, batch_size: int, view: LossView | None) -> None:
+    """Probe pseudo-labels at the stage's first checkpoint, the least converged one: there they still vary."""
+    first = Point.at(context.stage, 0)
+    context.load(first)
+    view = view or context.loss_view("train", dataset)
+    sample = replace(view, kind="sample", seed=context.settings.seed, place=context.trajectory.steps[0])
+    examples = probe_examples(context.train_reader(dataset), view.device, _most(batch_size))
+    check_sampling(sample, examples, context.where(first))
+
+
+def _most(batch_size: int) -> int:
+    """How many examples are probed in a batch: no more than the passes have in one, but two, so that they can meet."""
+    return min(MOST, max(2, batch_size))
+
+
+def _given(contexts: Sequence[StageContext], trains: Sequence[Any]) -> Iterable[tuple[StageContext, Any]]:
+    return [(context, data) for context, data in zip(contexts, trains, strict=True) if data is not None]
+
+
+def _reference(dataset: Any) -> Callable[[], Any]:
+    """A weak reference where the dataset can have one."""
+    try:
+        return weakref.ref(dataset)
+    except TypeError:
+        return lambda: dataset

@@ -1,0 +1,61 @@
+"""The few examples on which a loss is probed: distinct ones, for equal ones hide that a model mixes or sorts rows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import islice
+
+import torch
+
+from ..data.batches import Batch, evenly_spaced
+from ..data.fingerprints import digest
+from ..data.reading import Reader
+
+MOST = 8  # examples of a batch
+_LOOKED_AT = 64  # examples at most, among which distinct ones are looked for
+
+
+@dataclass(frozen=True)
+class ProbeExamples:
+    """Some examples of a dataset: each alone, and together.
+
+    alone: a batch for each, in the order in which `together` has them.
+    """
+
+    reader: Reader
+    device: torch.device
+    alone: tuple[Batch, ...]
+
+    @property
+    def indices(self) -> list[int]:
+        """Their places in the dataset."""
+        return [int(batch.examples[0]) for batch in self.alone]
+
+    def together(self, backwards: bool = False) -> Batch:
+        """One batch of all of them."""
+        indices = self.indices[::-1] if backwards else self.indices
+        [batch] = self.reader.probes([indices], self.device)
+        return batch
+
+
+def probe_examples(reader: Reader, device: torch.device, most: int = MOST) -> ProbeExamples:
+    """Up to `most` examples, spread over the dataset, of different content as far as there are any.
+
+    They stand in no order that the dataset may be sorted in.
+    """
+    length = len(reader)
+    first = evenly_spaced(length, min(most, length))
+    places = [*first, *(place for place in evenly_spaced(length, min(_LOOKED_AT, length)) if place not in set(first))]
+    distinct: dict[str, Batch] = {}
+    alike: list[Batch] = []
+    for place in places:
+        [single] = reader.probes([[place]], device)
+        content = digest(single.content)
+        if content in distinct:
+            alike.append(single)
+        distinct.setdefault(content, single)
+        if len(distinct) == most:
+            break
+    chosen = [*distinct.values(), *islice(alike, max(0, most - len(distinct)))]
+    order = torch.randperm(len(chosen), generator=torch.Generator().manual_seed(0)).tolist()
+    return ProbeExamples(reader, device, tuple(chosen[place] for place in order))

@@ -1,0 +1,299 @@
+"""The scale of the pseudo-labels' curvature is measured, and a wrong one is refused with the fix."""
+
+from __future__ import annotations
+
+import re
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.data import TensorDataset
+
+import segflow as sf
+
+from ..support.check_tasks import (
+    N,
+    TaskOf,
+    check,
+)
+from ..support.helpers import ConvNet, images, mlp, vectors
+
+
+class Attention(nn.Module):
+    """One attention head over positions, a class for each position."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.qkv, self.head = nn.Linear(5, 6), nn.Linear(6, 18), nn.Linear(6, 3)
+        self.double()
+
+    def forward(self, x_BSF: Tensor) -> Tensor:
+        q, k, v = self.qkv(torch.tanh(self.embed(x_BSF))).chunk(3, -1)
+        return self.head(functional.scaled_dot_product_attention(q, k, v, is_causal=True))
+
+
+class Tokens(sf.Task):
+    """A class for each of T tokens, averaged over the tokens; `weight` scales the sampled loss."""
+
+    def __init__(self, weight: float):
+        self.weight = weight
+
+    def compute_train_loss(self, batch: Any, model: nn.Module, sample: bool = False) -> Tensor:
+        logits = model(batch[0]).flatten(0, 1)
+        labels = batch[1].flatten()
+        if sample:
+            labels = torch.multinomial(logits.detach().softmax(-1), 1).flatten()
+        weight = self.weight if sample else 1 / batch[1].shape[1]
+        return weight * functional.cross_entropy(logits, labels, reduction="sum")
+
+    def compute_measurement(self, batch: Any, model: nn.Module) -> Tensor:
+        return self.compute_train_loss(batch, model)
+
+
+def _sequences(n: int = N, T: int = 4) -> TensorDataset:
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(n, T, 5, generator=generator, dtype=torch.float64)
+    return TensorDataset(x, torch.randint(0, 3, (n, T), generator=generator))
+
+
+def _targets(n: int = N) -> TensorDataset:
+    x = vectors(n).tensors[0]
+    return TensorDataset(x, torch.stack([x.sum(1), x.prod(1), x[:, 0]], 1))
+
+
+def _unit_noise(batch: Any, model: nn.Module) -> Tensor:
+    outputs = model(batch[0])
+    return (outputs - (outputs + torch.randn_like(outputs)).detach()).square().sum()
+
+
+class UnitNoise(sf.tasks.Regression):
+    """The common mistake: noise of variance 1 under a squared error without the factor 1/2."""
+
+    def compute_train_loss(self, batch: Any, model: nn.Module, sample: bool = False) -> Tensor:
+        return _unit_noise(batch, model) if sample else super().compute_train_loss(batch, model)
+
+
+RIGHT: dict[str, Callable[[], tuple[Any, nn.Module, Any]]] = {
+    "classification": lambda: (sf.tasks.Classification(), mlp(), vectors(N)),
+    "float32": lambda: (sf.tasks.Classification(), mlp(torch.float32), vectors(N, torch.float32)),
+    "regression, mean": lambda: (sf.tasks.Regression("mean"), mlp(), _targets()),
+    "regression, sum": lambda: (sf.tasks.Regression("sum"), mlp(), _targets()),
+    "convolutions": lambda: (sf.tasks.Classification(), ConvNet(), images(N)),
+    "attention": lambda: (Tokens(0.5), Attention(), _sequences()),
+}
+
+
+@pytest.mark.parametrize("name", RIGHT)
+def test_a_right_sampled_loss_has_factor_one(tmp_path: Path, name: str) -> None:
+    task, model, train = RIGHT[name]()
+    curvature = check(tmp_path, task, model, train).curvature
+    assert curvature.factor is not None
+    assert 0 < curvature.error < 0.1
+    assert abs(curvature.factor - 1) < 3 * curvature.error
+
+
+WRONG: dict[str, tuple[Callable[[], tuple[Any, nn.Module, Any]], float]] = {
+    "mean over tokens without the root": (lambda: (Tokens(0.25), Attention(), _sequences()), 1 / 4),
+    "sum over tokens": (lambda: (Tokens(1.0), Attention(), _sequences()), 4.0),
+    "noise of variance one": (lambda: (UnitNoise("sum"), mlp(), _targets()), 2.0),
+    "noise of variance one, mean over outputs": (lambda: (UnitNoise("mean"), mlp(), _targets()), 6.0),
+    "real labels' loss, halved": (
+        lambda: (
+            TaskOf(sample=lambda b, m: 0.5 * sf.tasks.Classification().compute_train_loss(b, m, True)),
+            mlp(),
+            None,
+        ),
+        1 / 4,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_sampled_loss_of_another_scale_is_refused_with_its_factor_and_the_fix(tmp_path: Path, name: str) -> None:
+    make, factor = WRONG[name]
+    task, model, train = make()
+    with pytest.raises(sf.TaskError, match=r"times the exact Gauss-Newton curvature\. SOURCE puts") as caught:
+        check(tmp_path, task, model, train)
+    text = str(caught.value)
+    measured, error = map(float, re.findall(r"sample=True: ([\d.]+) \+- ([\d.]+) times", text)[0])
+    assert abs(measured - factor) < 3 * error + 0.01 * factor
+    fix = float(re.findall(r"Multiply the sampled loss by ([\d.]+),", text)[0])
+    assert fix == pytest.approx(factor**-0.5, rel=0.1)
+    report = check(tmp_path, task, model, train, curvature_tolerance=1.2 * max(factor, 1 / factor))
+    assert report.curvature.factor == pytest.approx(measured, rel=0.01), "the option accepts it, and the check repeats"
+
+
+def test_the_fix_named_by_the_error_is_right(tmp_path: Path) -> None:
+    with pytest.raises(sf.TaskError) as caught:
+        check(tmp_path, Tokens(1.0), Attention(), _sequences())
+    fix = float(re.findall(r"Multiply the sampled loss by ([\d.]+),", str(caught.value))[0])
+    curvature = check(tmp_path, Tokens(fix), Attention(), _sequences()).curvature
+    assert curvature.factor == pytest.approx(1, abs=0.02)
+
+
+def test_a_tighter_tolerance_refuses_a_slightly_wrong_scale(tmp_path: Path) -> None:
+    task = Tokens(0.5 * 1.2**0.5)
+    assert check(tmp_path, task, Attention(), _sequences()).curvature.factor == pytest.approx(1.2, rel=0.1)
+    with pytest.raises(sf.TaskError, match="times the exact Gauss-Newton"):
+        check(tmp_path, task, Attention(), _sequences(), curvature_tolerance=1.01)
+
+
+@pytest.mark.parametrize("tolerance", [0.0, 0.9, float("nan")])
+def test_a_tolerance_below_one_is_refused(tmp_path: Path, tolerance: float) -> None:
+    with pytest.raises(sf.TaskError, match=f"curvature_tolerance={tolerance}: expected a number, at least 1"):
+        check(tmp_path, TaskOf(), curvature_tolerance=tolerance)
+
+
+class Output(OrderedDict):
+    """A mapping with attributes, as transformers' ModelOutput."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(name) from None
+
+
+class Named(NamedTuple):
+    hidden: Tensor
+    logits: Tensor
+
+
+@dataclass
+class Plain:
+    hidden: Tensor
+    logits: Tensor
+
+
+class Wrapped(nn.Module):
+    """Hands its hidden values out along with the logits that it made from them."""
+
+    def __init__(self, wrap: Callable[[Tensor, Tensor], Any]):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.head, self.wrap = nn.Linear(5, 6), nn.Linear(6, 3), wrap
+        self.double()
+
+    def forward(self, x: Tensor) -> Any:
+        hidden = torch.tanh(self.first(x))
+        return self.wrap(hidden, self.head(hidden))
+
+
+OUTPUTS: dict[str, tuple[Callable[[Tensor, Tensor], Any], Callable[[Any], Tensor]]] = {
+    "tensor": (lambda h, z: z, lambda out: out),
+    "tuple": (lambda h, z: (z, h, 3), lambda out: out[0]),
+    "list": (lambda h, z: [h, None, z], lambda out: out[2]),
+    "named tuple": (Named, lambda out: out.logits),
+    "dict": (lambda h, z: {"hidden": h, "logits": z}, lambda out: out["logits"]),
+    "nested": (lambda h, z: {"hidden": (h, h * 2), "out": {"logits": z}}, lambda out: out["out"]["logits"]),
+    "mapping with attributes": (lambda h, z: Output(hidden=h, logits=z), lambda out: out.logits),
+    "dataclass": (Plain, lambda out: out.logits),
+}
+
+
+@pytest.fixture(scope="module")
+def plain_factor(tmp_path_factory: pytest.TempPathFactory) -> float | None:
+    """The factor of `Wrapped` where it returns its logits alone."""
+    report = check(tmp_path_factory.mktemp("plain"), TaskOf(), Wrapped(OUTPUTS["tensor"][0]))
+    return report.curvature.factor
+
+
+@pytest.mark.parametrize("name", OUTPUTS)
+def test_models_may_return_nested_outputs_even_ones_made_from_each_other(
+    tmp_path: Path, plain_factor: float, name: str
+) -> None:
+    wrap, read = OUTPUTS[name]
+
+    def loss(batch: Any, model: nn.Module, sample: bool = False) -> Tensor:
+        return sf.tasks.Classification().compute_train_loss(batch, Reader(model, read), sample)
+
+    class Reader(nn.Module):
+        def __init__(self, model: nn.Module, read: Callable[[Any], Tensor]):
+            super().__init__()
+            self.model, self.read = model, read
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.read(self.model(x))
+
+    report = check(tmp_path, TaskOf(loss, lambda b, m: loss(b, m, True), loss), Wrapped(wrap), query=vectors(5))
+    assert report.curvature.factor == pytest.approx(plain_factor, rel=1e-9)
+    assert report.curvature.factor == pytest.approx(1, abs=3 * report.curvature.error)
+
+
+def test_a_task_may_change_the_outputs_in_place(tmp_path: Path) -> None:
+    def loss(batch: Any, model: nn.Module, sample: bool = False) -> Tensor:
+        logits = model(batch[0])
+        logits.mul_(3.0)
+        return sf.tasks.Classification().compute_train_loss((logits, batch[1]), nn.Identity(), sample)
+
+    report = check(tmp_path, TaskOf(loss, lambda b, m: loss(b, m, True), loss))
+    assert report.curvature.factor == pytest.approx(1, abs=3 * report.curvature.error)
+
+
+def test_a_loss_of_two_outputs_has_the_curvature_of_both(tmp_path: Path) -> None:
+    """Squared errors of the logits and of the hidden values that they are made from, with noise on each."""
+
+    def loss(batch: Any, model: nn.Module, sample: bool = False) -> Tensor:
+        hidden, logits = model(batch[0])
+        total = 0
+        for output in (hidden, logits):
+            target = output.detach() + 0.5**0.5 * torch.randn_like(output) if sample else torch.ones_like(output)
+            total = total + (output - target).square().sum()
+        return total
+
+    report = check(tmp_path, TaskOf(loss, lambda b, m: loss(b, m, True), loss), Wrapped(lambda h, z: (h, z)))
+    assert report.curvature.factor == pytest.approx(1, abs=3 * report.curvature.error)
+
+
+class NoSecondDerivative(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.tanh()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, slope: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return slope * (1 - x.tanh() ** 2)
+
+
+class Once(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(5, 3).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return NoSecondDerivative.apply(self.linear(x))
+
+
+def _linear_loss(batch: Any, model: nn.Module) -> Tensor:
+    return model(batch[0]).sum()
+
+
+def _past_the_model(batch: Any, model: Any) -> Tensor:
+    return functional.cross_entropy(model[2:](model[:2](batch[0])), batch[1], reduction="sum")
+
+
+@pytest.mark.parametrize(
+    ("task", "model", "note"),
+    [
+        (TaskOf(train=_linear_loss), None, "the loss has no curvature in any tensor that the model returned"),
+        (TaskOf(_past_the_model), None, "the loss has no curvature in any tensor that the model returned"),
+        (TaskOf(), Once(), "no second derivatives: "),
+    ],
+    ids=["linear", "parts of the model called alone", "not twice differentiable"],
+)
+def test_a_curvature_that_cannot_be_measured_is_said(
+    tmp_path: Path, task: sf.Task, model: nn.Module | None, note: str
+) -> None:
+    report = check(tmp_path, task, model)
+    assert report.curvature.factor is None
+    assert re.search(rf"curvature of sample=True: not measured \({note}", str(report))
