@@ -13,11 +13,10 @@ and "event":
 
 from __future__ import annotations
 
-import json
 import secrets
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -27,7 +26,8 @@ from ..errors import StoreError
 from ..runtime.memory import PeakMemory
 from ..runtime.progress import Bars
 from ..runtime.ranks import Ranks
-from .files import append_line, inside
+from .files import append_line, inside, read_content
+from .json_form import parse_json
 
 Item = TypeVar("Item")
 
@@ -184,13 +184,9 @@ class Journal:
 def read_events(path: Path) -> list[dict[str, Any]]:
     """The events of a log; a line that a killed run left torn is skipped."""
     events = []
-    for line in path.read_text(errors="replace").splitlines():
-        try:
-            event = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(event, dict):
-            events.append(event)
+    for line in read_content(path, StoreError).decode(errors="replace").splitlines():
+        with suppress(ValueError):
+            events.append(parse_json(line, {}))
     return events
 
 
