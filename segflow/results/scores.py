@@ -224,7 +224,7 @@ class Scores:
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Scores:
         """Read what `save` wrote; ScoreError if the file is not whole, not a scores file, or makes no sense."""
-        tensors = read_sealed(path, {"values", "labels"}, "a scores file, which Scores.save writes")
+        tensors = read_sealed(path, {"values", "labels"}, "a scores file", "Scores.save")
         try:
             labels = parse_json(bytes(tensors["labels"].tolist()), {"format": int})
             if labels["format"] == FORMAT:

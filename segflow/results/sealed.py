@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..arguments import shown
 from ..data.fingerprints import digest
 from ..errors import ScoreError
 from ..store.files import Tensors, read_tensors, write_tensors
@@ -21,14 +22,14 @@ def write_sealed(path: str | os.PathLike[str], tensors: Tensors, metadata: dict[
     write_tensors(Path(path), sealed, metadata, ScoreError)
 
 
-def read_sealed(path: str | os.PathLike[str], expected: set[str], what: str) -> Tensors:
+def read_sealed(path: str | os.PathLike[str], expected: set[str], what: str, writer: str) -> Tensors:
     """The tensors that `write_sealed` wrote; ScoreError where the file is damaged or lacks one that is expected.
 
-    what: kind of file, and who writes it, for the message.
+    what: the kind of file, and writer: who writes it, for the message.
     """
     tensors = read_tensors(Path(path), None, ScoreError)
     if not {*expected, _SEAL} <= set(tensors):
-        raise ScoreError(f"{path}: not {what} (tensors {sorted(tensors)[:4]}).")
+        raise ScoreError(f"{path}: not {what} (tensors {shown(sorted(tensors)[:4])}). Expected what {writer} wrote.")
     seal = tensors.pop(_SEAL)
     if seal.dtype != torch.uint8 or seal.tolist() != as_bytes(digest(tensors)).tolist():
         raise ScoreError(f"{path}: damaged, its content has another checksum. Restore it or make it anew.")

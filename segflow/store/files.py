@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ..arguments import shown
 from ..errors import SegflowError, StoreError
-from .json_form import Form, parse_json
+from .json_form import Form, fitting, parse_json
 from .replacement import beside, check_target, naming, put_in_place
 
 Tensors = dict[str, Tensor]
@@ -161,10 +161,15 @@ def read_lines(path: Path, sha256: str | None, error: type[SegflowError]) -> lis
 
 def read_json(path: Path, error: type[SegflowError], form: Form = object) -> Any:
     """Read JSON of the form that is expected (see `json_form`); anything else raises `error` naming the file."""
+    content = read_content(path, error, _LARGEST_JSON)
     try:
-        return parse_json(read_content(path, error, _LARGEST_JSON), form)
+        found = parse_json(content)
     except ValueError as problem:
         raise error(f"{path}: not readable as JSON ({problem}). Restore it or make it anew.") from problem
+    try:
+        return fitting(found, form)
+    except ValueError as problem:
+        raise error(f"{path}: damaged ({problem}). Restore it or make it anew.") from problem
 
 
 class TensorFile:

@@ -129,6 +129,6 @@ def _torch_state_dict(path: Path, mmap: bool) -> dict[str, Tensor]:
             "Save model.state_dict() with torch.save or safetensors."
         ) from problem
     state = content.get("state_dict", content) if isinstance(content, Mapping) else None
-    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
+    if not isinstance(state, Mapping) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
         raise TrajectoryError(f"{path}: expected a state_dict of tensors. Save model.state_dict() on its own.")
     return dict(state)

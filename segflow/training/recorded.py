@@ -55,7 +55,10 @@ def read_recorded(folder: Path, description: Description) -> tuple[dict[str, Any
     damaged.
     """
     content, finished = description.content, description.finished
-    log = read_steps(folder / STEPS, content["log"]["sha256"] if finished else None, content["taken_before"])
+    sha256 = content["log"]["sha256"]
+    if finished and sha256 is None:
+        raise TrajectoryError(f"{description.path}: damaged, it has no checksum of {STEPS}. Restore it, or record again.")
+    log = read_steps(folder / STEPS, sha256 if finished else None, content["taken_before"])
     entries = [(inside(folder, entry["file"], error=TrajectoryError), entry) for entry in content["checkpoints"]]
     entries = [(path, entry) for path, entry in entries if finished or path.exists()]
     last = entries[-1][1]["step"] if entries else 0
