@@ -150,8 +150,8 @@ class Table:
         references = {entry["name"]: _from_json(entry) for entry in content["references"]}
         if len(references) < len(content["references"]):
             raise ScoreError("two references have one name")
-        texts = (content[name] for name in ("title", "x", "y"))
-        return cls(*texts, tuple(Row(**row) for row in rows), references, content["settings"], content["kind"])
+        others = {name: content[name] for name in ("title", "x", "y", "settings", "kind")}
+        return cls(rows=tuple(Row(**row) for row in rows), references=references, **others)
 
     def __str__(self) -> str:
         """A GitHub markdown table, with the references and what the intervals are below it."""

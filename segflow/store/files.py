@@ -29,7 +29,8 @@ from .replacement import beside, check_target, naming, put_in_place
 
 Tensors = dict[str, Tensor]
 Shape = Sequence[int | None]
-Kind = Literal["real", "whole"]
+Kind = Literal["real", "nonnegative", "whole"]
+_ROUNDING = 1e-4  # by so much of the largest a number may be below 0 and count as 0
 _LARGEST_JSON = 64 << 20  # bytes
 _PIECE = 1 << 20
 _digests: dict[tuple[int, ...], str] = {}  # sha256 by what the file looked like: device, inode, size, times
@@ -194,8 +195,8 @@ class TensorFile:
     def tensor(self, name: str, shape: Shape | None = None, kind: Kind | None = None) -> Tensor:
         """One tensor, on the CPU; one that is absent, or other than expected, is an error.
 
-        shape: None for any; a None in it is any size. kind: "real" for finite floating-point numbers, "whole" for
-        whole ones, None for any.
+        shape: None for any; a None in it is any size. kind: "real" for finite floating-point numbers, "nonnegative"
+        for such that are at least 0 to rounding, "whole" for whole ones, None for any.
         """
         if name not in self._file.keys():  # noqa: SIM118
             raise self._error(
@@ -214,9 +215,14 @@ class TensorFile:
     def _check_kind(self, name: str, tensor: Tensor, kind: Kind | None) -> None:
         real = tensor.is_floating_point()
         whole = not real and not tensor.is_complex() and tensor.dtype != torch.bool
-        wanted = {"real": real, "whole": whole}.get(kind or "", True)
-        if not wanted or (kind == "real" and not torch.isfinite(tensor).all()):
-            found = "holds numbers that are not finite" if wanted else f"is {tensor.dtype}"
+        found = ""
+        if kind is not None and not (whole if kind == "whole" else real):
+            found = f"is {tensor.dtype}"
+        elif kind in ("real", "nonnegative") and not torch.isfinite(tensor).all():
+            found = "holds numbers that are not finite"
+        elif kind == "nonnegative" and tensor.numel() and tensor.min() < -_ROUNDING * tensor.abs().max():
+            found = f"holds {tensor.min().item():g}"
+        if found:
             raise self._error(f"{self.path}: {name!r} {found}, expected {kind} numbers. Restore it or make it anew.")
 
     @contextmanager

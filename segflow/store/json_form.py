@@ -1,9 +1,9 @@
 """JSON that was written by nobody knows whom: read strictly, and compared with the form that is expected of it.
 
-A form is one of: a type (`int` and `float` take no bools, and `float` takes whole numbers); None, for null; a range, for
-whole numbers in it; a compiled pattern, for text that it matches whole; a tuple of forms, one of which fits; [form], a
-list of such; {str: form}, an object of such; {"key": form, ...}, an object with at least these keys, where a key that
-ends in "?" may be absent; `object`, for anything.
+A form is one of: a type (`int` and `float` take no bools, and `float` takes whole numbers); None, for null; a range,
+for whole numbers in it; a compiled pattern, for text that it matches whole; a tuple of forms, one of which fits;
+[form], a list of such; {str: form}, an object of such; {"key": form, ...}, an object with at least these keys, where a
+key that ends in "?" may be absent; `object`, for anything.
 """
 
 from __future__ import annotations
@@ -140,8 +140,8 @@ _DECODER = json.JSONDecoder(
 
 def _check_depth(content: bytes | str, found: Any) -> None:
     """Raise ValueError for more levels of nesting than anything here needs, which would end in a RecursionError."""
-    brackets = (b"[", b"{") if isinstance(content, bytes) else ("[", "{")
-    if sum(content.count(bracket) for bracket in brackets) <= _DEEPEST:  # type: ignore[arg-type]
+    text = content if isinstance(content, bytes) else content.encode(errors="replace")
+    if text.count(b"[") + text.count(b"{") <= _DEEPEST:
         return
     level, depth = [found], 0
     while level := [inner for outer in level for inner in _members(outer)]:

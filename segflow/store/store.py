@@ -31,7 +31,11 @@ MadeFrom = Mapping[str, Any]
 _ROUNDING = 1e-4
 _NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*(/[A-Za-z0-9_-][A-Za-z0-9._-]*)*")
 _ENTRY = {"bytes": COUNT, "sha256": SHA256, "made_from": {str: object}, "inputs": {str: SHA256}}
-_OWN = {"": r"manifest\.json|" + re.escape(NOTE), "manifest": r".+\.json", "units": r".+\.safetensors"}  # what is written
+_OWN = {
+    "": r"manifest\.json|" + re.escape(NOTE),
+    "manifest": r".+\.json",
+    "units": r".+\.safetensors",
+}  # what is written
 _REPAIR = "Run `segflow store repair` on the store to set it aside, or delete it to have it made anew."
 
 

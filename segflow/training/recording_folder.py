@@ -125,7 +125,9 @@ def read_content(path: Path) -> dict[str, Any]:
     """What trajectory.json or recording.json holds, in its form; TrajectoryError where it is damaged or of another."""
     content: dict[str, Any] = read_json(path, TrajectoryError, {})
     if (form := content.get("format")) != FORMAT:
-        raise TrajectoryError(f"{path.parent}: trajectory format {form!r}, this segflow reads {FORMAT}. Record it again.")
+        raise TrajectoryError(
+            f"{path.parent}: trajectory format {form!r}, this segflow reads {FORMAT}. Record it again."
+        )
     if content == _CLAIMED:  # a process was stopped before it had begun
         return content
     try:
