@@ -71,7 +71,7 @@ def _store(options: argparse.Namespace) -> int:
         held = holder(store.root)
         if held is not None:
             state = "in use by" if held.process.is_alive() else "last used, and not let go of, by"
-            sys.stdout.write(f"{state} {held}\n")
+            sys.stdout.write(f"{_printable(f'{state} {held}')}\n")
     return int(options.tool == "verify" and any(one.state in BROKEN for one in found))
 
 
@@ -82,4 +82,9 @@ def _show(found: Iterable[Finding], as_json: bool) -> None:
         rows = [(one.state, f"{one.bytes:,}", one.name, one.made_from) for one in found]
         widths = [max((len(row[column]) for row in rows), default=0) for column in range(3)]
         lines = [f"{a:{widths[0]}}  {b:>{widths[1]}}  {c:{widths[2]}}  {d}".rstrip() for a, b, c, d in rows]
-    sys.stdout.write("".join(f"{line}\n" for line in lines))
+    sys.stdout.write("".join(f"{_printable(line)}\n" for line in lines))
+
+
+def _printable(text: str) -> str:
+    """The text with what would move a terminal's cursor, or cannot be encoded, escaped."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..model.loss_view import LossView
 from ..runtime.ranks import Ranks, balanced
-from ..store.files import Tensors
+from ..store.files import TensorFile, Tensors
 from ..store.shared_store import StoredUnit
 from ..training.segments import Weight, for_group
 from .kronecker import Eigenbasis, eigenvectors, kfac_eigenvalues, mean_over
@@ -42,14 +42,22 @@ class Pool(NamedTuple):
         """A layer's A or S [P, D, D] averaged over the points, on rank 0; None on the others."""
         total, rows = ("a_PII", "a_rows") if side.name == "inputs" else ("g_POO", "g_rows")
         files = [unit.file for unit in self.units if unit.file is not None]
-        sums = [(f.tensor(f"{side.layer}.{total}", side.shape), f.tensor(f"{side.layer}.{rows}", ())) for f in files]
+        sums = [
+            (file.tensor(f"{side.layer}.{total}", side.shape, "real"), _rows(file, f"{side.layer}.{rows}"))
+            for file in files
+        ]
         return mean_over(sums, for_group(self.weights, self.parameter_groups[side.layer])) if files else None
 
     def positions(self, layer: str, examples: int) -> float:
         """How many positions an example has in a layer, on average; on rank 0, as the others hold no files."""
-        rows = [unit.file.tensor(f"{layer}.g_rows", ()).item() for unit in self.units if unit.file is not None]
+        rows = [_rows(unit.file, f"{layer}.g_rows").item() for unit in self.units if unit.file is not None]
         weights = for_group(self.weights, self.parameter_groups[layer])
         return sum(weight * row for weight, row in zip(weights, rows, strict=False)) / examples
+
+
+def _rows(file: TensorFile, name: str) -> Tensor:
+    """How many tokens were summed."""
+    return file.tensor(name, (), "nonnegative")
 
 
 def pooled_eigenvectors(

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import FactorError, StoreError
 from ..methods.plan import (
     HEURISTIC_SHARE,
     Curvature,
@@ -56,6 +57,7 @@ from .unit_names import (
 )
 
 _BLOCKS_SHARE = 8  # blocks stay in memory where they take no more than an eighth of the budget
+_INDEFINITE = 1e-3  # by so much of the largest an eigenvalue of a sum of squares may be below 0, for rounding
 _STATISTICS = ("gradients", "curvature")
 
 
@@ -112,7 +114,8 @@ class StoredCurvature(Mapping[str, KroneckerBlock]):
             raise KeyError(name)
         shape, device = self.view.layers[name].shape, self.view.device
         weights = for_group(self._weights, self._parameter_groups[name])
-        mean_POI = weighted_mean([unit.tensor(name, shape, device) for unit in self.eigenvalue_units], weights)
+        at_points = [unit.tensor(name, shape, device, "nonnegative") for unit in self.eigenvalue_units]
+        mean_POI = weighted_mean(at_points, weights)
         if self._preconditioner is not None and self._basis is None:
             mean_POI = mean_POI * self._preconditioner[name].exact_POI
         basis = None if self._basis is None else stored_basis(self._basis, name, self.view)
@@ -150,9 +153,21 @@ def checkpoint_statistics(context: StageContext, train_from: MadeFrom) -> Tensor
         point = Point.at(context.stage, index)
         made_from = at_point(train_from, context, point)
         unit = context.store.open(statistics_unit(context, point), made_from, (*SAMPLING_KEYS, "dtype"))
-        rows = {kind: [unit.tensor(f"{n}.{kind}", None) for n in context.layers.tracked] for kind in _STATISTICS}
+        rows = {
+            kind: [unit.tensor(f"{name}.{kind}", (None, None)) for name in context.layers.tracked]
+            for kind in _STATISTICS
+        }
         gradients.append(torch.cat([sketch.flatten() for sketch in rows["gradients"]]))
         second_moments.append(torch.cat([(sketch.mT @ sketch).flatten() for sketch in rows["curvature"]]))
+    if (
+        len({len(row) for row in gradients}) > 1
+        or len({len(row) for row in second_moments}) > 1
+        or not len(gradients[0])
+    ):
+        raise StoreError(
+            f"{context.store.on_rank_0.root}: the statistics of the checkpoints are of other examples. Remove the "
+            "units called statistics, and run Analyzer.fit() with this store."
+        )
     halves = (torch.stack(checkpoints) for checkpoints in (gradients, second_moments))
     return torch.cat([half / half.square().sum(1).mean().sqrt().clamp_min(1e-300) for half in halves], 1) / 2**0.5
 
@@ -219,8 +234,17 @@ class FittedFactors:
 
     def _kernel(self, inverse: ProjectedInverse) -> tuple[Tensor, Tensor]:
         """The eigenvectors of a projected second moment [k, k], and the damped inverse of its eigenvalues [k]."""
-        kernel = self._kernel_unit(inverse).tensor("kernel", None, self.loss_view(inverse.stage).device)
+        view = self.loss_view(inverse.stage)
+        width = inverse.projection.dimension or sum(
+            P * O * I for P, O, I in (each.shape for each in view.layers.values())
+        )
+        kernel = self._kernel_unit(inverse).tensor("kernel", (width, width), view.device)
         sigma, vectors = torch.linalg.eigh(kernel.double())
+        if sigma[0] < -_INDEFINITE * sigma.abs().max():
+            raise FactorError(
+                f"{kernel_unit(self.contexts[inverse.stage], inverse)}: a second moment with the eigenvalue "
+                f"{sigma[0].item():g}, expected none below 0. Remove the unit, and run Analyzer.fit() with this store."
+            )
         damping = HEURISTIC_SHARE * sigma.mean() if inverse.damping is None else inverse.damping
         rounding = len(sigma) * torch.finfo(kernel.dtype).eps  # of a sum of outer products in the kernel's precision
         return vectors, damped_inverse(sigma.clamp_min(0), damping, rounding)
@@ -230,7 +254,7 @@ class FittedFactors:
         batched = [curvature for curvature in curvatures(plan) if curvature.batch > 1]
         units = [unit for curvature in batched for unit in self.curvature(curvature).eigenvalue_units]
         units += [self._kernel_unit(inverse) for inverse in projected(plan) if inverse.batch > 1]
-        return max((unit.tensor(BATCHING_ERROR, ()).item() for unit in units), default=None)
+        return max((unit.tensor(BATCHING_ERROR, (), kind="nonnegative").item() for unit in units), default=None)
 
     def described(self, operator: Operator) -> dict[str, Any]:
         """What an operator does; its checkpoints are told by their contents, not by their place in a trajectory."""

@@ -64,7 +64,7 @@ def stored_shares(context: StageContext, train_from: MadeFrom) -> dict[str, floa
     """Each layer's share, as `fit` measured it."""
     point = shares_point(context)
     unit = context.store.open(shares_unit(context), at_point(train_from, context, point))
-    return {name: unit.tensor(name, ()).item() for name in context.layers.tracked}
+    return {name: unit.tensor(name, (), kind="nonnegative").item() for name in context.layers.tracked}
 
 
 def check_shares(context: StageContext, shares: Mapping[str, float], capped: Iterable[str]) -> None:

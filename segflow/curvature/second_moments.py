@@ -77,7 +77,8 @@ def _estimates(context: StageContext, index: int, train_from: MadeFrom) -> Calla
     def moments_of(layer: TrackedLayer) -> Tensor:
         group = context.parameter_groups[layer.name]
         times = clip_squares[group] * (moves[group] if trajectory.kinds[group] == "Adagrad" else 1)
-        mean, square = (unit.tensor(f"{layer.name}.{what}", layer.shape).double() for what in ("mean", "square"))
+        mean = unit.tensor(f"{layer.name}.mean", layer.shape).double()
+        square = unit.tensor(f"{layer.name}.square", layer.shape, kind="nonnegative").double()
         variance = (square - mean.square()).clamp_min(0)
         return times * (mean.square() + variance / (trajectory.optimizer.batch_size or 1))
 

@@ -21,7 +21,7 @@ def named_runs(scores: Series) -> dict[str, list[Scores]]:
     """The runs of each series, by its name; a bare Scores is called by its method's name.
 
     Raises:
-        ScoreError: there are none, they are about other columns, a number is not finite, or one has a baseline's name.
+        ScoreError: there are none, they are about other columns, or one has a baseline's name.
     """
     if isinstance(scores, Scores):
         scores = {str(scores.provenance.get("method", "scores")): scores}
@@ -47,8 +47,6 @@ def named_runs(scores: Series) -> dict[str, list[Scores]]:
                     f"scores of {name!r}: {len(run.group_sizes)} columns, those of {next(iter(series))!r} have "
                     f"{len(first[0].group_sizes)}, or other sizes. Compare scores of the same examples."
                 )
-            if not run.values.isfinite().all():
-                raise ScoreError(f"scores of {name!r}: a number is not finite. Score again, or leave the method out.")
     return series
 
 

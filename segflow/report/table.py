@@ -13,11 +13,19 @@ from typing import Any
 from ..data.fingerprints import digest
 from ..errors import ScoreError, check_choice
 from ..store.files import read_json, write_json
+from ..store.json_form import fitting
 from .row import Estimate, Row, shown
 from .table_figure import table_figure
 
 FORMAT = 1
 KINDS = ("lines", "bars", "scatter")
+_ENDS = {"mean": float, "low": (float, None), "high": (float, None)}
+_FORM = {
+    **dict.fromkeys(("title", "x", "y", "kind"), str),
+    "rows": [_ENDS | {"series": str, "x": float, "values": [float], "label": str}],
+    "references": [_ENDS | {"name": str}],
+    "settings": {str: object},
+}  # of a file
 
 
 @dataclass(frozen=True)
@@ -118,7 +126,8 @@ class Table:
             "rows": [asdict(row) | _to_json(Estimate(row.mean, row.low, row.high)) for row in self.rows],
             "references": [{"name": name} | _to_json(Estimate(*ends)) for name, ends in self.references.items()],
         }
-        write_json(Path(path), {"segflow": "table", "sha256": digest(json.dumps(content, sort_keys=True))} | content)
+        seal = {"segflow": "table", "sha256": digest(json.dumps(content, sort_keys=True))}
+        write_json(Path(path), seal | content, ScoreError)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Table:
@@ -131,19 +140,18 @@ class Table:
         if content.get("format") != FORMAT:
             raise ScoreError(f"{path}: table format {content.get('format')!r}, this segflow reads format {FORMAT}.")
         try:
-            return cls(
-                content["title"],
-                content["x"],
-                content["y"],
-                tuple(
-                    Row(**row | _from_json(row)._asdict() | {"values": tuple(row["values"])}) for row in content["rows"]
-                ),
-                {entry["name"]: _from_json(entry) for entry in content["references"]},
-                content["settings"],
-                content["kind"],
-            )
-        except (KeyError, TypeError, ValueError) as problem:
+            return cls._from_content(fitting(content, _FORM))
+        except (TypeError, ValueError, ScoreError) as problem:
             raise ScoreError(f"{path}: makes no sense as a table ({problem}). Make it anew.") from problem
+
+    @classmethod
+    def _from_content(cls, content: Mapping[str, Any]) -> Table:
+        rows = [row | _from_json(row)._asdict() | {"values": tuple(row["values"])} for row in content["rows"]]
+        references = {entry["name"]: _from_json(entry) for entry in content["references"]}
+        if len(references) < len(content["references"]):
+            raise ScoreError("two references have one name")
+        others = {name: content[name] for name in ("title", "x", "y", "settings", "kind")}
+        return cls(rows=tuple(Row(**row) for row in rows), references=references, **others)
 
     def __str__(self) -> str:
         """A GitHub markdown table, with the references and what the intervals are below it."""

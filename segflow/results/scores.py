@@ -9,22 +9,28 @@ import json
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import KW_ONLY, dataclass, field, replace
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..arguments import truth, whole_number
-from ..data.fingerprints import digest
+from ..arguments import settle, shown, truth, whole_number, whole_numbers
 from ..errors import ScoreError
 from ..groups.groups import Groups
 from ..groups.nesting import parents
-from ..store.files import read_tensors, write_tensors
+from ..store.json_form import fitting, parse_json
+from .sealed import as_bytes, read_sealed, write_sealed
 
 FORMAT = 1
 _KINDS = ("by_term", "by_layer", "by_run")
+_LABELS = {
+    "query_labels": [str],
+    "group_labels": [str],
+    "group_sizes": [range(1, 2**53)],
+    "provenance": {str: object},
+    **{f"{kind}?": [str] for kind in _KINDS},
+}  # of a file
 
 
 class Ranked(NamedTuple):
@@ -51,7 +57,8 @@ class Scores:
         spread: [Q, K], the standard deviation over the runs of an ensemble; None for one run.
 
     Raises:
-        ScoreError: shapes do not fit the labels, or the provenance is not what JSON can hold.
+        ScoreError: shapes do not fit the labels, labels are no text or come twice, numbers are not finite, parts do not
+            add up, or the provenance is not what JSON can hold.
     """
 
     values: Tensor
@@ -66,19 +73,21 @@ class Scores:
     spread: Tensor | None = None
 
     def __post_init__(self) -> None:
-        expected = (len(self.query_labels), len(self.group_labels))
+        labels = {name: _distinct_labels(name, getattr(self, name)) for name in ("query_labels", "group_labels")}
+        advice = "It counts the examples of a group."
+        sizes = whole_numbers("group_sizes", self.group_sizes, ScoreError, 1, advice=advice)
+        expected = (len(labels["query_labels"]), len(labels["group_labels"]))
+        if len(sizes) != expected[1]:
+            raise ScoreError(f"{len(sizes)} group sizes for {expected[1]} groups.")
         named = {name: part for kind in _KINDS for name, part in getattr(self, kind).items()}
-        for name, part in {"values": self.values, **named}.items():
-            if tuple(part.shape) != expected:
-                raise ScoreError(f"{name}: shape {tuple(part.shape)}, expected {expected} from the labels.")
-        if len(self.group_sizes) != len(self.group_labels):
-            raise ScoreError(f"{len(self.group_sizes)} group sizes for {len(self.group_labels)} groups.")
-        object.__setattr__(self, "group_sizes", tuple(map(int, self.group_sizes)))
-        try:
-            plain = json.loads(json.dumps(dict(self.provenance)))  # as `load` will read it
-        except (TypeError, ValueError) as problem:
-            raise ScoreError(f"provenance: expected what JSON can hold ({problem}).") from problem
-        object.__setattr__(self, "provenance", plain)
+        spread = {} if self.spread is None else {"spread": self.spread}
+        for name, part in ({"values": self.values} | named | spread).items():
+            _check_part(name, part, expected)
+        if self.spread is not None and (self.spread < 0).any():
+            raise ScoreError("spread: holds negative numbers, expected standard deviations.")
+        for kind in _KINDS:
+            _check_sum(kind, list(getattr(self, kind).values()), self.values)
+        settle(self, **labels, group_sizes=sizes, provenance=_as_json(self.provenance))
 
     def _parts(self) -> dict[str, Tensor]:
         """Every tensor [Q, K], by the name that it is saved under."""
@@ -210,32 +219,26 @@ class Scores:
             "provenance": self.provenance,
             **{kind: list(getattr(self, kind)) for kind in _KINDS},
         }
-        tensors["labels"] = _bytes(json.dumps(labels))
-        write_tensors(Path(path), tensors | {"sha256": _bytes(digest(tensors))}, {"segflow": "scores"})
+        write_sealed(path, tensors | {"labels": as_bytes(json.dumps(labels))}, {"segflow": "scores"})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Scores:
-        """Read what `save` wrote; ScoreError if the file is not whole or not a scores file."""
-        tensors = read_tensors(Path(path), None, ScoreError)
-        if not {"values", "labels", "sha256"} <= set(tensors):
-            raise ScoreError(
-                f"{path}: not a scores file (tensors {sorted(tensors)[:4]}). Expected what Scores.save wrote."
-            )
-        if not tensors.pop("sha256").equal(_bytes(digest(tensors))):
-            raise ScoreError(f"{path}: damaged, its content has another checksum. Restore it or make it anew.")
+        """Read what `save` wrote; ScoreError if the file is not whole, not a scores file, or makes no sense."""
+        tensors = read_sealed(path, {"values", "labels"}, "a scores file", "Scores.save")
         try:
-            return cls._labelled(Path(path), tensors, json.loads(tensors["labels"].numpy().tobytes()))
-        except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as problem:
+            labels = parse_json(bytes(tensors["labels"].tolist()), {"format": int})
+            if labels["format"] == FORMAT:
+                return cls._labelled(tensors, fitting(labels, _LABELS))
+        except (ValueError, TypeError, KeyError, ScoreError) as problem:
             raise ScoreError(f"{path}: its labels make no sense ({problem}). Restore it or make it anew.") from problem
+        raise ScoreError(f"{path}: scores format {labels['format']!r}, this segflow reads format {FORMAT}.")
 
     @classmethod
-    def _labelled(cls, path: Path, tensors: Mapping[str, Tensor], labels: Any) -> Scores:
-        if labels["format"] != FORMAT:
-            raise ScoreError(f"{path}: scores format {labels['format']!r}, this segflow reads format {FORMAT}.")
-        parts = {
-            kind: {name: tensors[f"{kind}.{index}"] for index, name in enumerate(labels.get(kind, ()))}
-            for kind in _KINDS
-        }
+    def _labelled(cls, tensors: Mapping[str, Tensor], labels: Mapping[str, Any]) -> Scores:
+        parts = {}
+        for kind in _KINDS:
+            names = _distinct_labels(kind, labels.get(kind, ()))
+            parts[kind] = {name: tensors[f"{kind}.{index}"] for index, name in enumerate(names)}
         return cls(
             tensors["values"],
             tuple(labels["query_labels"]),
@@ -275,8 +278,52 @@ class Scores:
         return xarray.Dataset(data, coords, attrs={"provenance": json.dumps(self.provenance)})
 
 
-def _bytes(text: str) -> Tensor:
-    return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
+def _distinct_labels(name: str, given: Any) -> tuple[str, ...]:
+    """The labels, if they are text and no two are alike."""
+    labels = tuple(given) if isinstance(given, list | tuple) else (None,)
+    if not all(isinstance(label, str) for label in labels):
+        raise ScoreError(f"{name}={shown(given)}: expected a tuple of text.")
+    if len(set(labels)) < len(labels):
+        twice = next(label for label in labels if labels.count(label) > 1)
+        raise ScoreError(f"{name}: {shown(twice)} comes twice. Give each a label of its own.")
+    return labels
+
+
+def _check_part(name: str, part: Any, expected: tuple[int, int]) -> None:
+    if not isinstance(part, Tensor) or not part.is_floating_point():
+        found = part.dtype if isinstance(part, Tensor) else type(part).__name__
+        raise ScoreError(f"{name}: {found}, expected a tensor of floating-point numbers.")
+    if tuple(part.shape) != expected:
+        raise ScoreError(f"{name}: shape {tuple(part.shape)}, expected {expected} from the labels.")
+    if not torch.isfinite(part).all():
+        raise ScoreError(f"{name}: holds numbers that are not finite.")
+
+
+def _check_sum(kind: str, parts: list[Tensor], values: Tensor) -> None:
+    """ScoreError unless the parts add up to the values, or the runs' mean is theirs, to rounding."""
+    if not parts:
+        return
+    count = len(parts) if kind == "by_run" else 1
+    stacked = torch.stack([part.double() for part in parts]) / count
+    scale = stacked.abs().sum(0) + values.double().abs()
+    rounding = torch.finfo(values.dtype).eps ** 0.5
+    off = ((stacked.sum(0) - values.double()).abs() > rounding * scale).nonzero()
+    if len(off):
+        query, group = off[0].tolist()
+        what = "the mean of the runs" if kind == "by_run" else "the sum of the parts"
+        raise ScoreError(
+            f"{kind}: {what} is {stacked.sum(0)[query, group].item():g} for query {query} and group {group}, but the "
+            f"value is {values[query, group].item():g}. Change the parts together with the values, or leave them out."
+        )
+
+
+def _as_json(provenance: Mapping[str, Any]) -> dict[str, Any]:
+    """The provenance as `load` will read it."""
+    try:
+        plain: dict[str, Any] = parse_json(json.dumps(dict(provenance), allow_nan=False))
+    except (TypeError, ValueError, RecursionError) as problem:
+        raise ScoreError(f"provenance: expected what JSON can hold ({problem}).") from problem
+    return plain
 
 
 def _spread(by_run: Mapping[str, Tensor]) -> Tensor | None:

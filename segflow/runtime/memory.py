@@ -1,4 +1,4 @@
-"""Peak memory of this process and of its device, sampled while somebody watches."""
+"""Bytes: in words, and the peak memory of this process and of its device, sampled while somebody watches."""
 
 from __future__ import annotations
 
@@ -11,6 +11,18 @@ import psutil
 import torch
 
 _SAMPLE_EVERY = 0.1  # seconds between two looks at the memory
+
+
+def bytes_in_words(number: float) -> str:
+    """Bytes as people read them, in decimal units.
+
+    Example:
+        >>> bytes_in_words(12), bytes_in_words(999_999), bytes_in_words(3_200_000_000)
+        ('12 B', '1 MB', '3.2 GB')
+    """
+    units = ("B", "kB", "MB", "GB", "TB")
+    power = sum(number >= 999.5 * 1000**place for place in range(len(units) - 1))
+    return f"{number / 1000**power:.3g} {units[power]}"
 
 
 class PeakMemory:

@@ -248,6 +248,10 @@ def query_set(query: Any) -> QuerySet:
             "query: a list of both properties and examples. Score them in two calls, or make a property of the "
             "examples: properties.MeanMeasurement(examples, task)."
         )
+    names = [prop.name for prop in query]
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise TaskError(f"query: two properties are called {twice!r}. Give each a name of its own.")
     return PropertyQueries(tuple(query))
 
 

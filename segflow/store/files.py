@@ -9,34 +9,31 @@ import errno
 import hashlib
 import json
 import os
-import re
-import secrets
-import shutil
 import stat
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import safetensors
 import safetensors.torch
+import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from ..arguments import shown
 from ..errors import SegflowError, StoreError
+from .json_form import Form, fitting, parse_json
+from .replacement import beside, check_target, naming, put_in_place
 
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 Tensors = dict[str, Tensor]
+Shape = Sequence[int | None]
+Kind = Literal["real", "nonnegative", "whole"]
+_ROUNDING = 1e-4  # by so much of the largest a number may be below 0 and count as 0
 _LARGEST_JSON = 64 << 20  # bytes
 _PIECE = 1 << 20
-_PARTIAL = re.compile(r".+\.[0-9a-f]{8}\.partial")  # the name of a file that is being written
 _digests: dict[tuple[int, ...], str] = {}  # sha256 by what the file looked like: device, inode, size, times
-
-
-def is_partial(name: str) -> bool:
-    """Whether this module gave a file its name while it wrote it."""
-    return _PARTIAL.fullmatch(name) is not None
 
 
 def write_file(path: Path, content: bytes, error: type[SegflowError] = StoreError) -> None:
@@ -45,12 +42,17 @@ def write_file(path: Path, content: bytes, error: type[SegflowError] = StoreErro
     def fill(partial: Path) -> None:
         partial.write_bytes(content)
 
-    _commit(path, fill, len(content), error)
+    _replace(path, fill, len(content), error)
 
 
 def write_json(path: Path, content: Any, error: type[SegflowError] = StoreError) -> None:
-    """Write `content` as readable JSON, atomically."""
-    write_file(path, (json.dumps(content, indent=1, sort_keys=True) + "\n").encode(), error)
+    """Write `content` as readable JSON, atomically; `error` for what `read_json` would refuse."""
+    try:
+        text = json.dumps(content, indent=1, sort_keys=True, allow_nan=False)
+        parse_json(text)
+    except (TypeError, ValueError, RecursionError) as problem:
+        raise error(f"{path}: not written, for JSON cannot hold it ({problem}).") from problem
+    write_file(path, f"{text}\n".encode(), error)
 
 
 def write_tensors(
@@ -70,7 +72,7 @@ def write_tensors(
     def fill(partial: Path) -> None:
         safetensors.torch.save_file(separate, partial, metadata)
 
-    _commit(path, fill, expected, error, described_in)
+    _replace(path, fill, expected, error, described_in)
     return {"bytes": path.stat().st_size, "sha256": file_digest(path, error)}
 
 
@@ -79,36 +81,23 @@ def writing_array(
     path: Path, dtype: np.dtype[Any], shape: tuple[int, ...], error: type[SegflowError] = StoreError
 ) -> Iterator[Callable[[np.ndarray], None]]:
     """Write a NumPy file of rows that come a few at a time, atomically: `path` appears once all are there."""
-    partial = _partial(path)
     size = dtype.itemsize * int(np.prod(shape))
-
-    @contextmanager
-    def naming_the_file() -> Iterator[None]:
-        try:
-            yield
-        except OSError as problem:
-            raise error(_reason(path, size, problem)) from problem
-
-    def write(rows: np.ndarray) -> None:
-        with naming_the_file():
-            file.write(np.ascontiguousarray(rows, dtype).tobytes())
-
-    try:
-        with naming_the_file():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            file = open(partial, "wb")  # noqa: SIM115
-        with file:
+    check_target(path, error)
+    with ExitStack() as until_done:
+        with naming(path, size, error):
+            partial = until_done.enter_context(beside(path))
+            file = until_done.enter_context(open(partial, "wb"))
             header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
             np.lib.format.write_array_header_2_0(file, header)
-            yield write
-        with naming_the_file():
-            _flush(partial)
-            os.replace(partial, path)
-            _flush(path.parent)
-    except BaseException:
-        with suppress(OSError):
-            partial.unlink()
-        raise
+
+        def write(rows: np.ndarray) -> None:
+            with naming(path, size, error):
+                file.write(np.ascontiguousarray(rows, dtype).tobytes())
+
+        yield write
+        with naming(path, size, error):
+            file.close()
+            put_in_place(partial, path)
 
 
 def append_line(path: Path, content: Mapping[str, Any]) -> None:
@@ -132,20 +121,17 @@ class LineFile:
 
     def __init__(self, path: Path, error: type[SegflowError] = StoreError) -> None:
         self._path, self._error = path, error
-        try:
+        check_target(path, error)
+        with naming(path, 0, error):
             path.parent.mkdir(parents=True, exist_ok=True)
             self._descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-        except OSError as problem:
-            raise error(_reason(path, 0, problem)) from problem
 
     def append(self, line: str) -> None:
         """Append one line; what of it is on disk where that fails has no end of line."""
         content = line.encode() + b"\n"
-        try:
+        with naming(self._path, len(content), self._error):
             if os.write(self._descriptor, content) < len(content):
                 raise OSError(errno.ENOSPC, "No space left on device")
-        except OSError as problem:
-            raise self._error(_reason(self._path, len(content), problem)) from problem
 
     def close(self) -> None:
         """Flush the file to disk and let go of it; nothing may be appended afterwards."""
@@ -154,25 +140,37 @@ class LineFile:
         os.close(self._descriptor)
 
 
-def read_lines(path: Path, sha256: str | None, error: type[SegflowError]) -> list[str]:
-    """The whole lines of a text file, its checksum verified where one is known; a rest without an end is left out."""
-    _regular(path, error)
-    _verify(path, sha256, error)
+def read_content(path: Path, error: type[SegflowError], most: int | None = None) -> bytes:
+    """The content of a regular file of up to `most` bytes."""
+    size = _regular(path, error).st_size
+    if most is not None and size > most:
+        raise error(f"{path}: {size:,} bytes, expected at most {most:,}. Restore it or make it anew.")
     try:
-        return path.read_text().split("\n")[:-1]
-    except (OSError, ValueError) as problem:
+        return path.read_bytes()
+    except OSError as problem:
         raise error(f"{path}: cannot be read ({problem}). Restore it or make it anew.") from problem
 
 
-def read_json(path: Path, error: type[SegflowError]) -> Any:
-    """Read JSON; a file that is missing, huge, no regular file or not JSON raises `error` naming it."""
-    size = _regular(path, error).st_size
-    if size > _LARGEST_JSON:
-        raise error(f"{path}: {size:,} bytes of JSON, expected at most {_LARGEST_JSON:,}. Restore it or make it anew.")
+def read_lines(path: Path, sha256: str | None, error: type[SegflowError]) -> list[str]:
+    """The whole lines of a text file, its checksum verified where one is known; a rest without an end is left out."""
+    _verify(path, sha256, error)
     try:
-        return json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as problem:
+        return read_content(path, error).decode().split("\n")[:-1]
+    except UnicodeDecodeError as problem:
+        raise error(f"{path}: no text ({problem}). Restore it or make it anew.") from problem
+
+
+def read_json(path: Path, error: type[SegflowError], form: Form = object) -> Any:
+    """Read JSON of the form that is expected (see `json_form`); anything else raises `error` naming the file."""
+    content = read_content(path, error, _LARGEST_JSON)
+    try:
+        found = parse_json(content)
+    except ValueError as problem:
         raise error(f"{path}: not readable as JSON ({problem}). Restore it or make it anew.") from problem
+    try:
+        return fitting(found, form)
+    except ValueError as problem:
+        raise error(f"{path}: damaged ({problem}). Restore it or make it anew.") from problem
 
 
 class TensorFile:
@@ -194,26 +192,44 @@ class TensorFile:
         """The tensors' names, in order."""
         return sorted(self._file.keys())
 
-    def tensor(self, name: str, shape: tuple[int, ...] | None = None) -> Tensor:
-        """One tensor, on the CPU; one that is absent or of another shape than expected is an error."""
+    def tensor(self, name: str, shape: Shape | None = None, kind: Kind | None = None) -> Tensor:
+        """One tensor, on the CPU; one that is absent, or other than expected, is an error.
+
+        shape: None for any; a None in it is any size. kind: "real" for finite floating-point numbers, "nonnegative"
+        for such that are at least 0 to rounding, "whole" for whole ones, None for any.
+        """
         if name not in self._file.keys():  # noqa: SIM118
             raise self._error(
-                f"{self.path}: holds no tensor {name!r}, only {self.names()[:4]}. Restore it or make it anew."
+                f"{self.path}: holds no tensor {name!r}, only {shown(self.names()[:4])}. Restore it or make it anew."
             )
         with self._reading():
             stored = tuple(self._file.get_slice(name).get_shape())
-            if shape is None or stored == tuple(shape):
+            if shape is None or _agrees(stored, shape):
                 tensor: Tensor = self._file.get_tensor(name).clone()
+                self._check_kind(name, tensor, kind)
                 return tensor
         raise self._error(
             f"{self.path}: {name!r} has shape {stored}, expected {tuple(shape)}. Restore it or make it anew."
         )
 
+    def _check_kind(self, name: str, tensor: Tensor, kind: Kind | None) -> None:
+        real = tensor.is_floating_point()
+        whole = not real and not tensor.is_complex() and tensor.dtype != torch.bool
+        found = ""
+        if kind is not None and not (whole if kind == "whole" else real):
+            found = f"is {tensor.dtype}"
+        elif kind in ("real", "nonnegative") and not torch.isfinite(tensor).all():
+            found = "holds numbers that are not finite"
+        elif kind == "nonnegative" and tensor.numel() and tensor.min() < -_ROUNDING * tensor.abs().max():
+            found = f"holds {tensor.min().item():g}"
+        if found:
+            raise self._error(f"{self.path}: {name!r} {found}, expected {kind} numbers. Restore it or make it anew.")
+
     @contextmanager
     def _reading(self) -> Iterator[None]:
         try:
             yield
-        except (SafetensorError, OSError, ValueError, RuntimeError, MemoryError) as problem:
+        except (SafetensorError, OSError, ValueError, RuntimeError, MemoryError, AttributeError, KeyError) as problem:
             raise self._error(
                 f"{self.path}: not a whole safetensors file ({problem}). Restore it or make it anew."
             ) from problem
@@ -252,11 +268,30 @@ def _verify(path: Path, sha256: str | None, error: type[SegflowError]) -> None:
 
 def inside(root: Path, *parts: str, error: type[SegflowError] = StoreError) -> Path:
     """The path below `root`; an error if it leaves the folder, by its name or by a symbolic link."""
+    if not all(isinstance(part, str) for part in parts):
+        raise error(f"{root}: {shown(parts)} is no path below it. Restore the folder.")
     path = root.joinpath(*parts)
-    real, base = Path(os.path.realpath(path)), Path(os.path.realpath(root))
-    if ".." in path.relative_to(root).parts or real != base / path.relative_to(root):
-        raise error(f"{path}: leads out of {root} (to {real}). Remove the link, or restore the folder.")
-    return path
+    if path.is_relative_to(root) and ".." not in path.relative_to(root).parts:
+        link = first_link(root, path, error)
+        if link is None:
+            return path
+        raise error(f"{link}: leads out of {root} (to {os.readlink(link)}). Remove the link, or restore the folder.")
+    raise error(f"{path}: leads out of {root}. Restore the folder.")
+
+
+def first_link(root: Path, path: Path, error: type[SegflowError] = StoreError) -> Path | None:
+    """The first symbolic link on the way from `root` to a path below it; None if there is none."""
+    place = root
+    for part in path.relative_to(root).parts:
+        place /= part
+        try:
+            if stat.S_ISLNK(place.lstat().st_mode):
+                return place
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as problem:
+            raise error(f"{shown(str(place))}: cannot be looked at ({problem}). Restore the folder.") from problem
+    return None
 
 
 def _regular(path: Path, error: type[SegflowError]) -> os.stat_result:
@@ -272,6 +307,10 @@ def _regular(path: Path, error: type[SegflowError]) -> os.stat_result:
     return status
 
 
+def _agrees(stored: tuple[int, ...], shape: Shape) -> bool:
+    return len(stored) == len(shape) and all(want in (None, size) for size, want in zip(stored, shape, strict=True))
+
+
 def _in_separate_memory(tensors: Tensors) -> Tensors:
     """The tensors on the CPU, none sharing memory with another, as safetensors wants them."""
     separate: Tensors = {}
@@ -285,69 +324,15 @@ def _in_separate_memory(tensors: Tensors) -> Tensors:
     return separate
 
 
-def _partial(path: Path) -> Path:
-    """A name of its own for what will be `path`, or was."""
-    return path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")
-
-
-def _commit(
+def _replace(
     path: Path,
     fill: Callable[[Path], None],
     size: int,
     error: type[SegflowError],
     described_in: Path | None = None,
 ) -> None:
-    """Have `fill` write a file beside `path`, flush it to disk, and put it in `path`'s place."""
-    partial = _partial(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    """Have `fill` write a file beside `path`, and put it in `path`'s place."""
+    check_target(path, error)
+    with naming(path, size, error), beside(path) as partial:
         fill(partial)
-        _flush(partial)
-        with _withdrawn(described_in):
-            os.replace(partial, path)
-        _flush(path.parent)
-    except BaseException as problem:
-        with suppress(OSError):
-            partial.unlink()
-        if isinstance(problem, OSError | SafetensorError):
-            raise error(_reason(path, size, problem)) from problem
-        raise
-
-
-@contextmanager
-def _withdrawn(path: Path | None) -> Iterator[None]:
-    """Remove a file before the block, also on disk; if the block fails it comes back, if the process is killed not."""
-    if path is None or not path.exists():
-        yield
-        return
-    aside = _partial(path)
-    os.rename(path, aside)
-    try:
-        _flush(path.parent)
-        yield
-    except BaseException:
-        os.rename(aside, path)
-        raise
-    with suppress(OSError):  # who holds the lock next removes it
-        aside.unlink()
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _reason(path: Path, size: int, problem: Exception) -> str:
-    """Why a file could not be written, and what to do."""
-    if getattr(problem, "errno", None) in NO_ROOM or "No space left" in str(problem) or "quota" in str(problem):
-        folder = next(parent for parent in path.parents if parent.exists())
-        free = shutil.disk_usage(folder).free
-        advice = f"the disk is full: {size:,} bytes are needed, {free:,} are free. Make room"
-    elif getattr(problem, "errno", None) == errno.EROFS or "Read-only" in str(problem):
-        advice = "the file system is read-only. Use a folder that can be written to"
-    else:
-        advice = "Look at the folder's permissions and at the disk"
-    return f"{path}: cannot be written ({problem}); {advice}, and start again: what was committed before is kept."
+        put_in_place(partial, path, described_in)

@@ -13,21 +13,21 @@ and "event":
 
 from __future__ import annotations
 
-import json
 import secrets
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, TypeVar
 
 from ..errors import StoreError
-from ..runtime.memory import PeakMemory
+from ..runtime.memory import PeakMemory, bytes_in_words
 from ..runtime.progress import Bars
 from ..runtime.ranks import Ranks
-from .files import append_line, inside
+from .files import append_line, inside, read_content
+from .json_form import parse_json
 
 Item = TypeVar("Item")
 
@@ -60,7 +60,7 @@ class Summary:
         lines = [head]
         for row in self.rows:
             rate = f"{row.examples / row.seconds:,.0f}" if row.examples and row.seconds else ""
-            memory = f"{row.peak_memory / 2**30:.2f} GiB" if row.peak_memory else ""
+            memory = bytes_in_words(row.peak_memory) if row.peak_memory else ""
             numbers = (str(row.made), str(row.found), f"{row.seconds:.1f}", f"{row.examples:,}", rate, memory)
             lines.append((row.call, row.kind or "all", *numbers))
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
@@ -184,13 +184,9 @@ class Journal:
 def read_events(path: Path) -> list[dict[str, Any]]:
     """The events of a log; a line that a killed run left torn is skipped."""
     events = []
-    for line in path.read_text(errors="replace").splitlines():
-        try:
-            event = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(event, dict):
-            events.append(event)
+    for line in read_content(path, StoreError).decode(errors="replace").splitlines():
+        with suppress(ValueError):
+            events.append(parse_json(line, {}))
     return events
 
 
@@ -204,7 +200,7 @@ def _done_since(row: Row, before: Mapping[tuple[str, str], Row]) -> Row:
 def _as_line(whole: Row, kinds: Iterable[Row]) -> str:
     parts = ", ".join(f"{row.kind} {row.seconds:.1f} s" for row in kinds if row.made)
     took = f"{whole.seconds:.1f} s{f' ({parts})' if parts else ''}"
-    memory = f"peak memory {whole.peak_memory / 2**30:.2f} GiB"
+    memory = f"peak memory {bytes_in_words(whole.peak_memory)}"
     return f"segflow {whole.call}: {whole.made} units made, {whole.found} found, {took}, {memory}"
 
 

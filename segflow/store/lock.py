@@ -24,18 +24,15 @@ import psutil
 
 from ..errors import StoreError
 from ..runtime.process import ProcessIdentity
-from .files import NO_ROOM, read_json, write_json
+from .files import read_json, write_json
+from .json_form import LINE
+from .replacement import NO_ROOM
 
 _BEAT = 2.0  # seconds between two touches of a note that is the lock
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP)
 _LOCAL_LOCKS = {"nolock", "local_lock=all", "local_lock=flock", "localflock", "nobrl"}  # options of NFS, Lustre and SMB
-_KINDS: dict[str, Any] = {
-    "host": str,
-    "pid": int,
-    "born": (int, float),
-    "purpose": str,
-    "since": str,
-}  # of a note's entries
+NOTE = "holder.json"
+_FORM = {"host": LINE, "pid": range(1, 2**31), "born": float, "purpose": LINE, "since": LINE}
 # Newer versions of filelock would lock softly, by a file that outlives its process, where the system has no locks.
 _HARD = {"fallback_to_soft": False}
 _OPTIONS: Any = _HARD if _HARD.keys() <= inspect.signature(filelock.BaseFileLock.__init__).parameters.keys() else {}
@@ -95,10 +92,8 @@ def hold(folder: Path, purpose: str) -> Iterator[Held]:
 def holder(folder: Path) -> Holder | None:
     """Who holds the folder's lock, or held it last and died; None if nobody did or the note cannot be read."""
     try:
-        note = read_json(folder / "holder.json", StoreError)
+        note = read_json(folder / NOTE, StoreError, _FORM)
     except StoreError:
-        return None
-    if not isinstance(note, dict) or not all(isinstance(note.get(name), kind) for name, kind in _KINDS.items()):
         return None
     return Holder(ProcessIdentity(note["pid"], note["host"], note["born"]), note["purpose"], note["since"])
 
@@ -138,10 +133,10 @@ def _is_at_work(folder: Path, before: Holder, locked: bool) -> bool:
 def _is_touched(folder: Path) -> bool:
     """Whether the holder's note is touched while we look on; clocks are not compared."""
     with suppress(OSError):
-        before = (folder / "holder.json").stat().st_mtime_ns
+        before = (folder / NOTE).stat().st_mtime_ns
         for _ in range(8):
             time.sleep(_BEAT / 4)
-            if (folder / "holder.json").stat().st_mtime_ns != before:
+            if (folder / NOTE).stat().st_mtime_ns != before:
                 return True
     return False
 
@@ -175,7 +170,7 @@ def _locked_by_note(folder: Path, purpose: str) -> Iterator[None]:
     def beat() -> None:
         while not done.wait(_BEAT):
             with suppress(OSError):
-                os.utime(folder / "holder.json")
+                os.utime(folder / NOTE)
 
     this_run = _write_note(folder, purpose)
     time.sleep(_BEAT / 4)
@@ -193,10 +188,10 @@ def _locked_by_note(folder: Path, purpose: str) -> Iterator[None]:
 
 def _write_note(folder: Path, purpose: str) -> Holder:
     this_run = Holder(ProcessIdentity.own(), purpose, datetime.now(timezone.utc).isoformat(timespec="seconds"))
-    write_json(folder / "holder.json", this_run.as_json())
+    write_json(folder / NOTE, this_run.as_json())
     return this_run
 
 
 def _remove_note(folder: Path) -> None:
     with suppress(OSError):
-        (folder / "holder.json").unlink()
+        (folder / NOTE).unlink()

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from ..errors import StoreError
-from .files import TensorFile, read_json, write_json
+from .files import TensorFile, first_link, read_json, write_json
 from .lock import hold
 from .store import FORMAT, Entry, Store
 
@@ -45,7 +46,7 @@ class Finding:
             "seed": made_from.get("seed"),
             "dtype": str(made_from["dtype"]).removeprefix("torch.") if "dtype" in made_from else None,
         }
-        short = ", ".join(f"{key} {value}" for key, value in facts.items() if value is not None)
+        short = ", ".join(f"{key} {str(value)[:80]}" for key, value in facts.items() if value is not None)
         return f"{short}; {self.why}" if self.why else short
 
     def as_json(self) -> dict[str, Any]:
@@ -68,20 +69,27 @@ def survey(store: Store, thorough: bool = False) -> list[Finding]:
 
 
 def _unit(store: Store, name: str, thorough: bool) -> Finding:
-    entry = None
+    entry, size = None, _size(store.root / "units" / f"{name}.safetensors")
     try:
         path = store.unit_path(name)
         entry = store.entry(name)
         if entry is None or not path.exists():
             return Finding(name, "missing", 0, entry)
-        size = _size(path)
         if size != entry.bytes:
             return Finding(name, "damaged", size, entry, f"{size:,} bytes, expected {entry.bytes:,}")
         if thorough:
             TensorFile(path, entry.sha256, StoreError)
-        return Finding(name, "stale" if store.is_stale(entry) else "ok", size, entry)
+        return Finding(name, "stale" if _is_stale(store, entry) else "ok", size, entry)
     except StoreError as problem:
-        return Finding(name, "damaged", 0, entry, str(problem))
+        return Finding(name, "damaged", size, entry, str(problem))
+
+
+def _is_stale(store: Store, entry: Entry) -> bool:
+    """Whether an input has changed; one whose own entry is damaged is found as such, and repaired, by itself."""
+    try:
+        return store.is_stale(entry)
+    except StoreError:
+        return False
 
 
 def collect_garbage(store: Store, scores: bool = False, dry_run: bool = False) -> list[Finding]:
@@ -105,33 +113,53 @@ def collect_garbage(store: Store, scores: bool = False, dry_run: bool = False) -
 
 
 def repair(store: Store) -> list[Finding]:
-    """Set damaged and missing units aside, in `quarantine/`, so that the next run makes them anew; returns them."""
+    """Set damaged and missing units aside, in `quarantine/`, so that the next run makes them anew; returns them.
+
+    A manifest.json that tells no format is among them, and made anew.
+    """
     with hold(store.root, "repair"):
-        _restore_marker(store)
-        broken = [finding for finding in survey(store, thorough=True) if finding.state in BROKEN]
-        for finding in broken:
+        broken = _restore_marker(store)
+        for finding in [finding for finding in survey(store, thorough=True) if finding.state in BROKEN]:
             for path in _paths(store, finding.name):
                 _set_aside(store, path)
+            broken.append(finding)
     return broken
 
 
-def _restore_marker(store: Store) -> None:
-    """Write manifest.json anew where it cannot be read at all; one of another format is left alone."""
-    path = store.root / "manifest.json"
+def _restore_marker(store: Store) -> list[Finding]:
+    """Set a manifest.json aside that tells no format, and write it anew; one of another format is left alone."""
+    path, found = store.root / "manifest.json", list[Finding]()
     try:
         if path.exists():
-            read_json(path, StoreError)
-            return
-    except StoreError:
-        _set_aside(store, path)
+            read_json(path, StoreError, {"format": int})
+            return found
+    except StoreError as problem:
+        found = [Finding(path.name, "damaged", _size(path), why=str(problem))]
+    _set_aside(store, path)
     write_json(path, {"format": FORMAT})
+    return found
 
 
 def _set_aside(store: Store, path: Path) -> None:
-    if os.path.lexists(path):
-        aside = store.root / "quarantine" / path.relative_to(store.root)
+    """Move a file to `quarantine/`; of one that a link leads to, the link."""
+    path = first_link(store.root, path) or path
+    if not os.path.lexists(path):
+        return
+    aside = store.root / "quarantine" / path.relative_to(store.root)
+    with _changing(path):
+        if first_link(store.root, aside) is not None:
+            raise OSError("quarantine/ is, or holds, a symbolic link")
         aside.parent.mkdir(parents=True, exist_ok=True)
         os.replace(path, aside)
+
+
+@contextmanager
+def _changing(path: Path) -> Iterator[None]:
+    """Errors of the system inside the block become StoreError naming the file that cannot be moved or removed."""
+    try:
+        yield
+    except OSError as problem:
+        raise StoreError(f"{path}: cannot be moved or removed ({problem}). Look at the permissions.") from problem
 
 
 def _paths(store: Store, name: str) -> list[Path]:
@@ -141,8 +169,13 @@ def _paths(store: Store, name: str) -> list[Path]:
 
 def _remove(paths: Iterable[Path]) -> None:
     for path in paths:
-        path.unlink(missing_ok=True)
+        with _changing(path):
+            path.unlink(missing_ok=True)
 
 
 def _size(path: Path) -> int:
-    return path.lstat().st_size
+    """The size of a file, 0 where there is none."""
+    try:
+        return path.lstat().st_size
+    except (OSError, ValueError):
+        return 0

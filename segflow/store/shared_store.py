@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..runtime.ranks import Ranks
 from ..runtime.signals import shielded
-from .files import TensorFile, Tensors
+from .files import Kind, Shape, TensorFile, Tensors
 from .journal import Journal
 from .store import MadeFrom, Store
 
@@ -23,9 +23,9 @@ class StoredUnit:
     file: TensorFile | None
     ranks: Ranks
 
-    def tensor(self, name: str, shape: tuple[int, ...] | None, device: torch.device | None = None) -> Tensor:
-        """One tensor on every rank; every rank must call it. StoreError if it has another shape (None: any)."""
-        tensor = None if self.file is None else self.file.tensor(name, shape)
+    def tensor(self, name: str, shape: Shape, device: torch.device | None = None, kind: Kind = "real") -> Tensor:
+        """One tensor on every rank; every rank must call it. StoreError unless it has this shape and such numbers."""
+        tensor = None if self.file is None else self.file.tensor(name, shape, kind)
         return self.ranks.broadcast(tensor, device=device)
 
 

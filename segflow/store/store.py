@@ -16,13 +16,15 @@ import os
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..errors import StoreError
-from .files import TensorFile, Tensors, inside, is_partial, read_json, write_json, write_tensors
-from .lock import Held, hold
+from .files import TensorFile, Tensors, inside, read_json, write_json, write_tensors
+from .json_form import COUNT, SHA256, fitting
+from .lock import NOTE, Held, hold
+from .replacement import partial_of
 
 FORMAT = 2
 MadeFrom = Mapping[str, Any]
@@ -30,7 +32,12 @@ _PROBES = "probes"  # the key of values that are compared as rounded
 _ROUNDING, _ROUNDING_AT_0 = 1e-4, 1e-5  # of probes, relative to a value, and to the mean of all
 _LAST_DIGITS = 1e-9  # of other numbers, whose sums may be taken in another order
 _NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*(/[A-Za-z0-9_-][A-Za-z0-9._-]*)*")
-_SHA256 = re.compile(r"[0-9a-f]{64}")
+_ENTRY = {"bytes": COUNT, "sha256": SHA256, "made_from": {str: object}, "inputs": {str: SHA256}}
+_OWN = {
+    "": r"manifest\.json|" + re.escape(NOTE),
+    "manifest": r".+\.json",
+    "units": r".+\.safetensors",
+}  # what is written
 _REPAIR = "Run `segflow store repair` on the store to set it aside, or delete it to have it made anew."
 
 
@@ -80,15 +87,16 @@ class Store:
         return sorted(self._listed("units", ".safetensors"))
 
     def leftovers(self) -> list[Path]:
-        """Files that were never finished; others whose names end in `.partial` are not segflow's."""
-        below = (path for folder in ("manifest", "units") for path in self._walk(folder))
-        return sorted(path for path in (*below, *self.root.glob("*.partial")) if is_partial(path.name))
+        """Files that were never finished, of those that a store writes; others that end in `.partial` are not its."""
+        below = [(path, _OWN[folder]) for folder in ("manifest", "units") for path in self._walk(folder)]
+        at_root = [(path, _OWN[""]) for path in self.root.glob("*.partial") if not path.is_dir()]
+        return sorted(path for path, own in below + at_root if re.fullmatch(own, partial_of(path.name) or ""))
 
     def entry(self, name: str) -> Entry | None:
         """What the manifest says of a unit, None if it has none; StoreError if that is damaged."""
         self._check_format()
         path = self.entry_path(name)
-        return _entry(read_json(path, StoreError), path) if path.exists() else None
+        return _entry(path) if path.exists() else None
 
     def __contains__(self, name: str) -> bool:
         """True if the unit is committed, its file is there whole, and no unit it was made of has changed since."""
@@ -162,7 +170,7 @@ class Store:
         return inside(self.root, folder, name + suffix)
 
     def _walk(self, folder: str) -> Iterator[Path]:
-        for parent, _, names in os.walk(self.root / folder):  # does not follow links
+        for parent, _, names in os.walk(inside(self.root, folder)):  # does not follow links
             yield from (Path(parent, name) for name in names)
 
     def _listed(self, folder: str, suffix: str) -> set[str]:
@@ -198,19 +206,14 @@ class Store:
             )
 
 
-def _entry(content: Any, path: Path) -> Entry:
-    """An entry as it was read; StoreError unless it has the form that rule 5 of docs/STORE.md gives."""
-    kinds = {"bytes": int, "sha256": str, "made_from": dict, "inputs": dict}
-    whole = (
-        isinstance(content, dict)
-        and set(content) == {field.name for field in fields(Entry)}
-        and all(isinstance(content[key], kind) for key, kind in kinds.items())
-        and all(
-            isinstance(sha, str) and _SHA256.fullmatch(sha) for sha in [content["sha256"], *content["inputs"].values()]
-        )
-        and all(_NAME.fullmatch(name) for name in content["inputs"])
-    )
-    if not whole:
+def _entry(path: Path) -> Entry:
+    """An entry, read; StoreError unless it has the form that rule 5 of docs/STORE.md gives."""
+    content = read_json(path, StoreError)
+    try:
+        fitting(content, _ENTRY)
+    except ValueError as problem:
+        raise StoreError(f"{path}: damaged, it does not describe a unit ({problem}). {_REPAIR}") from problem
+    if len(content) > len(_ENTRY) or not all(_NAME.fullmatch(name) for name in content["inputs"]):
         raise StoreError(f"{path}: damaged, it does not describe a unit. {_REPAIR}")
     return Entry(**content)
 

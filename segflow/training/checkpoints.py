@@ -105,6 +105,11 @@ def read_part(file: TensorFile, part: str) -> dict[str, Tensor]:
     return {name: file.tensor(part + name) for name in part_names(file, part)}
 
 
+def numbers_of(tensor: Tensor) -> str:
+    """What kind of numbers a tensor holds: one kind is not loaded into a model's tensor of another."""
+    return "complex" if tensor.is_complex() else "real" if tensor.is_floating_point() else "whole"
+
+
 def read_state_dict(path: Path, sha256: str | None) -> dict[str, Tensor]:
     """The state_dict in a file of safetensors or of torch.save; TrajectoryError where it holds anything else."""
     if path.suffix == ".safetensors":
@@ -129,6 +134,8 @@ def _torch_state_dict(path: Path, mmap: bool) -> dict[str, Tensor]:
             "Save model.state_dict() with torch.save or safetensors."
         ) from problem
     state = content.get("state_dict", content) if isinstance(content, Mapping) else None
-    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
+    if not isinstance(state, Mapping) or not all(
+        isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()
+    ):
         raise TrajectoryError(f"{path}: expected a state_dict of tensors. Save model.state_dict() on its own.")
     return dict(state)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -99,7 +100,9 @@ def _truth(name: str, value: Any) -> bool:
 
 
 def _plain(value: Any) -> Any:
-    """A number, a text, or a list of such; None for anything else."""
+    """A finite number, a text, or a list of such; None for anything else."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
     if isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, list | tuple):
@@ -109,7 +112,7 @@ def _plain(value: Any) -> Any:
         number = value.item() if hasattr(value, "item") else float(value)
     except (TypeError, ValueError, RuntimeError, OverflowError):
         return None
-    return number if isinstance(number, bool | int | float) else None
+    return number if isinstance(number, bool | int | float) and math.isfinite(number) else None
 
 
 def steps_taken(optimizer: torch.optim.Optimizer, parameter: Tensor) -> int | None:

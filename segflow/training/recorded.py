@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import TrajectoryError
-from ..store.files import TensorFile, inside, read_tensors
+from ..store.files import TensorFile, inside
 from .checkpoints import COUNTS, MODEL, read_part
 from .motion import Moves
 from .optimizers import OptimizerConstants
@@ -55,7 +55,12 @@ def read_recorded(folder: Path, description: Description) -> tuple[dict[str, Any
     damaged.
     """
     content, finished = description.content, description.finished
-    log = read_steps(folder / STEPS, content["log"]["sha256"] if finished else None, content["taken_before"])
+    sha256 = content["log"]["sha256"]
+    if finished and sha256 is None:
+        raise TrajectoryError(
+            f"{description.path}: damaged, it has no checksum of {STEPS}. Restore it, or record again."
+        )
+    log = read_steps(folder / STEPS, sha256 if finished else None, content["taken_before"])
     entries = [(inside(folder, entry["file"], error=TrajectoryError), entry) for entry in content["checkpoints"]]
     entries = [(path, entry) for path, entry in entries if finished or path.exists()]
     last = entries[-1][1]["step"] if entries else 0
@@ -66,7 +71,6 @@ def read_recorded(folder: Path, description: Description) -> tuple[dict[str, Any
         )
     log = log.until(last)
     groups = [content["constants"][group] for group in log.optimizer_groups]
-    weights = folder / EXAMPLE_WEIGHTS
     arguments = {
         "checkpoints": [path for path, _ in entries],
         "steps": [entry["step"] for _, entry in entries],
@@ -76,7 +80,7 @@ def read_recorded(folder: Path, description: Description) -> tuple[dict[str, Any
         "parameter_groups": {name: log.group_of[name] for name in content["moved"]},
         "stage": content["stage"],
         "moves": _moves(content, log),
-        "example_weights": read_tensors(weights, None, TrajectoryError)["weights"] if weights.exists() else None,
+        "example_weights": _example_weights(folder / EXAMPLE_WEIGHTS),
     }
     frozen = content["frozen"]
     recorded = Recorded(
@@ -91,6 +95,10 @@ def read_recorded(folder: Path, description: Description) -> tuple[dict[str, Any
         observed=_observed(content),
     )
     return arguments, recorded
+
+
+def _example_weights(path: Path) -> Tensor | None:
+    return TensorFile(path, None, TrajectoryError).tensor("weights", None, "nonnegative") if path.exists() else None
 
 
 def _optimizer(content: Mapping[str, Any], log: Logged, groups: list[Mapping[str, Any]]) -> OptimizerConstants:
@@ -150,7 +158,7 @@ def unaccounted_words(unaccounted: int) -> str:
     return "an unknown number of steps" if unaccounted == -1 else f"{unaccounted} steps"
 
 
-def read_counts(path: Path, sha256: str | None) -> Tensor:
+def read_counts(path: Path, sha256: str | None, dataset_size: int) -> Tensor:
     """How often each example had been drawn by a checkpoint, [N]."""
-    counts = TensorFile(path, sha256, TrajectoryError).tensor(COUNTS)
+    counts = TensorFile(path, sha256, TrajectoryError).tensor(COUNTS, (dataset_size,), "whole")
     return counts.to(torch.int64)

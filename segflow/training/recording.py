@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import TrajectoryError
+from ..runtime.memory import bytes_in_words
 from ..runtime.ranks import current
 from ..runtime.sharding import whole
 from ..store.files import file_digest, read_tensors, write_json, write_tensors
@@ -18,6 +19,7 @@ from .checkpoints import COUNTS, MODEL, SECOND_MOMENT
 from .frozen import FrozenPart
 from .live_optimizers import constants, optimizer_name
 from .optimizers import SECOND_MOMENTS, second_moment
+from .recorded import read_counts
 from .recording_folder import (
     EXAMPLE_WEIGHTS,
     FINISHED,
@@ -100,8 +102,8 @@ class Recording:
     def __str__(self) -> str:
         """How many checkpoints there will be, and how large they are."""
         count, each, once = self.expected()
-        stored_once = f", and {size(once)} of frozen parameters once" if once else ""
-        return f"{count} checkpoint{'s' * (count != 1)} of {size(each)} each{stored_once}"
+        stored_once = f", and {bytes_in_words(once)} of frozen parameters once" if once else ""
+        return f"{count} checkpoint{'s' * (count != 1)} of {bytes_in_words(each)} each{stored_once}"
 
     def begin(self, begun: Begun) -> None:
         """Go on from what was recorded before, nothing for a new recording; called once the folder is claimed."""
@@ -109,7 +111,7 @@ class Recording:
         self._saved = {entry["step"]: entry for entry in begun.saved}
         if self._main and begun.saved and self.options.sampler is not None:
             last = self.folder.path / begun.saved[-1]["file"]
-            self._drawn_before = read_tensors(last, begun.saved[-1]["sha256"], TrajectoryError)[COUNTS]
+            self._drawn_before = read_counts(last, begun.saved[-1]["sha256"], self.options.dataset_size)
         self._log = StepLog(self.folder.path / STEPS if self._main else None, begun.step)
         observer = self.observer
         observer.moved = {place for place, name in enumerate(observer.names) if name in begun.moved}
@@ -314,18 +316,6 @@ def _converted(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     converted = tensor.to(dtype)
     overflows = dtype == torch.float16 and bool((converted.isinf() & tensor.isfinite()).any())
     return tensor if overflows else converted
-
-
-def size(number: float) -> str:
-    """Bytes in words.
-
-    Example:
-        >>> size(12), size(3_200_000_000)
-        ('12 B', '3.2 GB')
-    """
-    units = ("B", "kB", "MB", "GB", "TB")
-    power = min(len(units) - 1, (len(str(int(number))) - 1) // 3)
-    return f"{number / 1000**power:.3g} {units[power]}"
 
 
 def _precision(name: str, dtype: torch.dtype) -> torch.dtype:

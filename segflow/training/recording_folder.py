@@ -20,6 +20,7 @@ from typing import Any
 
 from ..errors import TrajectoryError
 from ..store.files import inside, read_json, write_json
+from ..store.json_form import COUNT, SHA256, fitting
 
 FORMAT = 3  # of trajectory.json
 FINISHED, UNFINISHED = "trajectory.json", "recording.json"
@@ -34,6 +35,32 @@ _OWN_NAMES = (
     FROZEN,
     EXAMPLE_WEIGHTS,
 )  # a stage must not be called so
+
+_CLAIMED = {"format": FORMAT, "finished": False}  # recording.json, before training has begun
+_STORED = {"file": str, "bytes": COUNT, "sha256": SHA256}
+_CONSTANTS = {
+    **dict.fromkeys(("nesterov?", "maximize?", "decoupled_weight_decay?"), (bool, None)),
+    **dict.fromkeys(("eps?", "lr_decay?"), (float, [float], None)),
+}
+_DESCRIPTION = {
+    "stage": str,
+    "dataset_size": range(1, 2**53),
+    "batch_size": (range(1, 2**53), None),
+    "optimizers": [str],
+    "constants": [_CONSTANTS],
+    "moved": [str],
+    "unmoved": {str: str},
+    "checkpoints": [_STORED | {"step": range(1, 2**53)}],
+    "frozen": (_STORED | {"names": [str]}, None),
+    "interval": range(1, 2**53),
+    "sampling": str,
+    "skipped": COUNT,
+    "strange": [str],
+    "log": {"steps": COUNT, "sha256": (SHA256, None)},
+    "taken_before": {str: COUNT},
+    "unaccounted": range(-1, 2**53),
+    "resumed": [COUNT],
+}  # of trajectory.json, once training has begun
 
 
 def checkpoint_file(step: int) -> str:
@@ -56,9 +83,8 @@ def stage_names(root: Path) -> list[str]:
     path = root / STAGES
     if not path.exists():
         return []
-    content = read_json(path, TrajectoryError)
-    names = content.get("stages") if isinstance(content, dict) and content.get("format") == 1 else None
-    if not isinstance(names, list) or not names or len({str(name).lower() for name in names}) < len(names):
+    names = read_json(path, TrajectoryError, {"format": range(1, 2), "stages": [str]})["stages"]
+    if not names or len({name.lower() for name in names}) < len(names):
         raise TrajectoryError(f'{path}: expected {{"format": 1, "stages": [names]}}. Restore it, or record again.')
     return [check_stage(name) for name in names]
 
@@ -86,17 +112,29 @@ def read_description(folder: Path, *, unfinished: bool) -> Description:
             "Train again, with overwrite=True to reuse the folder; or pass unfinished=True to explain the "
             "model of its last checkpoint."
         )
-    path = folder / names[0]
-    content = read_json(path, TrajectoryError)
-    form = content.get("format") if isinstance(content, dict) else None
-    if form != FORMAT:
-        raise TrajectoryError(f"{folder}: trajectory format {form!r}, this segflow reads {FORMAT}. Record it again.")
+    content = read_content(folder / names[0])
     if not content.get("checkpoints"):
         raise TrajectoryError(
             f"{folder}: the recorded run was stopped before its first checkpoint. Train again, with overwrite=True "
             "to reuse the folder; a stage before it can be loaded from its own folder."
         )
-    return Description(path, content, names[0] == FINISHED)
+    return Description(folder / names[0], content, names[0] == FINISHED)
+
+
+def read_content(path: Path) -> dict[str, Any]:
+    """What trajectory.json or recording.json holds, in its form; TrajectoryError where it is damaged or of another."""
+    content: dict[str, Any] = read_json(path, TrajectoryError, {})
+    if (form := content.get("format")) != FORMAT:
+        raise TrajectoryError(
+            f"{path.parent}: trajectory format {form!r}, this segflow reads {FORMAT}. Record it again."
+        )
+    if content == _CLAIMED:  # a process was stopped before it had begun
+        return content
+    try:
+        known: dict[str, Any] = fitting(content, _DESCRIPTION)
+    except ValueError as problem:
+        raise TrajectoryError(f"{path}: damaged ({problem}). Restore it, or record again.") from problem
+    return known
 
 
 @dataclass(frozen=True)
@@ -136,7 +174,7 @@ class RecordingFolder:
             write_json(self.root / STAGES, {"format": 1, "stages": [*before, self.stage]})
             for stale in later:
                 _erase(stale)
-        write_json(self.path / UNFINISHED, {"format": FORMAT, "finished": False})
+        write_json(self.path / UNFINISHED, _CLAIMED)
         _erase_content(self.path)
         return before
 
@@ -154,10 +192,8 @@ class RecordingFolder:
             )
         if not names:
             return None
-        content = read_json(self.path / names[0], TrajectoryError)
-        if not isinstance(content, dict) or content.get("format") != FORMAT:
-            raise TrajectoryError(f"{self.path / names[0]}: not of trajectory format {FORMAT}. Record it again.")
-        return content if "log" in content else None  # a process was stopped before it had begun
+        content = read_content(self.path / names[0])
+        return None if content == _CLAIMED else content
 
     def drop_checkpoints(self, keep: Collection[str]) -> None:
         """Remove all checkpoints but those with these paths in the folder."""

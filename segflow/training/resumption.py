@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 
 from ..errors import TrajectoryError
-from ..store.files import read_json, write_json
+from ..store.files import write_json
 from .recording import Begun
-from .recording_folder import FINISHED, STEPS, UNFINISHED, RecordingFolder
+from .recording_folder import FINISHED, STEPS, UNFINISHED, RecordingFolder, read_content
 from .step_log import Logged, counts_before_and_after, cut_steps, read_steps
 
 _UNKNOWN = -1  # steps that were taken and not counted
@@ -37,7 +37,7 @@ def _accounted(folder: RecordingFolder, stages: list[str]) -> dict[str, int]:
     """How many steps of each parameter the earlier stages recorded, from where its optimizer last began anew."""
     recorded: dict[str, int] = {}
     for stage in stages:
-        content = read_json(folder.root / stage / FINISHED, TrajectoryError)
+        content = read_content(folder.root / stage / FINISHED)
         log = read_steps(folder.root / stage / STEPS, content["log"]["sha256"], content["taken_before"])
         counts = counts_before_and_after(log, recorded)[-1]
         recorded |= {name: int(counts[group]) for name, group in log.group_of.items()}

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from ..errors import TrajectoryError
 from ..store.files import LineFile, read_lines, write_file
+from ..store.json_form import COUNT, fitting, parse_json
 from .gradient_watch import Factor
 from .histories import Histories
 from .motion import step_counts
@@ -34,6 +35,13 @@ from .motion import step_counts
 # was in training, but not reached by the step's batch; the optimizer had no state of it before.
 MOVED, CARRIED, LEFT_OUT, FRESH = 1, 2, 4, 8
 NUMBERS = ("learning_rate", "momentum", "beta1", "dampening", "weight_decay")
+_ROW = {
+    "step": COUNT,
+    **{f"{name}?": [float] for name in NUMBERS},
+    "codes?": [range(16)],
+    "clip_factors?": (float, None, [(float, None)]),
+    "histories?": {"groups": [COUNT], "of": {str: COUNT}},
+}  # what a line may hold
 Numbers = tuple[tuple[float, ...], ...]  # for each of the optimizers' parameter groups, in this order
 
 
@@ -213,13 +221,23 @@ def read_steps(path: Path, sha256: str | None, apart: Mapping[str, Any] | None =
     which it differs are told apart.
     """
     rows = list(_rows(path, sha256))
+    try:
+        return _logged(rows, apart or {})
+    except (KeyError, IndexError, ValueError, StopIteration) as problem:
+        raise TrajectoryError(
+            f"{path}: damaged, its lines do not fit each other ({type(problem).__name__}: {problem}). Restore it, or "
+            "record again."
+        ) from problem
+
+
+def _logged(rows: list[dict[str, Any]], apart: Mapping[str, Any]) -> Logged:
     if not rows:
         return Logged({}, dict.fromkeys(NUMBERS, np.zeros((0, 0))), np.zeros((0, 0), int), np.zeros((0, 0)), ())
     starts = [place for place, row in enumerate(rows) if "histories" in row]
     epochs = [rows[start]["histories"] for start in starts]
     names = list(dict.fromkeys(name for epoch in epochs for name in epoch["of"]))
     paths = {name: tuple(epoch["of"].get(name) for epoch in epochs) for name in names}
-    kinds = {name: (paths[name], (apart or {}).get(name)) for name in names}
+    kinds = {name: (paths[name], apart.get(name)) for name in names}
     places = {kind: place for place, kind in enumerate(dict.fromkeys(kinds.values()))}
     states = _filled(rows)
     blocks = [
@@ -241,10 +259,12 @@ def _rows(path: Path, sha256: str | None) -> Iterator[dict[str, Any]]:
     lines = read_lines(path, sha256, TrajectoryError)
     for number, line in enumerate(lines, start=1):
         try:
-            row = json.loads(line)
+            row = parse_json(line, _ROW)
             if row["step"] != number:
                 raise ValueError(f"step {row['step']} in line {number}")
-        except (ValueError, TypeError, KeyError, RecursionError) as problem:
+            for histories in [row["histories"]] if "histories" in row else []:
+                fitting(histories["of"], {str: range(len(histories["groups"]))}, "histories.of")
+        except ValueError as problem:
             if sha256 is None and number == len(lines):
                 return
             raise TrajectoryError(

@@ -25,6 +25,7 @@ from .checkpoints import (
     check_files,
     check_moment_files,
     check_moments,
+    numbers_of,
     open_recorded,
     part_names,
     read_part,
@@ -266,6 +267,13 @@ class Trajectory:
             state, where = self._mean(index), f"mean of the checkpoints {sorted(index)}"
         else:
             state, where = self.state(index), f"checkpoint at step {self.steps[index]} ({self.checkpoints[index].name})"
+        present = model.state_dict()
+        for name, tensor in state.items():
+            if isinstance(like := present.get(name), Tensor) and numbers_of(tensor) != numbers_of(like):
+                raise TrajectoryError(
+                    f"{where} holds {name!r} as {tensor.dtype}, the model as {like.dtype}. Restore the file, or "
+                    "give the model that was trained."
+                )
         try:
             model.load_state_dict(laid_out(state, model), strict=True)
         except RuntimeError as problem:
@@ -339,7 +347,8 @@ class Trajectory:
     def example_weights(self, index: int) -> Tensor | None:
         """The share that each training example had around checkpoint `index`, [N] with mean 1; None: all alike."""
         if self._example_weights is None and self._recorded.counted:
-            counts = [read_counts(path, self._recorded.sha256.get(i)) for i, path in enumerate(self.checkpoints)]
+            files = [(path, self._recorded.sha256.get(place)) for place, path in enumerate(self.checkpoints)]
+            counts = [read_counts(path, sha256, self.dataset_size) for path, sha256 in files]
             self._example_weights = tuple(weights_at_checkpoints(self.steps, torch.stack(counts)))
         return None if self._example_weights is None else self._example_weights[index]
 

@@ -225,7 +225,6 @@ def _holds(path: Path, kept: np.ndarray) -> bool:
         ({"random": TRUE}, "called 'random'"),
         ({np.int64(64): TRUE}, "a int64. Name series by a str"),
         ({"a": TRUE, "b": scores_of(EFFECTS[:, :5])}, "'b': 5 columns, those of 'a' have 20"),
-        (scores_of(EFFECTS * np.nan), "not finite"),
         (replace(TRUE, group_sizes=(2,) * N), "expected single examples. Use scores.by_example"),
     ],
 )

@@ -27,8 +27,8 @@ def _scores(groups: sf.Groups = FINE, dtype: torch.dtype = torch.float64, **prov
         groups.labels,
         tuple(groups.sizes),
         {"method": "Source", **provenance},
-        by_term={"term": parts[0]},
-        by_layer={"layer": parts[1]},
+        by_term={"term": parts[0], "other term": parts.mean(0) - parts[0]},
+        by_layer={"layer": parts[1], "other layer": parts.mean(0) - parts[1]},
         by_run={"run 1": parts[0], "run 2": parts[1]},
         spread=parts.std(0),
     )

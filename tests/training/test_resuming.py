@@ -292,5 +292,5 @@ def test_what_is_not_a_recording_of_this_format_is_not_gone_on_with(tmp_path: Pa
     state = stopped(tmp_path, make, STOP, STOP)
     path = tmp_path / "recording.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 2}))
-    with pytest.raises(sf.TrajectoryError, match="not of trajectory format 3"):
+    with pytest.raises(sf.TrajectoryError, match="trajectory format 2, this segflow reads 3"):
         resumed(tmp_path, make, state, STOP + 1)

@@ -443,9 +443,12 @@ def test_a_folder_without_a_recording_is_named(tmp_path: Path) -> None:
     [
         (lambda c: c | {"format": 4}, "trajectory format 4, this segflow reads 3"),
         (lambda c: c | {"format": 2}, "trajectory format 2, this segflow reads 3. Record it again"),
-        (lambda c: [c], "trajectory format None, this segflow reads 3"),
-        (lambda c: {k: v for k, v in c.items() if k != "log"}, r"trajectory.json: damaged \(KeyError: 'log'\)"),
-        (lambda c: c | {"checkpoints": ["step-3"]}, r"trajectory.json: damaged \(TypeError"),
+        (lambda c: [c], "content: found"),
+        (lambda c: {k: v for k, v in c.items() if k != "log"}, r"trajectory.json: damaged \(no 'log'\)"),
+        (
+            lambda c: c | {"checkpoints": ["step-3"]},
+            r"trajectory.json: damaged \('checkpoints'.0: found 'step-3', expected an object",
+        ),
         (lambda c: c | {"moved": ["other"]}, r"trajectory.json: damaged \(KeyError: 'other'\)"),
         (lambda c: c | {"checkpoints": c["checkpoints"][:1]}, "the log has 6 steps, but the last checkpoint"),
     ],

@@ -15,14 +15,14 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from ...arguments import plain, settle, shown, truth, whole_number, whole_numbers
 from ...data.fingerprints import digest
 from ...errors import ScoreError
+from ...results.sealed import read_sealed, write_sealed
 from ...runtime.progress import track
 from ...runtime.ranks import current
-from ...store.files import read_json, read_tensors, write_json, write_tensors
+from ...store.files import TensorFile, read_json, write_json, write_tensors
 from ..arguments import as_subsets
 from .pool import Job, TrainAndMeasure, run_jobs
 
@@ -157,7 +157,7 @@ class Bank:
     def fingerprint(self) -> dict[str, Any]:
         """What the bank's numbers depend on."""
         kept = self.subsets
-        content = {"format": FORMAT, "subsets": f"{kept.shape} {digest(kept)}", "seed": self.seed}
+        content = {"format": FORMAT, "subsets": _described(kept), "seed": self.seed}
         if self.seeds is not None:
             content["seeds"] = digest(list(self.seeds))
         as_read_back: dict[str, Any] = json.loads(json.dumps(content | {"training": self.training.settings()}))
@@ -179,7 +179,8 @@ class Bank:
         if current().count > 1:
             raise ScoreError("a bank is filled by one process. Start it without a launcher, or use `retrain`.")
         if not self._is_bound():
-            write_tensors(self._path / "subsets.safetensors", {"subsets": torch.from_numpy(self.subsets)})
+            subsets = {"subsets": torch.from_numpy(self.subsets)}
+            write_tensors(self._path / "subsets.safetensors", subsets, None, ScoreError)
             write_json(self._path / "bank.json", self.fingerprint, ScoreError)
         last = len(self.subsets) - 1
         wanted = list(range(last + 1) if rows is None else whole_numbers("rows", rows, ScoreError, 0, last))
@@ -206,9 +207,8 @@ class Bank:
                 "Did its training diverge? Lower the learning rate."
             )
         tensors = {"pairs": torch.tensor(pairs), "measured": torch.from_numpy(np.asarray(measured, dtype=np.float64))}
-        tensors["sha256"] = _checksum(tensors)
         repetition, subset = pairs[0]
-        write_tensors(self._path / f"measured-{repetition:03d}-{subset:06d}.safetensors", tensors, None, ScoreError)
+        write_sealed(self._path / f"measured-{repetition:03d}-{subset:06d}.safetensors", tensors)
 
     def check(self) -> None:
         """Raise ScoreError if the folder holds a bank of something else."""
@@ -236,8 +236,9 @@ def read_bank(folder: str | os.PathLike[str]) -> tuple[np.ndarray, np.ndarray]:
         ScoreError: there is no bank, no repetition is whole, or a file is damaged.
     """
     path = Path(folder)
-    read_json(path / "bank.json", ScoreError)
-    subsets: np.ndarray = read_tensors(path / "subsets.safetensors", None, ScoreError)["subsets"].numpy()
+    stored, subsets = read_json(path / "bank.json", ScoreError, {"subsets": str}), read_subsets(path)
+    if stored["subsets"] != _described(subsets):
+        raise ScoreError(f"{path}: subsets.safetensors does not hold the subsets that bank.json is about. Restore it.")
     committed = _committed(path)
     repetitions = 0
     while all((repetitions, m) in committed for m in range(len(subsets))):
@@ -245,15 +246,36 @@ def read_bank(folder: str | os.PathLike[str]) -> tuple[np.ndarray, np.ndarray]:
     return subsets, _collected(committed, range(len(subsets)), max(repetitions, 1), path)
 
 
+def _described(subsets: np.ndarray) -> str:
+    return f"{subsets.shape} {digest(subsets)}"
+
+
+def read_subsets(path: Path) -> np.ndarray:
+    """The subsets [M, K] of the bank in a folder; ScoreError if they are missing or damaged."""
+    stored = TensorFile(path / "subsets.safetensors", None, ScoreError).tensor("subsets", (None, None))
+    if stored.dtype != torch.bool or 0 in stored.shape:
+        raise ScoreError(
+            f"{path / 'subsets.safetensors'}: {stored.dtype} of shape {tuple(stored.shape)}, expected booleans [M, K]. "
+            "Delete the bank to retrain everything."
+        )
+    subsets: np.ndarray = stored.numpy()
+    return subsets
+
+
 def _committed(path: Path) -> dict[tuple[int, int], np.ndarray]:
     """Every committed measurement by its (repetition, subset)."""
     committed: dict[tuple[int, int], np.ndarray] = {}
     for file in sorted(path.glob("measured-*.safetensors")):
-        tensors = read_tensors(file, None, ScoreError)
-        if set(tensors) != {"pairs", "measured", "sha256"} or not tensors.pop("sha256").equal(_checksum(tensors)):
-            raise ScoreError(f"{file}: damaged, its content has another checksum. Delete it and run the bank again.")
-        measured = tensors["measured"].numpy()
-        committed |= {(r, m): row for (r, m), row in zip(tensors["pairs"].tolist(), measured, strict=True)}
+        tensors = read_sealed(file, {"pairs", "measured"}, "measurements of a bank", "Bank.run")
+        pairs, measured = tensors["pairs"], tensors["measured"]
+        whole = pairs.dtype == torch.int64 and pairs.ndim == 2 and pairs.shape[1] == 2 and not (pairs < 0).any()
+        real = measured.is_floating_point() and bool(measured.isfinite().all())
+        if not whole or not real or measured.ndim < 1 or len(measured) != len(pairs):
+            raise ScoreError(
+                f"{file}: pairs {tuple(pairs.shape)} {pairs.dtype} and measurements {tuple(measured.shape)} "
+                f"{measured.dtype} make no sense. Delete it and run the bank again."
+            )
+        committed |= {(r, m): row for (r, m), row in zip(pairs.tolist(), measured.double().numpy(), strict=True)}
     return committed
 
 
@@ -274,10 +296,6 @@ def _collected(
             "training that measures the same each time."
         )
     return np.stack([np.stack([committed[r, m] for r in range(repetitions)]) for m in subsets])
-
-
-def _checksum(tensors: Mapping[str, Tensor]) -> Tensor:
-    return torch.frombuffer(bytearray(digest(dict(tensors)).encode()), dtype=torch.uint8)
 
 
 def _plain_json(fingerprint: Mapping[str, Any]) -> dict[str, Any]:

@@ -17,8 +17,7 @@ import numpy as np
 from ...arguments import settle, truth, whole_number
 from ...data.fingerprints import digest
 from ...errors import ScoreError
-from ...store.files import read_tensors
-from .bank import Bank, Training, check_is_training
+from .bank import Bank, Training, check_is_training, read_subsets
 from .pool import Job
 
 
@@ -104,7 +103,7 @@ class Retrainings:
         """The banks in the folder; ScoreError for one of other examples or another recipe."""
         banks = []
         for path in sorted(Path(self.folder).glob("bank-*/bank.json")):
-            subsets = read_tensors(path.parent / "subsets.safetensors", None, ScoreError)["subsets"].numpy()
+            subsets = read_subsets(path.parent)
             if subsets.shape[1] != examples:
                 raise ScoreError(
                     f"{path}: this bank is about {subsets.shape[1]} examples, now there are {examples}. Use another "
