@@ -130,7 +130,7 @@ TERM: dict[str, Any] = {
         ({"weights": (0.5,)}, r"term 'one': weights \(0.5,\) for 1 points: expected one for each, 1 in all"),
         ({"weights": (0.5, 0.5)}, r"weights \(0.5, 0.5\) for 1 points"),
         ({"train": (FINAL, FINAL), "weights": (1.0, 1.0)}, r"weights \(1.0, 1.0\) for 2 points"),
-        ({"train": (), "weights": ()}, r"weights \(\) for 0 points"),
+        ({"train": (), "weights": ()}, "term 'one': train: expected Point, found none"),
     ],
 )
 def test_a_term_that_makes_no_sense_is_refused_where_it_is_made(changed: dict[str, Any], message: str) -> None:
