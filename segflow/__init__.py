@@ -4,7 +4,7 @@ SOURCE (influence followed back through training, Bae et al. 2024) on EK-FAC cur
 (GGDA, Ley et al. 2024), with the optimizer that trained the model.
 """
 
-from . import evaluation, properties, tasks
+from . import evaluation, methods, properties, tasks
 from .analyzer import Analyzer
 from .errors import (
     FactorError,
@@ -26,6 +26,7 @@ from .methods import (
     Hydra,
     InfluenceFunction,
     LiSSA,
+    Method,
     ProjectedFisher,
     RepresentationSimilarity,
     Source,
@@ -50,6 +51,7 @@ __all__ = [
     "InfluenceFunction",
     "LayerError",
     "LiSSA",
+    "Method",
     "MethodError",
     "Moves",
     "OptimizerConstants",
@@ -69,6 +71,7 @@ __all__ = [
     "TrajectoryError",
     "__version__",
     "evaluation",
+    "methods",
     "properties",
     "record",
     "tasks",

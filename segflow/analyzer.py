@@ -21,8 +21,8 @@ from .data.batches import Collate, checked_batch_size
 from .errors import ScoreError, TaskError, check_choice
 from .groups.features import check_kind, example_features
 from .groups.groups import Groups, check_groups
-from .methods.method import Cuts, Method, check_cuts, describe, is_automatic, uncut
-from .methods.plan import Plan, check_plan
+from .methods.method import Cuts, Method, check_cuts, describe, is_additive, is_automatic, prefixed, uncut
+from .methods.plan import Plan
 from .methods.source import Source
 from .model.capture import observing
 from .results.refinement import Refinement, refine
@@ -36,13 +36,13 @@ from .scoring.query_sets import query_set
 from .stage.context import Settings, StageContext
 from .stage.opening import (
     check_alike,
-    check_arguments,
-    check_rates,
+    check_runs,
     open_stages,
     scored_stage,
     training_data,
 )
-from .store.journal import Journal, Summary
+from .stage.planning import check_method, plan_for
+from .store.journal import RESERVED, Journal, Summary
 from .store.shared_store import SharedStore
 from .store.store import MadeFrom, Store
 from .training.trajectory import Trajectory
@@ -97,8 +97,9 @@ class Analyzer:
         views: int = 1,
     ):
         runs = [trajectory] if isinstance(trajectory, Trajectory) else list(trajectory)
-        check_arguments(runs, method)
+        check_runs(runs)
         self.method = method if method is not None else Source()
+        check_method(self.method)
         describe(self.method)  # refuses now what is no dataclass of plain options
         ranks = current()
         shared = SharedStore(Store(store), ranks, Journal(Path(store) / "events.jsonl", ranks, progress))
@@ -112,7 +113,7 @@ class Analyzer:
         check_alike(self.runs)
         self._guards = checks.Guards()
         for contexts in self.runs:  # refuses now what does not fit
-            self._plan(contexts, len(contexts) - 1, uncut(contexts[-1].run) if self._automatic else None)
+            self._uncut_plan(contexts)
 
     @property
     def context(self) -> StageContext:
@@ -254,7 +255,7 @@ class Analyzer:
                 fitted = FittedFactors(contexts, trains)
                 given = [p for p, data in enumerate(trains) if data is not None]
                 cuts = self._cuts(contexts, {p: fitted.train_from(p) for p in given}) if self._automatic else None
-                plan = self._plan(contexts, place, cuts)
+                plan = plan_for(self.method, contexts, place, cuts)
                 request = ScoringRequest(fitted, place, plan, groups, queries, batch_size, "layer" in keep)
                 of_runs.append(RunParts(contexts, plan, cuts, score_parts(request), fitted.batching_error(plan)))
             return labelled_scores(of_runs, self.method, groups, place, labels, keep, queries)
@@ -323,7 +324,8 @@ class Analyzer:
         Raises:
             GroupError, ScoreError: options make no sense, or the method's scores do not add up; and as `score`.
         """
-        check_additive(describe(self.method), "refine")  # before anything is scored
+        if not is_additive(self.method, self._uncut_plan(self.runs[0])):  # before anything is scored
+            check_additive(describe(self.method) | {"additive": False}, "refine")
 
         def score(parts: Groups) -> Scores:
             return self.score(parts, train, query, batch_size=batch_size)
@@ -342,28 +344,27 @@ class Analyzer:
             stack.enter_context(orderly())
             stack.enter_context(context.ranks.together(name))
             held = stack.enter_context(shared.on_rank_0.locked(name)) if store and context.ranks.main else None
-            stack.enter_context(shared.journal.call(name, ranks=context.ranks.count, **describe(self.method), **facts))
+            described = describe(self.method)
+            told = {"ranks": context.ranks.count, **facts}
+            options = prefixed(described, {*told, *RESERVED})
+            stack.enter_context(shared.journal.call(name, **options, **told))
             if held is not None and held.took_over:
                 shared.journal.event("took_over", holder=held.took_over.as_json())
             settings = [context.agreement() for contexts in self.runs for context in contexts]
-            context.ranks.agree("the model, task and settings", [settings, facts])
+            context.ranks.agree("the model, task, method and settings", [settings, described, facts])
             stack.enter_context(observing(context.model))
             readers = context.settings.readers
             readers.begin(digesting=store)
             yield
             readers.confirm(context.ranks, context.settings.progress)
 
-    def _plan(self, contexts: Sequence[StageContext], place: int, cuts: Cuts | None) -> Plan:
-        """The method's plan for one stage's data."""
-        extra = {"cuts": cuts} if self._automatic else {}
-        run = contexts[-1].run
-        plan = check_plan(self.method.plan(run, place, **extra), [len(stage) for stage in run.stages])
-        check_rates(contexts, plan)
-        return plan
+    def _uncut_plan(self, contexts: Sequence[StageContext]) -> Plan:
+        """The method's plan for the last stage's data, as far as it is known before its stages are cut."""
+        return plan_for(self.method, contexts, len(contexts) - 1, uncut(contexts[-1].run) if self._automatic else None)
 
     def _plans(self, contexts: Sequence[StageContext], trains: Sequence[Any], cuts: Cuts | None) -> list[Plan]:
         """The plans for every stage whose training data is given."""
-        return [self._plan(contexts, place, cuts) for place, data in enumerate(trains) if data is not None]
+        return [plan_for(self.method, contexts, place, cuts) for place, data in enumerate(trains) if data is not None]
 
     def _cuts(self, contexts: Sequence[StageContext], trains_from: Mapping[int, MadeFrom]) -> Cuts | None:
         """Where an automatic method cuts the stages, from the statistics that `fit` left in the store."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 from ..arguments import settle, truth
 from ..errors import MethodError
@@ -79,8 +79,6 @@ class GradientCosine:
 
     A cosine does not add up: a group's score is not the sum of its members'.
     """
-
-    additive: ClassVar[bool] = False
 
     def plan(self, trajectory: Trajectory, stage: int = -1) -> Plan:
         """One term at the last checkpoint."""

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ..arguments import real_number, settle, whole_number
+from ..arguments import settle
 from ..errors import MethodError, check_choice
 from .method import batch_of_fisher, damping_amount, damping_option, final_plan, final_point, stage_place
-from .plan import HEURISTIC_SHARE, Curvature, IterativeInverse, Plan, Spectral
+from .plan import HEURISTIC_SHARE, Curvature, IterativeInverse, Plan, Point, Spectral
 
 if TYPE_CHECKING:
     from ..training.trajectory import Trajectory
@@ -78,23 +78,10 @@ class LiSSA:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, least in (("steps", 1), ("sample_size", 1), ("repetitions", 1), ("seed", 0)):
-            settle(self, **{name: whole_number(name, getattr(self, name), MethodError, least)})
-        settle(self, damping=real_number("damping", self.damping, MethodError, 0))
-        if self.scale is not None:
-            advice = "None estimates it."
-            settle(self, scale=real_number("scale", self.scale, MethodError, above=0, advice=advice))
+        inverse = IterativeInverse(stage=0, point=Point.at(0, 0), **vars(self))
+        settle(self, **{name: getattr(inverse, name) for name in vars(self)})
 
     def plan(self, trajectory: Trajectory, stage: int = -1) -> Plan:
         """One term at the last checkpoint."""
-        operator = IterativeInverse(
-            stage=stage_place(trajectory, stage),
-            point=final_point(trajectory),
-            damping=self.damping,
-            steps=self.steps,
-            sample_size=self.sample_size,
-            repetitions=self.repetitions,
-            seed=self.seed,
-            scale=self.scale,
-        )
-        return final_plan(trajectory, stage, operator)
+        place, final = stage_place(trajectory, stage), final_point(trajectory)
+        return final_plan(trajectory, stage, IterativeInverse(stage=place, point=final, **vars(self)))

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, is_dataclass
+from inspect import Parameter, signature
 from typing import TYPE_CHECKING, Any, Protocol, TypeGuard
 
 from torch import Tensor
 
-from ..arguments import real_number, whole_number
+from ..arguments import real_number, truth, whole_number
 from ..errors import MethodError, check_choice
 from ..training.segments import Segmentation
-from .plan import Operator, Plan, Point, Term
+from .plan import Operator, Plan, Point, Term, adds_up
 
 if TYPE_CHECKING:
     from ..training.trajectory import Trajectory
@@ -26,10 +27,13 @@ class Method(Protocol):
     A method is a frozen dataclass. Its fields are its options; they enter the scores' provenance, so they are what JSON
     can hold. It has
 
-    - `plan(trajectory, stage=-1)`: the terms, see `segflow.methods.plan`.
+    - `plan(trajectory, stage=-1)`: the terms. What `Analyzer.fit` computes follows from their operators alone: a
+      `Curvature`, a `Preconditioner`, a `ProjectedInverse` are fitted because a term names them.
 
-    Where its group scores are not the sums of their members' it says so by `additive: ClassVar[bool] = False`; its
-    scores are then neither rolled up to coarser groups nor refined.
+    Whether its scores add up (a group's is the sum of its members') follows from the plan: they do not where a term
+    divides by the norm of a group's gradient (`Term.normalized`). A method whose scores do not add up for another
+    reason says so by `additive: ClassVar[bool] = False`. Such scores are neither rolled up to coarser groups nor shared
+    out to single examples nor refined.
 
     It may have besides, where its plan depends on how a run's checkpoints differ:
 
@@ -43,7 +47,7 @@ class Method(Protocol):
 
         trajectory: the whole run, whose `stages` it may look at. stage: the stage's place among them, by default the
         last one's. MethodError or TrajectoryError if the method does not fit the run; it must not need files, for it
-        is also called before anything is computed.
+        is also called before anything is computed, and it must give the same plan whenever it is called.
         """
 
 
@@ -59,7 +63,7 @@ class AutomaticMethod(Protocol):
 
         statistics: for each stage whose training data is given, a row for each checkpoint, [checkpoints, features];
         squared distances of rows are relative changes of training gradients and curvature. `Segmentation` says what
-        the scores' provenance then explains; `segflow.training.segments.segmentation` makes one.
+        the scores' provenance then explains; `segflow.methods.segmentation` makes one.
         """
 
     def plan(self, trajectory: Trajectory, stage: int = -1, cuts: Cuts | None = None) -> Plan:
@@ -70,10 +74,17 @@ def is_automatic(method: Method) -> TypeGuard[AutomaticMethod]:
     """Whether a method's plans need cuts; MethodError if it says so and has no `cuts`."""
     if not getattr(method, "automatic", False):
         return False
+    name = type(method).__name__
     if not callable(getattr(method, "cuts", None)):
         raise MethodError(
-            f"{type(method).__name__}: automatic is {method.automatic!r}, and there is no "  # type: ignore[attr-defined]
+            f"{name}: automatic is {method.automatic!r}, and there is no "  # type: ignore[attr-defined]
             "cuts(trajectory, statistics). Add it as segflow.methods.Method says, or leave automatic out."
+        )
+    arguments = signature(method.plan).parameters.values()
+    if not any(argument.name == "cuts" or argument.kind is Parameter.VAR_KEYWORD for argument in arguments):
+        raise MethodError(
+            f"{name}: automatic is {method.automatic!r}, and plan() takes no cuts. "  # type: ignore[attr-defined]
+            "Expected plan(trajectory, stage=-1, cuts=None), which is given what cuts() returned."
         )
     return True
 
@@ -113,7 +124,7 @@ def check_cuts(cuts: Any, stages: Sequence[int]) -> Cuts:
     if not isinstance(cuts, Mapping) or not all(isinstance(cuts.get(stage), Segmentation) for stage in stages):
         raise MethodError(
             f"cuts: expected {{stage: Segmentation}} for the stages {list(stages)}, found {cuts!r}. Make them with "
-            "segflow.training.segments.segmentation."
+            "segflow.methods.segmentation."
         )
     return cuts
 
@@ -123,24 +134,49 @@ def uncut(trajectory: Trajectory) -> Cuts:
     return {place: Segmentation((), stage.steps, (), (), 0.0) for place, stage in enumerate(trajectory.stages)}
 
 
+def is_additive(method: Method, plan: Plan) -> bool:
+    """Whether a method's group scores, by this plan, are the sums of their members'; False of either wins."""
+    return declared_additive(method) and adds_up(plan)
+
+
+def declared_additive(method: Method) -> bool:
+    """What the method says of itself; MethodError unless it is True or False."""
+    advice = "It is an attribute or a property, that says whether a group's score is the sum of its members'."
+    return truth(f"{type(method).__name__}: additive", getattr(method, "additive", True), MethodError, advice)
+
+
 def describe(method: Method) -> dict[str, Any]:
     """The method's name and options, for provenance, and that it is not additive if it says so.
 
     Raises MethodError unless it is a dataclass whose options JSON can hold.
     """
+    name = type(method).__name__
     if not is_dataclass(method):
-        raise MethodError(
-            f"{type(method).__name__}: expected a dataclass. Put @dataclass(frozen=True) before the class."
-        )
-    described = {"method": type(method).__name__, **asdict(method)}  # type: ignore[call-overload]
+        raise MethodError(f"{name}: expected a dataclass. Put @dataclass(frozen=True) before the class.")
+    options = asdict(method)  # type: ignore[call-overload]
+    if "method" in options:
+        raise MethodError(f"{name}: an option called 'method' would hide the method's name. Call it otherwise.")
     try:
-        json.dumps(described)
+        json.dumps(options)
+        hash(method)
     except (TypeError, ValueError) as problem:
         raise MethodError(
-            f"{type(method).__name__}: an option is not what JSON can hold ({problem}). Keep options to numbers, text, "
-            "lists of these, and None; they enter the scores' provenance."
+            f"{name}: an option is not what JSON can hold, or may change ({problem}). Keep options to numbers, text, "
+            "tuples of these, and None, of a frozen dataclass; they enter the scores' provenance."
         ) from problem
-    return described if getattr(method, "additive", True) else described | {"additive": False}
+    return {"method": name, **options, **({} if declared_additive(method) else {"additive": False})}
+
+
+def prefixed(described: Mapping[str, Any], reserved: Collection[str]) -> dict[str, Any]:
+    """What `describe` gave, where an option whose name is reserved is called method_<name>.
+
+    Example:
+        >>> prefixed({"method": "TRAK", "seed": 1}, {"seed"})
+        {'method': 'TRAK', 'method_seed': 1}
+    """
+    return {
+        f"method_{key}" if key in reserved and key != "additive" else key: value for key, value in described.items()
+    }
 
 
 def damping_amount(damping: float | str) -> float | None:

@@ -9,70 +9,46 @@ is the predicted change of measurement q if group g were removed from training. 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import get_args
 
 from torch import Tensor
 
+from ..arguments import real_number, settle, truth, whole_number
 from ..errors import MethodError, check_choice
-from ..training.segments import Weight, for_group
+from ..training.segments import Weight
+from .plan_numbers import all_of, checked_amounts, checked_weights
+from .points import Curvature, Point, Preconditioner, check_same_stage
 from .spectra import damped_inverse, decay, response, saturation
 
-_ROUNDING = 1e-6  # of weights that add up to 1
+__all__ = [
+    "Curvature",
+    "IterativeInverse",
+    "Operator",
+    "Plan",
+    "Point",
+    "Preconditioner",
+    "ProjectedInverse",
+    "Projection",
+    "Scale",
+    "Spectral",
+    "Term",
+    "UnitNorm",
+    "adds_up",
+    "curvatures",
+    "preconditioners",
+    "projected",
+    "spectral",
+]
+
 HEURISTIC_SHARE = 0.1  # of a layer's mean eigenvalue; Grosse et al. 2023, arXiv 2308.03296
-Weights = tuple[tuple[int, float], ...]  # (index of a checkpoint within its stage, weight); the weights sum to 1
 _OF_RATE: dict[str, Callable[[Tensor, float, Tensor | float], Tensor]] = {
     "decay": decay,
     "response": response,
     "saturation": saturation,
 }
-
-
-@dataclass(frozen=True)
-class Point:
-    """Parameters at which something is evaluated: a stage's checkpoint, or the weighted mean of several."""
-
-    stage: int
-    weights: Weights
-
-    @classmethod
-    def at(cls, stage: int, checkpoint: int) -> Point:
-        """One checkpoint."""
-        return cls(stage, ((checkpoint, 1.0),))
-
-
-@dataclass(frozen=True)
-class Preconditioner:
-    """The optimizer's P over checkpoints of a stage: one over the weighted mean of sqrt(second moment) + eps.
-
-    weights: (index of a checkpoint, its weight, or one for each parameter group of the stage).
-    moved: whether P moved the parameters of each group, which must then have second moments at one of the checkpoints;
-        where they were not moved and have none, P is 1. Empty: all were moved.
-    """
-
-    stage: int
-    weights: tuple[tuple[int, Weight], ...]
-    moved: tuple[bool, ...] = ()
-
-
-@dataclass(frozen=True)
-class Curvature:
-    """The curvature of a stage's objective, averaged over points with weights that sum to 1.
-
-    Args:
-        weights: of each point one number, or one for each parameter group of the stage.
-        kind: "ekfac", "kfac" or "diagonal".
-        scaled: P, for the curvature of P^1/2 H P^1/2 instead of H; "ekfac" and "kfac" take the rank-one part of P.
-        batch: second moments are those of so many examples' summed gradients, over `batch`.
-    """
-
-    stage: int
-    points: tuple[Point, ...]
-    weights: tuple[Weight, ...]
-    kind: str = "ekfac"
-    scaled: Preconditioner | None = None
-    batch: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,9 +69,12 @@ class Spectral:
             count: a layer's is rate * min(1 / share, ceiling), share being that of the training examples that reach
             it. Weight decay is not multiplied. Empty: every rate counts once.
 
+    What a kind does not use it does not take: a constant has no curvature and no shift, and without a curvature there
+    are no mean eigenvalue and, undamped, no inverse.
+
     Raises:
-        MethodError: the kind is not known, an amount is None that is no damping, or of `coupled` and `shifted_by` only
-            one is given.
+        MethodError: the kind is not known, a number is missing or out of range, an option would be ignored, or the
+            curvature or `shifted_by` are of another stage.
     """
 
     stage: int
@@ -109,15 +88,42 @@ class Spectral:
 
     def __post_init__(self) -> None:
         check_choice("kind", self.kind, (*_OF_RATE, "damped_inverse", "constant"), MethodError)
+        settle(self, stage=whole_number("stage", self.stage, MethodError, advice="It is a place, counted from 0."))
+        least = -math.inf if self.kind == "constant" else 0.0
+        settle(self, amount=checked_amounts(self._where, "amount", self.amount, least, self._may_be_none))
+        for name, least in (("shift", 0.0), ("coupled", 0.0), ("ceilings", 1.0)):
+            settle(self, **{name: checked_amounts(self._where, name, getattr(self, name), least)})
+        check_same_stage(self._where, self.stage, curvature=self.curvature, shifted_by=self.shifted_by)
+        self._check_used()
+
+    @property
+    def _where(self) -> str:
+        return f"Spectral(stage={self.stage}, kind={self.kind!r})"
+
+    @property
+    def _may_be_none(self) -> str:
+        """What an amount of None stands for; nothing where it may not be None."""
+        return "the heuristic damping" if self.kind == "damped_inverse" else ""
+
+    def _check_used(self) -> None:
+        """Raise MethodError where an option would be ignored, or a function be zero for want of a curvature."""
         if bool(self.coupled) != (self.shifted_by is not None):
             raise MethodError(
-                f"Spectral(stage={self.stage}, kind={self.kind!r}): coupled={self.coupled} and "
-                f"shifted_by={self.shifted_by}: expected both or neither. The coupled part of a shift is times the P "
-                "that shifted_by names."
+                f"{self._where}: coupled={self.coupled} and shifted_by={self.shifted_by}: expected both or neither. "
+                "The coupled part of a shift is times the P that shifted_by names."
             )
-        if self.kind != "damped_inverse":
-            for parameter_group in range(len(self.amount)):
-                self._number(parameter_group)
+        if self.kind == "constant" and (self.curvature is not None or any(self.shift) or self.coupled):
+            raise MethodError(
+                f"{self._where}: a constant looks at no eigenvalues, so a curvature, a shift or a coupled part would "
+                "be ignored. Expected curvature=None, shift=0 for each parameter group, and no coupled."
+            )
+        if self.kind == "damped_inverse" and self.curvature is None:
+            amounts = zip(self.amount, self.shift, strict=False)
+            if any(amount is None or not (amount or shift) for amount, shift in amounts):
+                raise MethodError(
+                    f"{self._where}: amount={self.amount} without a curvature, whose eigenvalues are then 0: there is "
+                    "nothing to invert. Give a curvature, or numbers above 0."
+                )
 
     def needs_share(self, parameter_group: int) -> bool:
         """Whether the function of a layer in this group depends on the share of the examples that reach it."""
@@ -133,7 +139,7 @@ class Spectral:
         """
         counts = 1.0 if share is None else min(1 / share, self.ceilings[parameter_group])
         if self.kind == "constant":
-            return eigenvalues.new_full((), counts * self._number(parameter_group))
+            return eigenvalues.new_full((), counts * self._rate(parameter_group))
         shift: Tensor | float = self.shift[parameter_group]
         if self.coupled:
             shift = shift + self.coupled[parameter_group] * P
@@ -142,17 +148,12 @@ class Spectral:
             heuristic = HEURISTIC_SHARE * eigenvalues.mean()
             # the shift is a sum of weight decay per rate
             return damped_inverse(eigenvalues + shift / counts, heuristic if damping is None else damping)
-        return _OF_RATE[self.kind](eigenvalues, counts * self._number(parameter_group), shift)
+        return _OF_RATE[self.kind](eigenvalues, counts * self._rate(parameter_group), shift)
 
-    def _number(self, parameter_group: int) -> float:
+    def _rate(self, parameter_group: int) -> float:
+        """The amount, which is a number wherever it is no damping."""
         amount = self.amount[parameter_group]
-        if amount is None:
-            raise MethodError(
-                f"Spectral(stage={self.stage}, kind={self.kind!r}): the amount of parameter group {parameter_group} is "
-                f"None, expected {'a number' if self.kind == 'constant' else 'its rate'}. Only a damping may be "
-                "None, which stands for the heuristic one."
-            )
-        return amount
+        return math.nan if amount is None else amount
 
 
 @dataclass(frozen=True)
@@ -161,6 +162,15 @@ class Scale:
 
     preconditioner: Preconditioner
     power: float
+
+    def __post_init__(self) -> None:
+        all_of("Scale: preconditioner", (self.preconditioner,), Preconditioner)
+        settle(self, power=real_number("Scale: power", self.power, MethodError))
+
+    @property
+    def stage(self) -> int:
+        """The stage whose layers it acts on."""
+        return self.preconditioner.stage
 
 
 @dataclass(frozen=True)
@@ -172,6 +182,12 @@ class Projection:
 
     dimension: int | None
     seed: int
+
+    def __post_init__(self) -> None:
+        settle(self, seed=whole_number("seed", self.seed, MethodError))
+        if self.dimension is not None:
+            advice = "None projects nothing."
+            settle(self, dimension=whole_number("dimension", self.dimension, MethodError, 1, advice=advice))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,6 +209,15 @@ class ProjectedInverse:
     damping: float | None
     batch: int = 1
 
+    def __post_init__(self) -> None:
+        settle(self, stage=whole_number("stage", self.stage, MethodError, advice="It is a place, counted from 0."))
+        check_choice("features", self.features, ("train", "output"), MethodError)
+        all_of("ProjectedInverse: point", (self.point,), Point)
+        all_of("ProjectedInverse: projection", (self.projection,), Projection)
+        settle(self, batch=whole_number("batch", self.batch, MethodError, 1))
+        if self.damping is not None:
+            settle(self, damping=real_number("damping", self.damping, MethodError, 0))
+
 
 @dataclass(frozen=True, kw_only=True)
 class IterativeInverse:
@@ -212,6 +237,15 @@ class IterativeInverse:
     repetitions: int
     seed: int
     scale: float | None
+
+    def __post_init__(self) -> None:
+        for name, least in (("stage", 0), ("steps", 1), ("sample_size", 1), ("repetitions", 1), ("seed", 0)):
+            settle(self, **{name: whole_number(name, getattr(self, name), MethodError, least)})
+        all_of("IterativeInverse: point", (self.point,), Point)
+        settle(self, damping=real_number("damping", self.damping, MethodError, 0))
+        if self.scale is not None:
+            advice = "None estimates it."
+            settle(self, scale=real_number("scale", self.scale, MethodError, above=0, advice=advice))
 
 
 @dataclass(frozen=True)
@@ -239,7 +273,8 @@ class Term:
         layer: of representations, the layer's name; None for the last tracked one.
 
     Raises:
-        MethodError: the side is unknown, or the weights are not one for each point and 1 in all, for each group.
+        MethodError: the side is unknown, weights are not one for each point and 1 in all, for each group, or an option
+            would be ignored.
     """
 
     label: str
@@ -253,45 +288,47 @@ class Term:
     layer: str | None = None
 
     def __post_init__(self) -> None:
+        if not isinstance(self.label, str) or not self.label:
+            raise MethodError(f"term {self.label!r}: expected a label that is text, the term's name in by_term.")
+        where = f"term {self.label!r}"
+        settle(self, stage=whole_number(f"{where}: stage", self.stage, MethodError))
+        settle(self, normalized=truth(f"{where}: normalized", self.normalized, MethodError))
         check_choice("side", self.side, ("gradient", "representation"), MethodError)
-        if not self.train or len(self.weights) != len(self.train) or not _add_up(self.weights):
+        all_of(f"{where}: query", (self.query,), Point)
+        operators = all_of(f"{where}: operators", self.operators, *get_args(Operator), least=0)
+        train = all_of(f"{where}: train", self.train, Point)
+        settle(self, operators=operators, train=train, weights=checked_weights(where, self.weights, len(train)))
+        self._check_side(where)
+
+    def _check_side(self, where: str) -> None:
+        """Raise MethodError where the side makes no sense with the layer or the operators."""
+        if self.side == "gradient" and self.layer is not None:
             raise MethodError(
-                f"term {self.label!r}: weights {self.weights} for {len(self.train)} points: expected one for each, 1 "
-                'in all. Put a scale into an operator, such as Spectral(kind="constant", ...).'
+                f"{where}: layer={self.layer!r}: gradients are those of all tracked layers, so it would be ignored. "
+                "Leave it out, or give side='representation'."
+            )
+        of_gradients = [type(op).__name__ for op in self.operators if not isinstance(op, UnitNorm) and not _plain(op)]
+        if self.side == "representation" and of_gradients:
+            raise MethodError(
+                f"{where}: {' and '.join(of_gradients)} act on gradients, and side='representation' has none. Expected "
+                "UnitNorm or Spectral(kind='constant', ...)."
             )
 
 
 Plan = tuple[Term, ...]
 
 
-def _add_up(weights: Sequence[Weight]) -> bool:
-    """Whether weights are 1 in all, for each parameter group where they are one for each."""
-    groups = {len(weight) for weight in weights if isinstance(weight, tuple)} or {1}
-    sums = [sum(for_group(weights, group)) for group in range(min(groups))]
-    return len(groups) == 1 and all(abs(total - 1) <= _ROUNDING for total in sums)
+def _plain(operator: Operator) -> bool:
+    """Whether an operator multiplies by a number."""
+    return isinstance(operator, Spectral) and operator.kind == "constant"
 
 
-def check_plan(plan: Any, checkpoints: Sequence[int]) -> Plan:
-    """The plan; MethodError unless it has terms of different labels, at points that are there.
+def adds_up(plan: Plan) -> bool:
+    """Whether a group's score is the sum of its members' scores: no term divides by the norm of a group's gradient.
 
-    checkpoints: how many each stage has.
+    An example's representation has a norm of its own, so that a group's sum is still that of its members.
     """
-    if not isinstance(plan, tuple) or not plan or not all(isinstance(term, Term) for term in plan):
-        raise MethodError(f"plan: expected a tuple of at least one Term, found {plan!r}.")
-    labels = [term.label for term in plan]
-    if len(set(labels)) < len(labels):
-        raise MethodError(f"plan: two terms have one label, of {labels}. Give each a label of its own.")
-    for term in plan:
-        for point in (term.query, *term.train):
-            places = [index for index, _ in point.weights]
-            if point.stage not in range(len(checkpoints)) or not all(
-                index in range(checkpoints[point.stage]) for index in places
-            ):
-                raise MethodError(
-                    f"term {term.label!r}: {point} names a checkpoint that is not there; the stages have "
-                    f"{list(checkpoints)} checkpoints. Count stages and checkpoints from 0."
-                )
-    return plan
+    return not any(term.normalized and term.side == "gradient" for term in plan)
 
 
 def spectral(plan: Plan) -> list[Spectral]:

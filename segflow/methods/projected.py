@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from ..arguments import settle, whole_number
-from ..errors import MethodError
+from ..arguments import settle
 from .method import batch_of_fisher, damping_amount, damping_option, final_plan, final_point, stage_place
 from .plan import Plan, ProjectedInverse, Projection
 
@@ -26,10 +25,7 @@ class _Projected:
 
     def __post_init__(self) -> None:
         settle(self, damping=damping_option(self.damping), fisher_batch=batch_of_fisher(self.fisher_batch))
-        settle(self, seed=whole_number("seed", self.seed, MethodError))
-        if self.dimension is not None:
-            advice = "None projects nothing."
-            settle(self, dimension=whole_number("dimension", self.dimension, MethodError, 1, advice=advice))
+        settle(self, **vars(Projection(self.dimension, self.seed)))
 
     def plan(self, trajectory: Trajectory, stage: int = -1) -> Plan:
         """One term at the last checkpoint."""

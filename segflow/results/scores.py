@@ -118,7 +118,8 @@ class Scores:
             groups: the groups that were scored; they must cover all N examples.
 
         Raises:
-            ScoreError: the groups are others than those of the scores, or leave examples out.
+            ScoreError: the groups are others than those of the scores, or leave examples out, or hold several examples
+                each and the method's scores do not add up.
 
         Example:
             >>> groups = Groups.from_lists([[0, 2], [1]], length=3)
@@ -126,6 +127,8 @@ class Scores:
             tensor([[3., 5., 3.]])
         """
         self.check_groups(groups, "by_example: groups")
+        if max(self.group_sizes, default=1) > 1:  # a share of what is no sum means nothing
+            check_additive(self.provenance, "by_example")
         group_N = torch.from_numpy(groups.membership()).to(self.values.device)
         missed = torch.nonzero(group_N < 0).flatten().tolist()
         if missed:
@@ -336,5 +339,5 @@ def check_additive(provenance: Mapping[str, Any], where: str) -> None:
     if not provenance.get("additive", True):
         raise ScoreError(
             f"{where}: scores of {provenance.get('method')} do not add up: a group's score is not the sum of its "
-            "parts'. Score the groups of each size themselves."
+            "parts'. Score the groups of each size, or single examples, themselves."
         )

@@ -100,6 +100,7 @@ class _PlanWalk:
         context, batch_size = self.context, request.batch_size
         members = digest([self.groups.members])
         context.ranks.agree("the groups (made with the same seed on every rank?)", members)
+        context.ranks.agree("the method's plan", repr(self.plan))
         if request.per_layer and len({(term.side, term.layer) for term in self.plan}) > 1:
             raise ScoreError(
                 'keep=("layer",): the method\'s terms compare gradients and representations, or those of different '

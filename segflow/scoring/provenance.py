@@ -12,7 +12,7 @@ from ..curvature.saved_moments import unsaved
 from ..data.code_identity import plain_options
 from ..errors import ScoreError
 from ..groups.groups import Groups
-from ..methods.method import Cuts, Method, describe
+from ..methods.method import Cuts, Method, describe, is_additive, prefixed
 from ..methods.plan import Plan, Point, preconditioners
 from ..results.scores import Scores
 from ..stage.context import StageContext
@@ -83,8 +83,7 @@ def _layers_of(run: RunParts, context: StageContext) -> list[str]:
 def _provenance(runs: Sequence[RunParts], method: Method, stage: int, queries: QuerySet) -> dict[str, Any]:
     first = runs[0]
     context, last = first.contexts[stage], first.contexts[-1]
-    provenance = {
-        **describe(method),
+    provenance: dict[str, Any] = {
         "terms": {term.label: [_named(context, point) for point in term.train] for term in first.plan},
         "optimizer": " and ".join(dict.fromkeys(context.trajectory.kinds)),
         "training": context.trajectory.observed,
@@ -95,8 +94,8 @@ def _provenance(runs: Sequence[RunParts], method: Method, stage: int, queries: Q
         "measurement": queries.measurement(last.task),
         "segflow": __version__,
     }
-    if any(term.side == "gradient" and term.normalized for term in first.plan):
-        provenance["additive"] = False  # cosines of groups' gradients do not add up, whatever the method says
+    if not all(is_additive(method, run.plan) for run in runs):
+        provenance["additive"] = False
     if context.settings.curvature_examples is not None:
         provenance["curvature_examples"] = min(context.settings.curvature_examples, context.trajectory.dataset_size)
     if first.batching_error is not None:
@@ -115,7 +114,7 @@ def _provenance(runs: Sequence[RunParts], method: Method, stage: int, queries: Q
             {first.contexts[place].trajectory.stage: cut.explained() for place, cut in (run.cuts or {}).items()}
             for run in runs
         ]
-    return provenance
+    return prefixed(describe(method), provenance) | provenance
 
 
 def _training_options(task: Any) -> dict[str, str]:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
-from ..errors import MethodError, TrajectoryError, check_choice
-from ..methods.plan import Plan, spectral
+from ..errors import TrajectoryError, check_choice
 from ..model.layers.registry import LayerChoice, choose_layers
 from ..tasks.task import check_task, tracked_module_names
 from ..training.trajectory import Trajectory
@@ -84,8 +82,8 @@ def by_stage(given: Any, names: Sequence[str], what: str) -> list[Any]:
     return [given.get(name) for name in names]
 
 
-def check_arguments(runs: Sequence[Any], method: Any) -> None:
-    """Raise TrajectoryError or MethodError where these are no runs of one recipe, or no method."""
+def check_runs(runs: Sequence[Any]) -> None:
+    """Raise TrajectoryError where these are no runs of one recipe."""
     if not runs or not all(isinstance(run, Trajectory) for run in runs):
         raise TrajectoryError(
             f"trajectory={runs[0] if len(runs) == 1 else runs!r}: expected a segflow.Trajectory, or several "
@@ -97,27 +95,6 @@ def check_arguments(runs: Sequence[Any], method: Any) -> None:
             f"the runs of an ensemble differ in their stages or dataset sizes: {sorted(shapes)}. "
             "Expected the same recipe."
         )
-    if method is not None and (isinstance(method, type) or not callable(getattr(method, "plan", None))):
-        raise MethodError(f"method={method!r}: expected one of Source(...), InfluenceFunction(...), TracIn(), ...")
-
-
-def check_rates(contexts: Sequence[StageContext], plan: Plan) -> None:
-    """Raise TrajectoryError if a plan needs rates of layers whose optimizer has none that are known, naming them."""
-    for operator in spectral(plan):
-        context = contexts[operator.stage]
-        unknown = {
-            parameter: context.trajectory.kinds[group]
-            for name, group in context.parameter_groups.items()
-            for parameter in context.layers.tracked[name].parameter_names
-            if any(math.isnan(number or 0.0) for number in (operator.amount[group], operator.shift[group]))
-        }
-        if unknown:
-            raise TrajectoryError(
-                f"parameters {list(unknown)[:8]}{' and more' if len(unknown) > 8 else ''} were trained by "
-                f"{' and '.join(sorted(set(unknown.values())))}, whose rates are not known, and this method needs "
-                "them. Leave their layers out through get_influence_tracked_modules(), or use InfluenceFunction or "
-                "GradientDot, which need no rates."
-            )
 
 
 def check_alike(runs: Sequence[Sequence[StageContext]]) -> None:

@@ -68,6 +68,9 @@ class Summary:
         return "\n".join([*table, *([f"no events are logged any more ({self.log_ended})"] if self.log_ended else [])])
 
 
+RESERVED = ("name", "call", "event", "run", "time")  # keys of an event that are not facts about a call
+
+
 class Journal:
     """What one run does.
 

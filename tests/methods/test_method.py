@@ -101,7 +101,8 @@ def test_an_amount_that_is_none_is_refused_unless_it_is_a_damping(kind: str) -> 
 
 
 def test_a_damping_that_is_none_is_a_tenth_of_the_mean_eigenvalue() -> None:
-    operator = Spectral(stage=0, kind="damped_inverse", curvature=None, amount=(None,), shift=(0.5,))
+    curvature = Curvature(0, (Point.at(0, 0),), (1.0,))
+    operator = Spectral(stage=0, kind="damped_inverse", curvature=curvature, amount=(None,), shift=(0.5,))
     eigenvalues = torch.tensor([1.0, 3.0], dtype=torch.float64)
     torch.testing.assert_close(operator.on(eigenvalues, 0), 1 / (eigenvalues + 0.5 + 0.2))
 
@@ -129,7 +130,7 @@ TERM: dict[str, Any] = {
         ({"weights": (0.5,)}, r"term 'one': weights \(0.5,\) for 1 points: expected one for each, 1 in all"),
         ({"weights": (0.5, 0.5)}, r"weights \(0.5, 0.5\) for 1 points"),
         ({"train": (FINAL, FINAL), "weights": (1.0, 1.0)}, r"weights \(1.0, 1.0\) for 2 points"),
-        ({"train": (), "weights": ()}, r"weights \(\) for 0 points"),
+        ({"train": (), "weights": ()}, "term 'one': train: expected Point, found none"),
     ],
 )
 def test_a_term_that_makes_no_sense_is_refused_where_it_is_made(changed: dict[str, Any], message: str) -> None:

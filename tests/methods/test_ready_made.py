@@ -186,7 +186,7 @@ def _mean_patch(model: nn.Module, value: Tensor) -> Tensor:
 def test_the_last_tracked_layer_is_the_default_representation(tmp_path: Path) -> None:
     default = scored(tmp_path / "a", sf.RepresentationSimilarity())
     assert torch.equal(default.values, scored(tmp_path / "b", sf.RepresentationSimilarity("4")).values)
-    with pytest.raises(sf.LayerError, match="layer='body' is not tracked"):
+    with pytest.raises(sf.MethodError, match="term 'final': layer='body' is not tracked"):
         scored(tmp_path / "c", sf.RepresentationSimilarity("body"))
 
 

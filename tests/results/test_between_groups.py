@@ -133,14 +133,17 @@ def test_a_coarser_group_that_holds_unscored_examples_is_refused() -> None:
     torch.testing.assert_close(_scores(fine).rolled_up(fine, covered).values, _scores(fine).values.sum(1, keepdim=True))
 
 
-def test_scores_that_do_not_add_up_are_not_rolled_up_but_shared_out() -> None:
+def test_scores_that_do_not_add_up_are_neither_rolled_up_nor_shared_out() -> None:
     scores = _scores(method="Mine", additive=False)
     with pytest.raises(sf.ScoreError, match="rolled_up: scores of Mine do not add up"):
         scores.rolled_up(FINE, COARSE)
-    shared = scores.by_example(FINE)
-    assert shared.values.shape == (2, 7)
+    with pytest.raises(sf.ScoreError, match="by_example: scores of Mine do not add up"):
+        scores.by_example(FINE)
+    singles = sf.Groups.singletons(7)
+    alone = sf.Scores(torch.ones(2, 7), ("a", "b"), singles.labels, (1,) * 7, {"method": "Mine", "additive": False})
+    assert torch.equal(alone.by_example(singles).values, alone.values)
     with pytest.raises(sf.ScoreError, match="do not add up"):
-        shared.rolled_up(sf.Groups.singletons(7), FINE)
+        alone.rolled_up(singles, FINE)
 
 
 @dataclass(frozen=True)
