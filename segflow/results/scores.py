@@ -24,6 +24,7 @@ from .sealed import as_bytes, read_sealed, write_sealed
 
 FORMAT = 1
 _KINDS = ("by_term", "by_layer", "by_run")
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _LABELS = {
     "query_labels": [str],
     "group_labels": [str],
@@ -293,7 +294,7 @@ def _distinct_labels(name: str, given: Any) -> tuple[str, ...]:
 
 
 def _check_part(name: str, part: Any, expected: tuple[int, int]) -> None:
-    if not isinstance(part, Tensor) or not part.is_floating_point():
+    if not isinstance(part, Tensor) or part.dtype not in _DTYPES:
         found = part.dtype if isinstance(part, Tensor) else type(part).__name__
         raise ScoreError(f"{name}: {found}, expected a tensor of floating-point numbers.")
     if tuple(part.shape) != expected:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import inspect
+import json
 import os
 import threading
 import time
@@ -83,7 +84,8 @@ def hold(folder: Path, purpose: str) -> Iterator[Held]:
             return
         suffices = locked and _locks_reach_other_machines(folder)
         before = holder(folder)
-        if before is not None and not suffices and _is_at_work(folder, before, locked):
+        noted = os.path.lexists(folder / NOTE)  # whose note cannot be read, may be at work as well
+        if noted and not suffices and _is_at_work(folder, before, locked):
             raise _in_use(folder, before)
         until_done.enter_context(_noted(folder, purpose) if suffices else _locked_by_note(folder, purpose))
         yield Held(before)
@@ -123,11 +125,11 @@ def _locks_reach_other_machines(folder: Path) -> bool:
     return not mount.fstype.startswith("fuse") and not _LOCAL_LOCKS & set(mount.opts.split(","))
 
 
-def _is_at_work(folder: Path, before: Holder, locked: bool) -> bool:
+def _is_at_work(folder: Path, before: Holder | None, locked: bool) -> bool:
     """Whether a holder that the system's lock, if this process has it, does not tell of is still at work."""
-    if locked and before.process.is_here():
+    if before is not None and locked and before.process.is_here():
         return False
-    return before.process.is_alive() or _is_touched(folder)
+    return (before is not None and before.process.is_alive()) or _is_touched(folder)
 
 
 def _is_touched(folder: Path) -> bool:
@@ -172,9 +174,9 @@ def _locked_by_note(folder: Path, purpose: str) -> Iterator[None]:
             with suppress(OSError):
                 os.utime(folder / NOTE)
 
-    this_run = _write_note(folder, purpose)
+    this_run, legible = _claim(folder, purpose)
     time.sleep(_BEAT / 4)
-    if (now := holder(folder)) != this_run:  # two began at once, and the note that was written last counts
+    if (now := holder(folder)) != this_run and legible:  # two began at once, and the note that was written last counts
         raise _in_use(folder, now)
     thread = threading.Thread(target=beat, name="segflow-lock", daemon=True)
     thread.start()
@@ -183,13 +185,38 @@ def _locked_by_note(folder: Path, purpose: str) -> Iterator[None]:
     finally:
         done.set()
         thread.join()
-        _remove_note(folder)
+        if holder(folder) in (this_run, None):
+            _remove_note(folder)
 
 
-def _write_note(folder: Path, purpose: str) -> Holder:
-    this_run = Holder(ProcessIdentity.own(), purpose, datetime.now(timezone.utc).isoformat(timespec="seconds"))
-    write_json(folder / NOTE, this_run.as_json())
-    return this_run
+def _claim(folder: Path, purpose: str) -> tuple[Holder, bool]:
+    """Make the note of this run in place of a dead one's; StoreError where another run was quicker.
+
+    Returns the holder, and whether the note tells it: on a full disk an empty note is the lock.
+    """
+    this_run = _this_run(purpose)
+    _remove_note(folder)
+    try:
+        descriptor = os.open(folder / NOTE, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+    except FileExistsError:
+        raise _in_use(folder, holder(folder)) from None
+    except OSError as problem:
+        raise StoreError(f"{folder}: cannot be locked ({problem}). Make room, or look at the permissions.") from problem
+    content = json.dumps(this_run.as_json()).encode()
+    try:
+        with suppress(OSError):
+            return this_run, os.write(descriptor, content) == len(content)
+        return this_run, False
+    finally:
+        os.close(descriptor)
+
+
+def _write_note(folder: Path, purpose: str) -> None:
+    write_json(folder / NOTE, _this_run(purpose).as_json())
+
+
+def _this_run(purpose: str) -> Holder:
+    return Holder(ProcessIdentity.own(), purpose, datetime.now(timezone.utc).isoformat(timespec="seconds"))
 
 
 def _remove_note(folder: Path) -> None:

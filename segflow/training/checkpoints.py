@@ -61,7 +61,8 @@ def check_moments(
             )
         if not values.is_floating_point():
             raise TrajectoryError(f"{where}: the second moments of {name!r} are {values.dtype}, expected real numbers.")
-        wrong = values[~((values >= 0) & torch.isfinite(values))]
+        numbers = values.float() if values.element_size() == 1 else values  # those of eight bits cannot be compared
+        wrong = numbers[~((numbers >= 0) & torch.isfinite(numbers))]
         if wrong.numel():
             raise TrajectoryError(
                 f"{where}: {wrong.numel()} of {values.numel()} second moments of {name!r} are not finite numbers >= 0 "

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -308,3 +309,45 @@ def test_labels_that_make_no_sense_are_refused(tmp_path: Path, labels: bytes) ->
     write_tensors(tmp_path / "scores", tensors | {"sha256": sha})
     with pytest.raises(sf.ScoreError, match="its labels make no sense"):
         sf.Scores.load(tmp_path / "scores")
+
+
+ONES = torch.ones(1, 2, dtype=torch.float64)
+WRONG: dict[str, tuple[dict[str, Any], str]] = {
+    "NaN": ({"values": ONES * torch.nan}, "values: holds numbers that are not finite"),
+    "infinite": ({"values": ONES * torch.inf}, "values: holds numbers that are not finite"),
+    "complex": ({"values": ONES.to(torch.complex64)}, r"values: torch.complex64, expected a tensor of floating-point"),
+    "whole": ({"values": ONES.long()}, "values: torch.int64, expected"),
+    "0-d": ({"values": ONES[0, 0]}, r"values: shape \(\), expected \(1, 2\)"),
+    "no tensor": ({"values": [[1.0, 2.0]]}, "values: list, expected a tensor"),
+    "a spread of another shape": ({"spread": ONES[:, :1]}, "spread: shape"),
+    "a negative spread": ({"spread": -ONES}, "spread: holds negative numbers"),
+    "a negative size": ({"group_sizes": (1, -2)}, r"group_sizes\[1\]=-2: expected a whole number, at least 1"),
+    "no example": ({"group_sizes": (1, 0)}, r"group_sizes\[1\]=0"),
+    "a truth for a size": ({"group_sizes": (1, True)}, r"group_sizes\[1\]=True"),
+    "half an example": ({"group_sizes": (1, 1.5)}, r"group_sizes\[1\]=1.5"),
+    "too few sizes": ({"group_sizes": (1,)}, "1 group sizes for 2 groups"),
+    "groups alike": ({"group_labels": ("a", "a")}, "group_labels: 'a' comes twice"),
+    "queries alike": ({"query_labels": ("q", "q"), "values": torch.ones(2, 2)}, "query_labels: 'q' comes twice"),
+    "a label that is no text": ({"group_labels": ("a", 1)}, "group_labels=.*expected a tuple of text"),
+    "text for labels": ({"group_labels": "ab"}, "group_labels='ab': expected a tuple of text"),
+    "terms that miss some": (
+        {"by_term": {"t": ONES / 2}},
+        "by_term: the sum of the parts is 0.5",
+    ),
+    "runs of another mean": ({"by_run": {"1": ONES, "2": 2 * ONES}}, "by_run: the mean of the runs is 1.5"),
+    "infinite provenance": ({"provenance": {"damping": float("inf")}}, "provenance: expected what JSON can hold"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_scores_that_make_no_sense_are_refused(name: str) -> None:
+    change, text = WRONG[name]
+    fields = {"values": ONES, "query_labels": ("q",), "group_labels": ("a", "b"), "group_sizes": (1, 1)}
+    assert sf.Scores(**fields).values.equal(ONES)
+    with pytest.raises(sf.ScoreError, match=text):
+        sf.Scores(**fields | change)
+
+
+def test_parts_may_differ_from_the_values_by_rounding(scores: sf.Scores) -> None:
+    off = {name: part * (1 + 1e-12) for name, part in scores.by_term.items()}
+    assert replace(scores, by_term=off).values.equal(scores.values)

@@ -49,7 +49,7 @@ def test_events_and_summary_say_what_was_done(tmp_path: Path) -> None:
     rows = {(row.call, row.kind): row for row in journal.summary().rows}
     row = rows["fit", "covariance"]
     assert (row.made, row.found, row.examples) == (1, 1, 20) and ("score", "") not in rows
-    assert "covariance" in str(journal.summary()) and "GiB" in str(journal.summary())
+    assert "covariance" in str(journal.summary()) and "MB" in str(journal.summary())
 
 
 def test_the_memory_of_a_unit_is_seen(tmp_path: Path) -> None:

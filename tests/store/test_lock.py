@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import json
 import os
 import signal
@@ -202,6 +203,54 @@ def test_of_two_that_begin_at_once_without_locks_the_later_note_counts(
     with pytest.raises(sf.StoreError, match="in use by process 7 on elsewhere"), hold(tmp_path, "fit"):
         pass
     assert holder(tmp_path) is not None
+
+
+def test_without_locks_who_finds_no_note_and_is_slow_to_write_its_own_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lock, "_BEAT", 0.1)
+    monkeypatch.setattr(*WEAK["none"])
+    real, first = lock._claim, contextlib.ExitStack()
+
+    def after_another(folder: Path, purpose: str) -> Any:
+        monkeypatch.setattr(lock, "_claim", real)
+        monkeypatch.setattr(lock, "_remove_note", lambda _folder: None)  # there was none to remove
+        first.enter_context(hold(folder, "quick"))
+        return real(folder, purpose)
+
+    monkeypatch.setattr(lock, "_claim", after_another)
+    with first, pytest.raises(sf.StoreError, match=r"in use by process .*quick"), hold(tmp_path, "slow"):
+        pass
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP])
+def test_whatever_a_system_without_locks_says_the_note_is_the_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def without(*_: object) -> None:
+        raise OSError(number, "no locks")
+
+    monkeypatch.setattr(lock, "_BEAT", 0.05)
+    monkeypatch.setattr(fcntl, "flock", without)
+    with hold(tmp_path, "fit"), pytest.raises(sf.StoreError, match="in use by process"), hold(tmp_path, "score"):
+        pass
+    assert holder(tmp_path) is None
+
+
+def test_without_locks_and_without_room_an_empty_note_is_the_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(lock, "_BEAT", 0.05)
+    monkeypatch.setattr(*WEAK["none"])
+    _foreign(tmp_path)
+    with monkeypatch.context() as patched:
+        patched.setattr(files.os, "write", full)
+        with hold(tmp_path, "gc"), pytest.raises(sf.StoreError, match="in use by"), hold(tmp_path, "fit"):
+            pass
+    assert not (tmp_path / "holder.json").exists()
 
 
 def test_other_errors_of_the_lock_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -88,6 +88,63 @@ def test_repair_restores_a_format_marker_that_cannot_be_read_but_not_another_for
         repair(store)
 
 
+@pytest.mark.parametrize("content", ["[]", "7", "{}", '{"format": "2"}', '{"format": true}', '{"format": Infinity}'])
+def test_repair_restores_a_format_marker_that_tells_no_format(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str
+) -> None:
+    store = written(tmp_path)
+    (tmp_path / "manifest.json").write_text(content)
+    assert _run(capsys, "ls", str(tmp_path))[0] == 1
+    status, out, _ = _run(capsys, "repair", str(tmp_path))
+    assert status == 0 and f"1 set aside in quarantine/, {len(content)} bytes" in out
+    assert same(read(store), tensors()) and (tmp_path / "quarantine/manifest.json").read_text() == content
+
+
+def test_repair_says_how_large_is_what_it_sets_aside(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    store = written(tmp_path)
+    size = store.unit_path("unit").stat().st_size
+    store.unit_path("unit").write_bytes(bytes(size))
+    assert f"1 set aside in quarantine/, {size:,} bytes" in _run(capsys, "repair", str(tmp_path))[1]
+
+
+@pytest.mark.parametrize("folder", ["units", "units/deep", "manifest"])
+def test_nothing_outside_is_listed_moved_or_removed_through_a_link(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], folder: str
+) -> None:
+    written(tmp_path / "store", ("deep/unit",))
+    (tmp_path / "store" / folder).rename(tmp_path / "outside")
+    (tmp_path / "store" / folder).symlink_to(tmp_path / "outside")
+    before = _files(tmp_path / "outside")
+    for tool in ("ls", "verify", "gc", "repair"):
+        assert _run(capsys, tool, str(tmp_path / "store"))[0] in (0, 1)
+    assert _files(tmp_path / "outside") == before
+
+
+def test_a_unit_whose_input_has_a_damaged_entry_is_not_set_aside_with_it(tmp_path: Path) -> None:
+    store = written(tmp_path, ("input",))
+    store.write("derived", tensors(), MADE, ("input",))
+    store.entry_path("input").write_text("{}")
+    assert [finding.name for finding in repair(store)] == ["input"]
+    assert same(read(store, "derived"), tensors())
+
+
+def test_what_cannot_be_moved_or_removed_is_an_error_of_ours(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _mixed(tmp_path)
+    (tmp_path / "quarantine").write_text("a file")
+    status, _, err = _run(capsys, "repair", str(tmp_path))
+    assert status == 1 and "quarantine" in err and "Not a directory" in err
+
+    def forbidden(*_: Any, **__: Any) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "unlink", forbidden)
+        status, _, err = _run(capsys, "gc", str(tmp_path))
+    assert status == 1 and "cannot be moved or removed" in err
+
+
 def test_a_damaged_entry_is_set_aside(tmp_path: Path) -> None:
     store = written(tmp_path, ("unit", "other"))
     store.entry_path("unit").write_text('{"bytes": "many"}')

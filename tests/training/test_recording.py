@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW
 
 import segflow as sf
-from segflow.training.recording import size
+from segflow.runtime.memory import bytes_in_words
 
 from ..support.helpers import mlp, vectors
 
@@ -211,7 +211,13 @@ def test_the_recording_says_what_it_will_write(tmp_path: Path, capsys: pytest.Ca
 
 
 def test_sizes_are_said_in_words() -> None:
-    assert [size(n) for n in (0, 999, 1000, 2_500_000, 13_200_000_000)] == ["0 B", "999 B", "1 kB", "2.5 MB", "13.2 GB"]
+    assert [bytes_in_words(n) for n in (0, 999, 1000, 2_500_000, 13_200_000_000)] == [
+        "0 B",
+        "999 B",
+        "1 kB",
+        "2.5 MB",
+        "13.2 GB",
+    ]
 
 
 # Several optimizers
