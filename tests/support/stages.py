@@ -217,13 +217,17 @@ class Course:
         size = self.stages[place].size
         return sf.Groups.from_lists([[0, 3, 5], range(6, size), [1], [2, 4]], size)
 
+    def trajectory(self, folder: Path) -> sf.Trajectory:
+        run, *later = [stage.trajectory(folder) for stage in self.stages]
+        for trajectory in later:
+            run = trajectory.after(run)
+        return run
+
     def scored(self, folder: Path, method: Any, place: int, **options: Any) -> sf.Scores:
         """segflow's scores of one stage's data, in a store of its own."""
-        first, *later = [stage.trajectory(folder) for stage in self.stages]
-        for trajectory in later:
-            first = trajectory.after(first)
+        run = self.trajectory(folder)
         tasks, collates = ({s.name: getattr(s, of) for s in self.stages} for of in ("task", "collate"))
-        analyzer = analyzer_of(mlp(), first, folder / "store", task=tasks, method=method, collate_fn=collates)
+        analyzer = analyzer_of(mlp(), run, folder / "store", task=tasks, method=method, collate_fn=collates)
         data = {stage.name: stage.data for stage in self.stages}
         analyzer.fit(data, batch_size=7)
         return analyzer.score(
