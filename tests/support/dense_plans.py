@@ -15,7 +15,7 @@ from segflow.methods import Curvature, Plan, Point, Preconditioner, Scale, Spect
 
 from . import oracles
 from .helpers import mlp
-from .stages import EPS, LAYERS, Course, Dense
+from .stages import EPS, FIRST, LAST, LAYERS, Course, Dense
 
 
 class DensePlans:
@@ -35,7 +35,8 @@ class DensePlans:
         state = {n: sum(w * states[index][n] for index, w in point.weights) for n in states[0]}
         if place is None:
             return Dense(self.course.stages[-1], state, self.course.query)
-        return Dense(self.course.stages[place], state, self.course.stages[place].data)
+        weights = point.weights if point.stage == place else LAST if place < point.stage else FIRST
+        return Dense(self.course.stages[place], state, self.course.stages[place].data, weights)
 
     def _group(self, place: int, layer: str) -> int:
         return int(self.course.stages[place].factor(layer) < 1)
@@ -47,8 +48,9 @@ class DensePlans:
             queries = self._applied(operator, queries)
         stage, total = self.course.stages[place], torch.zeros((), dtype=torch.float64)
         for point, weight in zip(term.train, term.weights, strict=True):
-            real = self.at(place, point).gradients("train")
-            rows = {layer: real[layer].flatten(1) * stage.shares[:, None] for layer in LAYERS}
+            at = self.at(place, point)
+            shares, real = stage.shares(at.weights)[:, None], at.gradients("train")
+            rows = {layer: shares * real[layer].flatten(1) for layer in LAYERS}
             members = [list(group) for group in self.course.groups(place).members]
             summed = {layer: torch.stack([row[group].sum(0) for group in members]) for layer, row in rows.items()}
             norms = torch.cat([*summed.values()], 1).norm(dim=1) if term.normalized else stage.size
