@@ -64,6 +64,15 @@ OPERATORS: dict[str, tuple[Any, ...]] = {
         )
         for kind in ("ekfac", "kfac", "diagonal")
     },
+    "P alone": (Scale(P, 1.0),),
+    "a scaled curvature alone": (
+        spectral(
+            kind="response",
+            curvature=Curvature(0, (FIRST, LAST), (0.4, 0.6), scaled=P),
+            amount=(2e-3, 1e-3),
+            shift=(0.0, 0.0),
+        ),
+    ),
     "scaled, weights by group": (
         Scale(P_BY_GROUP, 1.5),
         spectral(
