@@ -76,7 +76,7 @@ def pooled_eigenvectors(
     matrices = [matrix for matrix in dealt if matrix is not None]
     bases = []
     for side, matrix in zip(hands[ranks.index], matrices, strict=True):
-        scaled = matrix if scales is None else _scaled(matrix, side, scales[side.layer].part)
+        scaled = _scaled(matrix, side, None if scales is None else scales[side.layer].part)
         bases.append(eigenvectors(scaled, f"layer {side.layer!r}, {side.name}, {where}"))
     collected: Tensors = {}
     for turn, basis in zip_longest(turns, bases):
@@ -86,18 +86,26 @@ def pooled_eigenvectors(
     return collected
 
 
-def pooled_kfac(pool: Pool, view: LossView, bases: Mapping[str, Eigenbasis], examples: int) -> Tensors:
+def pooled_kfac(
+    pool: Pool,
+    view: LossView,
+    bases: Mapping[str, Eigenbasis],
+    scales: Mapping[str, PreconditionerBlock] | None,
+    examples: int,
+) -> Tensors:
     """K-FAC's eigenvalues [P, O, I] of each layer, on rank 0, nothing elsewhere.
 
-    examples: the number of those that the covariances are of.
+    scales: as for the bases. examples: the number of those that the covariances are of.
     """
     eigenvalues = {}
     for name, layer in view.layers.items():
-        inputs, outputs = (pool.mean(side) for side in _sides(name, *layer.shape))
+        part, sides = None if scales is None else scales[name].part, _sides(name, *layer.shape)
+        inputs, outputs = map(pool.mean, sides)
         positions = pool.positions(name, examples)
         if inputs is not None and outputs is not None:
             basis = Eigenbasis(*(side.double().cpu() for side in vars(bases[name]).values()))
-            eigenvalues[name] = (positions * kfac_eigenvalues(basis, inputs, outputs)).to(view.dtype)
+            A, S = (_scaled(of, side, part) for of, side in zip((inputs, outputs), sides, strict=True))
+            eigenvalues[name] = (positions * kfac_eigenvalues(basis, A, S)).to(view.dtype)
     return eigenvalues
 
 
@@ -105,7 +113,9 @@ def _sides(layer: str, P: int, O: int, I: int) -> tuple[_Side, _Side]:
     return _Side(layer, "inputs", (P, I, I)), _Side(layer, "outputs", (P, O, O))
 
 
-def _scaled(matrix_PDD: Tensor, side: _Side, part: RankOne) -> Tensor:
-    """A or S of tokens that are scaled by the square root of one side of P's rank-one part."""
-    root_PD = (part.inputs_PI if side.name == "inputs" else part.outputs_PO).double().sqrt()
+def _scaled(matrix_PDD: Tensor, side: _Side, part: RankOne | None) -> Tensor:
+    """A or S of tokens that are scaled by the square root of one side of P's rank-one part; None scales nothing."""
+    if part is None:
+        return matrix_PDD
+    root_PD = (part.inputs_PI if side.name == "inputs" else part.outputs_PO).to(matrix_PDD).sqrt()
     return root_PD[:, :, None] * matrix_PDD * root_PD[:, None, :]

@@ -260,14 +260,17 @@ class FactorFitter:
         return statistics
 
     def _make_bases(self, curvature: Curvature, sources: list[str]) -> Tensors:
-        scales = self.preconditioner(curvature.scaled) if curvature.scaled else None
+        scales = self._scales(curvature)
         where = ", ".join(self.context.where(point) for point in curvature.points)
         return pooled_eigenvectors(self._pool(curvature, sources), self.view, scales, self.context.ranks, where)
 
     def _make_kfac(self, curvature: Curvature, sources: list[str]) -> Tensors:
-        bases = self.bases(curvature)
+        bases, scales = self.bases(curvature), self._scales(curvature)
         walked = self.context.settings.views * len(self.drawn)
-        return pooled_kfac(self._pool(curvature, sources), self.view, bases, walked)
+        return pooled_kfac(self._pool(curvature, sources), self.view, bases, scales, walked)
+
+    def _scales(self, curvature: Curvature) -> Mapping[str, PreconditionerBlock] | None:
+        return None if curvature.scaled is None else self.preconditioner(curvature.scaled)
 
     def _pool(self, curvature: Curvature, sources: list[str]) -> Pool:
         units = [self.context.store.open(source, self._recipes[source].made_from) for source in sources]

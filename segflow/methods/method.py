@@ -158,11 +158,10 @@ def describe(method: Method) -> dict[str, Any]:
         raise MethodError(f"{name}: an option called 'method' would hide the method's name. Call it otherwise.")
     try:
         json.dumps(options)
-        hash(method)
     except (TypeError, ValueError) as problem:
         raise MethodError(
-            f"{name}: an option is not what JSON can hold, or may change ({problem}). Keep options to numbers, text, "
-            "tuples of these, and None, of a frozen dataclass; they enter the scores' provenance."
+            f"{name}: an option is not what JSON can hold ({problem}). Keep options to numbers, text, lists of these, "
+            "and None; they enter the scores' provenance."
         ) from problem
     return {"method": name, **options, **({} if declared_additive(method) else {"additive": False})}
 

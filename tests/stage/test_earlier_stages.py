@@ -63,7 +63,7 @@ def test_lissa_inverts_the_hessian_of_the_scored_stages_loss(tmp_path: Path, pla
 PAIRS = [("SGD", "AdamW"), ("momentum", "Adagrad"), ("AdamW", "momentum"), ("Adam", "SGD"), ("RMSprop", "Adam")]
 
 
-@pytest.mark.parametrize("recipes", PAIRS, ids=" then ".join)
+@pytest.mark.parametrize("recipes", [*PAIRS, ("AdamW", "SGD", "momentum")], ids=" then ".join)
 @pytest.mark.parametrize("method", [sf.TracIn(), sf.Hydra()], ids=["TracIn", "Hydra"])
 def test_rates_are_those_of_the_scored_stage(tmp_path: Path, method: Any, recipes: tuple[str, ...]) -> None:
     run = course(*recipes)

@@ -24,6 +24,9 @@ from .helpers import FixedLabels, analyzer_of, mlp, perturbed_states, trajectory
 
 QUERIES, EPS, STEPS, NEAREST = 3, 1e-3, 20, 15  # two checkpoints: the first stands for 15 of 20 steps
 LAYERS = ("0", "2", "4")
+Weights = tuple[tuple[int, float], ...]
+FIRST: Weights = ((0, 1.0),)
+LAST: Weights = ((1, 1.0),)
 
 
 class Recipe(NamedTuple):
@@ -84,11 +87,11 @@ class Collate:
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage: its place and what it was trained with; counts: how often each example was drawn."""
+    """One stage: its place and what it was trained with; weighted: whether its examples were drawn unequally."""
 
     place: int
     recipe: Recipe
-    counts: tuple[int, ...] = ()
+    weighted: bool = False
 
     name = property(lambda self: ("pretrain", "midtrain", "finetune")[self.place])
     size = property(lambda self: (20, 13, 16)[self.place])
@@ -97,13 +100,19 @@ class Stage:
     collate = property(lambda self: Collate((1.3, 0.8, 1.0)[self.place], self.place + 1))
     states = property(lambda self: perturbed_states(mlp(seed=self.place), 2, 0.2))
 
-    @property
-    def drawn(self) -> list[int]:
-        return [i for i, count in enumerate(self.counts or (1,) * self.size) for _ in range(count)]
+    def counts(self, weights: Weights) -> list[int]:
+        """How often each example was drawn at a mean of checkpoints, in the least whole numbers."""
+        first = [1 + (i + self.place) % 3 for i in range(self.size)]
+        rows = (first, [*first[-1:], *first[:-1]]) if self.weighted else ([1] * self.size,) * 2
+        means = [sum(weight * rows[index][i] for index, weight in weights) for i in range(self.size)]
+        for times in range(1, 5):
+            whole = [round(times * mean) for mean in means]
+            if all(abs(times * mean - count) < 1e-9 for mean, count in zip(means, whole, strict=True)):
+                return whole
+        raise AssertionError(f"weights {weights}: expected multiples of a quarter, or no draws")
 
-    @property
-    def shares(self) -> Tensor:
-        counts = torch.tensor(self.counts or (1,) * self.size, dtype=torch.float64)
+    def shares(self, weights: Weights) -> Tensor:
+        counts = torch.tensor(self.counts(weights), dtype=torch.float64)
         return counts / counts.mean()
 
     @property
@@ -143,22 +152,27 @@ class Stage:
             groups,
             stage=self.name,
             second_moments=files if recipe.preconditioned else None,
-            example_weights=self.shares if self.counts else None,
+            example_weights=torch.stack([self.shares(of) for of in (FIRST, LAST)]) if self.weighted else None,
         )
 
 
 @dataclass
 class Dense:
-    """Naive gradients of one stage's data, or of the queries, at one point, and the curvatures made of them."""
+    """Naive gradients of one stage's data, or of the queries, at one point, and the curvatures made of them.
+
+    weights: of the stage's checkpoints, whose draws count there.
+    """
 
     stage: Stage
     state: dict[str, Tensor]
     data: TensorDataset
+    weights: Weights = LAST
     model: nn.Module = field(default_factory=mlp)
 
     def __post_init__(self) -> None:
         self.model.load_state_dict(self.state)
         self.layers = {name: dict(self.model.named_modules())[name] for name in LAYERS}
+        self.drawn = [i for i, count in enumerate(self.stage.counts(self.weights)) for _ in range(count)]
         self.gradients = cache(self._gradients)
         self.fit = cache(self._fit)
 
@@ -172,12 +186,12 @@ class Dense:
         return of
 
     def _gradients(self, kind: str, drawn: bool = False) -> dict[str, Tensor]:
-        examples = self.stage.drawn if drawn else list(range(len(self.data)))
+        examples = self.drawn if drawn else list(range(len(self.data)))
         rows = oracles.example_gradients(self.model, self.layers, lambda k: self.loss(kind)(examples[k]), len(examples))
         return {name: row_nPOI[:, 0] for name, row_nPOI in rows.items()}
 
     def _fit(self) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
-        drawn, sample = self.stage.drawn, self.loss("sample")
+        drawn, sample = self.drawn, self.loss("sample")
         covariances = oracles.naive_covariances(self.model, self.layers, lambda k: sample(drawn[k]), len(drawn))
         sampled = self.gradients("sample", True)
         return {name: (*covariances[name], sampled[name][:, None]) for name in LAYERS}
@@ -204,10 +218,7 @@ class Course:
     """
 
     def __init__(self, *recipes: str, weighted: bool = False):
-        stages = [Stage(place, RECIPES[name]) for place, name in enumerate(recipes)]
-        if weighted:
-            stages = [Stage(s.place, s.recipe, tuple(1 + (i + s.place) % 3 for i in range(s.size))) for s in stages]
-        self.stages = stages
+        self.stages = stages = [Stage(place, RECIPES[name], weighted) for place, name in enumerate(recipes)]
         self.query = vectors(QUERIES, seed=41)
         self.final = stages[-1].states[-1]
         self.at = cache(self._at)
@@ -217,13 +228,17 @@ class Course:
         size = self.stages[place].size
         return sf.Groups.from_lists([[0, 3, 5], range(6, size), [1], [2, 4]], size)
 
+    def trajectory(self, folder: Path) -> sf.Trajectory:
+        run, *later = [stage.trajectory(folder) for stage in self.stages]
+        for trajectory in later:
+            run = trajectory.after(run)
+        return run
+
     def scored(self, folder: Path, method: Any, place: int, **options: Any) -> sf.Scores:
         """segflow's scores of one stage's data, in a store of its own."""
-        first, *later = [stage.trajectory(folder) for stage in self.stages]
-        for trajectory in later:
-            first = trajectory.after(first)
+        run = self.trajectory(folder)
         tasks, collates = ({s.name: getattr(s, of) for s in self.stages} for of in ("task", "collate"))
-        analyzer = analyzer_of(mlp(), first, folder / "store", task=tasks, method=method, collate_fn=collates)
+        analyzer = analyzer_of(mlp(), run, folder / "store", task=tasks, method=method, collate_fn=collates)
         data = {stage.name: stage.data for stage in self.stages}
         analyzer.fit(data, batch_size=7)
         return analyzer.score(
@@ -237,7 +252,8 @@ class Course:
         if point == "mean":
             one, two = self.weights(place)
             states["mean"] = {n: one * v + two * stage.states[1][n] for n, v in stage.states[0].items()}
-        return Dense(stage, states[point], stage.data)
+        weights = {0: FIRST, "mean": tuple(enumerate(self.weights(place)))}.get(point, LAST)
+        return Dense(stage, states[point], stage.data, weights)
 
     def _asked(self, place: int = -1, checkpoint: int = 1) -> Dense:
         """The queries at a stage's checkpoint, as the last stage's task measures them."""
@@ -250,7 +266,8 @@ class Course:
 
     def grouped(self, place: int, point: int | str, layer: str, kind: str = "train") -> Tensor:
         """[K, D]: sums of a stage's training gradients, each times its example's share."""
-        rows = self.at(place, point).gradients(kind)[layer].flatten(1) * self.stages[place].shares[:, None]
+        at = self.at(place, point)
+        rows = at.gradients(kind)[layer].flatten(1) * at.stage.shares(at.weights)[:, None]
         return torch.stack([rows[list(members)].sum(0) for members in self.groups(place).members])
 
     def queries(self, layer: str, *at: int) -> Tensor:
