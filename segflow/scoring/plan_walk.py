@@ -103,9 +103,7 @@ class _PlanWalk:
                 "layers, whose parts do not belong together. Leave it out."
             )
         self.view = self.fitted.loss_view(request.stage)
-        self.scored_from = groups_identity(
-            self.fitted, request.queries, request.stage, members, request.per_layer
-        )
+        self.scored_from = groups_identity(self.fitted, request.queries, request.stage, members, request.per_layer)
         self.gradient_bytes = context.parameters * self.view.dtype.itemsize
         size = max(1, min(len(self.groups), context.memory // _GROUP_SHARE // self.gradient_bytes))
         size = size - size % batch_size if size > batch_size else size
