@@ -82,10 +82,11 @@ def reached(
 
     model: the analysed one, whose parameters do not count; ignored: attributes of the object that do not either.
     """
-    first = _Walk(subject, ignored, Values(subject, own_parts(model)))
+    own = own_parts(model)
+    first = _Walk(subject, ignored, Values(subject, own))
     first.run(methods)
     changed, filled = first.changes()
-    walk = _Walk(subject, ignored, Values(subject, own_parts(model), changed, filled, whole=True))
+    walk = _Walk(subject, ignored, Values(subject, own, changed, filled, whole=True))
     walk.run(methods)
     name = _class_name(subject)
     return {key: value for key, value in sorted(walk.joined().items()) if (name, key) not in _RESTLESS}
@@ -168,10 +169,10 @@ class _Walk:
 
     def _own(self, name: str) -> None:
         """The object's own attribute of a name, if it has one that counts."""
-        own = getattr(self.subject, "__dict__", {})
-        if name in own and name not in self.ignored and not is_cached_property(self.subject, name):
-            if self.values.counts(name, own[name]) and not isinstance(self.subject, FunctionType):
-                self._value(f"self.{name}", own[name])
+        own = {} if isinstance(self.subject, FunctionType) else getattr(self.subject, "__dict__", {})
+        told_apart = name in self.ignored or is_cached_property(self.subject, name)
+        if name in own and not told_apart and self.values.counts(name, own[name]):
+            self._value(f"self.{name}", own[name])
 
     def _everything(self) -> None:
         """Take all that the object has, for it is handed on as a whole, or asked for names that are made on the way."""
@@ -200,9 +201,9 @@ class _Walk:
                 reading = self._function(function)
             if reading.hands_on and not isinstance(defined, staticmethod):
                 self._everything()
-        if not functions and not is_library_class(base) and name not in _ABOUT_CLASSES:
-            if name not in getattr(self.subject, "__dict__", {}) and self.values.counts(name, defined):
-                self._value(f"self.{name}", defined)
+        hidden = name in _ABOUT_CLASSES or name in getattr(self.subject, "__dict__", {})
+        if not functions and not hidden and not is_library_class(base) and self.values.counts(name, defined):
+            self._value(f"self.{name}", defined)
 
     def _value(self, key: str, value: Any) -> None:
         if value is not self.subject:

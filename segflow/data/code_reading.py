@@ -119,9 +119,8 @@ def _changes(instructions: list[dis.Instruction], me: str | None) -> tuple[set[s
     filled: set[str] = set()
     for place, one in enumerate(instructions):
         before = instructions[place - 1] if place else one
-        if (
-            one.opname == "STORE_ATTR" and (not _is_local(before) or before.argval == me)
-        ) or one.opname == "STORE_GLOBAL":
+        of_another = one.opname == "STORE_ATTR" and _is_local(before) and before.argval != me
+        if one.opname in ("STORE_ATTR", "STORE_GLOBAL") and not of_another:
             changed.add(one.argval)
         elif one.opname in ("STORE_SUBSCR", "DELETE_SUBSCR"):
             filled |= _named(instructions, _before_operand(instructions, place - 1))

@@ -53,8 +53,7 @@ class Values:
     Args:
         subject: the object that is described, which is not described again where it stands in a value.
         own: the analysed model's parts.
-        changed, filled: names of attributes that running changes, and of those whose containers it fills; neither
-        count.
+        changed, filled: names of attributes that running changes, and of the containers it fills; neither count.
         whole: whether contents of tensors and arrays count; without, they are not read.
 
     Attributes:
@@ -106,20 +105,27 @@ class Values:
     def _described(self, value: Any) -> str:
         if value is self.subject:
             return "itself"
-        kind = _type_name(value)
         if isinstance(value, Tensor | np.ndarray):
             return self._numbers(value)
-        if isinstance(value, (np.generic, Enum, *_TORCH_WORDS)) or type(value).__module__ in _SPELLED:
-            return f"{kind} {value!r}" if not isinstance(value, Enum) else f"{kind}.{value.name}"
-        if isinstance(value, Mapping) and not isinstance(value, _BY_TYPE):
-            return f"{kind} {sorted(self._pairs(value))} {self._state(value)}"
+        if isinstance(value, Enum):
+            return f"{_type_name(value)}.{value.name}"
+        if isinstance(value, (np.generic, *_TORCH_WORDS)) or type(value).__module__ in _SPELLED:
+            return f"{_type_name(value)} {value!r}"
+        return self._contents(value) or self._callable(value) or self._object(value)
+
+    def _contents(self, value: Any) -> str | None:
+        """A container by what it holds, in the order of words where it has none of its own; None for other values."""
         if type(value) in (list, tuple) and all(type(item) in _SIMPLE for item in value):
-            return f"{kind} {value!r}"
-        if isinstance(value, list | tuple | deque):
-            return f"{kind} {[self.word(item) for item in value]} {self._state(value)}"
-        if isinstance(value, set | frozenset):
-            return f"{kind} {sorted(map(self.word, value))} {self._state(value)}"
-        return self._callable(value) or self._object(value)
+            return f"{_type_name(value)} {value!r}"
+        if isinstance(value, Mapping) and not isinstance(value, _BY_TYPE):
+            words = sorted(self._pairs(value))
+        elif isinstance(value, set | frozenset):
+            words = sorted(map(self.word, value))
+        elif isinstance(value, list | tuple | deque):
+            words = [self.word(item) for item in value]
+        else:
+            return None
+        return f"{_type_name(value)} {words} {self._state(value)}"
 
     def _pairs(self, mapping: Mapping[Any, Any]) -> list[str]:
         return [
@@ -137,25 +143,30 @@ class Values:
         return f"{like} {digest(value) if self.whole and not value.dtype.hasobject else self.word(value.tolist())}"
 
     def _callable(self, value: Any) -> str | None:
-        """A function, class or module; None for other values."""
-        if isinstance(value, partial | partialmethod):
-            return f"partial {[self.word(part) for part in (value.func, value.args, value.keywords)]}"
-        if isinstance(value, MethodType):
-            return f"method {self.word(value.__func__)} {self.word(value.__self__)}"
-        if isinstance(value, BuiltinFunctionType | BuiltinMethodType):
-            owner = value.__self__
-            of = "" if owner is None or isinstance(owner, ModuleType | type) else self.word(owner)
-            return f"builtin {value.__module__}.{value.__qualname__} {of}"
+        """A function, class or module, or what was made of one; None for other values."""
+        parts: list[Any] | None = None
         if isinstance(value, FunctionType):
             return self._function(value)
         if isinstance(value, type | ModuleType):
-            library = is_library_class(value) if isinstance(value, type) else is_library_module(value)
-            if not library:
-                self.meet(value)
-            return f"{value.__module__}.{value.__qualname__}" if library and isinstance(value, type) else value.__name__
-        if hasattr(value, "__wrapped__"):
-            return f"{_type_name(value)} of {self.word(value.__wrapped__)}"
-        return None
+            return self._namespace(value)
+        if isinstance(value, partial | partialmethod):
+            parts = [value.func, value.args, value.keywords]
+        elif isinstance(value, MethodType):
+            parts = [value.__func__, value.__self__]
+        elif isinstance(value, BuiltinFunctionType | BuiltinMethodType):
+            owner = None if isinstance(value.__self__, ModuleType | type) else value.__self__
+            parts = [value.__module__, value.__qualname__, owner]
+        elif hasattr(value, "__wrapped__"):
+            parts = [value.__wrapped__]
+        return None if parts is None else f"{_type_name(value)} of {[self.word(part) for part in parts]}"
+
+    def _namespace(self, value: type | ModuleType) -> str:
+        """A class or module: of a library by its name, of the user's with what it defines."""
+        library = is_library_class(value) if isinstance(value, type) else is_library_module(value)
+        if not library:
+            self.meet(value)
+            return value.__name__
+        return f"{value.__module__}.{value.__qualname__}" if isinstance(value, type) else value.__name__
 
     def _function(self, value: FunctionType) -> str:
         if not is_library_function(value):
@@ -248,7 +259,7 @@ def is_library_module(module: ModuleType) -> bool:
 @lru_cache(4096)
 def _is_library_file(name: str) -> bool:
     path = name if name.startswith("<") else str(Path(name).resolve())
-    return path.startswith(("<frozen", "<__array_function__")) or path.startswith(_library_folders())
+    return path.startswith(("<frozen", "<__array_function__", *_library_folders()))
 
 
 @lru_cache(1)

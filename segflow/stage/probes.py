@@ -7,17 +7,17 @@ losses of ordinary size as well; alone, and some of them in one batch, for which
 from __future__ import annotations
 
 import math
-import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ..data.batches import evenly_spaced
+from ..data.draws import seeded
+from ..data.generators import Generators
 from ..errors import SegflowError, TaskError
 from ..model.loss_view import LossView
 from ..runtime.sharding import laid_out
@@ -54,10 +54,10 @@ def sampled_probes(context: StageContext, data: Any, sample: LossView) -> tuple[
 def _at_both(context: StageContext, at_last: Losses, near_it: Losses) -> list[list[Any]]:
     """Losses at the last checkpoint, and at perturbed parameters; there, the name of the error where there are none."""
     context.load(context.last)
-    points = [at_last()]
+    points: list[list[Any]] = [[*at_last()]]
     try:
         perturb(context.model, context.settings.seed)
-        points.append(near_it())
+        points.append([*near_it()])
     except (SegflowError, ValueError, ArithmeticError, RuntimeError, AssertionError) as problem:  # the loss refuses
         points.append([type(problem).__name__])
     finally:
@@ -120,13 +120,12 @@ def _plain(number: Any) -> Any:
 
 @contextmanager
 def _seeded(seed: int) -> Iterator[None]:
-    """Inside, torch, NumPy and Python draw what they always draw for a seed; those of NumPy and Python go on after."""
-    numpy_state, python_state = np.random.get_state(), random.getstate()  # noqa: NPY002
-    torch.manual_seed(seed)
-    np.random.seed(seed % 2**32)  # noqa: NPY002
-    random.seed(seed)
+    """Inside, torch, NumPy and Python draw what they always draw for a seed; afterwards they go on where they were."""
+    generators = Generators()
+    before = generators.states()
     try:
-        yield
+        with seeded(seed):
+            generators.seed(seed % 2**32)
+            yield
     finally:
-        np.random.set_state(numpy_state)  # noqa: NPY002
-        random.setstate(python_state)
+        generators.restore(before)
