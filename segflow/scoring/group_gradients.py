@@ -113,13 +113,14 @@ def _by_group(side_PBSD: Tensor, sizes: Sequence[int]) -> Tensor:
     return rearrange(side_PBSD, "p (k n) s d -> (k p) (n s) d", k=K)
 
 
-def tile_scores(view: AnyView, data: Iterable[Batch], tile: Tile, gradients: GroupGradients, where: str) -> Tensor:
+def tile_scores(
+    view: AnyView, data: Iterable[Batch], tile: Tile, gradients: GroupGradients, finite: FiniteCheck
+) -> Tensor:
     """Scores [L, Q, K] of one tile's pieces: <query, summed training gradients>, for each layer in order.
 
     data: the tile's batches, then idle ones; where they have weights, gradients are multiplied by their examples'.
-    gradients: collects the tile's; where: names the point in errors.
+    gradients: collects the tile's; finite: sees all numbers, of this tile and of others.
     """
-    finite = FiniteCheck(f"training gradients, {where}")
     group_batches = iter(tile.batches)
     for batch in data:
         group_batch = None if batch.idle else next(group_batches)
