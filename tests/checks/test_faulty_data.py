@@ -35,8 +35,6 @@ def _call(folder: Path, call: str, train: Any, collate: Any = None, task: Any = 
     queries = query or vectors(3, torch.float32, seed=3)
     groups = sf.Groups.from_lists([range(start, start + 50) for start in range(0, len(train), 50)], len(train))
     return analyzer.score(groups, train, queries, batch_size=50)
-        sf.Groups.from_lists([range(k, len(train), 3) for k in range(3)]), train, queries, batch_size=50
-    )
 
 
 def _data(change: Callable[[Tensor, Tensor], None]) -> TensorDataset:
