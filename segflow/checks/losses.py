@@ -94,7 +94,9 @@ def _require_still(view: LossView, before: Mapping[str, Tensor]) -> None:
 
 
 def _same(before: Tensor, after: Tensor) -> bool:
-    return before.shape == after.shape and torch.allclose(before, after, 0.0, 0.0, equal_nan=True)
+    if before.shape == after.shape and before.is_floating_point():
+        return torch.allclose(before, after, 0.0, 0.0, equal_nan=True)
+    return torch.equal(before, after)
 
 
 def _require_repeated(view: LossView, first: Tensor, second: Tensor) -> None:

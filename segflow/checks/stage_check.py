@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from ..curvature.passes import covariances
-from ..data.batches import Batch, batches, in_order
+from ..data.batches import Batch, Collate, batches, in_order
 from ..methods.plan import Point
 from ..model.loss_view import LossView
 from ..runtime.progress import track
@@ -42,33 +42,36 @@ def check_stage(context: StageContext, train: Any, query: Any | None, curvature_
     """
     context.load(context.last)
     view = context.loss_view("train", train)
-    _check_loss(context, view, train)
+    _check_loss(context, view, train, context.collate_fn)
     if query is not None:
-        query_set(query).check(
-            context, view.layers, lambda data: _check_loss(context, context.loss_view("measurement", data), data)
-        )
+        queries = query_set(query)
+        queries.check(context, view.layers)
+        for loss in queries.losses(context, view.layers):
+            _check_loss(context, loss.view(), loss.examples, loss.collate_fn)
     if defines_output(context.task):
-        _check_loss(context, context.loss_view("output", train), train)
+        _check_loss(context, context.loss_view("output", train), train, context.collate_fn)
     sample = replace(view, kind="sample", seed=context.settings.seed)
-    covariances(sample, _few_batches(context, train), Ranks(), f"check, {context.where(context.last)}")
+    covariances(
+        sample, _few_batches(context, train, context.collate_fn), Ranks(), f"check, {context.where(context.last)}"
+    )
     context.load(Point.at(context.stage, 0))  # the least converged checkpoint: pseudo-labels still vary there
     first = context.where(Point.at(context.stage, 0))
     if curvature_tolerance < float("inf"):
         check_sampling(sample, probe_examples(train, context.collate_fn, view.device), first)
-    scale = curvature_scale(view, sample, next(_few_batches(context, train)))
+    scale = curvature_scale(view, sample, next(_few_batches(context, train, context.collate_fn)))
     require_scale(scale, curvature_tolerance, context.task)
     parameters = sum(parameter.numel() for parameter in context.model.parameters())
     return CheckReport(context.parameters, parameters, context.layers.skipped, scale, context.trajectory.observed)
 
 
-def _check_loss(context: StageContext, view: LossView, dataset: Any) -> None:
+def _check_loss(context: StageContext, view: LossView, dataset: Any, collate_fn: Collate | None) -> None:
     """Check one loss, which `view` sees the model through, on a few examples of a dataset."""
     where = context.where(context.last)
-    check_loss(view, probe_examples(dataset, context.collate_fn, view.device), where)
-    check_reached(view, _few_batches(context, dataset), where)
+    check_loss(view, probe_examples(dataset, collate_fn, view.device), where)
+    check_reached(view, _few_batches(context, dataset, collate_fn), where)
 
 
-def _few_batches(context: StageContext, dataset: Any) -> Iterator[Batch]:
+def _few_batches(context: StageContext, dataset: Any, collate_fn: Collate | None) -> Iterator[Batch]:
     device = next(context.model.parameters()).device
     lists = in_order(min(len(dataset), _BATCHES * _BATCH), _BATCH)
-    return batches(dataset, lists, context.collate_fn, device)
+    return batches(dataset, lists, collate_fn, device)

@@ -17,9 +17,11 @@ from torch.utils.data import ConcatDataset, Subset, TensorDataset
 import segflow as sf
 
 from ..support.check_tasks import (
+    Branches,
     N,
     Regularised,
     TaskOf,
+    check,
     functional_dropout,
     in_train_mode,
     mean_loss,
@@ -166,8 +168,11 @@ def test_a_property_whose_outputs_see_other_rows_is_refused(tmp_path: Path) -> N
         def outputs(self, batch: Any, model: nn.Module) -> Tensor:
             return model(batch[0] - batch[0].mean(0))
 
+    queries = [sf.properties.SoftAccuracy(vectors(9)), Mixed(vectors(9))]
     with pytest.raises(sf.TaskError, match=r"Mixed: the measurement loss .*do not interact"):
-        _call(tmp_path, "score", TaskOf(), query=[sf.properties.SoftAccuracy(vectors(9)), Mixed(vectors(9))])
+        _call(tmp_path / "score", "score", TaskOf(), query=queries)
+    with pytest.raises(sf.TaskError, match=r"Mixed: the measurement loss .*do not interact"):
+        check(tmp_path / "check", TaskOf(), query=queries)
 
 
 def test_what_was_refused_is_refused_again(tmp_path: Path) -> None:
@@ -176,6 +181,29 @@ def test_what_was_refused_is_refused_again(tmp_path: Path) -> None:
     for _ in range(2):
         with pytest.raises(sf.TaskError, match="mean over the batch"):
             analyzer.fit(train)
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_a_layer_that_no_loss_depends_on_is_refused_after_the_pass(tmp_path: Path, call: str) -> None:
+    """As under activation checkpointing that hides layers; probes do not judge it."""
+    text = r"(pass|gradients), .*layer 'side' was never reached"
+    if call == "features":  # of the last layer alone
+        text = "the loss does not depend on any tracked layer"
+    with pytest.raises(sf.SegflowError, match=text):
+        _call(tmp_path, call, TaskOf(), Branches("detached"))
+
+
+def test_a_layer_that_the_groups_examples_do_not_reach_is_no_fault_of_theirs(tmp_path: Path) -> None:
+    def rarely(batch: Any, model: Any) -> Tensor:
+        rare = batch[0][:, 0] > 0
+        side = model.side(batch[0]) if rare.any() else model.side(batch[0]).detach()
+        return functional.cross_entropy(model.main(batch[0]) + rare[:, None] * side, batch[1], reduction="sum")
+
+    train, model = vectors(N), Branches("no")
+    common = torch.nonzero(train.tensors[0][:, 0] <= 0).flatten().tolist()
+    analyzer = _analyzer(tmp_path, TaskOf(rarely, rarely, rarely), model, train, sf.TracIn())
+    groups = sf.Groups.from_lists([common[:3], common[3:6]], N, partial=True)
+    assert torch.as_tensor(analyzer.score(groups, train, vectors(9, seed=3)).values).isfinite().all()
 
 
 # ---- pseudo-labels ----
