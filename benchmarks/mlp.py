@@ -28,6 +28,7 @@ from segflow.data.batches import in_order
 from segflow.data.reading import Reader, batches
 from segflow.groups.groups import Groups
 from segflow.model.capture import observing
+from segflow.model.finite_check import FiniteCheck
 from segflow.model.layers.registry import choose_layers
 from segflow.model.loss_view import make_loss_view
 from segflow.runtime.ranks import Ranks
@@ -100,7 +101,8 @@ class Ours:
             [tile] = tiles(pieces, BATCH, len(groups))
             data = self.walk(self.train, [batch.examples for batch in tile.batches])
             met = MetQueries(queries, bases, 1, ALONE)
-            return tile_scores(self.plain, data, tile, GroupGradients(met, len(groups), BUDGET), "the benchmark")
+            gradients = GroupGradients(met, len(groups), BUDGET)
+            return tile_scores(self.plain, data, tile, gradients, FiniteCheck("the benchmark"))
 
     def product(self, count: int) -> Callable[[], object]:
         """All queries [Q, D] times `count` summed gradients [K, D], for each layer; in slices of at most 128."""

@@ -171,7 +171,10 @@ class Analyzer:
             StoreError: the store holds factors of another model, dataset, task, checkpoint or setting, is damaged, or
                 is in use by another run.
             RankError: another process of this run failed, died, or was given something else.
-            LayerError, TaskError, FactorError: a layer is never reached, or numbers are not finite.
+            TaskError, LayerError: a loss is no sum over examples that stay apart, does not repeat itself, or ignores
+                `sample`, as a few distinct examples show before anything is fitted (`score` and `features` look
+                likewise, once for each dataset); or the data holds NaN, labels out of range, or wrong types.
+            LayerError, FactorError: a layer is never reached, or numbers are not finite.
         """
         batch_size = checked_batch_size(batch_size)
         trains = self._by_stage(train)

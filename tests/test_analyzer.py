@@ -69,9 +69,9 @@ def _same(first: Any, second: Any) -> bool:
 
 # What check, fit and score raise when a loss does: scoring looks in vain for what fitting could not make.
 RAISES: dict[str, tuple[type[BaseException] | None, ...]] = {
-    "sample": (ZeroDivisionError, ZeroDivisionError, sf.StoreError),
-    "train": (ZeroDivisionError, None, ZeroDivisionError),  # fitting draws labels, but for a few probes
-    "measurement": (ZeroDivisionError, None, ZeroDivisionError),
+    "sample": (sf.TaskError, sf.TaskError, sf.StoreError),
+    "train": (sf.TaskError, sf.TaskError, sf.TaskError),
+    "measurement": (sf.TaskError, None, sf.TaskError),
     "none": (None, None, None),
 }
 
@@ -343,9 +343,13 @@ def test_examples_that_change_places_before_a_layer_are_refused(tmp_path: Path) 
 
 
 def test_a_task_that_ignores_sample_is_named(tmp_path: Path) -> None:
+    task = FixedLabels()
+    task.draws_labels = True  # it says so, and draws nothing
     with pytest.raises(sf.TaskError, match="gives the same gradients in every draw"):
-        _setting(tmp_path).check(vectors(N))  # FixedLabels draws nothing
-    assert _setting(tmp_path).check(vectors(N), curvature_tolerance=float("inf")).curvature.fixed
+        _setting(tmp_path, task).check(vectors(N))
+    report = _setting(tmp_path, task).check(vectors(N), curvature_tolerance=float("inf"))
+    assert "its pseudo-labels do not vary" in str(report.curvature)
+    assert _setting(tmp_path).check(vectors(N), curvature_tolerance=float("inf")).curvature.factor
 
 
 @pytest.mark.parametrize(

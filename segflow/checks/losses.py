@@ -69,7 +69,7 @@ def check_reached(view: LossView, data: Iterable[Batch], where: str) -> None:
 def require_no_mean(view: LossView, total: Tensor, parts: Tensor, count: int) -> None:
     """Raise TaskError if what a batch of `count` examples adds up to is its examples' sum over their number."""
     ratio = (total / parts).item()
-    if abs(ratio * count - 1) < 0.1:
+    if abs(ratio * count - 1) < 0.01:
         raise TaskError(
             f"{task_name(view.task)}: the {view.kind} loss is a mean over the batch: a batch of {count} has "
             f"{ratio:.3g} times the sum of its examples' losses. Return the sum over the batch (reduction='sum')."
@@ -94,7 +94,9 @@ def _require_still(view: LossView, before: Mapping[str, Tensor]) -> None:
 
 
 def _same(before: Tensor, after: Tensor) -> bool:
-    return before.shape == after.shape and torch.allclose(before, after, 0.0, 0.0, equal_nan=True)
+    if before.shape == after.shape and before.is_floating_point():
+        return torch.allclose(before, after, 0.0, 0.0, equal_nan=True)
+    return torch.equal(before, after)
 
 
 def _require_repeated(view: LossView, first: Tensor, second: Tensor) -> None:

@@ -35,6 +35,7 @@ def check_sampling(view: LossView, examples: ProbeExamples, where: str) -> None:
         view_of_draw = replace(view, task=watched, seed=view.seed + draw)
         draws.append(probed(view_of_draw, examples.together(), along, where))
     if len(examples.alone) > 1:
+        watched.begin()
         first = replace(view, task=watched)
         alone = [probed(first, single, along, where) for single in examples.alone]
         _require_no_mean(view, draws[0], alone)

@@ -8,6 +8,7 @@ from typing import Any
 
 from ..curvature.passes import covariances
 from ..data.batches import Batch, in_order
+from ..data.reading import Reader
 from ..methods.plan import Point
 from ..model.loss_view import LossView
 from ..runtime.progress import track
@@ -41,34 +42,35 @@ def check_stage(context: StageContext, train: Any, query: Any | None, curvature_
     `observing(model)`. Raises TaskError and LayerError.
     """
     context.load(context.last)
-    view = context.loss_view("train", train)
-    _check_loss(context, view, train)
+    view, reader = context.loss_view("train", train), context.train_reader(train)
+    _check_loss(context, view, reader)
     if query is not None:
-        query_set(query).check(
-            context, view.layers, lambda data: _check_loss(context, context.loss_view("measurement", data), data)
-        )
+        queries = query_set(query)
+        queries.check(context, view.layers)
+        for loss in queries.losses(context, view.layers):
+            _check_loss(context, loss.view(), loss.reader)
     if defines_output(context.task):
-        _check_loss(context, context.loss_view("output", train), train)
+        _check_loss(context, context.loss_view("output", train), reader)
     sample = replace(view, kind="sample", seed=context.settings.seed)
-    covariances(sample, _few_batches(context, train), Ranks(), f"check, {context.where(context.last)}")
+    covariances(sample, _few_batches(context, reader), Ranks(), f"check, {context.where(context.last)}")
     context.load(Point.at(context.stage, 0))  # the least converged checkpoint: pseudo-labels still vary there
     first = context.where(Point.at(context.stage, 0))
     if curvature_tolerance < float("inf"):
-        check_sampling(sample, probe_examples(context.train_reader(train), view.device), first)
-    scale = curvature_scale(view, sample, next(_few_batches(context, train)))
+        check_sampling(sample, probe_examples(reader, view.device), first)
+    scale = curvature_scale(view, sample, next(_few_batches(context, reader)))
     require_scale(scale, curvature_tolerance, context.task)
     parameters = sum(parameter.numel() for parameter in context.model.parameters())
     return CheckReport(context.parameters, parameters, context.layers.skipped, scale, context.trajectory.observed)
 
 
-def _check_loss(context: StageContext, view: LossView, dataset: Any) -> None:
-    """Check one loss, which `view` sees the model through, on a few examples of a dataset."""
+def _check_loss(context: StageContext, view: LossView, reader: Reader) -> None:
+    """Check one loss, which `view` sees the model through, on a few examples."""
     where = context.where(context.last)
-    check_loss(view, probe_examples(context.reader_of(view.kind, dataset), view.device), where)
-    check_reached(view, _few_batches(context, dataset), where)
+    check_loss(view, probe_examples(reader, view.device), where)
+    check_reached(view, _few_batches(context, reader), where)
 
 
-def _few_batches(context: StageContext, dataset: Any) -> Iterator[Batch]:
+def _few_batches(context: StageContext, reader: Reader) -> Iterator[Batch]:
     device = next(context.model.parameters()).device
-    lists = in_order(min(len(dataset), _BATCHES * _BATCH), _BATCH)
-    return iter(context.reader(dataset, "given").probes(lists, device))
+    lists = in_order(min(len(reader), _BATCHES * _BATCH), _BATCH)
+    return iter(reader.probes(lists, device))

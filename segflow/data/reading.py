@@ -222,7 +222,7 @@ class Reader:
             yield Batch(request.examples, to_device(content, device), number >= len(requests))
 
     def probes(self, lists: Sequence[Indices], device: torch.device) -> list[Batch]:
-        """Batches of a few examples, each of which is read once in a call of the Analyzer, however often it is asked."""
+        """Batches of a few examples; each is read once in a call of the Analyzer, however often it is asked for."""
         with self._keeping():
             return list(self.batches(lists, device))
 

@@ -114,15 +114,14 @@ def _by_group(side_PBSD: Tensor, sizes: Sequence[int]) -> Tensor:
 
 
 def tile_scores(
-    view: AnyView, data: Iterable[Batch], tile: Tile, gradients: GroupGradients, where: str, views: int = 1
+    view: AnyView, data: Iterable[Batch], tile: Tile, gradients: GroupGradients, finite: FiniteCheck, views: int = 1
 ) -> Tensor:
     """Scores [L, Q, K] of one tile's pieces: <query, summed training gradients>, for each layer in order.
 
     data: the tile's batches, then idle ones; where they have weights, gradients are multiplied by their examples'.
-    gradients: collects the tile's; where: names the point in errors; views: how many batches there are of each of the
-    tile's in a row, over whose views of the examples gradients are averaged.
+    gradients: collects the tile's; finite: sees all numbers, of this tile and of others; views: how many batches there
+    are of each of the tile's in a row, over whose views of the examples gradients are averaged.
     """
-    finite = FiniteCheck(f"training gradients, {where}")
     group_batches = (batch for batch in tile.batches for _ in range(views))
     for batch in data:
         group_batch = None if batch.idle else next(group_batches)

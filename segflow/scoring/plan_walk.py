@@ -25,6 +25,7 @@ from ..data.fingerprints import digest
 from ..errors import ScoreError
 from ..groups.groups import Groups
 from ..methods.plan import Plan, Point, Term, curvatures
+from ..model.finite_check import FiniteCheck
 from ..model.representation_view import representation_view
 from ..stage.context import StageContext
 from ..stage.unit_identity import checkpoint_digest
@@ -233,19 +234,22 @@ class _PlanWalk:
         normalized, views = term.normalized and term.side == "gradient", context.settings.views
         train = context.train_reader(self.fitted.trains[self.request.stage])
         tiles_of_ranks, scores = self.tiles[term.normalized], None
+        finite = FiniteCheck(f"training gradients, {where}")
         for number in range(max(map(len, tiles_of_ranks))):
             tile_of_rank = [of_rank[number] if number < len(of_rank) else _NO_TILE for of_rank in tiles_of_ranks]
             tile = tile_of_rank[ranks.index]
             lists = [batch.examples for batch in tile.batches]
             data = context.walk(self.view, train, lists, f"groups, {where}", views, weights_N)
             gradients = GroupGradients(met, len(tile.groups), context.memory // _PASSING_SHARE, normalized)
-            of_tile_LQK = tile_scores(view, data, tile, gradients, where, views)
+            of_tile_LQK = tile_scores(view, data, tile, gradients, finite, views)
             of_tile_LQK = of_tile_LQK if self.request.per_layer else _summed(of_tile_LQK, weights_L)
             if scores is None and ranks.main:
                 scores = of_tile_LQK.new_zeros(*of_tile_LQK.shape[:2], len(self.groups))
             for scored, columns in zip(tile_of_rank, ranks.collect(of_tile_LQK), strict=False):
                 if scores is not None and columns is not None:
                     scores.index_add_(2, torch.from_numpy(scored.groups).to(scores.device), columns)
+        in_groups = int(self.groups.sizes.sum())  # some examples alone may reach few layers
+        finite.finish(view.layers, ranks, every=in_groups == context.trajectory.dataset_size)
         if scores is not None and not torch.isfinite(scores).all():
             raise ScoreError(
                 f"scores at the {where} are not finite: gradients or the method's operator overflow. "

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, default_collate
 
 from ..curvature.kronecker import Gradients
-from ..data.batches import in_order
+from ..data.batches import Batch, in_order
 from ..data.reading import Reader
 from ..errors import TaskError
 from ..model.finite_check import FiniteCheck
@@ -52,6 +52,8 @@ class _Streamed:
 
     def compute_measurement(self, batch: tuple[Tensor, Any], model: nn.Module) -> Tensor:
         examples, content = batch
+        if self.slopes_N is None and self.prop.needs_outputs and type(self.prop).part is Property.part:
+            return self.prop.outputs_and_targets(Batch(examples.tolist(), content), model)[0].sum()  # checks the rows
         slopes_B = torch.ones((), device=examples.device) if self.slopes_N is None else self.slopes_N[examples]
         return self.prop.part(content, model, slopes_B)
 

@@ -136,6 +136,8 @@ def test_factors_equal_kronfluence_on_the_same_labels(tmp_path: Path, case: str)
     from kronfluence.task import Task
 
     class Peer(Task):
+        draws_labels = False
+
         def compute_train_loss(self, batch: Any, model: nn.Module, sample: bool = False) -> Tensor:
             return FixedLabels().compute_train_loss(batch, model, sample)
 

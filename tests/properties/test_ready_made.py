@@ -394,7 +394,7 @@ def _labelled(labels: list[Any]) -> TensorDataset:
         (lambda: props.SoftF1(_Random()), TaskError, "reading its data twice"),
         (lambda: _TwoNumbers(DATA), TaskError, "expected one number, found"),
         (lambda: _Infinite(DATA), TaskError, "_Infinite: its value is"),
-        (lambda: _OneRow(DATA), TaskError, "expected 17 rows, one for each example"),
+        (lambda: _OneRow(DATA), TaskError, "expected 2 rows, one for each example"),
         (lambda: props.SoftF1(DATA, positive=7), TaskError, "positive=7, but the model has the classes 0..2"),
         (lambda: props.DemographicParityGap(DATA, [1] * 17), TaskError, "expected two or more"),
         (lambda: props.DemographicParityGap(DATA, [0, 1]), TaskError, "one value for each of 17"),

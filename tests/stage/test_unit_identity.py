@@ -45,6 +45,8 @@ def test_curvature_of_some_examples_never_passes_for_that_of_all(tmp_path: Path,
 class Weighted(sf.tasks.Classification):
     """Class weights in a tensor."""
 
+    draws_labels = False
+
     def __init__(self, weights: list[float]):
         super().__init__()
         self.weights = torch.tensor(weights).double()
