@@ -187,7 +187,9 @@ def test_attention_mask_keeps_padding_out_of_the_input_covariance(tmp_path: Path
         context = analyzer.context
         with observing(model):
             view = context.loss_view("sample", train)
-            sums = covariances(view, context.walk(view, train, [range(N)], "test"), Ranks(), "here")
+            sums = covariances(
+                view, context.walk(view, context.train_reader(train), [range(N)], "test"), Ranks(), "here"
+            )
         tokens = torch.cat([rows.reshape(-1, 5), torch.ones(rows.shape[0] * rows.shape[1], 1).double()], 1)
         torch.testing.assert_close(sums["up"].a_PII[0] / sums["up"].a_rows, tokens.mT @ tokens / len(tokens))
 

@@ -1,4 +1,4 @@
-"""How data is read: alike every time whatever is drawn at random, by as many workers as one likes, and not too often."""
+"""How data is read: alike every time, whatever is drawn at random, with any number of workers, and not too often."""
 
 from __future__ import annotations
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import segflow as sf
 from segflow.curvature.kronecker import Eigenbasis
+from segflow.data.reading import Reader
 from segflow.model.tokens import Tokens
 from segflow.scoring import outer_products as outer
 from segflow.scoring import query_gradients
@@ -139,7 +140,7 @@ def test_layers_with_positions_form_their_queries(tmp_path: Path) -> None:
     analyzer.fit(images(N))
     with analyzer._call("score"):
         view = analyzer.context.loss_view("measurement", images(4, seed=3))
-        data = analyzer.context.walk(view, images(4, seed=3), [range(4)], "queries")
+        data = analyzer.context.walk(view, Reader(images(4, seed=3)), [range(4)], "queries")
         found = query_gradients.query_gradients(view, data, {}, analyzer.context.ranks, "here")
     assert {name: isinstance(stack, OuterProducts) for name, stack in found.items()} == {
         "first": False,
