@@ -13,7 +13,6 @@ and "event":
 
 from __future__ import annotations
 
-import json
 import secrets
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -182,19 +181,6 @@ class Journal:
         row = self._rows.get((call, kind), Row(call, kind))
         sums = {name: getattr(row, name) + value for name, value in more.items()}
         self._rows[call, kind] = replace(row, **sums, peak_memory=max(row.peak_memory, peak_memory))
-
-
-def read_events(path: Path) -> list[dict[str, Any]]:
-    """The events of a log; a line that a killed run left torn is skipped."""
-    events = []
-    for line in path.read_text(errors="replace").splitlines():
-        try:
-            event = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(event, dict):
-            events.append(event)
-    return events
 
 
 def _done_since(row: Row, before: Mapping[tuple[str, str], Row]) -> Row:
