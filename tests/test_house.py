@@ -174,6 +174,24 @@ def test_only_the_runtime_talks_to_accelerate_and_torch_distributed() -> None:
     assert talking and all(name.startswith("runtime/") for name in talking)
 
 
+def test_the_engine_names_no_single_method_but_the_default() -> None:
+    """What a method is follows from its plan and its own word; its class may stand in advice to users only."""
+    from segflow import methods
+
+    single = {
+        name for name in methods.__all__ if callable(getattr(getattr(methods, name), "plan", None)) and name != "Method"
+    } - {"AutomaticMethod"}
+    named = {
+        (_name(path), node.id if isinstance(node, ast.Name) else node.attr)
+        for path in FILES
+        if not _name(path).startswith(("methods/", "demo", "__init__"))
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Name | ast.Attribute)
+        and (node.id if isinstance(node, ast.Name) else node.attr) in single
+    }
+    assert "Source" in single and named == {("analyzer.py", "Source")}
+
+
 def test_every_room_says_what_it_hands_on_or_that_it_is_an_engine_room() -> None:
     for path in FILES:
         if path.name == "__init__.py":

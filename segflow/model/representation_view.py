@@ -86,10 +86,8 @@ class RepresentationView:
 
 
 def representation_view(view: LossView, name: str | None, normalized: bool) -> RepresentationView:
-    """A view of one layer's input (None: the last layer's); LayerError if it is not tracked, or not reached."""
+    """A view of one tracked layer's input (None: the last layer's); LayerError if it is not reached."""
     chosen = list(view.layers)[-1] if name is None else name
-    if chosen not in view.layers:
-        raise LayerError(f"layer={name!r} is not tracked. Choose one of {list(view.layers)[:8]}.")
     if chosen not in view.layout.axes:
         raise LayerError(
             f"layer {chosen!r}: the {view.kind} loss does not reach it, so it has no representation there. Name "

@@ -45,11 +45,6 @@ class GroupTree:
         _ = self._parents
 
     @classmethod
-    def from_levels(cls, *levels: Groups) -> GroupTree:
-        """A tree of groups that were made one by one, the coarsest first."""
-        return cls(levels)
-
-    @classmethod
     def by(cls, *columns: Iterable[object]) -> GroupTree:
         """Levels by the first column of labels, by the first two, and so on (source, then document, ...).
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -26,8 +26,7 @@ from ..errors import StoreError
 from ..runtime.memory import PeakMemory, bytes_in_words
 from ..runtime.progress import Bars
 from ..runtime.ranks import Ranks
-from .files import append_line, inside, read_content
-from .json_form import parse_json
+from .files import append_line, inside
 
 Item = TypeVar("Item")
 
@@ -182,15 +181,6 @@ class Journal:
         row = self._rows.get((call, kind), Row(call, kind))
         sums = {name: getattr(row, name) + value for name, value in more.items()}
         self._rows[call, kind] = replace(row, **sums, peak_memory=max(row.peak_memory, peak_memory))
-
-
-def read_events(path: Path) -> list[dict[str, Any]]:
-    """The events of a log; a line that a killed run left torn is skipped."""
-    events = []
-    for line in read_content(path, StoreError).decode(errors="replace").splitlines():
-        with suppress(ValueError):
-            events.append(parse_json(line, {}))
-    return events
 
 
 def _done_since(row: Row, before: Mapping[tuple[str, str], Row]) -> Row:

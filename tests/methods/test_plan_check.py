@@ -260,7 +260,7 @@ def test_whether_scores_add_up_follows_from_the_plan_and_the_methods_word(
         return
     for refused in (
         lambda: fine.rolled_up(singles, groups),
-        lambda: sf.GroupTree.from_levels(groups, singles).scores(fine),
+        lambda: sf.GroupTree((groups, singles)).scores(fine),
         lambda: coarse.by_example(groups),
         lambda: analyzer.refine(groups, vectors(8), vectors(2, seed=3)),
     ):

@@ -179,7 +179,7 @@ def test_methods_that_are_not_additive_are_refused_by_name(tmp_path: Path, metho
         with pytest.raises(sf.ScoreError, match=f"rolled_up: scores of {name} do not add up"):
             read.rolled_up(single, groups)
         with pytest.raises(sf.ScoreError, match=f"scores of {name} do not add up"):
-            sf.GroupTree.from_levels(groups, single).scores(read)
+            sf.GroupTree((groups, single)).scores(read)
     with pytest.raises(sf.ScoreError, match=f"refine: scores of {name} do not add up"):
         analyzer.refine(groups, train, query)
 

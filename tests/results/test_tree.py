@@ -30,7 +30,7 @@ def test_a_tree_by_columns_has_a_level_for_each_more_column() -> None:
 def test_a_tree_of_parts_names_each_parts_group() -> None:
     groups = sf.Groups.by([0] * 10 + [1] * 10)
     x = np.arange(20.0)[:, None] // 5
-    tree = sf.GroupTree.from_levels(groups, groups.split(x, size=5), sf.Groups.singletons(20))
+    tree = sf.GroupTree((groups, groups.split(x, size=5), sf.Groups.singletons(20)))
     assert tree.parents(1).tolist() == [0, 0, 1, 1]
     middle = tree.levels[1].membership()
     assert tree.parents(2).tolist() == middle.tolist()
@@ -57,7 +57,7 @@ def test_a_tree_of_parts_names_each_parts_group() -> None:
 )
 def test_levels_that_are_not_nested_are_named(levels: Any, message: str) -> None:
     with pytest.raises(sf.GroupError, match=message):
-        sf.GroupTree.from_levels(*levels)
+        sf.GroupTree(levels)
 
 
 def test_the_coarsest_level_has_no_parents() -> None:

@@ -148,10 +148,17 @@ def _assert_terms(found: sf.Scores, expected: Mapping[str, Tensor]) -> None:
         )
 
 
-@pytest.mark.parametrize("normalized", [False, True], ids=["sums", "normalized"])
-def test_every_operator_and_kind_means_what_the_plan_says(tmp_path: Path, normalized: bool) -> None:
+SEVERAL = ("response", "kfac", "constant", "norm, then inverse", "later stage, then own")
+
+
+@pytest.mark.parametrize(
+    ("names", "normalized"), [(tuple(OPERATORS), False), (SEVERAL, True)], ids=["sums", "normalized"]
+)
+def test_every_operator_and_kind_means_what_the_plan_says(
+    tmp_path: Path, names: tuple[str, ...], normalized: bool
+) -> None:
     """All terms of one plan at once, so that none takes another's queries, basis, point or weights."""
-    method = Own(tuple(OPERATORS), normalized)
+    method = Own(names, normalized)
     found = course().scored(tmp_path, method, 0, keep=("term",))
     plan = method.plan(course().trajectory(tmp_path / "again"), 0)
     _assert_terms(found, dense().scores(plan, 0))

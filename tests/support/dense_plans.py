@@ -125,5 +125,5 @@ def _values(kind: str, amount: float | None, sigma: Tensor, shift: Tensor) -> Te
     if kind == "decay":
         return torch.exp(-s)
     if kind == "saturation":
-        return 1 - torch.exp(-s)
-    return torch.where(s == 0, amount, amount * (1 - torch.exp(-s)) / s)
+        return -torch.expm1(-s)
+    return torch.where(s == 0, amount, amount * -torch.expm1(-s) / s)
