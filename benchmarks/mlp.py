@@ -25,7 +25,7 @@ from torch import Tensor
 from segflow.curvature.kronecker import Eigenbasis, eigenvectors, mean_over
 from segflow.curvature.passes import corrected_eigenvalues, covariances
 from segflow.data.batches import in_order
-from segflow.data.reading import Reader, batches
+from segflow.data.readers import Reader, batches
 from segflow.groups.groups import Groups
 from segflow.model.capture import observing
 from segflow.model.finite_check import FiniteCheck

@@ -13,7 +13,7 @@ from dataclasses import replace
 from functools import lru_cache, partial
 from typing import Any
 
-from ..data.reading import Reader
+from ..data.readers import Reader
 from ..methods.plan import Plan, Point, curvatures, projected
 from ..model.layers.tracked import TrackedLayer
 from ..model.loss_view import LossView

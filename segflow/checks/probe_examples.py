@@ -9,7 +9,7 @@ import torch
 
 from ..data.batches import Batch, evenly_spaced
 from ..data.fingerprints import digest
-from ..data.reading import Reader
+from ..data.readers import Reader
 
 MOST = 8  # examples of a batch
 _LOOKED_AT = 64  # examples at most, among which distinct ones are looked for

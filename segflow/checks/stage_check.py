@@ -8,7 +8,7 @@ from typing import Any
 
 from ..curvature.passes import covariances
 from ..data.batches import Batch, in_order
-from ..data.reading import Reader
+from ..data.readers import Reader
 from ..methods.plan import Point
 from ..model.loss_view import LossView
 from ..runtime.progress import track

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from ..data.batches import Batch
-from ..data.reading import Reader, Request
+from ..data.readers import Reader
+from ..data.reading import Request
 from ..errors import MethodError
 from ..methods.plan import IterativeInverse
 from ..model.capture import requiring_grad

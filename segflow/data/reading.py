@@ -1,4 +1,4 @@
-"""How a dataset is read: batches of chosen examples, each example alike every time, and a digest of all of them.
+"""How one batch is read: each of its examples alike every time, with digests of them where they are wanted.
 
 What reading and collating draw at random (augmentation, masked tokens) depends on (seed, view, example) only: not on
 the batch, the pass, the process, or the number of workers.
@@ -8,29 +8,20 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Iterable, Iterator, MutableMapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import MutableMapping, Sequence
+from contextlib import suppress
 from functools import cached_property
 from typing import Any, NamedTuple
 
-import numpy as np
-import torch
-from torch.utils.data import DataLoader, TensorDataset, default_collate
+from torch.utils.data import default_collate
 
-from ..errors import SegflowError, StoreError, TaskError
-from ..runtime.progress import track
-from ..runtime.ranks import Ranks
-from ..runtime.sharding import to_device
-from .batches import Batch, Collate, Indices, dataset_length, evenly_spaced, in_order
+from ..errors import SegflowError, TaskError
+from .batches import Collate
 from .draws import drawing
 from .fingerprints import digest
 from .generators import Generators, moved
 
-_LARGE = 1024  # a longer TensorDataset is digested by its tensors, not by its examples
-_PIECE = 256  # examples that are read together for their digests alone
-_REREAD = 16  # examples that are read twice, to see whether they are alike
-_DIGEST = 16  # bytes of an example's digest
-TRAINING = "training"  # the role of training data
+DIGEST = 16  # bytes of an example's digest
 
 
 class Request(NamedTuple):
@@ -128,7 +119,7 @@ class Reading:
         """Of what a batch of this one example holds; without a collate function of the user's, of the example."""
         content = example if self.collate_fn is None else self._collated([index], [_shallow(example)], view)
         try:
-            return bytes.fromhex(digest(content))[:_DIGEST]
+            return bytes.fromhex(digest(content))[:DIGEST]
         except TaskError as problem:
             raise TaskError(f"example {index} of the {self.role} data: {problem}") from problem
 
@@ -162,243 +153,6 @@ class Reading:
         return content
 
 
-class Reader:
-    """Reads a dataset for one Analyzer: in batches, and as the digest that binds units of the store to it.
-
-    The digest is taken of examples as passes read them, and of those that no pass has read when it is asked for. The
-    dataset may change between two calls of the Analyzer, so each call compares what it reads with what is known.
-
-    Args:
-        dataset, collate_fn: as for a DataLoader; None for torch's default.
-        role: names the dataset in errors.
-        seed: of what reading draws at random.
-        workers: processes that read, each its share of the batches; 0: this one reads.
-        digesting: whether examples are digested as they are read.
-    """
-
-    def __init__(
-        self,
-        dataset: Any,
-        collate_fn: Collate | None = None,
-        role: str = "given",
-        *,
-        seed: int = 0,
-        workers: int = 0,
-        digesting: bool = False,
-    ):
-        self.dataset, self.role, self.workers, self.digesting = dataset, role, workers, digesting
-        self._length = dataset_length(dataset, role)
-        self._reading = Reading(dataset, collate_fn, role, seed)
-        self._is_plain = type(dataset) is TensorDataset and collate_fn is None
-        self._digests_N = np.zeros((self._length, _DIGEST), np.uint8)
-        self._known_N = np.zeros(self._length, bool)  # whose digest is known, and
-        self._seen_N = np.zeros(self._length, bool)  # whose digest was taken in this call
-        self._new: list[int] = []  # those of these that other ranks do not know of
-        self._whole: str | None = None  # the digest of a large TensorDataset, in this call
-        self._asked = self._is_steady = False
-
-    def __len__(self) -> int:
-        return self._length
-
-    def begin(self, digesting: bool) -> None:
-        """A call of the Analyzer begins: what was read before may have changed since."""
-        self.digesting, self._asked, self._whole = digesting, False, None
-        self._seen_N[:] = False
-        self._reading.kept.clear()
-
-    def batches(self, lists: Sequence[Indices], device: torch.device, idle: int = 0, views: int = 1) -> Iterator[Batch]:
-        """Yield a collated batch on `device` for each list of example indices, in that order; then `idle` idle batches.
-
-        views: how often each list is read in a row, each time as another view of its examples.
-        """
-        requests = [Request(np.asarray(indices).tolist(), view) for indices in lists for view in range(views)]
-        return self.read(requests, device, idle)
-
-    def read(self, requests: Sequence[Request], device: torch.device, idle: int = 0) -> Iterator[Batch]:
-        """Yield a batch for each request; then `idle` idle ones."""
-        wanted = [*requests, *[Request([0])] * idle]
-        contents = self._contents(wanted)
-        for number, (request, content) in enumerate(zip(wanted, contents, strict=True)):
-            yield Batch(request.examples, to_device(content, device), number >= len(requests))
-
-    def probes(self, lists: Sequence[Indices], device: torch.device) -> list[Batch]:
-        """Batches of a few examples; each is read once in a call of the Analyzer, however often it is asked for."""
-        with self._keeping():
-            return list(self.batches(lists, device))
-
-    @contextmanager
-    def _keeping(self) -> Iterator[None]:
-        self._reading.keeps = True
-        try:
-            yield
-        finally:
-            self._reading.keeps = False
-
-    def _contents(self, requests: Sequence[Request]) -> Iterator[Any]:
-        """What each batch holds; a plain TensorDataset is indexed as a whole."""
-        if self._is_plain:
-            return ([tensor[request.examples] for tensor in self.dataset.tensors] for request in requests)
-        return (answer.content for answer in self._answers(requests))
-
-    def _answers(self, requests: Iterable[Request]) -> Iterator[Answer]:
-        wanted = list(self._with_digests(requests))
-        answers: Iterable[Answer] = map(self._reading.__getitem__, wanted)
-        if self.workers and len(wanted) > 1 and not self._reading.keeps:
-            answers = DataLoader(
-                self._reading,  # type: ignore[arg-type]
-                batch_size=None,
-                sampler=wanted,
-                collate_fn=_as_is,
-                num_workers=self.workers,
-                generator=torch.Generator(),
-            )
-        for request, answer in zip(wanted, answers, strict=True):
-            self._reading.draws |= answer.draws
-            for index, of_example in zip(request.digested, answer.digests, strict=True):
-                self._note(index, of_example)
-            yield answer
-
-    def _with_digests(self, requests: Iterable[Request]) -> Iterator[Request]:
-        """The requests, of which the first that reads an example in this call asks for its digest."""
-        taken_N = self._seen_N.copy()
-        for request in requests:
-            if not self.digesting or request.view:
-                yield request
-                continue
-            fresh = [index for index in dict.fromkeys(request.examples) if not taken_N[index]]
-            taken_N[fresh] = True
-            yield request._replace(digested=fresh)
-
-    def _note(self, index: int, of_example: bytes) -> None:
-        """Note an example's digest; StoreError where it was another before."""
-        if self._known_N[index] and self._digests_N[index].tobytes() != of_example:
-            raise StoreError(
-                f"example {index} of the {self.role} data is not what it was when this Analyzer read it first. Give "
-                "the data that `fit` was given; for other data make another Analyzer, with another store."
-            )
-        self._digests_N[index] = np.frombuffer(of_example, np.uint8)
-        self._known_N[index] = self._seen_N[index] = True
-        self._new.append(index)
-
-    def check_steady(self, ranks: Ranks) -> None:
-        """Raise TaskError where reading some examples twice differs, RankError where they differ between the ranks."""
-        if self._is_steady:
-            return
-        ranks.agree(f"the {self.role} dataset's length", self._length)
-        rows = evenly_spaced(self._length, _REREAD)
-        request = Request(rows, digested=rows, joined=False)
-        with self._keeping():
-            first = self._reading[request]
-        again = self._reading[request]
-        for index, *both in zip(rows, first.digests, again.digests, strict=True):
-            if both[0] != both[1]:
-                raise TaskError(
-                    f"example {index} of the {self.role} data is another each time it is read, although the random "
-                    "functions of Python, NumPy and torch began at the same seed. Draw from these (or from generators "
-                    "that the dataset holds), or give data that is read alike each time."
-                )
-        what = f"some examples of the {self.role} dataset (does every rank build it with the same seed?)"
-        ranks.agree(what, [of_example.hex() for of_example in first.digests])
-        self._is_steady = True
-
-    def fingerprint(self, ranks: Ranks, progress: bool | None = None, rows: range | None = None) -> dict[str, Any]:
-        """The number of some examples (None: of all), and a digest of what each of them holds; on every rank.
-
-        Examples that no pass of this Analyzer has read yet are read, by each rank a share.
-        """
-        self.check_steady(ranks)
-        rows = range(self._length) if rows is None else rows
-        if self._is_plain and self._length > _LARGE:
-            if len(rows) < self._length:
-                return {
-                    "length": len(rows),
-                    "examples": digest([t[rows.start : rows.stop] for t in self.dataset.tensors]),
-                }
-            self._whole = self._whole or digest(self.dataset.tensors)
-            return {"length": len(rows), "examples": self._whole}
-        self._asked = True
-        self._exchange(ranks)
-        chosen = slice(rows.start, rows.stop)
-        self._read_for_digests((np.flatnonzero(~self._known_N[chosen]) + rows.start).tolist(), ranks, progress)
-        return {"length": len(rows), "examples": digest(self._digests_N[chosen])}
-
-    def confirm(self, ranks: Ranks, progress: bool | None = None) -> None:
-        """Raise StoreError, at the end of a call that relied on digests, where an example is no longer what it was."""
-        if self._asked:
-            self._exchange(ranks)
-            self._read_for_digests(np.flatnonzero(self._known_N & ~self._seen_N).tolist(), ranks, progress)
-
-    def _read_for_digests(self, indices: Sequence[int], ranks: Ranks, progress: bool | None) -> None:
-        """Read some examples for their digests; each rank does a share."""
-        if not indices:
-            return
-        pieces = [[indices[place] for place in piece] for piece in in_order(len(indices), _PIECE)]
-        requests = [Request(piece, digested=piece, joined=False) for piece in ranks.share(pieces)]
-        digesting, self.digesting = self.digesting, True
-        for _ in track(self._answers(requests), f"reading the {self.role} data", len(requests), enabled=progress):
-            pass
-        self.digesting = digesting
-        self._exchange(ranks)
-
-    def _exchange(self, ranks: Ranks) -> None:
-        """Make known to every rank which digests each has noted."""
-        if ranks.count > 1:
-            for of_rank in ranks.gather([(index, self._digests_N[index].tobytes().hex()) for index in self._new]):
-                for index, of_example in of_rank:
-                    self._note(index, bytes.fromhex(of_example))
-        self._new.clear()
-
-
-class Readers:
-    """The readers of the datasets of an Analyzer: one for each dataset and collate function.
-
-    Those of training data are kept until a call does without them, those of other data until the next call.
-
-    Args:
-        seed, workers: as for a Reader.
-    """
-
-    def __init__(self, seed: int, workers: int):
-        self._seed, self._workers = seed, workers
-        self._digesting = False
-        self._readers: dict[tuple[int, int], Reader] = {}
-        self._used: set[tuple[int, int]] = set()  # in this call
-
-    def begin(self, digesting: bool) -> None:
-        """A call begins, in which digests are taken or not."""
-        self._digesting = digesting
-        readers = self._readers.items()
-        self._readers = {key: reader for key, reader in readers if key in self._used and reader.role == TRAINING}
-        self._used.clear()
-        for reader in self._readers.values():
-            reader.begin(digesting)
-
-    def of(self, dataset: Any, collate_fn: Collate | None, role: str) -> Reader:
-        """The reader of a dataset."""
-        self._used.add(
-            key := (id(dataset), id(collate_fn))
-        )  # both are held by the reader, so that nothing else can have their ids
-        if key not in self._readers:
-            self._readers[key] = Reader(
-                dataset, collate_fn, role, seed=self._seed, workers=self._workers, digesting=self._digesting
-            )
-        elif role == TRAINING:  # data that is asked about as well
-            self._readers[key].role = role
-        return self._readers[key]
-
-    def confirm(self, ranks: Ranks, progress: bool | None) -> None:
-        """Raise StoreError, at the end of a call, where data that it relied on has changed since it was read."""
-        for reader in list(self._readers.values()):
-            reader.confirm(ranks, progress)
-
-
-def batches(
-    dataset: Any, index_lists: Sequence[Indices], collate_fn: Collate | None, device: torch.device
-) -> Iterator[Batch]:
-    """Yield a collated batch on `device` for each list of example indices, in that order."""
-    return Reader(dataset, collate_fn).batches(index_lists, device)
-
-
 def _number(*numbers: int) -> int:
     """A seed in [0, 2^32) for these numbers."""
     return int.from_bytes(hashlib.sha256(repr(numbers).encode()).digest()[:4], "little")
@@ -407,7 +161,3 @@ def _number(*numbers: int) -> int:
 def _shallow(example: Any) -> Any:
     """A copy of an example's mapping or list, from which a collate function may take entries out."""
     return copy.copy(example) if isinstance(example, MutableMapping | list) else example
-
-
-def _as_is(answer: Any) -> Any:
-    return answer

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..data.batch_faults import naming
 from ..data.batches import Batch
 from ..data.draws import drawing, seeded
-from ..data.reading import Reader
+from ..data.readers import Reader
 from ..errors import LayerError
 from ..runtime.sharding import is_sharded
 from ..tasks.task import summed_loss, task_name

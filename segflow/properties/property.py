@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..data.batch_faults import naming
 from ..data.batches import Batch, Collate, dataset_length, in_order
 from ..data.code_identity import reached
-from ..data.reading import batches
+from ..data.readers import batches
 from ..errors import TaskError
 from ..tasks.ready_made import inputs_and_targets, outputs_of
 

@@ -18,7 +18,7 @@ from torch.utils.data import Dataset, default_collate
 
 from ..curvature.kronecker import Gradients
 from ..data.batches import Batch, in_order
-from ..data.reading import Reader
+from ..data.readers import Reader
 from ..errors import TaskError
 from ..model.finite_check import FiniteCheck
 from ..model.layers.tracked import TrackedLayer

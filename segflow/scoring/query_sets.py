@@ -17,7 +17,7 @@ from torch import Tensor
 from ..curvature.kronecker import Eigenbasis
 from ..data.batches import dataset_length, in_order
 from ..data.code_identity import collate_fingerprint, measurement_fingerprint
-from ..data.reading import Reader
+from ..data.readers import Reader
 from ..errors import MethodError, TaskError
 from ..model.layers.tracked import TrackedLayer
 from ..model.loss_view import LossView

@@ -13,7 +13,7 @@ from ..arguments import settle, truth, whole_number
 from ..data.batches import Batch, Collate, Indices, dataset_length, weighted
 from ..data.code_identity import task_fingerprint
 from ..data.fingerprints import digest
-from ..data.reading import TRAINING, Reader, Readers
+from ..data.readers import TRAINING, Reader, Readers
 from ..errors import SegflowError, TaskError, TrajectoryError
 from ..methods.plan import Point
 from ..model.layers.registry import LayerChoice

@@ -15,7 +15,7 @@ from torch.utils.data import Dataset, IterableDataset, Subset, TensorDataset
 import segflow as sf
 from segflow.data.batches import dataset_length, in_order
 from segflow.data.fingerprints import digest
-from segflow.data.reading import Reader, batches
+from segflow.data.readers import Reader, batches
 from segflow.runtime.ranks import Ranks
 
 from ..support.helpers import vectors

@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
 import segflow as sf
-from segflow.data.reading import Reader, Request
+from segflow.data.readers import Reader
+from segflow.data.reading import Request
 from segflow.runtime.ranks import Ranks
 
 from ..support.helpers import analyzer_of, mlp, perturbed_states, trajectory_of, vectors

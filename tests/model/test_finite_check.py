@@ -12,7 +12,7 @@ from torch.utils.data import TensorDataset
 import segflow as sf
 from segflow.curvature.passes import covariances
 from segflow.data.batches import Batch, in_order
-from segflow.data.reading import batches
+from segflow.data.readers import batches
 from segflow.model import finite_check as finite_module
 from segflow.model.capture import observing
 from segflow.model.finite_check import FiniteCheck

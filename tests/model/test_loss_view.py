@@ -15,7 +15,7 @@ import segflow as sf
 from segflow.curvature.kronecker import Eigenbasis, eigenvectors
 from segflow.curvature.passes import corrected_eigenvalues, covariances
 from segflow.data.batches import in_order
-from segflow.data.reading import Reader, batches
+from segflow.data.readers import Reader, batches
 from segflow.model.capture import observing
 from segflow.model.finite_check import FiniteCheck
 from segflow.model.layers.registry import choose_layers

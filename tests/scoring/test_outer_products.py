@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import segflow as sf
 from segflow.curvature.kronecker import Eigenbasis
-from segflow.data.reading import Reader
+from segflow.data.readers import Reader
 from segflow.model.tokens import Tokens
 from segflow.scoring import outer_products as outer
 from segflow.scoring import query_gradients

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, TensorDataset
 
 import segflow as sf
-from segflow.data.reading import Reader
+from segflow.data.readers import Reader
 
 from ..support.helpers import FixedLabels, analyzer_of, mlp, perturbed_states, trajectory_of, vectors
 

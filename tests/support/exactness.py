@@ -10,7 +10,7 @@ from hypothesis import settings
 from torch import Tensor, nn
 
 import segflow as sf
-from segflow.data.reading import Reader
+from segflow.data.readers import Reader
 from segflow.model.capture import capture, example_axes, observing
 from segflow.model.layers.registry import choose_layers
 from segflow.model.layers.tracked import TrackedLayer
