@@ -33,17 +33,14 @@ def training_identity(context: StageContext, train: Any, view: LossView) -> dict
     dataset = dataset_fingerprint(train, "training", context.ranks, settings.progress)
     fewer = settings.curvature_examples is not None and settings.curvature_examples < len(train)
     examples = {"curvature examples": settings.curvature_examples} if fewer else {}
-    task: Reached = task_fingerprint(context.task, context.model)
-    collate, losses = collate_fingerprint(context.collate_fn), "random"
-    if dataset["examples"] != "random":
-        task, losses = read_and_probed(context, train, replace(view, kind="train"), task_fingerprint)
-        collate = settled(context.collate_fn, collate, collate_fingerprint(context.collate_fn))
+    collate = collate_fingerprint(context.collate_fn)
+    task, losses = read_and_probed(context, train, replace(view, kind="train"), task_fingerprint)
     return examples | {
         "model": context.shapes,
         "dataset": dataset,
-        "collate": collate,
+        "collate": settled(context.collate_fn, collate, collate_fingerprint(context.collate_fn)),
         "task": task,
-        "training losses": losses,
+        "training losses": "random" if dataset["examples"] == "random" else losses,
         "seed": settings.seed,
     }
 
