@@ -227,7 +227,7 @@ def _agree(stored: Any, now: Any) -> bool:
     if isinstance(now, list) and isinstance(stored, list) and len(stored) == len(now):
         return all(_agree(*pair) for pair in zip(stored, now, strict=True))
     if isinstance(now, float) and isinstance(stored, float):
-        return math.isclose(stored, now, rel_tol=_LAST_DIGITS)
+        return math.isclose(stored, now, rel_tol=_LAST_DIGITS) or (math.isnan(stored) and math.isnan(now))
     return bool(stored == now)
 
 

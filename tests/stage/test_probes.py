@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from pathlib import Path
 from typing import Any
@@ -98,6 +99,7 @@ def test_a_loss_that_refuses_perturbed_parameters_is_told_by_its_values_at_the_c
         ("random", {"probes": [[1.0]]}, False),
         ([1e-8], [3e-8], False),  # a setting, not a probe
         ([0.1 + 0.2], [0.3], True),
+        ([math.nan], [math.nan], True),  # a rate that is not known
         ({"self.a": "1"}, {"self.a": "1", "self.b": "None"}, False),
         ({"self.a": "1", "self.b": None}, {"self.a": "1"}, False),
     ],

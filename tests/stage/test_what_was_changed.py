@@ -464,7 +464,6 @@ STAGE_CHANGES = {
 }
 TO_MEND = {
     "object among the examples": "an example that is an object counts by its type alone",
-    "batch size, of data that reads differently": "random reading is not seeded by the example",
 }
 
 
