@@ -84,3 +84,13 @@ def test_the_commands_and_the_picture_exist() -> None:
     for picture in re.findall(r"!\[[^]]*\]\(([^)]+)\)", README):
         assert (root / picture).is_file()
     assert "make test" in (root / ".ci" / "run").read_text()
+
+
+def test_behind_each_promise_stands_a_test_that_is_there() -> None:
+    section = README.split("## Nothing is silently wrong")[1].split("\n## ")[0]
+    promises = [line for line in section.splitlines() if line.startswith("- ")]
+    assert len(promises) > 20
+    for promise in promises:
+        behind = re.search(r'\(\[test\]\((tests/\S+\.py) "(test_\w+)"\)\)$', promise)
+        assert behind is not None, promise
+        assert f"def {behind[2]}(" in (Path(__file__).parent.parent / behind[1]).read_text(), promise
