@@ -142,7 +142,7 @@ def test_the_callers_random_state_and_a_generator_of_its_own_are_left_alone() ->
 
 def test_invalid_probabilities_are_refused() -> None:
     for p in ([[0.0, 0.0]], [[float("nan"), 1.0]], [[-1.0, 2.0]]):
-        with pytest.raises(sf.TaskError, match="the probabilities that labels are drawn from"), drawing(0, 0, [0]):
+        with pytest.raises(sf.TaskError, match="row 0 is"), drawing(0, 0, [0]):
             torch.multinomial(torch.tensor(p), 1)
 
 
