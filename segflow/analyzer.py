@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -251,6 +252,8 @@ class Analyzer:
         labels = queries.labels if query_labels is None else names("query_labels", query_labels, ScoreError)
         if len(labels) != len(queries):
             raise ScoreError(f"{len(labels)} query labels for {len(queries)} queries: expected one for each.")
+        if twice := [label for label, count in Counter(labels).items() if count > 1]:
+            raise ScoreError(f"two queries are called {twice[0]!r}. Give each a label of its own.")
         of_runs: list[RunParts] = []
         with self._call("score", batch_size=batch_size, groups=len(groups), queries=len(queries)):
             self._guards.before_score(self.runs[0], trains, queries, place, batch_size)

@@ -6,6 +6,7 @@ projection.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import lru_cache
@@ -258,7 +259,7 @@ class FittedFactors:
 
     def described(self, operator: Operator) -> dict[str, Any]:
         """What an operator does; its checkpoints are told by their contents, not by their place in a trajectory."""
-        described = {"operator": type(operator).__name__, **asdict(operator)}  # type: ignore[call-overload]
+        described = {"operator": type(operator).__name__, **_as_json(asdict(operator))}  # type: ignore[call-overload]
         context = self.contexts[getattr(operator, "stage", -1)]
         if isinstance(operator, Spectral) and (capped := sorted(capped_layers(context, [operator]))):
             described["shares"] = [self.shares(operator.stage)[layer] for layer in capped]
@@ -307,3 +308,12 @@ class FittedFactors:
         operators = spectral((term,))
         capped = (shares_unit(context) for context in self.contexts if capped_layers(context, operators))
         return (*pools, *kernels, *capped)
+
+
+def _as_json(nested: Any) -> Any:
+    """The same, where a rate that is not known is called so: JSON has no NaN."""
+    if isinstance(nested, dict):
+        return {key: _as_json(value) for key, value in nested.items()}
+    if isinstance(nested, list | tuple):
+        return [_as_json(value) for value in nested]
+    return "unknown" if isinstance(nested, float) and math.isnan(nested) else nested

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from functools import partial
+from types import BuiltinMethodType, CellType, FunctionType, MethodType, ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -101,14 +103,16 @@ def _held(roots: tuple[Any, ...]) -> Iterator[Generator]:
 
 
 def _parts(subject: Any) -> list[Any]:
-    """What an object holds: entries, attributes, and of functions closures, defaults and the object they belong to."""
-    if isinstance(subject, dict):
+    """What an object holds: entries, attributes, and of functions their closures, defaults and object."""
+    if isinstance(subject, Mapping):
         return list(subject.values())[:_OBJECTS]
     if isinstance(subject, list | tuple | set | frozenset):
         return list(subject)[:_OBJECTS]
-    parts = list(getattr(subject, "__dict__", {}).values())
-    for name in ("__self__", "func", "args", "__defaults__", "__kwdefaults__"):
-        parts.append(getattr(subject, name, None))
-    for cell in getattr(subject, "__closure__", None) or ():
-        parts.append(getattr(cell, "cell_contents", None))
-    return parts
+    if isinstance(subject, FunctionType):
+        cells = [cell.cell_contents for cell in subject.__closure__ or () if cell != CellType()]
+        return [*cells, subject.__defaults__, subject.__kwdefaults__]
+    if isinstance(subject, MethodType | BuiltinMethodType):
+        return [subject.__self__]
+    if isinstance(subject, partial):
+        return [subject.func, subject.args, subject.keywords]
+    return [] if isinstance(subject, ModuleType) else [*getattr(subject, "__dict__", {}).values()]

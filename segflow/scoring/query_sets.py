@@ -179,8 +179,10 @@ class PropertyQueries(QuerySet):
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """The properties' names."""
-        return tuple(prop.name for prop in self.properties)
+        """The properties' names; the second of one name is called "name (2)", and so on."""
+        names = [prop.name for prop in self.properties]
+        before = [names[:place].count(name) for place, name in enumerate(names)]
+        return tuple(f"{name} ({count + 1})" if count else name for name, count in zip(names, before, strict=True))
 
     def measurement(self, task: Any) -> str:
         """Each query measures what its property says."""
@@ -241,10 +243,6 @@ def query_set(query: Any) -> QuerySet:
             "query: a list of both properties and examples. Score them in two calls, or make a property of the "
             "examples: properties.MeanMeasurement(examples, task)."
         )
-    names = [prop.name for prop in query]
-    if len(set(names)) < len(names):
-        twice = next(name for name in names if names.count(name) > 1)
-        raise TaskError(f"query: two properties are called {twice!r}. Give each a name of its own.")
     return PropertyQueries(tuple(query))
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset, TensorDataset
+from torch.utils.data import TensorDataset
 
 import segflow as sf
 from segflow import properties as props
@@ -80,7 +80,10 @@ CASES: dict[str, tuple[sf.properties.Property, Callable[[Tensor, list[int]], Ten
         lambda p, y: _margin(p, y, list(range(17))),
     ),
     "margin": (props.SliceMargin(DATA), lambda p, y: _margin(p, y, list(range(17)))),
-    "margin of a slice": (props.SliceMargin(DATA, [2, 5, 11]), lambda p, y: _margin(p, y, [2, 5, 11])),
+    "margin of a slice": (
+        props.SliceMargin(DATA, [2, 5, 11], name="of a slice"),
+        lambda p, y: _margin(p, y, [2, 5, 11]),
+    ),
     "accuracy": (props.SoftAccuracy(DATA), lambda p, y: sum(p[i, y[i]] for i in range(17)) / 17),
     "F1 of 1": (props.SoftF1(DATA), lambda p, y: _f1(p, y, 1)),
     "F1 of 0": (props.SoftF1(DATA, positive=0), lambda p, y: _f1(p, y, 0)),
@@ -357,14 +360,6 @@ def test_check_looks_at_properties(tmp_path: Path) -> None:
         analyzer.check(vectors(N), Detached(DATA), curvature_tolerance=float("inf"))
 
 
-class _Random(Dataset[Any]):
-    def __len__(self) -> int:
-        return 5
-
-    def __getitem__(self, index: int) -> Any:
-        return torch.rand(5).double(), torch.tensor(1)
-
-
 class _TwoNumbers(sf.properties.Property):
     def value(self, outputs: Tensor, targets: Tensor) -> Tensor:
         return outputs[0]
@@ -391,7 +386,6 @@ def _labelled(labels: list[Any]) -> TensorDataset:
     ("make", "kind", "message"),
     [
         (lambda: [props.SoftF1(DATA), (torch.zeros(5), 1)], TaskError, "both properties and examples"),
-        (lambda: props.SoftF1(_Random()), TaskError, "reading its data twice"),
         (lambda: _TwoNumbers(DATA), TaskError, "expected one number, found"),
         (lambda: _Infinite(DATA), TaskError, "_Infinite: its value is"),
         (lambda: _OneRow(DATA), TaskError, "expected 2 rows, one for each example"),

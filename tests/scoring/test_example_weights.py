@@ -432,7 +432,7 @@ def test_a_points_weights_are_the_mean_of_its_checkpoints_and_of_another_stage_t
     analyzer = analyzer_of(model, later.after(earlier), tmp_path / "store", Margins())
     first, last = analyzer.runs[0]
     assert first.example_weights(Point.at(0, 1)).equal(SHARES[1])
-    mean = first.example_weights(Point(0, ((0, 1.0), (2, 3.0))))
+    mean = first.example_weights(Point(0, ((0, 0.25), (2, 0.75))))
     torch.testing.assert_close(mean, 0.25 * SHARES[0] + 0.75 * SHARES[2])
     assert first.example_weights(Point.at(1, 0)).equal(SHARES[2])
     assert last.example_weights(Point.at(0, 2)).equal(SHARES[2])

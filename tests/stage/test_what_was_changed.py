@@ -70,6 +70,7 @@ class Base(sf.Task):
 
 
 class Task(Base):
+    draws_labels = False
     measurement_options = ("sign",)
     of_class = 1.0
 
@@ -265,6 +266,8 @@ class Mixing(sf.tasks.Classification):
 class Environed(sf.tasks.Classification):
     """Reads, where no reading of code sees it, how much its loss and its measurement count."""
 
+    draws_labels = False
+
     def __init__(self, loss: float, measurement: float = 1.0):
         super().__init__()
         os.environ["SEGFLOW_TEST_LOSS"], os.environ["SEGFLOW_TEST_MEASUREMENT"] = str(loss), str(measurement)
@@ -293,7 +296,7 @@ def optioned(outcome: str, matters: bool = True, **options: Any) -> Change:
 
 
 SAMPLED = {"task": sf.tasks.Classification}
-AS_OBJECTS = {"collate_fn": lambda examples: default_collate([example.pair for example in examples])}
+AS_OBJECTS = {"collate_fn": lambda examples: default_collate([getattr(e, "pair", e) for e in examples])}
 RATE = {"query": lambda code: code.Rate(vectors(6, seed=4), weights=(1.0, 2.0, 1.0))}
 SOURCE = {"method": source()}
 OUTPUT = {"method": sf.TRAK(8)}

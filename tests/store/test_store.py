@@ -84,8 +84,8 @@ def test_an_absent_unit_says_what_to_run(tmp_path: Path) -> None:
     ("key", "now", "sides"),
     [
         ("batch_size", 8, r"batch_size: stored 7, now 8"),
-        ("model", {"0": [1, 3, 5]}, r"model: stored \{'0': \[1, 3, 6\]\}, now \{'0': \[1, 3, 5\]\}"),
-        ("options", {"a": 0, "b": (1, 2)}, r"options: stored .*None.*now .*0.*"),
+        ("model", {"0": [1, 3, 5]}, r"model: 0: stored \[1, 3, 6\], now \[1, 3, 5\]"),
+        ("options", {"a": 0, "b": (1, 2)}, r"options: a: stored None, now 0.*"),
         ("unheard of", 1, r"unheard of: stored None, now 1"),
     ],
 )
@@ -291,8 +291,10 @@ def test_the_store_syncs_a_file_before_it_is_named_and_the_folder_after(
 
 def test_numbers_that_bind_a_unit_may_differ_by_rounding_only(tmp_path: Path) -> None:
     store = Store(tmp_path)
-    store.write("unit", {"x": torch.ones(1)}, {"losses": [1.0, 2.0]})
-    store.open("unit", {"losses": [1.0 + 1e-6, 2.0]})
+    store.write("unit", {"x": torch.ones(1)}, {"losses": {"probes": [1.0, 2.0]}, "eps": [0.1]})
+    store.open("unit", {"losses": {"probes": [1.0 + 1e-6, 2.0]}, "eps": [0.1 + 1e-12]})
     for other in ([1.01, 2.0], [1.0], [1.0, "2.0"]):
-        with pytest.raises(sf.StoreError, match=r"losses: stored \[1.0, 2.0\], now"):
-            store.open("unit", {"losses": other})
+        with pytest.raises(sf.StoreError, match=r"losses: .*stored"):
+            store.open("unit", {"losses": {"probes": other}, "eps": [0.1]})
+    with pytest.raises(sf.StoreError, match=r"eps: stored \[0.1\], now \[0.1000001\]"):
+        store.open("unit", {"losses": {"probes": [1.0, 2.0]}, "eps": [0.1000001]})
