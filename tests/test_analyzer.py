@@ -296,7 +296,7 @@ def test_any_relabelled_example_is_seen_when_a_store_is_used_again(tmp_path: Pat
     train[place] = (train[place][0], (train[place][1] + 1) % 3)
     with pytest.raises(sf.StoreError, match=f"example {place} of the training data is not what it was"):
         _score(analyzer, train)
-    with pytest.raises(sf.StoreError, match="was made from something else .*dataset: examples: stored"):
+    with pytest.raises(sf.StoreError, match=r"was made from something else .*dataset: examples: stored"):
         _score(_setting(tmp_path), train)
 
 
