@@ -330,10 +330,10 @@ def other_content() -> TensorDataset:
 
 REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "seed": ({"seed": 1}, {}, "seed: stored 0, now 1"),
-    "one label of the dataset": ({}, {"train": other_content}, r"dataset: stored \{'examples': '\w+'.* now \{"),
-    "another task": ({"task": FixedLabels()}, {}, r"task: stored .*'class': 'Drawn'.* now .*'class': 'FixedLabels'"),
-    "a task option": ({"task": Drawn(inputs="x")}, {}, r"task: stored .*'inputs'.* now .*\"'x'\""),
-    "the task's code": ({"task": rewritten(Drawn)()}, {}, r"task: stored .*'code': '\w+'.* now .*'code': '\w+'"),
+    "one label of the dataset": ({}, {"train": other_content}, r"dataset: examples: stored '\w+', now '"),
+    "another task": ({"task": FixedLabels()}, {}, r"task: class: stored 'Drawn', now 'FixedLabels'"),
+    "a task option": ({"task": Drawn(inputs="x")}, {}, r"task: self\.inputs: stored .'inputs'., now .'x'.\)"),
+    "the task's code": ({"task": rewritten(Drawn)()}, {}, r"task: compute_train_loss\(\): stored None, now '\w+'"),
 }
 
 
@@ -353,7 +353,7 @@ def test_factors_made_from_something_else_are_refused_naming_both_sides(tmp_path
 
 def test_a_task_option_read_by_its_losses_is_refused(tmp_path: Path) -> None:
     fitted(tmp_path, task=Tempered(1.0))
-    with pytest.raises(sf.StoreError, match=r"task: stored .*'temperature': '1.0'.* now .*'temperature': '2.0'"):
+    with pytest.raises(sf.StoreError, match=r"task: self\.temperature: stored '1.0', now '2.0'"):
         fitted(tmp_path, task=Tempered(2.0))
 
 
@@ -362,7 +362,7 @@ def test_factors_of_another_model_are_refused(tmp_path: Path) -> None:
     model = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3)).double()
     trajectory = trajectory_of(tmp_path / "other", perturbed_states(model, 3), N, lr=0.3)
     other = analyzer_of(model, trajectory, tmp_path / "store", Drawn(), method=sf.Source(segments=2))
-    sides = r"(?=.*model: stored .*'0': \[1, 6, 6\].* now .*'0': \[1, 7, 6\]).*checkpoint: stored"
+    sides = r"(?=.*model: 0: stored \[1, 6, 6\], now \[1, 7, 6\]).*checkpoint: stored"
     with pytest.raises(sf.StoreError, match=sides):
         other.fit(vectors(N), batch_size=BATCH)
 
@@ -383,7 +383,7 @@ def test_a_dataset_of_another_length_is_refused(tmp_path: Path) -> None:
         found.fit(vectors(20), batch_size=BATCH)
     longer = trajectory_of(tmp_path / "run", perturbed_states(mlp(), 3), 22, lr=0.3)
     other = analyzer_of(mlp(), longer, tmp_path / "store", Drawn(), method=sf.Source(segments=2))
-    with pytest.raises(sf.StoreError, match=r"dataset: stored .*'length': 21.* now .*'length': 22"):
+    with pytest.raises(sf.StoreError, match=r"dataset: .*length: stored 21, now 22"):
         other.fit(vectors(22), batch_size=BATCH)
 
 
@@ -566,7 +566,7 @@ def test_fitted_factors_do_not_depend_on_the_users_random_state(tmp_path: Path) 
     assert content(tmp_path / "a") == content(tmp_path / "b")
 
 
-# What changed out of sight of the names, options and code
+# What changed out of sight of names and plain options
 
 
 class Weighted(sf.tasks.Classification):
@@ -614,11 +614,12 @@ HIDDEN_CHANGES: dict[str, Callable[[], tuple[sf.Task, sf.Task]]] = {
 
 
 @pytest.mark.parametrize("name", HIDDEN_CHANGES)
-def test_a_training_loss_changed_out_of_sight_is_refused(tmp_path: Path, name: str) -> None:
+def test_scores_of_a_training_loss_changed_out_of_sight_are_made_anew(tmp_path: Path, name: str) -> None:
     before, after = HIDDEN_CHANGES[name]()
-    scored(analyzer(tmp_path, task=before, method=sf.TracIn()))
-    with pytest.raises(sf.StoreError, match=r"training losses: 1[0-9] of 16 differ, the first: stored [0-9.]+, now"):
-        scored(analyzer(tmp_path, task=after, method=sf.TracIn()))
+    first = scored(analyzer(tmp_path, task=before, method=sf.TracIn())).values
+    again = scored(analyzer(tmp_path, task=after, method=sf.TracIn())).values
+    assert torch.equal(again, scored(analyzer(tmp_path, "fresh", task=after, method=sf.TracIn())).values)
+    assert not torch.allclose(again, first)
 
 
 def test_factors_made_with_another_collate_are_refused(tmp_path: Path) -> None:
@@ -627,7 +628,7 @@ def test_factors_made_with_another_collate_are_refused(tmp_path: Path) -> None:
         return 2 * x, y
 
     fitted(tmp_path)
-    with pytest.raises(sf.StoreError, match=r"training losses: 16 of 16 differ, the first: stored [0-9.]+, now"):
+    with pytest.raises(sf.StoreError, match=r"collate: doubled\(\): stored None.*training losses: 3[0-9] of 34 differ"):
         fitted(tmp_path, collate_fn=doubled)
 
 
