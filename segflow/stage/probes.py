@@ -25,8 +25,8 @@ from .context import StageContext
 
 _PROBES = 16  # examples whose losses tell one task from another
 _TOGETHER = 4  # of them, those that are run in one batch as well
+_SEED = 0  # of the perturbation and of what a loss draws, whatever the seed of the pseudo-labels is
 _NEAR = 1.0  # the standard deviation of the logarithm of a perturbed parameter's size
-_PERTURBED_BY = 0  # the seed; the analyzer's is compared by itself
 _REPEATS = 1e-4  # relative; accelerators add up in another order each time
 Losses = Callable[[], list[float]]
 
@@ -57,7 +57,7 @@ def _at_both(context: StageContext, at_last: Losses, near_it: Losses) -> list[li
     context.load(context.last)
     points: list[list[Any]] = [[*at_last()]]
     try:
-        perturb(context.model, _PERTURBED_BY)
+        perturb(context.model, _SEED)
         points.append([*near_it()])
     except torch.OutOfMemoryError:
         raise
@@ -110,7 +110,7 @@ def _steady(context: StageContext, data: Any, view: LossView, lists: list[list[i
 
 def _losses(context: StageContext, data: Any, view: LossView, lists: list[list[int]]) -> list[float]:
     """The view's loss of each list of examples, at the parameters in the model."""
-    with _seeded(context.settings.seed), torch.enable_grad():  # a task may differentiate by itself
+    with _seeded(_SEED), torch.enable_grad():  # a task may differentiate by itself
         losses = [view.loss(batch).detach() for batch in context.reader_of(view.kind, data).probes(lists, view.device)]
     numbers: list[float] = torch.stack(losses).double().tolist()
     return numbers
