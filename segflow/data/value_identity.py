@@ -186,8 +186,9 @@ class Values:
         """Any other object: its class, and its attributes."""
         if isinstance(value, _BY_TYPE) or self._is_own(value):
             return _type_name(value)
-        if hasattr(value, "__array_interface__"):  # a PIL image
-            return f"{_type_name(value)} {self.word(np.asarray(value))}"
+        if hasattr(value, "__array_interface__") or hasattr(value, "__array__"):  # a PIL image, a frame of pandas'
+            labels = [np.asarray(getattr(value, name, ())) for name in ("index", "columns") if name in dir(type(value))]
+            return f"{_type_name(value)} {self.word([np.asarray(value), *labels])}"
         return f"{self.word(type(value))} {self._state(value)}"
 
     def _state(self, value: Any) -> list[str]:

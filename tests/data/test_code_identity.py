@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pandas
 import pytest
 import torch
 from torch import Tensor, nn
@@ -89,6 +90,9 @@ HELD: dict[str, Callable[[float], Any]] = {
     "range": lambda value: range(int(value)),
     "dtype": lambda value: torch.float32 if value == 1 else torch.float64,
     "path": lambda value: Path(str(value)),
+    "frame": lambda value: pandas.DataFrame({"a": [1.0, value]}),
+    "names of a frame's columns": lambda value: pandas.DataFrame({str(value): [1.0]}),
+    "column": lambda value: pandas.Series([1.0, value]),
     "function of torch": lambda value: torch.sin if value == 1 else torch.cos,
 }
 
