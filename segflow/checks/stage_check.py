@@ -66,6 +66,7 @@ def check_stage(context: StageContext, train: Any, query: Any | None, curvature_
 def _check_loss(context: StageContext, view: LossView, reader: Reader) -> None:
     """Check one loss, which `view` sees the model through, on a few examples."""
     where = context.where(context.last)
+    reader.check_steady(context.ranks)
     check_loss(view, probe_examples(reader, view.device), where)
     check_reached(view, _few_batches(context, reader), where)
 

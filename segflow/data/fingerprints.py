@@ -28,7 +28,9 @@ def digest(content: Any) -> str:
 
 def _feed(sha: Any, content: Any, within: tuple[int, ...]) -> None:
     """Add the content to the hash, each piece behind a word that says what it is; within: what it is a part of."""
-    if isinstance(content, torch.Tensor):
+    if isinstance(content, torch.Tensor) and content.is_nested:
+        _feed(sha, list(content.unbind()), within)
+    elif isinstance(content, torch.Tensor):
         content = content.detach().cpu().to_dense().resolve_conj().contiguous()
         sha.update(f"tensor {content.dtype} {tuple(content.shape)}".encode())
         sha.update(content.reshape(-1).view(torch.uint8).numpy().tobytes())

@@ -5,14 +5,18 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Mapping
 from functools import partial
+from itertools import islice
 from types import BuiltinMethodType, CellType, FunctionType, MethodType, ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-_OBJECTS = 2000  # that are looked through for generators
-_LEAVES = (str, bytes, bytearray, int, float, complex, bool, type(None), torch.Tensor, np.ndarray, type)
+from .value_identity import is_library_class
+
+_OBJECTS = 5000  # that are looked through for generators
+_LONGEST = 64  # entries of one container: data has more, transforms have fewer
+_LEAVES = (str, bytes, bytearray, int, float, complex, bool, type(None), torch.Tensor, np.ndarray)
 Generator = random.Random | np.random.RandomState | np.random.Generator | torch.Generator
 
 
@@ -32,10 +36,12 @@ class Generators:
 
     def __init__(self, *roots: Any):
         own = list(_held(roots))
-        self._python = [random._inst, *(g for g in own if isinstance(g, random.Random))]  # type: ignore[attr-defined]
-        legacy = np.random.mtrand._rand  # type: ignore[attr-defined]
-        self._numpy = [legacy, *(g for g in own if isinstance(g, np.random.RandomState))]
+        seedable = (g for g in own if isinstance(g, random.Random) and not isinstance(g, random.SystemRandom))
+        self._python = [random._inst, *seedable]  # type: ignore[attr-defined]
+        legacy, states = np.random.mtrand._rand, [g for g in own if isinstance(g, np.random.RandomState)]  # type: ignore[attr-defined]
+        self._numpy = [legacy, *(g for g in states if isinstance(g._bit_generator, np.random.MT19937))]
         self._bits = [g.bit_generator for g in own if isinstance(g, np.random.Generator)]
+        self._bits += [g._bit_generator for g in states if g not in self._numpy]
         self._torch = [torch.default_generator, *(g for g in own if isinstance(g, torch.Generator))]
 
     def seed(self, number: int) -> None:
@@ -103,16 +109,29 @@ def _held(roots: tuple[Any, ...]) -> Iterator[Generator]:
 
 
 def _parts(subject: Any) -> list[Any]:
-    """What an object holds: entries, attributes, and of functions their closures, defaults and object."""
-    if isinstance(subject, Mapping):
-        return list(subject.values())[:_OBJECTS]
-    if isinstance(subject, list | tuple | set | frozenset):
-        return list(subject)[:_OBJECTS]
+    """What an object holds: entries, attributes, its class; of functions what they reach."""
+    if isinstance(subject, Mapping | list | tuple | set | frozenset):
+        entries = subject.values() if isinstance(subject, Mapping) else subject
+        return list(islice(entries, _LONGEST))
     if isinstance(subject, FunctionType):
         cells = [cell.cell_contents for cell in subject.__closure__ or () if cell != CellType()]
-        return [*cells, subject.__defaults__, subject.__kwdefaults__]
+        named = [subject.__globals__.get(name) for name in subject.__code__.co_names]
+        return [*cells, *named, subject.__defaults__, subject.__kwdefaults__]
     if isinstance(subject, MethodType | BuiltinMethodType):
-        return [subject.__self__]
+        return [subject.__self__, getattr(subject, "__func__", None)]
     if isinstance(subject, partial):
         return [subject.func, subject.args, subject.keywords]
-    return [] if isinstance(subject, ModuleType) else [*getattr(subject, "__dict__", {}).values()]
+    if isinstance(subject, type | ModuleType):
+        counts = isinstance(subject, type) and not is_library_class(subject)
+        return [*vars(subject).values(), *subject.__bases__] if counts else []
+    return _attributes(subject)
+
+
+def _attributes(subject: Any) -> list[Any]:
+    slots = (name for base in type(subject).__mro__ for name in _names(vars(base).get("__slots__", ())))
+    held = [getattr(subject, name, None) for name in slots if name not in ("__dict__", "__weakref__")]
+    return [*getattr(subject, "__dict__", {}).values(), *held, type(subject)]
+
+
+def _names(slots: Any) -> tuple[str, ...]:
+    return (slots,) if isinstance(slots, str) else tuple(slots)

@@ -13,15 +13,14 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
-from ..errors import StoreError, TaskError
+from ..errors import SegflowError, StoreError, TaskError
 from ..runtime.progress import track
 from ..runtime.ranks import Ranks
 from ..runtime.sharding import to_device
 from .batches import Batch, Collate, Indices, dataset_length, evenly_spaced, in_order
 from .fingerprints import digest
-from .reading import DIGEST, Answer, Reading, Request
+from .reading import DIGEST, Answer, InWorker, Reading, Request
 
-_LARGE = 1024  # a longer TensorDataset is digested by its tensors, not by its examples
 _PIECE = 256  # examples that are read together for their digests alone
 _REREAD = 16  # examples that are read twice, to see whether they are alike
 TRAINING = "training"  # the role of training data
@@ -54,12 +53,14 @@ class Reader:
         self.dataset, self.role, self.workers, self.digesting = dataset, role, workers, digesting
         self._length = dataset_length(dataset, role)
         self._reading = Reading(dataset, collate_fn, role, seed)
-        self._is_plain = type(dataset) is TensorDataset and collate_fn is None
+        self._collates = collate_fn is not None
+        self._is_plain = type(dataset) is TensorDataset and not self._collates
         self._digests_N = np.zeros((self._length, DIGEST), np.uint8)
         self._known_N = np.zeros(self._length, bool)  # whose digest is known, and
-        self._seen_N = np.zeros(self._length, bool)  # whose digest was taken in this call
+        self._seen_N = np.zeros(self._length, bool)  # whose digest was taken in this call, and
+        self._walked_N = np.zeros(self._length, bool)  # that of what a batch held
         self._new: list[int] = []  # those of these that other ranks do not know of
-        self._whole: str | None = None  # the digest of a large TensorDataset, in this call
+        self._whole: dict[range, str] = {}  # of a plain TensorDataset, digests of rows in this call
         self._asked = self._is_steady = False
 
     def __len__(self) -> int:
@@ -67,8 +68,9 @@ class Reader:
 
     def begin(self, digesting: bool) -> None:
         """A call of the Analyzer begins: what was read before may have changed since."""
-        self.digesting, self._asked, self._whole = digesting, False, None
-        self._seen_N[:] = False
+        self.digesting, self._asked = digesting, False
+        self._whole.clear()
+        self._seen_N[:] = self._walked_N[:] = False
         self._reading.kept.clear()
 
     def batches(self, lists: Sequence[Indices], device: torch.device, idle: int = 0, views: int = 1) -> Iterator[Batch]:
@@ -106,40 +108,62 @@ class Reader:
         return (answer.content for answer in self._answers(requests))
 
     def _answers(self, requests: Iterable[Request]) -> Iterator[Answer]:
-        wanted = list(self._with_digests(requests))
-        answers: Iterable[Answer] = map(self._reading.__getitem__, wanted)
-        if self.workers and len(wanted) > 1 and not self._reading.keeps:
-            answers = DataLoader(
-                self._reading,  # type: ignore[arg-type]
-                batch_size=None,
-                sampler=wanted,
-                collate_fn=_as_is,
-                num_workers=self.workers,
-                generator=torch.Generator(),
-            )
+        wanted, keeps = list(self._with_digests(requests)), self._reading.keeps
+        by_workers = self.workers and len(wanted) > 1 and not keeps
+        answers = self._by_workers(wanted) if by_workers else map(self._reading.__getitem__, wanted)
         for request, answer in zip(wanted, answers, strict=True):
             self._reading.draws |= answer.draws
             for index, of_example in zip(request.digested, answer.digests, strict=True):
                 self._note(index, of_example)
+            if request.joined and not keeps:
+                self._walked_N[request.digested] = True
             yield answer
 
+    def _by_workers(self, wanted: Sequence[Request]) -> Iterator[Answer]:
+        """The answers of worker processes, in order; their errors are raised here, as they would be without workers."""
+        loader: DataLoader[Any] = DataLoader(
+            InWorker(self._reading),  # type: ignore[arg-type]
+            batch_size=None,
+            sampler=wanted,
+            collate_fn=_as_is,
+            num_workers=self.workers,
+            generator=torch.Generator(),
+        )
+        try:
+            for answer in loader:
+                if isinstance(answer, SegflowError):
+                    raise answer
+                yield answer
+        except RuntimeError as problem:
+            if "DataLoader worker" not in str(problem):
+                raise
+            raise TaskError(
+                f"a worker that read the {self.role} data ended ({str(problem).splitlines()[0]}). Look at the memory "
+                "that processes share, or read with num_workers=0."
+            ) from problem
+
     def _with_digests(self, requests: Iterable[Request]) -> Iterator[Request]:
-        """The requests, of which the first that reads an example in this call asks for its digest."""
-        taken_N = self._seen_N.copy()
+        """The requests, each of which asks for its examples' digests.
+
+        With a collate function of the user's, which is called for each digest, only the first that has an example in
+        this call does.
+        """
+        taken_N = self._walked_N.copy() if self._collates else np.zeros(self._length, bool)
         for request in requests:
-            if not self.digesting or request.view:
+            if not self.digesting or request.view or not request.joined:
                 yield request
                 continue
             fresh = [index for index in dict.fromkeys(request.examples) if not taken_N[index]]
-            taken_N[fresh] = True
+            taken_N[fresh] = self._collates
             yield request._replace(digested=fresh)
 
     def _note(self, index: int, of_example: bytes) -> None:
         """Note an example's digest; StoreError where it was another before."""
         if self._known_N[index] and self._digests_N[index].tobytes() != of_example:
             raise StoreError(
-                f"example {index} of the {self.role} data is not what it was when this Analyzer read it first. Give "
-                "the data that `fit` was given; for other data make another Analyzer, with another store."
+                f"example {index} of the {self.role} data is not what it was when this Analyzer read it first (here or "
+                "on another rank). Give data that is read alike each time and everywhere, and to `score` that which "
+                "`fit` was given; for other data make another Analyzer, with another store."
             )
         self._digests_N[index] = np.frombuffer(of_example, np.uint8)
         self._known_N[index] = self._seen_N[index] = True
@@ -150,21 +174,32 @@ class Reader:
         if self._is_steady:
             return
         ranks.agree(f"the {self.role} dataset's length", self._length)
+        if self._is_plain:
+            self._is_steady = True
+            return
         rows = evenly_spaced(self._length, _REREAD)
+        first, again = self._twice(rows)
+        if first != again:  # a generator may have been made at the first reading
+            self._reading.look_for_generators()
+            first, again = self._twice(rows)
+        for index, *both in zip(rows, first, again, strict=True):
+            if both[0] != both[1]:
+                self._known_N[:] = False
+                raise TaskError(
+                    f"example {index} of the {self.role} data is another each time it is read, although the random "
+                    "functions of Python, NumPy and torch, and those generators that were found in the dataset, began "
+                    "at the same seed. Draw from these, or give data that is read alike each time."
+                )
+        what = f"some examples of the {self.role} dataset (does every rank build it with the same seed?)"
+        ranks.agree(what, [of_example.hex() for of_example in first])
+        self._is_steady = True
+
+    def _twice(self, rows: list[int]) -> tuple[list[bytes], list[bytes]]:
+        """The digests of some examples, read twice."""
         request = Request(rows, digested=rows, joined=False)
         with self._keeping():
             first = self._reading[request]
-        again = self._reading[request]
-        for index, *both in zip(rows, first.digests, again.digests, strict=True):
-            if both[0] != both[1]:
-                raise TaskError(
-                    f"example {index} of the {self.role} data is another each time it is read, although the random "
-                    "functions of Python, NumPy and torch began at the same seed. Draw from these (or from generators "
-                    "that the dataset holds), or give data that is read alike each time."
-                )
-        what = f"some examples of the {self.role} dataset (does every rank build it with the same seed?)"
-        ranks.agree(what, [of_example.hex() for of_example in first.digests])
-        self._is_steady = True
+        return first.digests, self._reading[request].digests
 
     def fingerprint(self, ranks: Ranks, progress: bool | None = None, rows: range | None = None) -> dict[str, Any]:
         """The number of some examples (None: of all), and a digest of what each of them holds; on every rank.
@@ -173,14 +208,11 @@ class Reader:
         """
         self.check_steady(ranks)
         rows = range(self._length) if rows is None else rows
-        if self._is_plain and self._length > _LARGE:
-            if len(rows) < self._length:
-                return {
-                    "length": len(rows),
-                    "examples": digest([t[rows.start : rows.stop] for t in self.dataset.tensors]),
-                }
-            self._whole = self._whole or digest(self.dataset.tensors)
-            return {"length": len(rows), "examples": self._whole}
+        if self._is_plain:
+            if rows not in self._whole:
+                self._whole[rows] = digest([tensor[rows.start : rows.stop] for tensor in self.dataset.tensors])
+                ranks.agree(f"the {self.role} dataset", self._whole[rows])
+            return {"length": len(rows), "examples": self._whole[rows]}
         self._asked = True
         self._exchange(ranks)
         chosen = slice(rows.start, rows.stop)
@@ -240,9 +272,8 @@ class Readers:
 
     def of(self, dataset: Any, collate_fn: Collate | None, role: str) -> Reader:
         """The reader of a dataset."""
-        self._used.add(
-            key := (id(dataset), id(collate_fn))
-        )  # both are held by the reader, so that nothing else can have their ids
+        key = id(dataset), id(collate_fn)  # the reader holds both, so that nothing else can have their ids
+        self._used.add(key)
         if key not in self._readers:
             self._readers[key] = Reader(
                 dataset, collate_fn, role, seed=self._seed, workers=self._workers, digesting=self._digesting

@@ -70,7 +70,7 @@ class Reading:
         """What one batch holds. Raises TaskError, naming the examples, where they cannot be read or joined."""
         before = self._generators.states()
         try:
-            if not self.draws:
+            if not self.draws and not self.keeps:
                 answer = self._answer(request, self._as_they_come(request.examples))
                 if not moved(before, self._generators.states()):
                     return answer
@@ -78,7 +78,7 @@ class Reading:
                 self.kept.clear()
             return self._answer(request, [self._seeded(index, request.view) for index in request.examples])
         finally:
-            if self.draws:
+            if self.draws or self.keeps:
                 self._generators.restore(before)
 
     def _answer(self, request: Request, examples: list[Any]) -> Answer:
@@ -90,18 +90,32 @@ class Reading:
     def _as_they_come(self, indices: list[int]) -> list[Any]:
         """Examples without seeds; where the dataset reads several at once, so."""
         at_once = getattr(self.dataset, "__getitems__", None)
-        if at_once is not None and not self.keeps:
+        if at_once is not None:
             with suppress(Exception):  # which of them it was is found one by one
-                return list(at_once(indices))
+                examples = at_once(indices)
+                if isinstance(examples, list | tuple) and len(examples) == len(indices):
+                    return list(examples)
         return [self._example(index) for index in indices]
 
     def _seeded(self, index: int, view: int) -> Any:
-        self._generators.seed(_number(self.seed, view, index))
-        return self._example(index, view)
-
-    def _example(self, index: int, view: int = 0) -> Any:
+        """An example read from its own seed, or kept; where that is not known yet, whether it drew is found out."""
         if self.keeps and (view, index) in self.kept:
-            return _shallow(self.kept[view, index])
+            return _copied(self.kept[view, index], self.collate_fn)
+        self._generators.seed(_number(self.seed, view, index))
+        before = None if self.draws else self._generators.states()
+        example = self._example(index)
+        self.draws = self.draws or moved(before, self._generators.states())
+        if self.keeps:
+            self.kept[view, index] = example
+        return _copied(example, self.collate_fn) if self.keeps else example
+
+    def look_for_generators(self) -> None:
+        """Look for generators once more, and let go of what was read without them."""
+        vars(self).pop("_generators", None)
+        self.kept.clear()
+
+    def _example(self, index: int) -> Any:
+        """One example. Raises TaskError, naming it."""
         try:
             example = self.dataset[index]
         except SegflowError:
@@ -111,16 +125,15 @@ class Reading:
                 f"example {index} of the {self.role} data cannot be read ({type(problem).__name__}: {problem}). Look "
                 "at what the dataset does there."
             ) from problem
-        if self.keeps:
-            self.kept[view, index] = example
-        return _shallow(example) if self.keeps else example
+        return example
 
     def _digest(self, index: int, example: Any, view: int) -> bytes:
         """Of what a batch of this one example holds; without a collate function of the user's, of the example."""
-        content = example if self.collate_fn is None else self._collated([index], [_shallow(example)], view)
+        single = [_copied(example, self.collate_fn)]
+        content = example if self.collate_fn is None else self._collated([index], single, view)
         try:
             return bytes.fromhex(digest(content))[:DIGEST]
-        except TaskError as problem:
+        except (TaskError, RecursionError) as problem:
             raise TaskError(f"example {index} of the {self.role} data: {problem}") from problem
 
     def _collated(self, indices: list[int], examples: list[Any], view: int) -> Any:
@@ -138,17 +151,18 @@ class Reading:
 
     def _joined(self, indices: list[int], examples: list[Any], view: int) -> Any:
         collate = self.collate_fn or default_collate
-        if not self.draws:
+        if not self.draws and not self.keeps:
             return collate(examples)
         self._generators.seed(_number(self.seed, view, *indices))
-        before = self._generators.states().others
         with drawing(self.seed, f"view {view}", indices, own_generators=True):
+            before = self._generators.states()
             content = collate(examples)
-        if moved(before, self._generators.states().others):
+            after = self._generators.states()
+        if moved(before, after):
             raise TaskError(
-                f"the {self.role} data's collate_fn draws with Python's or NumPy's random functions for a batch at "
-                "once, so that what becomes of an example would depend on the batch. Draw with torch's functions, "
-                "whose draws are tied to the examples, or in the dataset's __getitem__."
+                f"the {self.role} data's collate_fn draws random numbers for a batch at once, so that what becomes of "
+                "an example would depend on the batch. Draw in the dataset's __getitem__, or in the collate_fn with "
+                "torch's rand, randn, randint, bernoulli or multinomial, in a shape that has the examples first."
             )
         return content
 
@@ -158,6 +172,24 @@ def _number(*numbers: int) -> int:
     return int.from_bytes(hashlib.sha256(repr(numbers).encode()).digest()[:4], "little")
 
 
-def _shallow(example: Any) -> Any:
-    """A copy of an example's mapping or list, from which a collate function may take entries out."""
-    return copy.copy(example) if isinstance(example, MutableMapping | list) else example
+def _copied(example: Any, collate_fn: Collate | None) -> Any:
+    """A copy of an example that a collate function of the user's may change; torch's own changes none."""
+    if collate_fn is None:
+        return example
+    try:
+        return copy.deepcopy(example)
+    except Exception:  # noqa: BLE001 it holds what has no copy
+        return copy.copy(example) if isinstance(example, MutableMapping | list) else example
+
+
+class InWorker:
+    """A Reading for the workers of a DataLoader, whose errors come back as they are, not in a worker's traceback."""
+
+    def __init__(self, reading: Reading):
+        self._reading = reading
+
+    def __getitem__(self, request: Request) -> Answer | SegflowError:
+        try:
+            return self._reading[request]
+        except SegflowError as problem:
+            return problem.with_traceback(None)

@@ -63,6 +63,7 @@ def example_features(
     path, ranks = None if out is None else Path(out), context.ranks
     where = f"features, {context.where(context.last)}"
     finite = FiniteCheck(where)
+    context.train_reader(train).check_steady(ranks)
     with _extracting(context, train, kind, layer, finite) as (view, extractor):
         lists = in_order(len(train), batch_size)
         views = context.settings.views

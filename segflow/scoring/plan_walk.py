@@ -30,7 +30,7 @@ from ..model.representation_view import representation_view
 from ..stage.context import StageContext
 from ..stage.unit_identity import checkpoint_digest
 from ..store.files import Tensors
-from ..store.shared_store import UnitRecipe, called
+from ..store.shared_store import UnitRecipe
 from ..training.segments import for_group
 from .group_gradients import AnyView, GroupGradients, tile_scores
 from .meeting import MetQueries, Traffic, met_queries, outer_layers
@@ -108,8 +108,7 @@ class _PlanWalk:
                 "layers, whose parts do not belong together. Leave it out."
             )
         self.view = self.fitted.loss_view(request.stage)
-        made_from = groups_identity(self.fitted, request.queries, request.stage, members, request.per_layer)
-        self.scored_from = called(made_from)
+        self.scored_from = groups_identity(self.fitted, request.queries, request.stage, members, request.per_layer)
         self.gradient_bytes = context.parameters * self.view.dtype.itemsize
         size = max(1, min(len(self.groups), context.memory // _GROUP_SHARE // self.gradient_bytes))
         size = size - size % batch_size if size > batch_size else size

@@ -47,8 +47,11 @@ def term_identity(fitted: FittedFactors, context: StageContext, term: Term, laye
 
 
 def score_unit(context: StageContext, made_from: Mapping[str, Any], point: Point) -> str:
-    """The name of the unit that holds one term's scores of a block of queries at a point."""
-    exact = {key: value for key, value in made_from.items() if key not in _ROUNDED}
+    """The name of the unit that holds one term's scores of a block of queries at a point.
+
+    What is a function, as the dataset's digest, is compared by the store and is not part of the name.
+    """
+    exact = {key: value for key, value in made_from.items() if key not in _ROUNDED and not callable(value)}
     hashed = digest(json.dumps(exact, sort_keys=True))[:16]
     return f"{context.prefix}scores/{hashed}/{point_name(context, point)}"
 

@@ -146,17 +146,154 @@ def test_a_collate_functions_own_generator_is_tied_to_examples_too() -> None:
     assert all(torch.equal(alone[key], whole[key]) for key in alone)
 
 
-@pytest.mark.parametrize("draw", [random.random, _of_numpy])
+def _rarely() -> float:
+    return -1.0 if torch.rand(()) < 0.05 else 1.0
+
+
+def _of_a_shape_without_examples() -> float:
+    return torch.rand(3).sum().item()
+
+
+@pytest.mark.parametrize("draw", [random.random, _of_numpy, _rarely, _of_a_shape_without_examples])
 def test_a_collate_function_whose_draws_belong_to_a_batch_is_refused(draw: Callable[[], float]) -> None:
     reader = Reader(vectors(N), lambda items: draw() * default_collate(items)[0], "training")
-    with pytest.raises(sf.TaskError, match="the training data's collate_fn draws with Python's or NumPy's random"):
+    with pytest.raises(sf.TaskError, match="the training data's collate_fn draws random numbers for a batch at"):
         list(reader.batches([[0, 1]], CPU))
 
 
-def test_data_that_no_seed_makes_repeatable_is_refused_by_the_name_of_an_example() -> None:
-    reader = Reader(Drawn(lambda: float(np.random.default_rng().random())), role="training")
-    with pytest.raises(sf.TaskError, match="example 0 of the training data is another each time it is read"):
-        reader.fingerprint(Ranks())
+def _entropy() -> float:
+    return float(np.random.default_rng().random())
+
+
+def test_data_that_no_seed_makes_repeatable_is_refused_by_the_name_of_an_example(tmp_path: Path) -> None:
+    trajectory = trajectory_of(tmp_path / "run", perturbed_states(mlp(), 1, 0.3), N)
+    analyzer, data = analyzer_of(mlp(), trajectory, tmp_path / "store", method=sf.TracIn()), Drawn(_entropy)
+    score = partial(analyzer.score, sf.Groups.random(N, 5))
+    for call in (partial(score, query=vectors(3)), analyzer.check, analyzer.features):
+        with pytest.raises(sf.TaskError, match="example 0 of the training data is another each time it is read"):
+            call(train=data)  # type: ignore[operator]
+    for query in (partial(score, train=vectors(N)), partial(analyzer.check, vectors(N))):
+        with pytest.raises(sf.TaskError, match="example 0 of the query data is another each time it is read"):
+            query(query=data)  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("method", [sf.TracIn(), sf.Source()], ids=repr)
+def test_an_example_that_no_probe_reads_and_no_seed_makes_repeatable_is_named_too(tmp_path: Path, method: Any) -> None:
+    class Rare(Drawn):
+        def __len__(self) -> int:
+            return 100
+
+        def __getitem__(self, index: int) -> Any:
+            x, y = vectors(100)[index]
+            return x + (_entropy() if index == 51 else 0.0), y
+
+    trajectory = trajectory_of(tmp_path / "run", perturbed_states(mlp(), 2, 0.3), 100)
+    analyzer = analyzer_of(mlp(), trajectory, tmp_path / "store", method=method)
+    with pytest.raises(sf.StoreError, match="example 51 of the training data is not what it was"):
+        analyzer.fit(Rare(float))
+        analyzer.score(sf.Groups.random(100, 9), Rare(float), vectors(3, seed=9))
+
+
+class Held:
+    """A transform with a generator, which it may make when it is asked first."""
+
+    shared = np.random.default_rng(4)
+    __slots__ = ("_made", "rows")
+
+    def __init__(self, rows: Any = None):
+        self._made, self.rows = None, rows
+
+    def lazily(self) -> float:
+        self._made = np.random.default_rng() if self._made is None else self._made
+        return float(self._made.random())
+
+    def of_the_class(self) -> float:
+        return float(self.shared.random())
+
+
+MODULE = np.random.default_rng(2)
+PCG = np.random.RandomState(np.random.PCG64(0))
+
+
+def _of_the_module() -> float:
+    return float(MODULE.random())
+
+
+FOUND = {
+    "made at the first reading": Held().lazily,
+    "of the class": Held().of_the_class,
+    "of the module": _of_the_module,
+    "beside many rows": Held([{"a": i, "b": i} for i in range(3000)]).lazily,
+    "older, of another kind": partial(PCG.uniform),
+}
+
+
+@pytest.mark.parametrize("draw", FOUND.values(), ids=FOUND)
+def test_generators_are_found_wherever_the_dataset_reaches_them(draw: Callable[[], float]) -> None:
+    reader = Reader(Drawn(draw, random.SystemRandom()), digesting=True)
+    reader.check_steady(Ranks())
+    alone, whole = (_batches(reader, lists) for lists in ([[3], [1], [7]], [[7, 3, 1]]))
+    assert all(torch.equal(alone[key], whole[key]) for key in alone)
+
+
+def test_data_that_keeps_what_it_drew_first_does_not_depend_on_the_callers_random_state() -> None:
+    def read(seed: int) -> dict[tuple[int, int], Tensor]:
+        class Caching(Drawn):
+            kept: dict[int, Any] = {}  # noqa: RUF012
+
+            def __getitem__(self, index: int) -> Any:
+                if index not in self.kept:
+                    self.kept[index] = super().__getitem__(index)
+                return self.kept[index]
+
+        torch.manual_seed(seed)
+        reader = Reader(Caching(_of_torch), digesting=True)
+        Caching.kept.clear()
+        reader.probes([[0, 0]], CPU)
+        reader.check_steady(Ranks())
+        return _batches(reader, [list(range(N))])
+
+    first, second = read(0), read(1)
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_a_collate_function_that_changes_examples_in_place_changes_each_once() -> None:
+    class Fresh(Drawn):
+        def __getitem__(self, index: int) -> Any:
+            return Record(vectors(N)[index][0].clone(), 0)
+
+    def doubling(records: list[Record]) -> list[Tensor]:
+        for record in records:
+            record.x.mul_(2)
+        return [_of_records(records)]
+
+    reader = Reader(Fresh(float), doubling, digesting=True)
+    reader.check_steady(Ranks())
+    expected = 2 * vectors(N).tensors[0]
+    for _ in range(2):
+        [probe] = reader.probes([[0, 1]], CPU)
+        assert torch.equal(probe.content[0], expected[:2])
+        walked = _batches(reader, [[0, 1], [2]])
+        assert all(torch.equal(walked[index, 0], expected[index]) for index in (0, 1, 2))
+
+
+def test_rows_read_at_once_that_are_not_one_for_each_are_read_one_by_one() -> None:
+    class Columns(Drawn):
+        def __getitems__(self, indices: list[int]) -> Any:
+            return {"x": 0, "y": 1}
+
+    read = _batches(Reader(Columns(float)), [[4, 5]])
+    assert torch.equal(read[4, 0], vectors(N).tensors[0][4])
+
+
+def test_an_error_in_a_worker_is_the_error_without_its_traceback() -> None:
+    class Failing(Drawn):
+        def __getitem__(self, index: int) -> Any:
+            return vectors(N)[index] if index != 13 else {}["lost"]
+
+    reader = Reader(Failing(float), role="training", workers=1)
+    with pytest.raises(sf.TaskError, match=r"^example 13 of the training data cannot be read \(KeyError: 'lost'\)"):
+        list(reader.batches([[index] for index in range(N)], CPU))
 
 
 def test_examples_that_cannot_be_read_or_joined_are_named() -> None:
