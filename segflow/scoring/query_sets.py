@@ -130,9 +130,14 @@ class ExampleQueries(QuerySet):
         """The task's, by name if it has several."""
         return str(getattr(task, "measurement", "compute_measurement"))
 
+    def _reader(self, context: StageContext) -> Reader:
+        reader = context.reader(self.dataset, "query")
+        reader.check_steady(context.ranks)
+        return reader
+
     def identity(self, rows: range, context: StageContext) -> dict[str, Any]:
         """The digest of the examples."""
-        return context.reader(self.dataset, "query").fingerprint(context.ranks, context.settings.progress, rows)
+        return self._reader(context).fingerprint(context.ranks, context.settings.progress, rows)
 
     def measured(self, context: StageContext, view: LossView) -> dict[str, Any]:
         """What the task's measurement reaches, and its values of some queries."""
@@ -149,7 +154,7 @@ class ExampleQueries(QuerySet):
     ) -> Stacks:
         """The measurement's gradients, batch by batch."""
         view = context.loss_view("measurement", self.dataset, share.layers)
-        data = context.walk(view, context.reader(self.dataset, "query"), _batched(share), f"queries, {where}")
+        data = context.walk(view, self._reader(context), _batched(share), f"queries, {where}")
         return query_gradients(view, data, bases, context.ranks, where)
 
     def representations(
@@ -157,13 +162,13 @@ class ExampleQueries(QuerySet):
     ) -> Stacks:
         """The layer's inputs, averaged over positions."""
         view = context.loss_view("measurement", self.dataset, share.layers)
-        data = context.walk(view, context.reader(self.dataset, "query"), _batched(share), f"queries, {where}")
+        data = context.walk(view, self._reader(context), _batched(share), f"queries, {where}")
         return query_gradients(representation_view(view, layer, normalized), data, {}, context.ranks, where)
 
     def losses(self, context: StageContext, layers: Mapping[str, TrackedLayer]) -> list[QueryLoss]:
         """The task's measurement."""
         view = partial(context.loss_view, "measurement", self.dataset, layers)
-        return [QueryLoss(("measurement",), self.dataset, context.reader(self.dataset, "query"), view)]
+        return [QueryLoss(("measurement",), self.dataset, self._reader(context), view)]
 
     def check(self, context: StageContext, layers: Mapping[str, TrackedLayer]) -> None:
         """There are examples."""

@@ -174,7 +174,7 @@ def test_data_that_no_seed_makes_repeatable_is_refused_by_the_name_of_an_example
             call(train=data)  # type: ignore[operator]
     for query in (partial(score, train=vectors(N)), partial(analyzer.check, vectors(N))):
         with pytest.raises(sf.TaskError, match="example 0 of the query data is another each time it is read"):
-            query(query=data)  # type: ignore[operator]
+            query(query=Drawn(_entropy))  # type: ignore[operator]
 
 
 @pytest.mark.parametrize("method", [sf.TracIn(), sf.Source()], ids=repr)
