@@ -15,6 +15,7 @@ from torch import nn
 
 from ..data.code_identity import Reached, collate_fingerprint, settled, task_fingerprint
 from ..data.fingerprints import digest
+from ..data.model_identity import model_fingerprint, unchanged
 from ..methods.plan import Point
 from ..model.loss_view import LossView
 from .context import StageContext
@@ -37,10 +38,11 @@ def training_identity(context: StageContext, train: Any, view: LossView) -> dict
     examples: dict[str, Any] = {"curvature examples": settings.curvature_examples} if fewer else {}
     if settings.views > 1:
         examples["views"] = settings.views
-    collate = collate_fingerprint(context.collate_fn)
+    collate, forwards = collate_fingerprint(context.collate_fn), model_fingerprint(context.model)
     task, losses = read_and_probed(context, train, replace(view, kind="train"), task_fingerprint)
     return examples | {
         "model": context.shapes,
+        "forward": unchanged(forwards, model_fingerprint(context.model)),
         "dataset": partial(reader.fingerprint, context.ranks, settings.progress),
         "collate": settled(context.collate_fn, collate, collate_fingerprint(context.collate_fn)),
         "task": task,

@@ -1,0 +1,53 @@
+"""What the analysed model is besides its parameters: the code of its modules' forwards, and their plain settings.
+
+Two models may have the same values at every parameter and other gradients (`detach`, a reversed or scaled gradient), so
+that no loss tells them apart.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Any
+
+from torch import nn
+
+from .code_identity import Reached, reached
+from .fingerprints import digest
+from .value_identity import is_library_class
+
+_PLAIN = (bool, int, float, str, type(None))
+
+
+def model_fingerprint(model: nn.Module) -> Reached:
+    """A digest for each thing that forwards of each class of the model's modules reach.
+
+    Modules of installed packages count by their class and their plain settings.
+    """
+    words: dict[str, list[Any]] = defaultdict(list)
+    for name, module in model.named_modules():
+        kind = _own_class(module)
+        told = _settings(module) if is_library_class(kind) else reached(module, ("forward",), model)
+        for entry, word in {"": "", **told}.items():
+            words[f"{kind.__qualname__} {entry}".rstrip()].append((name, word))
+    return {entry: digest(modules)[:16] for entry, modules in words.items()}
+
+
+def _own_class(module: nn.Module) -> type:
+    """The module's class, before torch sharded it."""
+    classes = (base for base in type(module).__mro__ if not base.__module__.startswith("torch.distributed"))
+    return next(classes)
+
+
+def unchanged(before: Reached, after: Reached) -> Reached:
+    """The entries that running the model has not changed."""
+    return {entry: word for entry, word in after.items() if before.get(entry) == word}
+
+
+def _settings(module: nn.Module) -> Reached:
+    held = {name: value for name, value in vars(module).items() if name != "training" and not name.startswith("_")}
+    plain = {name: repr(value) for name, value in sorted(held.items()) if _is_plain(value)}
+    return {"settings": digest([module.extra_repr(), plain])}
+
+
+def _is_plain(value: Any) -> bool:
+    return isinstance(value, _PLAIN) or (isinstance(value, tuple | list) and all(map(_is_plain, value)))
