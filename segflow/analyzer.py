@@ -75,7 +75,7 @@ class Analyzer:
         num_workers: processes that read data, as of a DataLoader; 0 reads in this one.
         views: how many views of each training example are averaged, where reading draws at random (augmentation, masked
             tokens): view v of example i depends on (seed, v, i) only. Passes over training data take so many times
-            longer. Queries are read in one view.
+            longer. Queries are read in one view; LiSSA's batches take the views in turn.
 
     Raises:
         TaskError, LayerError, TrajectoryError, MethodError: something does not fit together.

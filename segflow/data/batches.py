@@ -63,6 +63,11 @@ def checked_batch_size(given: object) -> int:
 
 def dataset_length(dataset: Any, role: str) -> int:
     """The dataset's length; TaskError if it has none, is not indexed, or is empty. role: names it in errors."""
+    if not hasattr(dataset, "__getitem__") and not isinstance(dataset, IterableDataset):
+        raise TaskError(
+            f"the {role} dataset is {shown(dataset)}, a {type(dataset).__name__}. Expected a map-style dataset (with "
+            "__len__ and __getitem__), or a list of examples."
+        )
     if isinstance(dataset, Mapping) and 0 not in dataset:
         raise TaskError(
             f"the {role} dataset is a {type(dataset).__name__} with the keys {shown(list(dataset))}. Expected one "

@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import nn
 
-from ..errors import TrajectoryError, check_choice
+from ..arguments import shown
+from ..errors import TaskError, TrajectoryError, check_choice
 from ..model.layers.registry import LayerChoice, choose_layers
 from ..tasks.task import check_task, tracked_module_names
 from ..training.trajectory import Trajectory
@@ -22,6 +23,9 @@ def open_stages(settings: Settings, task: Any, run: Trajectory, prefix: str) -> 
     """
     names = [stage.stage for stage in run.stages]
     tasks, collates = by_stage(task, names, "task"), by_stage(settings.collate_fn, names, "collate_fn")
+    odd = [shown(collate) for collate in collates if collate is not None and not callable(collate)]
+    if odd:
+        raise TaskError(f"collate_fn={odd[0]}: expected a function that joins examples into a batch, or None.")
     settled = [_layers(settings.model, *of_stage) for of_stage in zip(tasks, run.stages, strict=True)]
     return [
         StageContext(

@@ -101,7 +101,9 @@ def test_units_of_another_number_of_views_are_refused(tmp_path: Path) -> None:
             fit[other](Augmented())
 
 
-@pytest.mark.parametrize("options", [{"views": 0}, {"views": 1.5}, {"num_workers": -1}, {"num_workers": True}])
+@pytest.mark.parametrize(
+    "options", [{"views": 0}, {"views": 1.5}, {"num_workers": -1}, {"num_workers": True}, {"collate_fn": 3}]
+)
 def test_options_that_make_no_sense_are_refused_by_name(tmp_path: Path, options: dict[str, Any]) -> None:
     trajectory = trajectory_of(tmp_path / "run", perturbed_states(mlp(), 1, 0.3), N)
     with pytest.raises(sf.SegflowError, match=rf"{next(iter(options))}="):
