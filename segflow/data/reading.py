@@ -54,9 +54,7 @@ class Reading:
     def __init__(self, dataset: Any, collate_fn: Collate | None, role: str, seed: int):
         self.dataset, self.collate_fn, self.role, self.seed = dataset, collate_fn, role, seed
         self.draws = self.keeps = False
-        self.kept: dict[
-            tuple[int, int], Any
-        ] = {}  # examples that were read while `keeps` was set, and are not read again
+        self.kept: dict[tuple[int, int], Any] = {}  # by view and index: what was read while `keeps` was set
 
     @cached_property
     def _generators(self) -> Generators:
@@ -68,17 +66,18 @@ class Reading:
 
     def __getitem__(self, request: Request) -> Answer:
         """What one batch holds. Raises TaskError, naming the examples, where they cannot be read or joined."""
-        before = self._generators.states()
+        before, unmoved = self._generators.states(), False
         try:
             if not self.draws and not self.keeps:
                 answer = self._answer(request, self._as_they_come(request.examples))
-                if not moved(before, self._generators.states()):
+                unmoved = not moved(before, self._generators.states())
+                if unmoved:
                     return answer
                 self.draws = True
                 self.kept.clear()
             return self._answer(request, [self._seeded(index, request.view) for index in request.examples])
         finally:
-            if self.draws or self.keeps:
+            if not unmoved:
                 self._generators.restore(before)
 
     def _answer(self, request: Request, examples: list[Any]) -> Answer:
@@ -117,7 +116,7 @@ class Reading:
     def _example(self, index: int) -> Any:
         """One example. Raises TaskError, naming it."""
         try:
-            example = self.dataset[index]
+            return self.dataset[index]
         except SegflowError:
             raise
         except Exception as problem:
@@ -125,7 +124,6 @@ class Reading:
                 f"example {index} of the {self.role} data cannot be read ({type(problem).__name__}: {problem}). Look "
                 "at what the dataset does there."
             ) from problem
-        return example
 
     def _digest(self, index: int, example: Any, view: int) -> bytes:
         """Of what a batch of this one example holds; without a collate function of the user's, of the example."""

@@ -97,7 +97,12 @@ def test_reading_leaves_every_generator_where_it_was(draw: Callable[[], float]) 
         own = [OWN[0].bit_generator.state, OWN[1].get_state().tolist(), OWN[2].getstate()]
         return [random.getstate(), numpy_state, torch.get_rng_state().tolist(), *own]
 
+    def failing() -> float:
+        return draw() / 0
+
     before, reader = stand(), Reader(Drawn(draw), digesting=True)
+    with pytest.raises(sf.TaskError, match="ZeroDivisionError"):
+        list(Reader(Drawn(failing)).batches([[1, 2]], CPU))
     list(reader.batches([[1, 2], [3]], CPU, views=2))
     reader.fingerprint(Ranks())
     assert stand() == before
