@@ -56,7 +56,7 @@ def check_stage(context: StageContext, train: Any, query: Any | None, curvature_
     context.load(Point.at(context.stage, 0))  # the least converged checkpoint: pseudo-labels still vary there
     first = context.where(Point.at(context.stage, 0))
     if curvature_tolerance < float("inf"):
-        check_sampling(sample, probe_examples(reader, view.device), first)
+        check_sampling(sample, probe_examples(reader, view.device), first, covariances=True)
     scale = curvature_scale(view, sample, next(_few_batches(context, reader)))
     require_scale(scale, curvature_tolerance, context.task)
     parameters = sum(parameter.numel() for parameter in context.model.parameters())
