@@ -101,8 +101,8 @@ def _probe_loss(
     """Probe a loss at the stage's last checkpoint."""
     context.load(context.last)
     view = make_view()
-    examples = probe_examples(reader, view.device, _most(batch_size))
-    check_loss(view, examples, context.where(context.last))
+    for examples in probe_examples(reader, view.device, _most(batch_size)):
+        check_loss(view, examples, context.where(context.last))
 
 
 def _probe_sampling(
@@ -116,8 +116,8 @@ def _probe_sampling(
     context.load(first)
     view = view or context.loss_view("train", dataset)
     sample = replace(view, kind="sample", seed=context.settings.seed, place=context.trajectory.steps[0])
-    examples = probe_examples(context.train_reader(dataset), view.device, _most(batch_size))
-    check_sampling(sample, examples, context.where(first), covariances)
+    for examples in probe_examples(context.train_reader(dataset), view.device, _most(batch_size)):
+        check_sampling(sample, examples, context.where(first), covariances)
 
 
 def _most(batch_size: int) -> int:
