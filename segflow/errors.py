@@ -25,6 +25,10 @@ class TaskError(SegflowError):
     """A task, a property or a dataset is not what the mathematics needs. Raised by `tasks`, `properties` and `data`."""
 
 
+class JoinError(TaskError):
+    """Examples cannot be joined into one batch, although each may be well by itself. Raised by `data`."""
+
+
 class TrajectoryError(SegflowError):
     """The record of the training run is incomplete, inconsistent, or of another model. Raised by `training`."""
 

@@ -46,11 +46,23 @@ def example_slopes(view: LossView, batch: Batch, directions: Mapping[str, Tensor
     return slopes
 
 
+class Inputs(NamedTuple):
+    """A layer's inputs a: how many positions each example has, and sums over them of (a . v)^2 and |a|^2, [B] each."""
+
+    positions: int
+    along_B: Tensor
+    size_B: Tensor
+
+
 class Probed(NamedTuple):
-    """What one batch's loss is, and the features [B, k] of each of its examples' gradients in the layers it reaches."""
+    """What one batch's loss is, and the features [B, k] of each of its examples' gradients in the layers it reaches.
+
+    inputs: of the same layers.
+    """
 
     loss: Tensor
     features: dict[str, Tensor]
+    inputs: dict[str, Inputs]
 
 
 def random_probes(view: LossView) -> dict[str, Probes]:
@@ -62,11 +74,20 @@ def random_probes(view: LossView) -> dict[str, Probes]:
 def probed(view: LossView, batch: Batch, along: Mapping[str, Probes], where: str) -> Probed:
     """A batch's loss and its examples' features, all of them finite: TaskError or LayerError where one is not."""
     features: dict[str, Tensor] = {}
+    inputs: dict[str, Inputs] = {}
     finite = FiniteCheck(where)
 
     def consume(layer: TrackedLayer, tokens: Tokens) -> None:
         features[layer.name] = along[layer.name].of_tokens(tokens).double()
+        inputs[layer.name] = _inputs(tokens.a_PBSI)
 
     loss = view.capture(batch, consume, finite)
     finite.drain()
-    return Probed(loss.double(), features)
+    return Probed(loss.double(), features, inputs)
+
+
+def _inputs(a_PBSI: Tensor) -> Inputs:
+    generator = torch.Generator().manual_seed(0)
+    v_PI = torch.randn(a_PBSI.shape[0], a_PBSI.shape[3], generator=generator).to(a_PBSI)
+    along_B = torch.einsum("pbsi,pi->pbs", a_PBSI, v_PI).square().sum((0, 2))
+    return Inputs(a_PBSI.shape[2], along_B.double(), a_PBSI.square().sum((0, 2, 3)).double())

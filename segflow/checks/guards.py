@@ -39,12 +39,14 @@ class Guards:
         """Probe the training loss of each stage, and what `fit` walks besides; plans: None where they are not known."""
         terms = tuple(term for plan in plans or () for term in plan)
         sampled = {curvature.stage for curvature in curvatures(terms)}
+        covariances = {curvature.stage for curvature in curvatures(terms) if curvature.kind != "diagonal"}
         outputs = {inverse.stage for inverse in projected(terms) if inverse.features == "output"}
         for context, data in _given(contexts, trains):
             view = self._train(context, data, batch_size)
             if plans is None or context.stage in sampled:
-                probe = partial(_probe_sampling, context, data, batch_size, view)
-                self._once(context, (context.stage, "sample"), data, probe)
+                joined = batch_size > 1 and (plans is None or context.stage in covariances)
+                probe = partial(_probe_sampling, context, data, batch_size, view, joined)
+                self._once(context, (context.stage, "sample", joined), data, probe)
             if context.stage in outputs:
                 probe = partial(_probe_loss, context, context.train_reader(data), batch_size)
                 make = partial(context.loss_view, "output", data)
@@ -99,18 +101,23 @@ def _probe_loss(
     """Probe a loss at the stage's last checkpoint."""
     context.load(context.last)
     view = make_view()
-    examples = probe_examples(reader, view.device, _most(batch_size))
-    check_loss(view, examples, context.where(context.last))
+    for examples in probe_examples(reader, view.device, _most(batch_size)):
+        check_loss(view, examples, context.where(context.last))
 
 
-def _probe_sampling(context: StageContext, dataset: Any, batch_size: int, view: LossView | None) -> None:
-    """Probe pseudo-labels at the stage's first checkpoint, the least converged one: there they still vary."""
+def _probe_sampling(
+    context: StageContext, dataset: Any, batch_size: int, view: LossView | None, covariances: bool
+) -> None:
+    """Probe pseudo-labels at the stage's first checkpoint, the least converged one: there they still vary.
+
+    covariances: whether those of the inputs of examples in batches are wanted.
+    """
     first = Point.at(context.stage, 0)
     context.load(first)
     view = view or context.loss_view("train", dataset)
     sample = replace(view, kind="sample", seed=context.settings.seed, place=context.trajectory.steps[0])
-    examples = probe_examples(context.train_reader(dataset), view.device, _most(batch_size))
-    check_sampling(sample, examples, context.where(first))
+    for examples in probe_examples(context.train_reader(dataset), view.device, _most(batch_size)):
+        check_sampling(sample, examples, context.where(first), covariances)
 
 
 def _most(batch_size: int) -> int:

@@ -81,7 +81,7 @@ def _probed_alone(view: LossView, single: Batch, along: Mapping[str, Probes], wh
     try:
         return probed(view, single, along, where)
     except DetachedError:
-        return Probed(view.loss(single).detach().double(), {})
+        return Probed(view.loss(single).detach().double(), {}, {})
 
 
 def _require_still(view: LossView, before: Mapping[str, Tensor]) -> None:

@@ -10,6 +10,7 @@ import torch
 from ..data.batches import Batch, evenly_spaced
 from ..data.fingerprints import digest
 from ..data.readers import Reader
+from ..stage.joining import joinable
 
 MOST = 8  # examples of a batch
 _LOOKED_AT = 64  # examples at most, among which distinct ones are looked for
@@ -38,24 +39,33 @@ class ProbeExamples:
         return batch
 
 
-def probe_examples(reader: Reader, device: torch.device, most: int = MOST) -> ProbeExamples:
-    """Up to `most` examples, spread over the dataset, of different content as far as there are any.
+def probe_examples(reader: Reader, device: torch.device, most: int = MOST) -> list[ProbeExamples]:
+    """Up to `most` examples that can be joined into a batch; where none can, some for each of which a batch is its own.
 
     They stand in no order that the dataset may be sorted in.
     """
+    spread = _spread(reader, device, most)
+    joined = joinable(reader, device, spread)
+    chosen = joined or spread
+    order = torch.randperm(len(chosen), generator=torch.Generator().manual_seed(0)).tolist()
+    alone = reader.probes([[chosen[place]] for place in order], device)
+    batches = [alone] if joined else [[single] for single in alone]
+    return [ProbeExamples(reader, device, tuple(batch)) for batch in batches]
+
+
+def _spread(reader: Reader, device: torch.device, most: int) -> list[int]:
+    """Places of up to `most` examples, spread over the dataset, of different content as far as there are any."""
     length = len(reader)
     first = evenly_spaced(length, min(most, length))
     places = [*first, *(place for place in evenly_spaced(length, min(_LOOKED_AT, length)) if place not in set(first))]
-    distinct: dict[str, Batch] = {}
-    alike: list[Batch] = []
+    distinct: dict[str, int] = {}
+    alike: list[int] = []
     for place in places:
         [single] = reader.probes([[place]], device)
         content = digest(single.content)
         if content in distinct:
-            alike.append(single)
-        distinct.setdefault(content, single)
+            alike.append(place)
+        distinct.setdefault(content, place)
         if len(distinct) == most:
             break
-    chosen = [*distinct.values(), *islice(alike, max(0, most - len(distinct)))]
-    order = torch.randperm(len(chosen), generator=torch.Generator().manual_seed(0)).tolist()
-    return ProbeExamples(reader, device, tuple(chosen[place] for place in order))
+    return [*distinct.values(), *islice(alike, max(0, most - len(distinct)))]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -15,17 +16,19 @@ from ..model.loss_view import LossView
 from ..tasks.task import task_name
 from .directions import Probed, probed, random_probes
 from .losses import require_no_mean
+from .padding import require_same_inputs
 from .probe_examples import ProbeExamples
 
 _DRAWS = 2
 _LABELS = {torch.ops.aten.multinomial.default, torch.ops.aten.bernoulli.default}  # whose results are labels themselves
 
 
-def check_sampling(view: LossView, examples: ProbeExamples, where: str) -> None:
+def check_sampling(view: LossView, examples: ProbeExamples, where: str, covariances: bool) -> None:
     """Raise TaskError unless the sampled loss is a sum over the batch and differs from draw to draw.
 
     Where labels cannot vary, because the model is sure of them, it need not differ as long as some are drawn; a task
-    whose `draws_labels` is False need not draw any. view: of kind "sample". Runs 2 batches, and each example alone.
+    whose `draws_labels` is False need not draw any. view: of kind "sample"; covariances: whether those of inputs are
+    wanted, for which padding must be masked. Runs 2 batches, and each example alone.
     """
     along, where = random_probes(view), f"probe of the {view.kind} loss, {where}"
     watched = _WatchedTask(view.task)
@@ -39,7 +42,9 @@ def check_sampling(view: LossView, examples: ProbeExamples, where: str) -> None:
         first = replace(view, task=watched)
         alone = [probed(first, single, along, where) for single in examples.alone]
         _require_no_mean(view, draws[0], alone)
-    if _differ(draws[0], draws[1], view.tolerance) or not getattr(view.task, "draws_labels", True):
+        if covariances:
+            require_same_inputs(view, examples.together(), draws, alone)
+    if _differ(draws[0].features, draws[1].features, view.tolerance) or not getattr(view.task, "draws_labels", True):
         return
     name = task_name(view.task)
     if not watched.calls:
@@ -104,20 +109,20 @@ class _Watch(TorchDispatchMode):
 def _require_no_mean(view: LossView, whole: Probed, alone: list[Probed]) -> None:
     """Raise TaskError if the gradients in a batch are those alone over the batch's size, from the same draws."""
     count = len(alone)
-    shrunk = Probed(whole.loss, {name: rows * count for name, rows in whole.features.items()})
+    shrunk = {name: rows * count for name, rows in whole.features.items()}
     joined = {n: torch.cat([single.features[n] for single in alone if n in single.features]) for n in whole.features}
     if all(len(rows) == count for rows in joined.values()):
         parts = torch.stack([single.loss for single in alone]).sum()
-        if not _differ(shrunk, Probed(parts, joined), view.tolerance):
+        if not _differ(shrunk, joined, view.tolerance):
             require_no_mean(view, whole.loss, parts, count)
 
 
-def _differ(one: Probed, other: Probed, tolerance: float) -> bool:
+def _differ(one: Mapping[str, Tensor], other: Mapping[str, Tensor], tolerance: float) -> bool:
     """Whether some example's gradient differs in some layer, beyond rounding."""
-    for name in {*one.features, *other.features}:
-        if name not in one.features or name not in other.features:
+    for name in {*one, *other}:
+        if name not in one or name not in other:
             return True
-        a_Bk, b_Bk = one.features[name], other.features[name]
+        a_Bk, b_Bk = one[name], other[name]
         size_B = torch.maximum(torch.linalg.vector_norm(a_Bk, dim=1), torch.linalg.vector_norm(b_Bk, dim=1))
         if (torch.linalg.vector_norm(a_Bk - b_Bk, dim=1) > tolerance * size_B).any():
             return True

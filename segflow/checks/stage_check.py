@@ -9,6 +9,7 @@ from typing import Any
 from ..curvature.passes import covariances
 from ..data.batches import Batch, in_order
 from ..data.readers import Reader
+from ..errors import JoinError
 from ..methods.plan import Point
 from ..model.loss_view import LossView
 from ..runtime.progress import track
@@ -56,7 +57,8 @@ def check_stage(context: StageContext, train: Any, query: Any | None, curvature_
     context.load(Point.at(context.stage, 0))  # the least converged checkpoint: pseudo-labels still vary there
     first = context.where(Point.at(context.stage, 0))
     if curvature_tolerance < float("inf"):
-        check_sampling(sample, probe_examples(reader, view.device), first)
+        for examples in probe_examples(reader, view.device):
+            check_sampling(sample, examples, first, covariances=True)
     scale = curvature_scale(view, sample, next(_few_batches(context, reader)))
     require_scale(scale, curvature_tolerance, context.task)
     parameters = sum(parameter.numel() for parameter in context.model.parameters())
@@ -67,11 +69,15 @@ def _check_loss(context: StageContext, view: LossView, reader: Reader) -> None:
     """Check one loss, which `view` sees the model through, on a few examples."""
     where = context.where(context.last)
     reader.check_steady(context.ranks)
-    check_loss(view, probe_examples(reader, view.device), where)
+    for examples in probe_examples(reader, view.device):
+        check_loss(view, examples, where)
     check_reached(view, _few_batches(context, reader), where)
 
 
 def _few_batches(context: StageContext, reader: Reader) -> Iterator[Batch]:
     device = next(context.model.parameters()).device
-    lists = in_order(min(len(reader), _BATCHES * _BATCH), _BATCH)
-    return iter(reader.probes(lists, device))
+    most = min(len(reader), _BATCHES * _BATCH)
+    try:
+        return iter(reader.probes(in_order(most, _BATCH), device))
+    except JoinError:
+        return iter(reader.probes(in_order(most, 1), device))

@@ -10,7 +10,7 @@ Axes: P parts, O outputs, I inputs of a layer, B examples, k features of a proje
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -43,13 +43,12 @@ def covariances(view: LossView, data: Iterable[Batch], ranks: Ranks, where: str)
     finite = FiniteCheck(f"covariance pass, {where}")
     masks = used = 0
     for batch in data:
-        mask = attention_mask(view.task, batch.content)
-        _check_mask(mask, view)
+        mask = checked_mask(view, batch)
         masks += mask is not None and not batch.idle
 
         def consume(layer: TrackedLayer, tokens: Tokens, mask: Any = mask, weights_B: Any = batch.weights) -> None:
             nonlocal used
-            mask_BS = _mask_of(layer, tokens, mask)
+            mask_BS = mask_of(layer.name, tokens.a_PBSI.shape[1:3], mask)
             used += mask_BS is not None
             totals[layer.name].add_(tokens, mask_BS, weights_B)
 
@@ -269,8 +268,9 @@ def _means(totals: dict[str, Tensor], examples: Tensor, what: str, finite: Finit
     return {name: total / examples.to(total.dtype) for name, total in totals.items()}
 
 
-def _check_mask(mask: Any, view: LossView) -> None:
-    """Raise TaskError unless the mask is None, a tensor, or a mapping from tracked layers' names to tensors."""
+def checked_mask(view: LossView, batch: Batch) -> Tensor | Mapping[str, Tensor] | None:
+    """The task's mask; TaskError unless it is None, a tensor, or a mapping from tracked layers' names to tensors."""
+    mask = attention_mask(view.task, batch.content)
     masks = mask if isinstance(mask, Mapping) else {} if mask is None else {next(iter(view.layers)): mask}
     unknown = sorted(set(masks) - set(view.layers))
     if unknown or not all(isinstance(given, Tensor) for given in masks.values()):
@@ -278,10 +278,11 @@ def _check_mask(mask: Any, view: LossView) -> None:
             f"get_attention_mask(): expected a tensor [examples, positions], or a mapping to such tensors from names "
             f"of {list(view.layers)[:8]}, found {f'names {unknown[:4]}' if unknown else type(mask).__name__}."
         )
+    return mask
 
 
-def _mask_of(layer: TrackedLayer, tokens: Tokens, mask: Tensor | Mapping[str, Tensor] | None) -> Tensor | None:
-    """The mask [B, S] of this layer's tokens; None where it has another shape, as that of other positions."""
+def mask_of(layer: str, shape_BS: Sequence[int], mask: Tensor | Mapping[str, Tensor] | None) -> Tensor | None:
+    """The mask [B, S] of a layer's tokens; None where it has another shape, as that of other positions."""
     if isinstance(mask, Mapping):
-        mask = mask.get(layer.name)
-    return mask if mask is not None and mask.shape == tokens.a_PBSI.shape[1:3] else None
+        mask = mask.get(layer)
+    return mask if mask is not None and tuple(mask.shape) == tuple(shape_BS) else None

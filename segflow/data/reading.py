@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from torch.utils.data import default_collate
 
-from ..errors import SegflowError, TaskError
+from ..errors import JoinError, SegflowError, TaskError
 from .batches import Collate
 from .draws import drawing
 from .fingerprints import digest
@@ -141,7 +141,7 @@ class Reading:
             raise
         except Exception as problem:
             few = f"{indices[:4]}{' and more' if len(indices) > 4 else ''}"
-            raise TaskError(
+            raise JoinError(
                 f"examples {few} of the {self.role} data cannot be joined into a batch "
                 f"({type(problem).__name__}: {problem}). Give examples of tensors and numbers of one shape, or a "
                 "collate_fn that joins others."

@@ -22,6 +22,7 @@ from ..errors import SegflowError, TaskError
 from ..model.loss_view import LossView
 from ..runtime.sharding import laid_out
 from .context import StageContext
+from .joining import joinable
 
 _PROBES = 16  # examples whose losses tell one task from another
 _TOGETHER = 4  # of them, those that are run in one batch as well
@@ -38,18 +39,31 @@ def steady_probes(context: StageContext, data: Any, view: LossView) -> dict[str,
     TaskError where the loss does not repeat itself even so.
     """
     chosen = evenly_spaced(len(data), _PROBES)
-    losses = partial(_steady, context, data, view, [chosen[:_TOGETHER], *([index] for index in chosen)])
-    return {"probes": _at_both(context, losses, losses)}
+    together = joinable(context.reader_of(view.kind, data), view.device, chosen[:_TOGETHER])
+    lists = [*filter(None, [together]), *([index] for index in chosen)]
+    losses = partial(_steady, context, data, view, lists)
+    return {"probes": _noting(together, _at_both(context, losses, losses))}
 
 
 def sampled_probes(context: StageContext, data: Any, sample: LossView) -> tuple[dict[str, Any], bool]:
-    """The same of pseudo-labels; and whether losses of examples alone do not add up to their loss in one batch."""
+    """The same of pseudo-labels; and whether losses of examples alone do not add up to their loss in one batch.
+
+    They are said not to where no examples can be joined, as nothing is known of batches.
+    """
     chosen, losses = evenly_spaced(len(data), _PROBES), partial(_losses, context, data, sample)
-    alone = [[index] for index in chosen]
-    points = _at_both(context, partial(losses, [chosen, *alone]), partial(losses, [chosen]))
+    together = joinable(context.reader_of(sample.kind, data), sample.device, chosen)
+    alone = [[index] for index in together or chosen]
+    if not together:
+        return {"probes": _noting(together, _at_both(context, partial(losses, alone), partial(losses, alone)))}, True
+    points = _at_both(context, partial(losses, [together, *alone]), partial(losses, [together]))
     total, *parts = map(float, points[0])
     mixes = abs(sum(parts) - total) > max(1e-4, sample.tolerance) * sum(map(abs, parts))
     return {"probes": points}, mixes
+
+
+def _noting(together: list[int], points: list[list[Any]]) -> list[list[Any]]:
+    """The points, the first of which says so where no examples could be joined."""
+    return points if together else [["not joined", *points[0]], *points[1:]]
 
 
 def _at_both(context: StageContext, at_last: Losses, near_it: Losses) -> list[list[Any]]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -344,12 +346,119 @@ def _ragged(items: list[Any]) -> tuple[Tensor, Tensor]:
     return pad_sequence([x for x, _ in items], batch_first=True), torch.stack([label for _, label in items])
 
 
+class Masking(TaskOf):
+    def get_attention_mask(self, batch: Any) -> Tensor:
+        return (batch[0] != 0).any(2)
+
+
 @pytest.mark.parametrize("call", CALLS)
 def test_padding_passes_where_it_is_masked(tmp_path: Path, call: str) -> None:
     train = [(vectors(1 + n % 5, seed=n).tensors[0], torch.tensor(n % 3)) for n in range(20)]
-    _call(tmp_path / "masked", call, TaskOf(), Padded(), train, train, collate_fn=_ragged)
+    _call(tmp_path / "masked", call, Masking(), Padded(), train, train, collate_fn=_ragged)
     with pytest.raises(sf.SegflowError, match=f"{ALONE}|do not interact"):
-        _call(tmp_path / "not", call, TaskOf(), Padded(masked=False), train, train, collate_fn=_ragged)
+        _call(tmp_path / "not", call, Masking(), Padded(masked=False), train, train, collate_fn=_ragged)
+
+
+class Tagger(nn.Module):
+    """Labels every position of a sequence by itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.up, self.head = nn.Linear(5, 6), nn.Linear(6, 3)
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.up(x)))
+
+
+class Tags(sf.Task):
+    """Sums over the positions that are no padding. mask: what get_attention_mask makes of 0 where there is padding."""
+
+    def __init__(self, mask: Callable[[Tensor], Any]) -> None:
+        self.mask = mask
+
+    def compute_train_loss(self, batch: Any, model: nn.Module, sample: bool = False) -> Tensor:
+        x, labels = batch
+        z_BSO = model(x)
+        each = labels[:, None].expand(z_BSO.shape[:2])
+        if sample:
+            each = torch.distributions.Categorical(logits=z_BSO.detach()).sample()
+        losses = functional.cross_entropy(z_BSO.mT, each, reduction="none")
+        return (losses * (x != 0).any(2)).sum()
+
+    def compute_measurement(self, batch: Any, model: nn.Module) -> Tensor:
+        return self.compute_train_loss(batch, model)
+
+    def get_attention_mask(self, batch: Any) -> Any:
+        return self.mask((batch[0] != 0).any(2))
+
+
+def _sequences(most: int = 5) -> list[tuple[Tensor, Tensor]]:
+    return [(vectors(1 + n % most, seed=n).tensors[0], torch.tensor(n % 3)) for n in range(20)]
+
+
+def _tagged(
+    folder: Path, method: Any, mask: Callable[[Tensor], Any], train: Any = None, batch_size: int = 8
+) -> sf.Analyzer:
+    train = _sequences() if train is None else train
+    analyzer = _analyzer(folder, Tags(mask), Tagger(), train, method, collate_fn=_ragged)
+    analyzer.fit(train, batch_size=batch_size)
+    return analyzer
+
+
+def _forgotten(mask: Tensor) -> None:
+    return None
+
+
+COVARIANCES = [sf.Source(segments=1), sf.InfluenceFunction(damping=0.1), sf.InfluenceFunction(0.1, curvature="kfac")]
+FORGOTTEN = (
+    r"layer 'up' sees [1-5] positions of example \d+ alone and 5 in a batch of 8.*get_attention_mask.*batch_size=1"
+)
+
+
+@pytest.mark.parametrize("method", COVARIANCES, ids=str)
+def test_a_forgotten_mask_is_refused_where_covariances_are_needed(tmp_path: Path, method: Any) -> None:
+    with pytest.raises(sf.TaskError, match=FORGOTTEN):
+        _tagged(tmp_path, method, _forgotten)
+
+
+def test_a_mask_that_one_layer_lacks_is_refused(tmp_path: Path) -> None:
+    _tagged(tmp_path / "both", COVARIANCES[1], lambda mask: {"up": mask, "head": mask})
+    with pytest.raises(sf.TaskError, match="layer 'head' sees"):
+        _tagged(tmp_path / "one", COVARIANCES[1], lambda mask: {"up": mask})
+
+
+@pytest.mark.parametrize("mask", [torch.Tensor.clone, torch.ones_like], ids=["mask", "ones"])
+@pytest.mark.parametrize("method", COVARIANCES, ids=str)
+def test_a_mask_that_is_given_is_accepted(tmp_path: Path, method: Any, mask: Callable[[Tensor], Tensor]) -> None:
+    _tagged(tmp_path, method, mask)
+
+
+def test_without_a_mask_equal_lengths_single_examples_and_other_curvatures_pass(tmp_path: Path) -> None:
+    _tagged(tmp_path / "equal", COVARIANCES[1], _forgotten, _sequences(1))
+    _tagged(tmp_path / "diagonal", sf.InfluenceFunction(0.1, curvature="diagonal"), _forgotten)
+    for method in (sf.TracIn(), sf.GradientDot()):
+        analyzer = _tagged(tmp_path / str(method), method, _forgotten)
+        analyzer.score(sf.Groups.random(20, 4), _sequences(), _sequences())
+    _tagged(tmp_path / "single", COVARIANCES[1], _forgotten, batch_size=1)
+
+
+def test_a_mask_that_single_examples_need_not_is_refused_once_batches_are_fitted(tmp_path: Path) -> None:
+    train = _sequences()
+    analyzer = _analyzer(tmp_path, Tags(_forgotten), Tagger(), train, COVARIANCES[1], collate_fn=_ragged)
+    analyzer.fit(train, batch_size=1)
+    shutil.rmtree(tmp_path / "store")
+    with pytest.raises(sf.TaskError, match=FORGOTTEN):
+        analyzer.fit(train)
+
+
+def test_check_refuses_a_forgotten_mask(tmp_path: Path) -> None:
+    train = _sequences()
+    for mask, refused in ((_forgotten, True), (torch.Tensor.clone, False)):
+        analyzer = _analyzer(tmp_path / mask.__name__, Tags(mask), Tagger(), train, sf.Source(), collate_fn=_ragged)
+        with pytest.raises(sf.TaskError, match="get_attention_mask") if refused else nullcontext():
+            analyzer.check(train, curvature_tolerance=100)
 
 
 def test_a_measurement_may_have_no_gradient_in_some_layers_or_at_some_examples(tmp_path: Path) -> None:

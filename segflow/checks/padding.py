@@ -1,0 +1,67 @@
+"""Whether a layer's inputs are those of the examples alone, as their covariance must be: padding is to be masked."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from ..curvature.passes import checked_mask, mask_of
+from ..data.batches import Batch
+from ..errors import TaskError
+from ..model.loss_view import LossView
+from ..tasks.task import task_name
+from .directions import Inputs, Probed
+
+_DO = (
+    "Define get_attention_mask, 0 where a position is padding (a mapping by module names where layers see other "
+    "positions; a mask of ones accepts padding as it is), or fit with batch_size=1."
+)
+
+
+def require_same_inputs(view: LossView, batch: Batch, draws: Sequence[Probed], alone: Sequence[Probed]) -> None:
+    """Raise TaskError if examples have other inputs in a batch than alone, in a layer of which the task masks none.
+
+    Inputs that differ between the two draws are random, so that of those only the number of positions is compared.
+
+    Args:
+        draws: what was seen of the batch in two draws.
+        alone: of its examples, in the first draw.
+    """
+    mask = checked_mask(view, batch)
+    for name in (name for name in view.layers if name in draws[0].inputs):
+        together = draws[0].inputs[name]
+        if mask_of(name, (batch.size, together.positions), mask) is not None:
+            continue
+        singles = [single.inputs.get(name) for single in alone]
+        number = next((n for n, one in enumerate(singles) if one and one.positions != together.positions), None)
+        if number is not None and (one := singles[number]) is not None:
+            raise TaskError(
+                f"{task_name(view.task)}: layer {name!r} sees {one.positions} positions of example "
+                f"{batch.examples[number]} alone and {together.positions} in a batch of {batch.size}, and "
+                "get_attention_mask() gives no mask of these, so that padding would enter the curvature. " + _DO
+            )
+        if _moved(together, singles, view.tolerance) and not _random(name, draws, view.tolerance):
+            raise TaskError(
+                f"{task_name(view.task)}: layer {name!r} has other inputs of an example alone and in a batch, at "
+                f"{together.positions} positions either way, and get_attention_mask() gives no mask of these. " + _DO
+            )
+
+
+def _moved(together: Inputs, singles: Sequence[Inputs | None], tolerance: float) -> bool:
+    """Whether an example's second moment along a random direction is another one alone."""
+    return any(
+        one is not None and _off(together.along_B[number], one.along_B[0], one.size_B[0], tolerance)
+        for number, one in enumerate(singles)
+    )
+
+
+def _random(name: str, draws: Sequence[Probed], tolerance: float) -> bool:
+    first, second = (draw.inputs.get(name) for draw in draws)
+    if first is None or second is None or first.positions != second.positions:
+        return True
+    return _off(first.along_B, second.along_B, first.size_B, tolerance)
+
+
+def _off(one: Tensor, other: Tensor, size: Tensor, tolerance: float) -> bool:
+    return bool(((one - other).abs() > tolerance * size).any())
