@@ -247,7 +247,7 @@ def test_numbers_that_no_unit_holds_are_found_and_set_aside(tmp_path: Path, numb
 
 def test_a_misshapen_unit_is_named_and_made_anew_once_its_file_is_deleted(tmp_path: Path) -> None:
     store = written(tmp_path, ("odd",))
-    with pytest.raises(sf.StoreError, match="has shape .*Delete this file of unit 'odd' to have it made anew"):
+    with pytest.raises(sf.StoreError, match=r"has shape .*Delete this file of unit 'odd' to have it made anew"):
         store.open("odd", MADE).tensor("0.a", (4, 4))
     store.unit_path("odd").unlink()
     assert not store.holds("odd", MADE)
