@@ -58,6 +58,7 @@ from .unit_names import (
 )
 
 _BLOCKS_SHARE = 8  # blocks stay in memory where they take no more than an eighth of the budget
+_ORTHONORMAL = 1e-3  # by so much Q^T Q x may differ from x, standard normal
 _INDEFINITE = 1e-3  # by so much of the largest an eigenvalue of a sum of squares may be below 0, for rounding
 _STATISTICS = ("gradients", "curvature")
 
@@ -136,10 +137,26 @@ class StoredCurvature(Mapping[str, KroneckerBlock]):
 
 
 def stored_basis(unit: StoredUnit, name: str, view: LossView) -> Eigenbasis:
-    """One layer's eigenbasis, in the view's precision and on its device."""
+    """One layer's eigenbasis, in the view's precision and on its device; StoreError unless it is orthonormal."""
     P, O, I = view.layers[name].shape
-    inputs = unit.tensor(f"{name}.inputs", (P, I, I), view.device)
-    return Eigenbasis(inputs.to(view.dtype), unit.tensor(f"{name}.outputs", (P, O, O), view.device).to(view.dtype))
+    inputs, outputs = (
+        _orthonormal(unit, f"{name}.{side}", (P, D, D), view).to(view.dtype)
+        for side, D in (("inputs", I), ("outputs", O))
+    )
+    return Eigenbasis(inputs, outputs)
+
+
+def _orthonormal(unit: StoredUnit, side: str, shape: tuple[int, int, int], view: LossView) -> Tensor:
+    vectors_PDD = unit.tensor(side, shape, view.device)
+    x_PDk = torch.randn(*shape[:2], 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(view.device)
+    exact_PDD = vectors_PDD.double()
+    off = (exact_PDD.mT @ (exact_PDD @ x_PDk) - x_PDk).abs().max().item()
+    if off > _ORTHONORMAL:
+        raise StoreError(
+            f"{unit.file.path if unit.file else 'eigenbasis'}: {side!r} holds vectors that are not orthonormal (off by "
+            f"{off:.2g}). {unit.file.advice if unit.file else ''}"
+        )
+    return vectors_PDD
 
 
 def checkpoint_statistics(context: StageContext, train_from: MadeFrom) -> Tensor:

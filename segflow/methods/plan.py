@@ -260,6 +260,8 @@ Operator = Spectral | Scale | ProjectedInverse | IterativeInverse | UnitNorm
 class Term:
     """One term of a plan: where the query is, what happens to it, and which training gradients it meets.
 
+    Its scores are divided by the number N of the stage's training examples, of either side, unless it is normalized.
+
     Args:
         label: the term's name in `Scores.by_term`.
         stage: whose training data.
@@ -269,7 +271,8 @@ class Term:
         weights: of those points, one number each, or one for each parameter group of the stage; they add up to 1 (a
             scale belongs into an operator, `Spectral` of kind "constant").
         side: what meets: each "gradient", or each "representation", the input of a layer.
-        normalized: bring each group's gradient, or each example's representation, to norm 1.
+        normalized: bring each group's gradient, or each example's representation, to norm 1 at each point, and do not
+            divide by N; with UnitNorm and several points the score is the weighted mean of the points' cosines.
         layer: of representations, the layer's name; None for the last tracked one.
 
     Raises:

@@ -327,6 +327,7 @@ def _as_json(provenance: Mapping[str, Any]) -> dict[str, Any]:
         plain: dict[str, Any] = parse_json(json.dumps(dict(provenance), allow_nan=False))
     except (TypeError, ValueError, RecursionError) as problem:
         raise ScoreError(f"provenance: expected what JSON can hold ({problem}).") from problem
+    truth("provenance: additive", plain.get("additive", True), ScoreError)
     return plain
 
 

@@ -33,6 +33,7 @@ Kind = Literal["real", "nonnegative", "whole"]
 _ROUNDING = 1e-4  # by so much of the largest a number may be below 0 and count as 0
 _LARGEST_JSON = 64 << 20  # bytes
 _PIECE = 1 << 20
+_MAKE_ANEW = "Restore it or make it anew."
 _digests: dict[tuple[int, ...], str] = {}  # sha256 by what the file looked like: device, inode, size, times
 
 
@@ -179,10 +180,11 @@ class TensorFile:
     Args:
         sha256: the expected checksum, where one is known.
         error: the kind of error that a bad file raises.
+        advice: what to do where a tensor is absent or other than expected.
     """
 
-    def __init__(self, path: Path, sha256: str | None, error: type[SegflowError]):
-        self.path, self._error = path, error
+    def __init__(self, path: Path, sha256: str | None, error: type[SegflowError], advice: str = _MAKE_ANEW):
+        self.path, self.advice, self._error = path, advice, error
         _regular(path, error)
         _verify(path, sha256, error)
         with self._reading():
@@ -199,18 +201,14 @@ class TensorFile:
         for such that are at least 0 to rounding, "whole" for whole ones, None for any.
         """
         if name not in self._file.keys():  # noqa: SIM118
-            raise self._error(
-                f"{self.path}: holds no tensor {name!r}, only {shown(self.names()[:4])}. Restore it or make it anew."
-            )
+            raise self._error(f"{self.path}: holds no tensor {name!r}, only {shown(self.names()[:4])}. {self.advice}")
         with self._reading():
             stored = tuple(self._file.get_slice(name).get_shape())
             if shape is None or _agrees(stored, shape):
                 tensor: Tensor = self._file.get_tensor(name).clone()
                 self._check_kind(name, tensor, kind)
                 return tensor
-        raise self._error(
-            f"{self.path}: {name!r} has shape {stored}, expected {tuple(shape)}. Restore it or make it anew."
-        )
+        raise self._error(f"{self.path}: {name!r} has shape {stored}, expected {tuple(shape)}. {self.advice}")
 
     def _check_kind(self, name: str, tensor: Tensor, kind: Kind | None) -> None:
         real = tensor.is_floating_point()
@@ -223,7 +221,7 @@ class TensorFile:
         elif kind == "nonnegative" and tensor.numel() and tensor.min() < -_ROUNDING * tensor.abs().max():
             found = f"holds {tensor.min().item():g}"
         if found:
-            raise self._error(f"{self.path}: {name!r} {found}, expected {kind} numbers. Restore it or make it anew.")
+            raise self._error(f"{self.path}: {name!r} {found}, expected {kind} numbers. {self.advice}")
 
     @contextmanager
     def _reading(self) -> Iterator[None]:

@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..errors import StoreError
 from .files import TensorFile, first_link, read_json, write_json
 from .lock import hold
@@ -57,7 +59,7 @@ class Finding:
 
 
 def survey(store: Store, thorough: bool = False) -> list[Finding]:
-    """Everything in a store; `thorough` reads every file and verifies its checksum."""
+    """Everything in a store; `thorough` reads every file, verifies its checksum, and looks at its numbers."""
     if not store.root.is_dir():
         raise StoreError(f"{store.root}: no such folder. Give the folder that was passed as store= to the Analyzer.")
     names = store.names()
@@ -78,10 +80,18 @@ def _unit(store: Store, name: str, thorough: bool) -> Finding:
         if size != entry.bytes:
             return Finding(name, "damaged", size, entry, f"{size:,} bytes, expected {entry.bytes:,}")
         if thorough:
-            TensorFile(path, entry.sha256, StoreError)
+            _check_numbers(TensorFile(path, entry.sha256, StoreError))
         return Finding(name, "stale" if _is_stale(store, entry) else "ok", size, entry)
     except StoreError as problem:
         return Finding(name, "damaged", size, entry, str(problem))
+
+
+def _check_numbers(file: TensorFile) -> None:
+    """Raise StoreError unless every tensor holds whole numbers or finite real ones."""
+    for name in file.names():
+        tensor = file.tensor(name)
+        if tensor.is_complex() or not torch.isfinite(tensor).all():
+            raise StoreError(f"{file.path}: {name!r} holds numbers that are not real and finite.")
 
 
 def _is_stale(store: Store, entry: Entry) -> bool:

@@ -140,7 +140,13 @@ class Store:
                 "Run Analyzer.fit() with this store first."
             )
         self._check(name, entry, made_from, unasked)
-        return TensorFile(self.unit_path(name), entry.sha256, StoreError)
+        return TensorFile(
+            self.unit_path(name),
+            entry.sha256,
+            StoreError,
+            f"Delete this file of unit {name!r} to have it made anew (`segflow store repair` sets units aside whose "
+            "numbers are not finite).",
+        )
 
     def write(self, name: str, tensors: Tensors, made_from: MadeFrom, inputs: Iterable[str] = ()) -> dict[str, Any]:
         """Commit one unit, replacing an older one of that name; returns {"bytes", "sha256"}.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -213,6 +214,22 @@ def test_sizes_and_options_of_numpy_and_tuples_are_saved_as_plain_ones(tmp_path:
     assert sf.Scores.load(tmp_path / "s").provenance == scores.provenance == {"segments": [1, 2]}
 
 
+@pytest.mark.parametrize("path", [None, 3, b"s"])
+def test_what_is_no_path_is_refused(scores: sf.Scores, path: Any) -> None:
+    with pytest.raises(sf.ScoreError, match=f"path={path}: expected the path of a file"):
+        scores.save(path)
+    with pytest.raises(sf.ScoreError, match=f"path={path}: expected the path of a file"):
+        sf.Scores.load(path)
+
+
+def test_a_file_that_does_not_say_whether_scores_add_up_is_refused(scores: sf.Scores, tmp_path: Path) -> None:
+    forged = copy.copy(scores)
+    object.__setattr__(forged, "provenance", {"additive": "False"})
+    forged.save(tmp_path / "s")
+    with pytest.raises(sf.ScoreError, match=r"its labels make no sense .*additive='False'"):
+        sf.Scores.load(tmp_path / "s")
+
+
 def test_saving_over_a_file_replaces_it(scores: sf.Scores, tmp_path: Path) -> None:
     scores.save(tmp_path / "s")
     scores.total().save(tmp_path / "s")
@@ -335,6 +352,8 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
         "by_term: the sum of the parts is 0.5",
     ),
     "runs of another mean": ({"by_run": {"1": ONES, "2": 2 * ONES}}, "by_run: the mean of the runs is 1.5"),
+    "additive is no truth": ({"provenance": {"additive": "no"}}, "provenance: additive='no': expected True or False"),
+    "additive is a number": ({"provenance": {"additive": 0}}, "provenance: additive=0: expected True or False"),
     "infinite provenance": ({"provenance": {"damping": float("inf")}}, "provenance: expected what JSON can hold"),
 }
 

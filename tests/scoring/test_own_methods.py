@@ -13,7 +13,7 @@ from torch import Tensor
 
 import segflow as sf
 from segflow.methods.method import final_point
-from segflow.methods.plan import Plan, Term
+from segflow.methods.plan import Plan, Point, Term, UnitNorm
 
 from ..support.helpers import FixedLabels, analyzer_of, mlp, perturbed_states, trajectory_of, vectors
 
@@ -40,6 +40,11 @@ class Mixed:
             "normalized": term(label="normalized", side="representation", normalized=True),
             "other layer": term(label="other layer", side="representation", layer="2"),
         }
+        cosine, first = partial(term, operators=(UnitNorm(),), normalized=True), Point.at(0, 0)
+        known["cosine at first"] = cosine(label="cosine at first", train=(first,))
+        known["cosine at last"] = cosine(label="cosine at last")
+        both = {"train": (first, final), "weights": (0.25, 0.75)}
+        known["cosine at both"] = cosine(label="cosine at both", **both)
         return tuple(known[name] for name in self.terms)
 
 
@@ -103,6 +108,23 @@ def test_representations_are_those_of_the_layer_that_the_term_names(alone: dict[
     ):
         expected = torch.stack([asked_QI @ trained_NI[list(group)].sum(0) for group in GROUPS.members], 1) / scale
         torch.testing.assert_close(alone[term], expected, rtol=1e-10, atol=1e-14)
+
+
+def test_a_normalized_term_of_several_points_is_the_weighted_mean_of_their_cosines(score: Score) -> None:
+    first, last, both = score("cosine at first", "cosine at last", "cosine at both").by_term.values()
+    model, cosines = mlp(), []
+    for state in (perturbed_states(mlp(), 2, 0.3)[place] for place in (0, -1)):
+        trained_KD = torch.stack([_gradient(model, state, vectors(N), list(group)) for group in GROUPS.members])
+        queried = [_gradient(model, perturbed_states(mlp(), 2, 0.3)[-1], vectors(3, seed=9), [q]) for q in range(3)]
+        cosines.append(torch.nn.functional.cosine_similarity(torch.stack(queried)[:, None], trained_KD[None], dim=2))
+    for found, expected in ((first, cosines[0]), (last, cosines[1]), (both, 0.25 * cosines[0] + 0.75 * cosines[1])):
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+
+
+def _gradient(model: torch.nn.Module, state: Any, data: Any, chosen: list[int]) -> Tensor:
+    model.load_state_dict(state)
+    loss = FixedLabels().compute_train_loss([side[chosen] for side in data.tensors], model)
+    return torch.cat([slope.flatten() for slope in torch.autograd.grad(loss, list(model.parameters()))])
 
 
 @pytest.mark.parametrize("terms", [("representation",), ("dot", "representation"), ("representation", "dot")])

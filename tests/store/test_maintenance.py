@@ -11,12 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 import segflow as sf
 from segflow import cli
 from segflow.store.maintenance import collect_garbage, repair, survey
 from segflow.store.store import Store
 
+from ..support.helpers import analyzer_of, mlp, trajectory_of, vectors
 from .test_store import MADE, read, same, tensors, written
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -226,3 +229,45 @@ def test_the_format_on_disk_is_byte_for_byte_the_golden_one(tmp_path: Path) -> N
 
 if __name__ == "__main__":  # makes the golden files
     golden(GOLDEN / "format-2")
+
+
+@pytest.mark.parametrize("numbers", [[1.0, float("nan")], [float("inf"), 0.0], [1.0 + 0j, 2.0]])
+def test_numbers_that_no_unit_holds_are_found_and_set_aside(tmp_path: Path, numbers: list[Any]) -> None:
+    store = written(tmp_path, ("fine",))
+    store.write("odd", {"x": torch.tensor(numbers)}, MADE)
+    with pytest.raises(
+        sf.StoreError, match=r"units/odd\.safetensors: 'x' .*Delete this file of unit 'odd'.*store repair"
+    ):
+        store.open("odd", MADE).tensor("x", (2,), "real")
+    assert {f.name: f.state for f in survey(store, thorough=True)} == {"fine": "ok", "odd": "damaged"}
+    assert cli.main(["store", "verify", str(tmp_path)]) == 1
+    assert [f.name for f in repair(store)] == ["odd"]
+    assert not store.holds("odd", MADE) and store.holds("fine", MADE)
+
+
+def test_a_misshapen_unit_is_named_and_made_anew_once_its_file_is_deleted(tmp_path: Path) -> None:
+    store = written(tmp_path, ("odd",))
+    with pytest.raises(sf.StoreError, match=r"has shape .*Delete this file of unit 'odd' to have it made anew"):
+        store.open("odd", MADE).tensor("0.a", (4, 4))
+    store.unit_path("odd").unlink()
+    assert not store.holds("odd", MADE)
+
+
+def test_an_eigenbasis_that_is_not_orthonormal_is_refused(tmp_path: Path) -> None:
+    model, train = mlp(), vectors(12)
+    trajectory = trajectory_of(tmp_path / "run", [model.state_dict()], 12)
+    analyzer = analyzer_of(model, trajectory, tmp_path / "store", method=sf.InfluenceFunction(damping=0.1))
+    analyzer.fit(train)
+    store = Store(tmp_path / "store")
+    [basis] = [name for name in store.names() if any(key.endswith(".outputs") for key in _tensors(store, name))]
+    derived = [name for name in store.names() if basis in store.entry(name).inputs]
+    changed = {key: t * 1.01 if key.endswith(".outputs") else t for key, t in _tensors(store, basis).items()}
+    for name, content in [(basis, changed), *((name, _tensors(store, name)) for name in derived)]:
+        entry = store.entry(name)
+        store.write(name, content, entry.made_from, entry.inputs)
+    with pytest.raises(sf.StoreError, match=rf"{basis}.*not orthonormal \(off by .*Delete this file of unit '{basis}'"):
+        analyzer.score(sf.Groups.random(12, 3), train, vectors(2, seed=3))
+
+
+def _tensors(store: Store, name: str) -> dict[str, torch.Tensor]:
+    return load_file(store.unit_path(name))
