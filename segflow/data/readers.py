@@ -21,6 +21,7 @@ from .batches import Batch, Collate, Indices, dataset_length, evenly_spaced, in_
 from .fingerprints import digest
 from .reading import DIGEST, Answer, InWorker, Reading, Request
 
+_LARGE = 1024  # a longer TensorDataset is told by its tensors, a shorter one as any dataset of its examples
 _PIECE = 256  # examples that are read together for their digests alone
 _REREAD = 16  # examples that are read twice, to see whether they are alike
 TRAINING = "training"  # the role of training data
@@ -174,10 +175,10 @@ class Reader:
         if self._is_steady:
             return
         ranks.agree(f"the {self.role} dataset's length", self._length)
-        if self._is_plain:
-            self._is_steady = True
-            return
         rows = evenly_spaced(self._length, _REREAD)
+        if self._is_plain:
+            self._agree(ranks, [digest([tensor[rows] for tensor in self.dataset.tensors])])
+            return
         first, again = self._twice(rows)
         if first != again:  # a generator may have been made at the first reading
             self._reading.look_for_generators()
@@ -190,8 +191,11 @@ class Reader:
                     "functions of Python, NumPy and torch, and those generators that were found in the dataset, began "
                     "at the same seed. Draw from these, or give data that is read alike each time."
                 )
-        what = f"some examples of the {self.role} dataset (does every rank build it with the same seed?)"
-        ranks.agree(what, [of_example.hex() for of_example in first])
+        self._agree(ranks, [of_example.hex() for of_example in first])
+
+    def _agree(self, ranks: Ranks, digests: list[str]) -> None:
+        """Raise RankError where digests of some examples differ between the ranks; note that all is well."""
+        ranks.agree(f"some examples of the {self.role} dataset (does every rank build it with the same seed?)", digests)
         self._is_steady = True
 
     def _twice(self, rows: list[int]) -> tuple[list[bytes], list[bytes]]:
@@ -208,10 +212,10 @@ class Reader:
         """
         self.check_steady(ranks)
         rows = range(self._length) if rows is None else rows
-        if self._is_plain:
-            if rows not in self._whole:
-                self._whole[rows] = digest([tensor[rows.start : rows.stop] for tensor in self.dataset.tensors])
-                ranks.agree(f"the {self.role} dataset", self._whole[rows])
+        if self._is_plain and rows not in self._whole:
+            self._whole[rows] = digest([tensor[rows.start : rows.stop] for tensor in self.dataset.tensors])
+            ranks.agree(f"the {self.role} dataset", self._whole[rows])
+        if self._is_plain and self._length > _LARGE:
             return {"length": len(rows), "examples": self._whole[rows]}
         self._asked = True
         self._exchange(ranks)

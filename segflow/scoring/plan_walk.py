@@ -219,7 +219,7 @@ class _PlanWalk:
             made_from = at_point | {"queries": query_blocks.identities()[block], "sketch": sketches[block]}
             make = partial(_rows, compute, starts[block], size)
             name = score_unit(context, made_from, point)
-            recipes.append(UnitRecipe("groups", name, made_from, inputs, self.examples, make))
+            recipes.append(UnitRecipe("groups", name, made_from, inputs, self.examples, make, True))
         return recipes
 
     def _at_point(self, term: Term, point: Point, met: MetQueries, weights_L: Tensor | None) -> Tensor | None:

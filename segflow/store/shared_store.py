@@ -33,7 +33,8 @@ class UnitRecipe(NamedTuple):
     """A unit that can be made: its kind and name, what binds it, the units it is made of, and how to make it.
 
     made_from: entries may be functions, which every rank calls when the store compares or writes. examples: how many
-    this rank walks to make it. make: runs on every rank; rank 0's result counts.
+    this rank walks to make it. make: runs on every rank; rank 0's result counts. replaceable: whether it may take the
+    place of one that was made from something else, as scores may; for others that is an error.
     """
 
     kind: str
@@ -42,6 +43,7 @@ class UnitRecipe(NamedTuple):
     inputs: tuple[str, ...]
     examples: int
     make: Callable[[], Tensors]
+    replaceable: bool = False
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,10 @@ class SharedStore:
         if not self.ranks.same(any(self.on_rank_0.is_committed(name) for name in there) if self.ranks.main else None):
             return set()
         made_from = {name: called(recipe.made_from) for name, recipe in there.items()}
-        names = [name for name in there if self.on_rank_0.holds(name, made_from[name])] if self.ranks.main else None
+        names = None
+        if self.ranks.main:
+            recipe_of = there.items()
+            names = [n for n, recipe in recipe_of if self.on_rank_0.holds(n, made_from[n], recipe.replaceable)]
         return set(self.ranks.same(names))
 
     def open(self, name: str, made_from: MadeFrom, unasked: Collection[str] = ()) -> StoredUnit:

@@ -116,10 +116,13 @@ class Store:
         """Whether the manifest has the unit, from whatever it was made."""
         return self.entry_path(name).exists()
 
-    def holds(self, name: str, made_from: MadeFrom) -> bool:
-        """Whether the unit is in the store; StoreError if it is and was made from something else."""
+    def holds(self, name: str, made_from: MadeFrom, replaceable: bool = False) -> bool:
+        """Whether the unit is in the store, made from this; StoreError if it was made from something else.
+
+        replaceable: say no instead, so that it is made anew in the other's place.
+        """
         entry = self._current(name)
-        if entry is None:
+        if entry is None or (replaceable and self._differing(entry, made_from)):
             return False
         self._check(name, entry, made_from)
         return True
@@ -199,11 +202,16 @@ class Store:
             )
         return True
 
+    def _differing(self, entry: Entry, asked: MadeFrom, unasked: Collection[str] = ()) -> list[str]:
+        """The keys of which the unit was made from something else than what is asked."""
+        stored, now = entry.made_from, json.loads(json.dumps(asked))
+        keys = [*now, *(key for key in stored if key not in now and key not in unasked)]
+        return [key for key in keys if key not in stored or key not in now or not _agree(stored[key], now[key])]
+
     def _check(self, name: str, entry: Entry, asked: MadeFrom, unasked: Collection[str] = ()) -> None:
         """Raise StoreError, naming both sides, unless the unit was made from what is asked."""
         stored, now = entry.made_from, json.loads(json.dumps(asked))
-        keys = [*now, *(key for key in stored if key not in now and key not in unasked)]
-        differing = [key for key in keys if key not in stored or key not in now or not _agree(stored[key], now[key])]
+        differing = self._differing(entry, asked, unasked)
         if differing:
             sides = "; ".join(f"{key}: {_difference(stored.get(key), now.get(key))}" for key in differing)
             raise StoreError(
