@@ -140,7 +140,7 @@ def _differ(one: Seen, other: Seen) -> bool:
 
 def _change(slot: Slot, first: Seen | None, now: Seen, last: Seen | None) -> None:
     """Note a slot that running changed: what it counts as from now on."""
-    _, words = _CHANGED.get(slot, (None, {}))
+    words = _known_changes(now.holder, slot[1])
     once = last is not None and not _differ(now, last)
     converted = first is not None and last is not None and first.kind != last.kind
     if words is None or last is None or not (once or converted):
@@ -150,10 +150,16 @@ def _change(slot: Slot, first: Seen | None, now: Seen, last: Seen | None) -> Non
     _CHANGED[slot] = (_reference(now.holder), words)
 
 
-def counted(slot: Slot, word: str) -> str | None:
-    """The word that a slot's value counts as; None where it does not count."""
-    _, words = _CHANGED.get(slot, (None, {}))
+def counted(holder: Any, name: str, word: str) -> str | None:
+    """The word that a value counts as in what holds it under a name; None where it does not count."""
+    words = _known_changes(holder, name)
     return None if words is None else words.get(word, word)
+
+
+def _known_changes(holder: Any, name: str) -> dict[str, str | None] | None:
+    """What is known of a slot; nothing of one whose holder has gone, and left its id to another."""
+    reference, words = _CHANGED.get((id(holder), name), (None, None))
+    return {} if reference is None or reference() is not holder else words
 
 
 def digest_once(tensor: Any, state: Any, digest: Callable[[Any], str]) -> str:

@@ -85,7 +85,7 @@ class Values:
         self._holders.add(id(holder))
         shallow = self._inside[-1].get(word, word)
         kind = f"{_type_name(value)} {getattr(value, 'dtype', '')}"
-        number = counted(slot, word)
+        number = counted(holder, name, word)
         self.slots[slot] = Seen(holder, kind, shallow, word, number)
         return number
 
