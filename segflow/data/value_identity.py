@@ -31,7 +31,7 @@ from .fingerprints import digest
 _DEEPEST, _MOST = 60, 500_000  # what lies deeper, or comes after so many values, counts by its type alone
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), type(...), range, slice)
 _SIMPLE = {bool, int, float, str, type(None)}
-_FAST = 64  # a mapping of more plain values than these counts as a whole, not entry by entry
+_FAST = 10_000  # a mapping of more plain values than these counts as a whole, not entry by entry
 _TIED = 100  # elements of a set that nothing plain tells apart are described apart from the others, if so few
 _SPELLED = ("datetime", "decimal", "fractions", "pathlib", "re", "uuid", "zoneinfo")  # modules whose values say it all
 _TORCH_WORDS = (torch.dtype, torch.Size, torch.layout, torch.memory_format)
@@ -152,6 +152,7 @@ class Values:
         return f"{_type_name(value)} {words} {self._state(value)}"
 
     def _pairs(self, mapping: Mapping[Any, Any]) -> list[str]:
+        self._holders.add(id(mapping))
         keys = [(self.word(key), value) for key, value in list(mapping.items())]
         pairs = [(key, self.slot(mapping, key, value)) for key, value in keys]
         return [f"{key} {word}" for key, word in pairs if word is not None]

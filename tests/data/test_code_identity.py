@@ -119,7 +119,7 @@ HELD: dict[str, Callable[[float], Any]] = {
     "getter of items": lambda value: operator.itemgetter(int(value)),
     "packing": lambda value: struct.Struct(f"{int(value)}i"),
     "variable of a context": _context_variable,
-    "large mapping": lambda value: {f"w{number}": (number, value) for number in range(200)},
+    "large mapping": lambda value: {f"w{number}": (number, value) for number in range(11_000)},
     "large set": lambda value: {*range(200), value + 0.5},
     "set of objects": lambda value: {Node(value), Node(5.0)},
     "set of objects alike": lambda value: {Node(None, Node(value)), Node(None, Node(5.0))},
