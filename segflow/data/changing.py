@@ -116,8 +116,9 @@ def settled(identity: Callable[[], Reached], run: Callable[[], Any], again: Call
     if changed := _differences(before.slots, after.slots):
         again()
         last = read()
-        for slot in changed:
-            _change(slot, before.slots.get(slot), after.slots[slot], last.slots.get(slot))
+        for slot in {*changed, *_differences(before.slots, last.slots)}:
+            now = after.slots.get(slot) or last.slots[slot]
+            _change(slot, before.slots.get(slot), now, last.slots.get(slot))
         after = read()
     if entry is not None:
         entry.identity, entry.settled = after, True
