@@ -153,6 +153,7 @@ class Values:
 
     def _pairs(self, mapping: Mapping[Any, Any]) -> list[str]:
         self._holders.add(id(mapping))
+        self.slots[id(mapping), ""] = Seen(mapping, "", "", "", None)  # an empty one was there as well
         keys = [(self.word(key), value) for key, value in list(mapping.items())]
         pairs = [(key, self.slot(mapping, key, value)) for key, value in keys]
         return [f"{key} {word}" for key, word in pairs if word is not None]
