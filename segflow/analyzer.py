@@ -19,6 +19,7 @@ from .curvature.fitted_factors import FittedFactors, checkpoint_statistics
 from .curvature.fitting import FactorFitter
 from .curvature.fitting_needs import Needs, check_needs, fitting_needs
 from .data.batches import Collate, checked_batch_size
+from .data.changing import one_call
 from .errors import ScoreError, TaskError, check_choice
 from .groups.features import check_kind, example_features
 from .groups.groups import Groups, check_groups
@@ -348,6 +349,7 @@ class Analyzer:
         context, shared = self.context, self.context.store
         with ExitStack() as stack:
             stack.enter_context(orderly())
+            stack.enter_context(one_call())
             stack.enter_context(context.ranks.together(name))
             held = stack.enter_context(shared.on_rank_0.locked(name)) if store and context.ranks.main else None
             described = describe(self.method)

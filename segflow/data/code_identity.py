@@ -3,23 +3,26 @@
 A function reaches its code (not lines, comments or the names of local variables), its defaults and closure, the globals
 that it names, the methods and attributes of its object that it names, and what these reach in turn. Code of installed
 packages, of the standard library and of segflow counts by its name. The analysed model's own parameters do not count,
-for they are another checkpoint's each time, nor does what running the functions changes (counters, caches): there,
-and where code cannot be read, values of probes decide (see stage/unit_identity.py).
+for they are another checkpoint's each time, nor does what running the functions is seen to change (see changing.py):
+there, and where code cannot be read, values of probes decide (see stage/unit_identity.py).
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Collection, Mapping
+from functools import partial
 from importlib.util import resolve_name
-from types import FunctionType, ModuleType
+from types import FunctionType, MappingProxyType, ModuleType
 from typing import Any
 
 from torch import nn
 
+from .changing import Reached, remembered
 from .code_reading import Reading, read_code
 from .fingerprints import digest
 from .value_identity import (
+    OwnParts,
     Values,
     definition_functions,
     is_cached_property,
@@ -36,10 +39,6 @@ _ABOUT_CLASSES = {"__module__", "__doc__", "__dict__", "__weakref__", "__qualnam
 _ABOUT_CLASSES |= {"__abstractmethods__", "_abc_impl", "__firstlineno__", "__static_attributes__", "__match_args__"}
 _ABOUT_CLASSES |= {"__dataclass_fields__", "__dataclass_params__", "__parameters__", "__orig_bases__", "__repr__"}
 _LONGEST = 60  # of a plain value that an identity spells out
-# Entries that were seen to change while the functions ran, by the class of their object; they never count again.
-_RESTLESS: set[tuple[str, str]] = set()
-
-Reached = dict[str, str]
 
 
 def task_fingerprint(task: Any, model: nn.Module | None = None) -> Reached:
@@ -48,7 +47,7 @@ def task_fingerprint(task: Any, model: nn.Module | None = None) -> Reached:
     Attributes that only the measurement depends on, by the task's `measurement_options`, do not count.
     """
     ignored = getattr(task, "measurement_options", ())
-    return {"class": type(task).__qualname__} | reached(task, _TRAINING, model, ignored)
+    return _remembered(task, _TRAINING, model, ignored, {"class": type(task).__qualname__})
 
 
 def measurement_fingerprint(task: Any, model: nn.Module | None = None) -> Reached:
@@ -82,25 +81,29 @@ def reached(
 
     model: the analysed one, whose parameters do not count; ignored: attributes of the object that do not either.
     """
-    own = own_parts(model)
-    first = _Walk(subject, ignored, Values(subject, own))
-    first.run(methods)
-    changed, filled = first.changes()
-    walk = _Walk(subject, ignored, Values(subject, own, changed, filled, whole=True))
+    return _remembered(subject, methods, model, ignored, {})
+
+
+def _remembered(
+    subject: Any, methods: Collection[str], model: nn.Module | None, ignored: Collection[str], more: Mapping[str, str]
+) -> Reached:
+    read = partial(read_now, subject, methods, own_parts(model), ignored, more)
+    return remembered(subject, (tuple(methods), tuple(ignored), id(model)), read)
+
+
+def read_now(
+    subject: Any,
+    methods: Collection[str],
+    own: OwnParts,
+    ignored: Collection[str] = (),
+    more: Mapping[str, str] = MappingProxyType({}),
+) -> Reached:
+    """What some methods of an object reach as it is now; own: parts of the analysed model; more: entries besides."""
+    walk = _Walk(subject, ignored, Values(subject, own))
     walk.run(methods)
-    name = _class_name(subject)
-    return {key: value for key, value in sorted(walk.joined().items()) if (name, key) not in _RESTLESS}
-
-
-def settled(subject: Any, before: Mapping[str, str], after: Mapping[str, str]) -> Reached:
-    """What an object reaches, less the entries that running its functions changed; these never count again."""
-    name = _class_name(subject)
-    _RESTLESS.update((name, key) for key in before if key in after and before[key] != after[key])
-    return {key: value for key, value in after.items() if (name, key) not in _RESTLESS}
-
-
-def _class_name(subject: Any) -> str:
-    return f"{type(subject).__module__}.{type(subject).__qualname__}"
+    found = Reached({**more, **dict(sorted(walk.joined().items()))})
+    found.slots = walk.values.slots
+    return found
 
 
 class _Walk:
@@ -112,7 +115,6 @@ class _Walk:
         self.entries: dict[str, set[str]] = {}
         self.names: dict[str, bool] = {}  # attributes' names: whether they were looked up
         self.modules: list[ModuleType] = []
-        self.readings: list[tuple[str, Reading]] = []
         self._met: dict[int, Any] = {}
         self._every_base = False
 
@@ -130,24 +132,12 @@ class _Walk:
                 for module in self.modules:
                     self._global(name, vars(module))
 
-    def joined(self) -> Reached:
+    def joined(self) -> dict[str, str]:
         """The entries; of several things of one name, one digest."""
         return {
             key: next(iter(words)) if len(words) == 1 else digest(sorted(words))[:16]
             for key, words in self.entries.items()
         }
-
-    def changes(self) -> tuple[set[str], set[str]]:
-        """The names of what the functions that may run change, and of the containers that they fill."""
-        running = [
-            reading
-            for name, reading in self.readings
-            if name not in _STARTING and (name in self.names or name.startswith(("__", "<")) or name == "forward")
-        ]
-        return (
-            {name for reading in running for name in reading.changed},
-            {name for reading in running for name in reading.filled},
-        )
 
     def _put(self, key: str, word: str) -> None:
         self.entries.setdefault(key, set()).add(word)
@@ -171,15 +161,19 @@ class _Walk:
         """The object's own attribute of a name, if it has one that counts."""
         own = {} if isinstance(self.subject, FunctionType) else getattr(self.subject, "__dict__", {})
         told_apart = name in self.ignored or is_cached_property(self.subject, name)
-        if name in own and not told_apart and self.values.counts(name, own[name]):
-            self._value(f"self.{name}", own[name])
+        if name in own and not told_apart:
+            self._value(f"self.{name}", self.subject, name, own[name])
 
-    def _everything(self) -> None:
-        """Take all that the object has, for it is handed on as a whole, or asked for names that are made on the way."""
+    def _everything(self, methods: bool = False) -> None:
+        """Take all that the object has, for it is handed on as a whole; methods: also those that its classes define."""
         self._name(getattr(self.subject, "__dict__", {}))
         for base in type(self.subject).__mro__:
             if not is_library_class(base):
-                own = {name for name, value in vars(base).items() if not callable(value) or name.startswith("__")}
+                own = {
+                    name
+                    for name, value in vars(base).items()
+                    if methods or not callable(value) or name.startswith("__")
+                }
                 self._name(own - _ABOUT_CLASSES - set(_STARTING))
 
     def _all_bases(self) -> None:
@@ -200,15 +194,17 @@ class _Walk:
             else:
                 reading = self._function(function)
             if reading.hands_on and not isinstance(defined, staticmethod):
-                self._everything()
+                self._everything(methods=reading.computes_names)
         hidden = name in _ABOUT_CLASSES or name in getattr(self.subject, "__dict__", {})
-        if not functions and not hidden and not is_library_class(base) and self.values.counts(name, defined):
-            self._value(f"self.{name}", defined)
+        if not functions and not hidden and not is_library_class(base):
+            self._value(f"self.{name}", base, name, defined)
 
-    def _value(self, key: str, value: Any) -> None:
-        if value is not self.subject:
-            spelled = repr(value) if is_plain(value) else ""
-            self._put(key, spelled if 0 < len(spelled) <= _LONGEST else self.values.word(value))
+    def _value(self, key: str, holder: Any, name: str, value: Any) -> None:
+        """An entry for what stands in a holder under a name."""
+        word = None if value is self.subject else self.values.slot(holder, name, value)
+        if word is not None:
+            spelled = repr(value) if is_plain(value) and word == self.values.word(value) else ""
+            self._put(key, spelled if 0 < len(spelled) <= _LONGEST else word)
 
     def _meet(self, thing: Any) -> None:
         """Follow a function or class of the user's that stands in a value."""
@@ -232,8 +228,8 @@ class _Walk:
                 functions = [] if name in _ABOUT_CLASSES else definition_functions(value)
                 for function in functions:
                     self.values.word(function)
-                if not functions and name not in _ABOUT_CLASSES and self.values.counts(name, value):
-                    self._value(f"{base.__name__}.{name}", value)
+                if not functions and name not in _ABOUT_CLASSES:
+                    self._value(f"{base.__name__}.{name}", base, name, value)
 
     def _module(self, module: ModuleType) -> None:
         """Look up the names in a module of the user's as well."""
@@ -248,15 +244,14 @@ class _Walk:
         if id(function) in self._met:
             return reading
         self._met[id(function)] = function
-        self.readings.append((name, reading))
         self._put(f"{name}()", reading.digest)
         if function.__defaults__ or function.__kwdefaults__:
-            self._value(f"{name}() defaults", [function.__defaults__, function.__kwdefaults__])
+            defaults = (function.__defaults__, function.__kwdefaults__)
+            self._value(f"{name}() defaults", function, "defaults", defaults)
         for cell_name, content in closure_of(function).items():
-            if self.values.counts(cell_name, content):
-                self._value(f"{name}() {cell_name}", content)
-        if wrapped := {key: value for key, value in vars(function).items() if self.values.counts(key, value)}:
-            self._value(f"{name}() attributes", wrapped)
+            self._value(f"{name}() {cell_name}", function, f"cell {cell_name}", content)
+        for key, value in vars(function).items():
+            self._value(f"{name}() attribute {key}", function, key, value)
         self._name(reading.names)
         if "super" in reading.globals:
             self._all_bases()
@@ -268,14 +263,14 @@ class _Walk:
     def _global(self, name: str, where: Mapping[str, Any]) -> None:
         """What a module of the user's has under a name."""
         value = where.get(name, where)
-        if value is where or value is self.subject or not self.values.counts(name, value):
+        if value is where or value is self.subject:
             return
         if isinstance(value, FunctionType) and not is_library_function(value):
             self._function(value)
         elif isinstance(value, ModuleType):
             self._module(value)
         else:
-            self._value(name, value)
+            self._value(name, where, name, value)
 
     def _import(self, reading: Reading, where: Mapping[str, Any]) -> None:
         """Follow the modules that a function imports when it runs."""

@@ -1,4 +1,4 @@
-"""What one compiled function says: a digest of what it does, the names it uses, and what it changes.
+"""What one compiled function says: a digest of what it does and the names it uses.
 
 A digest is of instructions and constants, not of lines, comments, docstrings or the names of local variables.
 """
@@ -8,31 +8,30 @@ from __future__ import annotations
 import dis
 import hashlib
 from functools import lru_cache
+from itertools import pairwise
 from types import CodeType
 from typing import Any, NamedTuple
 
 _SILENT = {"CACHE", "EXTENDED_ARG", "NOP", "RESUME", "PRECALL"}
+_IMPORTING = ("import_module", "__import__")
 _FLAGS = 0x3AC  # variable arguments, and generators and coroutines of all kinds
 _CHAINED = ("LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER", "STORE_ATTR", "DELETE_ATTR", "COPY", "DUP_TOP")
-_FILLING = {"add", "append", "appendleft", "clear", "discard", "extend", "insert", "pop", "popitem", "remove"}
-_FILLING |= {"setdefault", "update"}
 
 
 class Reading(NamedTuple):
     """What a function's code says, that of the functions inside it included.
 
-    names: of attributes; globals: names of its module; imports: (module, level) of imports inside; changed: attributes
-    and globals that it gives another value; filled: those that hold a container to which it adds or from which it
-    takes; hands_on: whether its first argument goes anywhere as a whole, so that all its attributes may be read.
+    names: of attributes; globals: names of its module; imports: (module, level) of imports inside; hands_on: whether
+    its first argument goes anywhere as a whole, so that all its attributes may be read; computes_names: whether a name
+    of one of these is computed.
     """
 
     digest: str
     names: frozenset[str]
     globals: frozenset[str]
     imports: frozenset[tuple[str, int]]
-    changed: frozenset[str]
-    filled: frozenset[str]
     hands_on: bool
+    computes_names: bool
 
 
 @lru_cache(4096)
@@ -44,20 +43,24 @@ def read_code(code: CodeType, me: str | None = None) -> Reading:
     shape = (code.co_argcount, code.co_posonlyargcount, code.co_kwonlyargcount, code.co_flags & _FLAGS)
     tokens = [*map(repr, shape), repr(getattr(code, "co_exceptiontable", b"")), *_spelled(code, instructions)]
     pairs = list(zip(instructions, [*instructions[1:], None], strict=True))
-    changed, filled = _changes(instructions, me)
+    by_name = _by_name(instructions, me)
+    places = [place for place, (one, after) in enumerate(pairs) if place not in by_name and _hands_on(one, after, me)]
     return Reading(
         hashlib.sha256("\n".join(tokens).encode()).hexdigest()[:16],
-        _union({str(one.argval) for one in instructions if _reads_attribute(one.opname)}, inner, "names"),
+        _union({*_attributes(instructions), *by_name.values()}, inner, "names"),
         _union({str(one.argval) for one in instructions if _reads_global(one.opname)}, inner, "globals"),
         _union(_imports(instructions), inner, "imports"),
-        _union(changed, inner, "changed"),
-        _union(filled, inner, "filled"),
-        any(_hands_on(one, after, me) for one, after in pairs) or any(part.hands_on for part in inner),
+        bool(places) or any(part.hands_on for part in inner),
+        any(_asks(instructions[place - 1]) for place in places if place) or any(part.computes_names for part in inner),
     )
 
 
 def _union(own: set[Any], inner: list[Reading], field: str) -> frozenset[Any]:
     return frozenset(own).union(*(getattr(part, field) for part in inner))
+
+
+def _attributes(instructions: list[dis.Instruction]) -> set[str]:
+    return {str(one.argval) for one in instructions if _reads_attribute(one.opname)}
 
 
 def _reads_attribute(operation: str) -> bool:
@@ -101,7 +104,31 @@ def _imports(instructions: list[dis.Instruction]) -> set[tuple[str, int]]:
     """The modules that are imported inside, with the number of dots before them."""
     places = [place for place, one in enumerate(instructions) if one.opname == "IMPORT_NAME"]
     levels = {place: instructions[place - 2].argval if place > 1 else 0 for place in places}
-    return {(instructions[p].argval, level if isinstance(level, int) else 0) for p, level in levels.items()}
+    found = {(instructions[p].argval, level if isinstance(level, int) else 0) for p, level in levels.items()}
+    asking = [after for one, after in pairwise(instructions) if one.argval in _IMPORTING and _is_text(after)]
+    return found | {(one.argval, 0) for one in asking}
+
+
+def _is_text(one: dis.Instruction | None) -> bool:
+    """Whether an instruction loads a text that the code spells out."""
+    return one is not None and one.opcode in dis.hasconst and isinstance(one.argval, str)
+
+
+def _asks(one: dis.Instruction | None) -> bool:
+    """Whether an instruction loads `getattr`, or `hasattr`."""
+    return one is not None and _reads_global(one.opname) and one.argval in ("getattr", "hasattr")
+
+
+def _by_name(instructions: list[dis.Instruction], me: str | None) -> dict[int, str]:
+    """Where the first argument is loaded to be asked for an attribute by a name that the code spells out; the names."""
+    found = {}
+    for place in range(1, len(instructions) - 2):
+        asks, mine, text, *rest = instructions[place - 1 : place + 4]
+        calls = [one.opname in ("PRECALL", "CALL", "CALL_FUNCTION") for one in rest]
+        simple = bool(calls) and (calls[0] or (calls[-1] and rest[0].opname.startswith("LOAD_")))
+        if _asks(asks) and _is_local(mine) and mine.argval == me and _is_text(text) and simple:
+            found[place] = text.argval
+    return found
 
 
 def _hands_on(one: dis.Instruction, after: dis.Instruction | None, me: str | None) -> bool:
@@ -113,46 +140,5 @@ def _hands_on(one: dis.Instruction, after: dis.Instruction | None, me: str | Non
     return me in names[:-1] or after is None or not after.opname.startswith(_CHAINED)
 
 
-def _changes(instructions: list[dis.Instruction], me: str | None) -> tuple[set[str], set[str]]:
-    """Attributes and globals that get another value, and those that hold a container that is filled or emptied."""
-    changed: set[str] = set()
-    filled: set[str] = set()
-    for place, one in enumerate(instructions):
-        before = instructions[place - 1] if place else one
-        of_another = one.opname == "STORE_ATTR" and _is_local(before) and before.argval != me
-        if one.opname in ("STORE_ATTR", "STORE_GLOBAL") and not of_another:
-            changed.add(one.argval)
-        elif one.opname in ("STORE_SUBSCR", "DELETE_SUBSCR"):
-            filled |= _named(instructions, _before_operand(instructions, place - 1))
-        elif one.opname in ("LOAD_METHOD", "LOAD_ATTR") and one.argval in _FILLING:
-            filled |= _named(instructions, place - 1)
-        elif one.opname in ("LOAD_METHOD", "LOAD_ATTR") and _in_place(one.argval):
-            changed |= _named(instructions, place - 1)
-    return changed, filled
-
-
 def _is_local(one: dis.Instruction) -> bool:
     return one.opname.startswith(("LOAD_FAST", "LOAD_DEREF"))
-
-
-def _in_place(method: str) -> bool:
-    """Whether a name is that of a tensor's method that works in place."""
-    return method.endswith("_") and not method.startswith("_") and not method.endswith("__")
-
-
-def _before_operand(instructions: list[dis.Instruction], place: int) -> int:
-    """The place before the instructions that compute the operand whose last instruction is at `place`."""
-    wanted = 1
-    while place >= 0 and wanted > 0:
-        one = instructions[place]
-        wanted -= dis.stack_effect(one.opcode, one.arg if one.opcode >= dis.HAVE_ARGUMENT else None, jump=False)
-        place -= 1
-    return place
-
-
-def _named(instructions: list[dis.Instruction], place: int) -> set[str]:
-    """The attribute or global that the instruction at `place` loads."""
-    if place < 0:
-        return set()
-    one = instructions[place]
-    return {one.argval} if _reads_attribute(one.opname) or _reads_global(one.opname) else set()

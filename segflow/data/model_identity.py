@@ -7,13 +7,15 @@ that no loss tells them apart.
 from __future__ import annotations
 
 from collections import defaultdict
+from functools import partial
 from typing import Any
 
 from torch import nn
 
-from .code_identity import Reached, reached
+from .changing import Reached, remembered
+from .code_identity import read_now
 from .fingerprints import digest
-from .value_identity import is_library_class
+from .value_identity import is_library_class, own_parts
 
 _PLAIN = (bool, int, float, str, type(None))
 
@@ -23,13 +25,21 @@ def model_fingerprint(model: nn.Module) -> Reached:
 
     Modules of installed packages count by their class and their plain settings.
     """
+    return remembered(model, ("forward",), partial(_read, model))
+
+
+def _read(model: nn.Module) -> Reached:
     words: dict[str, list[Any]] = defaultdict(list)
+    slots, own = {}, own_parts(model)
     for name, module in model.named_modules():
         kind = _own_class(module)
-        told = _settings(module) if is_library_class(kind) else reached(module, ("forward",), model)
+        told = _settings(module) if is_library_class(kind) else read_now(module, ("forward",), own)
+        slots |= told.slots
         for entry, word in {"": "", **told}.items():
             words[f"{kind.__qualname__} {entry}".rstrip()].append((name, word))
-    return {entry: digest(modules)[:16] for entry, modules in words.items()}
+    found = Reached({entry: digest(modules)[:16] for entry, modules in words.items()})
+    found.slots = slots
+    return found
 
 
 def _own_class(module: nn.Module) -> type:
@@ -38,15 +48,12 @@ def _own_class(module: nn.Module) -> type:
     return next(classes)
 
 
-def unchanged(before: Reached, after: Reached) -> Reached:
-    """The entries that running the model has not changed."""
-    return {entry: word for entry, word in after.items() if before.get(entry) == word}
-
-
 def _settings(module: nn.Module) -> Reached:
     held = {name: value for name, value in vars(module).items() if name != "training" and not name.startswith("_")}
     plain = {name: repr(value) for name, value in sorted(held.items()) if _is_plain(value)}
-    return {"settings": digest([module.extra_repr(), plain])}
+    found = Reached({"settings": digest([module.extra_repr(), plain])})
+    found.slots = {}
+    return found
 
 
 def _is_plain(value: Any) -> bool:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextvars
 import hashlib
+import logging
 import random
+import struct
 import sys
 import sysconfig
 import weakref
 from collections import deque
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from enum import Enum
 from functools import cached_property, lru_cache, partial, partialmethod
 from pathlib import Path
@@ -19,17 +22,23 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..errors import TaskError
+from .changing import Seen, Slot, counted, digest_once
 from .code_reading import read_code
+from .fingerprints import _state as pickled_state
 from .fingerprints import digest
 
 _DEEPEST, _MOST = 60, 500_000  # what lies deeper, or comes after so many values, counts by its type alone
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), type(...), range, slice)
 _SIMPLE = {bool, int, float, str, type(None)}
+_FAST = 10_000  # a mapping of more plain values than these counts as a whole, not entry by entry
+_TIED = 100  # elements of a set that nothing plain tells apart are described apart from the others, if so few
 _SPELLED = ("datetime", "decimal", "fractions", "pathlib", "re", "uuid", "zoneinfo")  # modules whose values say it all
 _TORCH_WORDS = (torch.dtype, torch.Size, torch.layout, torch.memory_format)
 # What changes by itself, or is a place rather than a value.
 _BY_TYPE = (torch.Generator, torch.device, random.Random, np.random.Generator, np.random.RandomState)
 _BY_TYPE += (weakref.ref, weakref.WeakKeyDictionary, weakref.WeakValueDictionary)  # type: ignore[assignment]
+_BY_NAME = (logging.Logger, logging.LoggerAdapter, logging.Handler, logging.Manager)
 
 
 class OwnParts(NamedTuple):
@@ -53,32 +62,32 @@ class Values:
     Args:
         subject: the object that is described, which is not described again where it stands in a value.
         own: the analysed model's parts.
-        changed, filled: names of attributes that running changes, and of the containers it fills; neither count.
-        whole: whether contents of tensors and arrays count; without, they are not read.
 
     Attributes:
         meet: is called with each function, class and module of the user's among the values.
+        slots: the values that attributes, entries of mappings and globals held.
     """
 
-    def __init__(
-        self,
-        subject: Any,
-        own: OwnParts,
-        changed: Collection[str] = (),
-        filled: Collection[str] = (),
-        *,
-        whole: bool = False,
-    ):
+    def __init__(self, subject: Any, own: OwnParts):
         self.subject, self.own = subject, own
-        self.changed, self.filled, self.whole = set(changed), set(filled), whole
         self.meet: Callable[[Any], None] = lambda _thing: None
-        self._known: dict[int, tuple[Any, str]] = {}  # with the value itself, so that its id stays its own
+        self.slots: dict[Slot, Seen] = {}
+        # Words with the value itself, so that its id stays its own.
+        self._known: dict[int, tuple[Any, str, str]] = {}
         self._around: list[int] = []
+        self._inside: list[dict[str, str]] = [{}]  # of the values around: words of what they hold, and shallow ones
+        self._holders: set[int] = set()
+        self._apart = False
 
-    def counts(self, name: str, value: Any) -> bool:
-        """Whether an attribute is part of what an object is, and not of what became of it by running."""
-        container = isinstance(value, Mapping | set | list | deque)
-        return name not in self.changed and not (container and name in self.filled)
+    def slot(self, holder: Any, name: str, value: Any) -> str | None:
+        """The word that a value counts as in what holds it under a name; None where it does not count."""
+        word, slot = self.word(value), (id(holder), name)
+        self._holders.add(id(holder))
+        shallow = self._inside[-1].get(word, word)
+        kind = f"{_type_name(value)} {getattr(value, 'dtype', '')}"
+        number = counted(holder, name, word)
+        self.slots[slot] = Seen(holder, kind, shallow, word, number)
+        return number
 
     def is_composed(self, value: Any) -> bool:
         """Whether a value is a function that was made of another one."""
@@ -89,18 +98,33 @@ class Values:
         if isinstance(value, _PLAIN) and not isinstance(value, Enum):
             return _hashed(f"{type(value).__name__} {value!r}")
         if id(value) in self._known:
-            return self._known[id(value)][1]
+            _, word, shallow = self._known[id(value)]
+            self._inside[-1][word] = shallow
+            return word
         if id(value) in self._around:
             return f"around {len(self._around) - self._around.index(id(value))}"
         if len(self._around) > _DEEPEST or len(self._known) > _MOST:
             return f"beyond {_type_name(value)}"
         self._around.append(id(value))
+        self._inside.append({})
         try:
-            word = _hashed(self._described(value))
+            text = self._described(value)
         finally:
             self._around.pop()
-        self._known[id(value)] = (value, word)
+            inside = self._inside.pop()
+        word, shallow = _hashed(text), self._shallow(value, text, inside)
+        self._known[id(value)] = (value, word, shallow)
+        self._inside[-1][word] = shallow
         return word
+
+    def _shallow(self, value: Any, text: str, inside: Mapping[str, str]) -> str:
+        """A word for a value that does not change with what lies in slots of its own, or of what it holds."""
+        if id(value) in self._holders and not isinstance(value, list | tuple | deque | set | frozenset):
+            return f"at {id(value)}"
+        for word, shallow in inside.items():
+            if word != shallow:
+                text = text.replace(word, shallow)
+        return _hashed(text)
 
     def _described(self, value: Any) -> str:
         if value is self.subject:
@@ -115,12 +139,12 @@ class Values:
 
     def _contents(self, value: Any) -> str | None:
         """A container by what it holds, in the order of words where it has none of its own; None for other values."""
-        if type(value) in (list, tuple) and all(type(item) in _SIMPLE for item in value):
-            return f"{_type_name(value)} {value!r}"
+        if (spelled := _plainly(value)) is not None:
+            return f"{_type_name(value)} {spelled}"
         if isinstance(value, Mapping) and not isinstance(value, _BY_TYPE):
             words = sorted(self._pairs(value))
         elif isinstance(value, set | frozenset):
-            words = sorted(map(self.word, value))
+            words = sorted(self._elements(value))
         elif isinstance(value, list | tuple | deque):
             words = [self.word(item) for item in value]
         else:
@@ -128,19 +152,46 @@ class Values:
         return f"{_type_name(value)} {words} {self._state(value)}"
 
     def _pairs(self, mapping: Mapping[Any, Any]) -> list[str]:
-        return [
-            f"{self.word(key)} {self.word(value)}"
-            for key, value in list(mapping.items())
-            if not isinstance(key, str) or self.counts(key, value)
-        ]
+        self._holders.add(id(mapping))
+        self.slots[id(mapping), ""] = Seen(mapping, "", "", "", None)  # an empty one was there as well
+        keys = [(self.word(key), value) for key, value in list(mapping.items())]
+        pairs = [(key, self.slot(mapping, key, value)) for key, value in keys]
+        return [f"{key} {word}" for key, word in pairs if word is not None]
+
+    def _elements(self, elements: Iterable[Any]) -> Iterator[str]:
+        """Words for a set's elements, whatever the order: those alike in all that is plain are described apart."""
+        alike: dict[str, list[Any]] = {}
+        for element in elements:
+            alike.setdefault(self._flat(element), []).append(element)
+        for flat in sorted(alike):
+            for element in alike[flat]:
+                yield self.word(element) if len(alike[flat]) == 1 else self._described_apart(element, len(alike[flat]))
+
+    def _described_apart(self, element: Any, count: int) -> str:
+        """The word of an element that does not depend on what was described before it."""
+        if not hasattr(element, "__dict__") or isinstance(element, type | FunctionType):
+            return self.word(element)
+        if self._apart or count > _TIED:
+            return self._flat(element)
+        other = Values(self.subject, self.own)
+        other.meet, other.slots, other._apart = self.meet, self.slots, True
+        return other.word(element)
+
+    def _flat(self, element: Any) -> str:
+        """A word for an object's class, and for its attributes that hold numbers, texts and tensors."""
+        if is_plain(element):
+            return repr(element)
+        held = sorted(getattr(element, "__dict__", {}).items()) if not isinstance(element, type) else []
+        flat = {name: value for name, value in held if is_plain(value) or isinstance(value, Tensor | np.ndarray)}
+        return f"{_type_name(element)} {[(name, self.word(value)) for name, value in flat.items()]}"
 
     def _numbers(self, value: Any) -> str:
         """A tensor or array by its content; of the analysed model's, and of those spread over ranks, the shape."""
         like = f"{_type_name(value)} {value.dtype} {tuple(value.shape)}"
         if isinstance(value, Tensor):
             spread = hasattr(value, "full_tensor") or value.is_meta or _storage(value) in self.own.storages
-            return like if spread or not self.whole else f"{like} {digest(value)}"
-        return f"{like} {digest(value) if self.whole and not value.dtype.hasobject else self.word(value.tolist())}"
+            return like if spread else f"{like} {digest_once(value, _version(value), digest)}"
+        return f"{like} {self.word(value.tolist()) if value.dtype.hasobject else digest(value)}"
 
     def _callable(self, value: Any) -> str | None:
         """A function, class or module, or what was made of one; None for other values."""
@@ -184,12 +235,33 @@ class Values:
 
     def _object(self, value: Any) -> str:
         """Any other object: its class, and its attributes."""
-        if isinstance(value, _BY_TYPE) or self._is_own(value):
+        if isinstance(value, _BY_TYPE) or id(value) in self.own.modules:
             return _type_name(value)
+        if isinstance(value, _BY_NAME):
+            return f"{_type_name(value)} {getattr(value, 'name', '')}"
         if hasattr(value, "__array_interface__") or hasattr(value, "__array__"):  # a PIL image, a frame of pandas'
             labels = [np.asarray(getattr(value, name, ())) for name in ("index", "columns") if name in dir(type(value))]
             return f"{_type_name(value)} {self.word([np.asarray(value), *labels])}"
-        return f"{self.word(type(value))} {self._state(value)}"
+        return f"{self.word(type(value))} {self._state(value)} {self._opaque(value)}"
+
+    def _opaque(self, value: Any) -> str:  # noqa: PLR0911
+        """What an object holds out of sight of Python's attributes: its bytes, or what pickle would keep of it."""
+        try:
+            return hashlib.sha256(memoryview(value)).hexdigest()
+        except (TypeError, ValueError, BufferError):  # it has none, or they do not lie in a row
+            pass
+        if isinstance(value, memoryview):
+            return hashlib.sha256(value.tobytes()).hexdigest()
+        if isinstance(value, contextvars.ContextVar):
+            return f"{value.name} {self.word(value.get(None))}"
+        if isinstance(value, struct.Struct):
+            return value.format
+        if hasattr(value, "__dict__") or any("__slots__" in vars(base) for base in type(value).__mro__):
+            return ""
+        try:
+            return self.word(pickled_state(value))
+        except (TaskError, RecursionError):
+            return ""
 
     def _state(self, value: Any) -> list[str]:
         """The attributes of an object, but caches."""
@@ -199,18 +271,9 @@ class Values:
             for name in (slots,) if isinstance(slots, str) else slots:
                 if name not in ("__dict__", "__weakref__") and hasattr(value, name):
                     held[name] = getattr(value, name)
-        return [
-            f"{name}={self.word(held[name])}"
-            for name in sorted(held, key=str)
-            if not is_cached_property(value, name) and self.counts(name, held[name])
-        ]
-
-    def _is_own(self, value: Any) -> bool:
-        """Whether a value is a part of the analysed model, or shares parameters with it."""
-        if not isinstance(value, nn.Module) or not self.own.modules:
-            return False
-        storages = self.own.storages
-        return id(value) in self.own.modules or any(_storage(parameter) in storages for parameter in value.parameters())
+        names = [name for name in sorted(held, key=str) if not is_cached_property(value, name)]
+        words = {name: self.slot(value, str(name), held[name]) for name in names}
+        return [f"{name}={word}" for name, word in words.items() if word is not None]
 
 
 def is_plain(value: Any) -> bool:
@@ -269,6 +332,32 @@ def _library_folders() -> tuple[str, ...]:
     folders = {str(Path(sysconfig.get_paths()[name]).resolve()) for name in names}
     folders |= {str(Path(module.__file__).resolve().parents[1]) for module in (torch, np) if module.__file__}
     return tuple(f"{folder}/" for folder in sorted({*folders, str(Path(__file__).resolve().parents[1])}))
+
+
+def _plainly(value: Any) -> str | None:
+    """A list or tuple of numbers and texts, or a larger mapping or set of them, spelled out; None for other values.
+
+    Of a mapping or set, values may be lists and tuples of them.
+    """
+    kind = type(value)
+    if kind in (list, tuple):
+        return repr(value) if _SIMPLE.issuperset(map(type, value)) else None
+    if kind in (set, frozenset):
+        return repr(sorted(map(repr, value))) if _SIMPLE.issuperset(map(type, value)) else None
+    if kind is not dict or len(value) <= _FAST or not _SIMPLE.issuperset(map(type, value)):
+        return None
+    held = [one for one in value.values() if type(one) not in _SIMPLE]
+    if all(type(one) in (list, tuple) and _SIMPLE.issuperset(map(type, one)) for one in held):
+        return repr(sorted([f"{key!r}: {one!r}" for key, one in value.items()]))
+    return None
+
+
+def _version(tensor: Tensor) -> Any:
+    """What changes where a tensor's numbers may: how often they were written, and where they lie; None: unknown."""
+    try:
+        return tensor._version, tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype
+    except (NotImplementedError, RuntimeError):  # of inference, or without numbers in a row
+        return None
 
 
 def _storage(tensor: Tensor) -> int:

@@ -45,6 +45,12 @@ def steady_probes(context: StageContext, data: Any, view: LossView) -> dict[str,
     return {"probes": _noting(together, _at_both(context, losses, losses))}
 
 
+def probe_again(context: StageContext, data: Any, view: LossView) -> None:
+    """Run the loss of some of the probes once more."""
+    context.load(context.last)
+    _losses(context, data, view, [evenly_spaced(len(data), _PROBES)[:_TOGETHER]])
+
+
 def sampled_probes(context: StageContext, data: Any, sample: LossView) -> tuple[dict[str, Any], bool]:
     """The same of pseudo-labels; and whether losses of examples alone do not add up to their loss in one batch.
 

@@ -13,13 +13,14 @@ from typing import Any
 
 from torch import nn
 
-from ..data.code_identity import Reached, collate_fingerprint, settled, task_fingerprint
+from ..data.changing import Reached, settled
+from ..data.code_identity import collate_fingerprint, task_fingerprint
 from ..data.fingerprints import digest
-from ..data.model_identity import model_fingerprint, unchanged
+from ..data.model_identity import model_fingerprint
 from ..methods.plan import Point
 from ..model.loss_view import LossView
 from .context import StageContext
-from .probes import sampled_probes, steady_probes
+from .probes import probe_again, sampled_probes, steady_probes
 
 _SPELLED_OUT = 6  # steps in a unit's name
 SAMPLING_KEYS = ("sampled losses", "batch_size")  # of `sampling_identity`, which who reads a unit does not know
@@ -38,13 +39,16 @@ def training_identity(context: StageContext, train: Any, view: LossView) -> dict
     examples: dict[str, Any] = {"curvature examples": settings.curvature_examples} if fewer else {}
     if settings.views > 1:
         examples["views"] = settings.views
-    collate, forwards = collate_fingerprint(context.collate_fn), model_fingerprint(context.model)
-    task, losses = read_and_probed(context, train, replace(view, kind="train"), task_fingerprint)
+    view = replace(view, kind="train")
+    again = partial(probe_again, context, train, view)
+    read = partial(read_and_probed, context, train, view, task_fingerprint)
+    collated = partial(settled, partial(collate_fingerprint, context.collate_fn), read, again)
+    forward, (collate, (task, losses)) = settled(partial(model_fingerprint, context.model), collated, again)
     return examples | {
         "model": context.shapes,
-        "forward": unchanged(forwards, model_fingerprint(context.model)),
+        "forward": forward,
         "dataset": partial(reader.fingerprint, context.ranks, settings.progress),
-        "collate": settled(context.collate_fn, collate, collate_fingerprint(context.collate_fn)),
+        "collate": collate,
         "task": task,
         "training losses": losses,
         "seed": settings.seed,
@@ -58,9 +62,11 @@ def read_and_probed(
 
     view: of that function; read: its fingerprint. What running it changes does not count among what it reaches.
     """
-    before = read(context.task, context.model)
-    values = steady_probes(context, data, view)
-    return settled(context.task, before, read(context.task, context.model)), values
+    return settled(
+        partial(read, context.task, context.model),
+        partial(steady_probes, context, data, view),
+        partial(probe_again, context, data, view),
+    )
 
 
 def sampling_identity(context: StageContext, train: Any, sample: LossView, batch_size: int) -> dict[str, Any]:

@@ -109,3 +109,38 @@ def test_probes_are_compared_relative_to_their_scale_and_settings_to_the_last_di
 ) -> None:
     assert _agree(stored, now) is agree
     assert _agree(now, stored) is agree
+
+
+class Noting(FixedLabels):
+    """Notes once that it met an example that no probe reads."""
+
+    def __init__(self, rare: Tensor):
+        super().__init__()
+        self.rare, self.notes = rare, []
+
+    def _note(self, batch: Any) -> None:
+        if (batch[0] == self.rare).all(1).any():
+            notes = self.notes
+            notes.append("rare")
+
+    def compute_train_loss(self, batch: Any, model: nn.Module, sample: bool = False) -> Tensor:
+        self._note(batch)
+        return super().compute_train_loss(batch, model, sample)
+
+
+def test_a_note_of_an_example_that_no_probe_reads_stops_no_call_and_an_edit_between_calls_does(tmp_path: Path) -> None:
+    data, queries = vectors(N), vectors(3, seed=9)
+    trajectory = trajectory_of(tmp_path / "run", perturbed_states(mlp(), 2, 0.3), N)
+    scores, noted = [], []
+    for _ in range(2):  # the second time another process's
+        task = Noting(data.tensors[0][12])
+        analyzer = analyzer_of(mlp(), trajectory, tmp_path / "store", task, method=sf.InfluenceFunction(0.01))
+        for _ in range(2):
+            analyzer.fit(data)
+            scores.append(analyzer.score(sf.Groups.random(N, 5), data, queries).values)
+        noted.append(len(task.notes))
+    assert noted[0]
+    assert all(torch.equal(one, scores[0]) for one in scores)
+    task.rare = task.rare + 1
+    with pytest.raises(sf.StoreError, match="rare"):
+        analyzer.fit(data)
