@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from .changing import Reached, remembered
+from .changing import Reached, Seen, Slot, remembered
 from .code_identity import read_now
 from .fingerprints import digest
 from .value_identity import is_library_class, own_parts
@@ -30,7 +30,8 @@ def model_fingerprint(model: nn.Module) -> Reached:
 
 def _read(model: nn.Module) -> Reached:
     words: dict[str, list[Any]] = defaultdict(list)
-    slots, own = {}, own_parts(model)
+    slots: dict[Slot, Seen] = {}
+    own = own_parts(model)
     for name, module in model.named_modules():
         kind = _own_class(module)
         told = _settings(module) if is_library_class(kind) else read_now(module, ("forward",), own)
