@@ -63,7 +63,7 @@ def checked_batch_size(given: object) -> int:
 
 def dataset_length(dataset: Any, role: str) -> int:
     """The dataset's length; TaskError if it has none, is not indexed, or is empty. role: names it in errors."""
-    if not hasattr(dataset, "__getitem__") and not isinstance(dataset, IterableDataset):
+    if not hasattr(dataset, "__getitem__") and not hasattr(dataset, "__iter__"):
         raise TaskError(
             f"the {role} dataset is {shown(dataset)}, a {type(dataset).__name__}. Expected a map-style dataset (with "
             "__len__ and __getitem__), or a list of examples."

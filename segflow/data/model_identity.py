@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from functools import partial
+from operator import itemgetter
 from typing import Any
 
 from torch import nn
@@ -17,6 +18,7 @@ from .code_identity import read_now
 from .fingerprints import digest
 from .value_identity import is_library_class, own_parts
 
+_IDLE = ("training", "inplace")
 _PLAIN = (bool, int, float, str, type(None))
 
 
@@ -50,9 +52,10 @@ def _own_class(module: nn.Module) -> type:
 
 
 def _settings(module: nn.Module) -> Reached:
-    held = {name: value for name, value in vars(module).items() if name != "training" and not name.startswith("_")}
-    plain = {name: repr(value) for name, value in sorted(held.items()) if _is_plain(value)}
-    found = Reached({"settings": digest([module.extra_repr(), plain])})
+    """The plain attributes of a module, but for those that change no number."""
+    held = sorted(((n, v) for n, v in vars(module).items() if not n.startswith("_")), key=itemgetter(0))
+    plain = [(name, repr(value)) for name, value in held if _is_plain(value) and name not in _IDLE]
+    found = Reached({"settings": digest(plain)})
     found.slots = {}
     return found
 

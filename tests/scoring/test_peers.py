@@ -230,7 +230,9 @@ def _kronfluence(folder: Path, net: str, strategy: str, damping: float | None) -
 
 
 @pytest.mark.filterwarnings("ignore:.*GradScaler:FutureWarning")
-@pytest.mark.parametrize(("net", "damping"), [("mlp", "heuristic"), ("sequence", 0.05)])
+@pytest.mark.parametrize(
+    ("net", "damping"), [pytest.param("mlp", "heuristic", marks=pytest.mark.slow), ("sequence", 0.05)]
+)
 @pytest.mark.parametrize("strategy", ["ekfac", "kfac", "diagonal", "identity"])
 def test_influence_functions_equal_kronfluences(tmp_path: Path, strategy: str, damping: Any, net: str) -> None:
     """Kronfluence's K-FAC has no factor for positions: its curvature of T positions is ours divided by T.
