@@ -38,6 +38,7 @@ _OWN = {
     "manifest": r".+\.json",
     "units": r".+\.safetensors",
 }  # what is written
+_OF_SAFETENSORS = re.compile(r"\.tmp\w{6}")  # the name under which safetensors writes a file
 _REPAIR = "Run `segflow store repair` on the store to set it aside, or delete it to have it made anew."
 
 
@@ -90,7 +91,8 @@ class Store:
         """Files that were never finished, of those that a store writes; others that end in `.partial` are not its."""
         below = [(path, _OWN[folder]) for folder in ("manifest", "units") for path in self._walk(folder)]
         at_root = [(path, _OWN[""]) for path in self.root.glob("*.partial") if not path.is_dir()]
-        return sorted(path for path, own in below + at_root if re.fullmatch(own, partial_of(path.name) or ""))
+        unfinished = [path for path, own in below + at_root if re.fullmatch(own, partial_of(path.name) or "")]
+        return sorted([*unfinished, *(path for path in self._walk("units") if _OF_SAFETENSORS.fullmatch(path.name))])
 
     def entry(self, name: str) -> Entry | None:
         """What the manifest says of a unit, None if it has none; StoreError if that is damaged."""

@@ -271,3 +271,17 @@ def test_an_eigenbasis_that_is_not_orthonormal_is_refused(tmp_path: Path) -> Non
 
 def _tensors(store: Store, name: str) -> dict[str, torch.Tensor]:
     return load_file(store.unit_path(name))
+
+
+def test_what_safetensors_left_of_a_killed_write_is_a_leftover(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    store.write("covariance/step-1", {"x": torch.ones(2)}, {})
+    for name in (".tmp1ImKV3", ".tmp-of-mine"):
+        (tmp_path / "units" / "covariance" / name).write_bytes(b"half")
+    assert [path.name for path in store.leftovers()] == [".tmp1ImKV3"]
+    with store.locked("test"):
+        pass
+    assert sorted(path.name for path in (tmp_path / "units" / "covariance").iterdir()) == [
+        ".tmp-of-mine",
+        "step-1.safetensors",
+    ]
