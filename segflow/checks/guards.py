@@ -7,12 +7,12 @@ a dataset takes fewer than 100. A layer that no probe reaches is not judged here
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache, partial
 from typing import Any
 
+from ..data.changing import reference
 from ..data.readers import Reader
 from ..methods.plan import Plan, Point, curvatures, projected
 from ..model.layers.tracked import TrackedLayer
@@ -83,12 +83,12 @@ class Guards:
 
     def _once(self, context: StageContext, what: tuple[Any, ...], data: Any, probe: Callable[[], None]) -> bool:
         """Probe what was not found to be in order before, on any rank; whether it was probed now."""
-        known = any(key == what and reference() is data for key, reference in self._passed)
+        known = any(key == what and held() is data for key, held in self._passed)
         if not any(context.ranks.gather(not known)):
             return False
         probe()
         self._passed = [pair for pair in self._passed if pair[1]() is not None]
-        self._passed.append((what, _reference(data)))
+        self._passed.append((what, reference(data)))
         return True
 
 
@@ -127,11 +127,3 @@ def _most(batch_size: int) -> int:
 
 def _given(contexts: Sequence[StageContext], trains: Sequence[Any]) -> Iterable[tuple[StageContext, Any]]:
     return [(context, data) for context, data in zip(contexts, trains, strict=True) if data is not None]
-
-
-def _reference(dataset: Any) -> Callable[[], Any]:
-    """A weak reference where the dataset can have one."""
-    try:
-        return weakref.ref(dataset)
-    except TypeError:
-        return lambda: dataset

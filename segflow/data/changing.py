@@ -98,7 +98,7 @@ def remembered(subject: Any, key: tuple[Any, ...], read: Callable[[], Reached]) 
             return entry.identity
     else:
         found = read()
-    _REMEMBERED[whole] = _Remembered(_reference(subject), read, found)
+    _REMEMBERED[whole] = _Remembered(reference(subject), read, found)
     return found
 
 
@@ -148,7 +148,7 @@ def _change(slot: Slot, first: Seen | None, now: Seen, last: Seen | None) -> Non
         words = None
     else:
         words = {**words, last.word: first.counted if first else None}
-    _CHANGED[slot] = (_reference(now.holder), words)
+    _CHANGED[slot] = (reference(now.holder), words)
 
 
 def counted(holder: Any, name: str, word: str) -> str | None:
@@ -173,7 +173,7 @@ def digest_once(tensor: Any, state: Any, digest: Callable[[Any], str]) -> str:
     return known[2]
 
 
-def _reference(thing: Any) -> Callable[[], Any]:
+def reference(thing: Any) -> Callable[[], Any]:
     """A function that gives the thing, as long as somebody else holds it; of what has no weak references, always."""
     try:
         return weakref.ref(thing)

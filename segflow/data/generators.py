@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from .value_identity import is_library_class
+from .value_identity import attributes, is_library_class
 
 _OBJECTS = 5000  # that are looked through for generators
 _LONGEST = 64  # entries of one container: data has more, transforms have fewer
@@ -124,14 +124,4 @@ def _parts(subject: Any) -> list[Any]:
     if isinstance(subject, type | ModuleType):
         counts = isinstance(subject, type) and not is_library_class(subject)
         return [*vars(subject).values(), *subject.__bases__] if counts else []
-    return _attributes(subject)
-
-
-def _attributes(subject: Any) -> list[Any]:
-    slots = (name for base in type(subject).__mro__ for name in _names(vars(base).get("__slots__", ())))
-    held = [getattr(subject, name, None) for name in slots if name not in ("__dict__", "__weakref__")]
-    return [*getattr(subject, "__dict__", {}).values(), *held, type(subject)]
-
-
-def _names(slots: Any) -> tuple[str, ...]:
-    return (slots,) if isinstance(slots, str) else tuple(slots)
+    return [*attributes(subject).values(), type(subject)]

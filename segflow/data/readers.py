@@ -144,7 +144,7 @@ class Reader:
             ) from problem
 
     def _with_digests(self, requests: Iterable[Request]) -> Iterator[Request]:
-        """The requests, each of which asks for its examples' digests.
+        """The requests, each of which asks for its examples' digests where they are taken as batches are read.
 
         With a collate function of the user's, which is called for each digest, only the first that has an example in
         this call does.
@@ -235,10 +235,8 @@ class Reader:
             return
         pieces = [[indices[place] for place in piece] for piece in in_order(len(indices), _PIECE)]
         requests = [Request(piece, digested=piece, joined=False) for piece in ranks.share(pieces)]
-        digesting, self.digesting = self.digesting, True
         for _ in track(self._answers(requests), f"reading the {self.role} data", len(requests), enabled=progress):
             pass
-        self.digesting = digesting
         self._exchange(ranks)
 
     def _exchange(self, ranks: Ranks) -> None:

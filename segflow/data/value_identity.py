@@ -265,15 +265,21 @@ class Values:
 
     def _state(self, value: Any) -> list[str]:
         """The attributes of an object, but caches."""
-        held = dict(getattr(value, "__dict__", {}))
-        for base in type(value).__mro__:
-            slots = vars(base).get("__slots__", ())
-            for name in (slots,) if isinstance(slots, str) else slots:
-                if name not in ("__dict__", "__weakref__") and hasattr(value, name):
-                    held[name] = getattr(value, name)
+        held = attributes(value)
         names = [name for name in sorted(held, key=str) if not is_cached_property(value, name)]
         words = {name: self.slot(value, str(name), held[name]) for name in names}
         return [f"{name}={word}" for name, word in words.items() if word is not None]
+
+
+def attributes(value: Any) -> dict[str, Any]:
+    """An object's own attributes, also those in slots."""
+    held = dict(getattr(value, "__dict__", {}))
+    for base in type(value).__mro__:
+        slots = vars(base).get("__slots__", ())
+        for name in (slots,) if isinstance(slots, str) else slots:
+            if name not in ("__dict__", "__weakref__") and hasattr(value, name):
+                held[name] = getattr(value, name)
+    return held
 
 
 def is_plain(value: Any) -> bool:

@@ -124,8 +124,10 @@ class Store:
         replaceable: say no instead, so that it is made anew in the other's place.
         """
         entry = self._current(name)
-        if entry is None or (replaceable and self._differing(entry, made_from)):
+        if entry is None:
             return False
+        if replaceable:
+            return not self._differing(entry, made_from)
         self._check(name, entry, made_from)
         return True
 
@@ -204,18 +206,21 @@ class Store:
             )
         return True
 
-    def _differing(self, entry: Entry, asked: MadeFrom, unasked: Collection[str] = ()) -> list[str]:
-        """The keys of which the unit was made from something else than what is asked."""
+    def _differing(self, entry: Entry, asked: MadeFrom, unasked: Collection[str] = ()) -> dict[str, tuple[Any, Any]]:
+        """What the unit was made from and what is asked, under each key where they differ."""
         stored, now = entry.made_from, json.loads(json.dumps(asked))
         keys = [*now, *(key for key in stored if key not in now and key not in unasked)]
-        return [key for key in keys if key not in stored or key not in now or not _agree(stored[key], now[key])]
+        return {
+            key: (stored.get(key), now.get(key))
+            for key in keys
+            if key not in stored or key not in now or not _agree(stored[key], now[key])
+        }
 
     def _check(self, name: str, entry: Entry, asked: MadeFrom, unasked: Collection[str] = ()) -> None:
         """Raise StoreError, naming both sides, unless the unit was made from what is asked."""
-        stored, now = entry.made_from, json.loads(json.dumps(asked))
         differing = self._differing(entry, asked, unasked)
         if differing:
-            sides = "; ".join(f"{key}: {_difference(stored.get(key), now.get(key))}" for key in differing)
+            sides = "; ".join(f"{key}: {_difference(*both)}" for key, both in differing.items())
             raise StoreError(
                 f"{self.root}: unit {name!r} was made from something else ({sides}). "
                 "Use another store folder for the new setting, or delete this one to make it anew."
