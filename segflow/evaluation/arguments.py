@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from torch import Tensor
 
 from ..errors import ScoreError
 
 
-def as_array(given: np.ndarray | Tensor) -> np.ndarray:
+def as_array(given: Any) -> np.ndarray:
     """An array of what may be a tensor, also one with a gradient or on another device."""
     return given.detach().cpu().numpy() if isinstance(given, Tensor) else np.asarray(given)
 
@@ -19,11 +21,6 @@ def as_booleans(name: str, given: np.ndarray | Tensor, shape: str, meaning: str 
     if not np.isin(array, (0, 1)).all():
         raise ScoreError(f"{name}: expected {shape} booleans{meaning}, found other numbers. Are they indices?")
     return array.astype(bool)
-
-
-def as_subsets(given: np.ndarray | Tensor) -> np.ndarray:
-    """[M, K] booleans: which groups each retraining kept."""
-    return as_booleans("subsets", given, "[M, K]", " (kept or not)")
 
 
 def as_measurements(given: np.ndarray | Tensor) -> np.ndarray:

@@ -22,12 +22,13 @@ from ..errors import ScoreError
 from ..report.row import Row
 from ..report.table import Table
 from ..results.scores import Scores
-from .arguments import as_measurements, as_subsets
+from .arguments import as_measurements
 from .retraining.bank import Training
 from .retraining.pool import random_subsets
 from .retraining.reuse import RetrainingOptions, Retrainings
 from .series import CEILING, RANDOM, Series, check_examples, over_examples, values_of
 from .statistics import CONFIDENCE, Bootstrap, noise_ceiling, quantile_interval, resampled_correlations, spearman
+from .subsets import as_subsets
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -154,7 +155,11 @@ def _predicted_and_measured(
     scores: Scores, subsets: np.ndarray | Tensor, measurements: np.ndarray | Tensor
 ) -> tuple[np.ndarray, np.ndarray]:
     """The predicted change from leaving groups out and the measurement, each [M, Q], checked to have ranks."""
-    kept_MK, measured_MQ, values_QK = as_subsets(subsets), as_measurements(measurements), values_of(scores)
+    kept_MK, measured_MQ, values_QK = (
+        as_subsets(subsets, len(scores.group_labels)),
+        as_measurements(measurements),
+        values_of(scores),
+    )
     _check_shapes(kept_MK, measured_MQ, values_QK)
     predicted_MQ = (~kept_MK).astype(float) @ values_QK.T
     _check_varying("predicted change", predicted_MQ)

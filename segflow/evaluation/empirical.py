@@ -12,7 +12,8 @@ from torch import Tensor
 from ..errors import ScoreError
 from ..groups.groups import Groups
 from ..results.scores import Scores
-from .arguments import as_measurements, as_subsets
+from .arguments import as_measurements
+from .subsets import as_subsets
 
 
 def empirical_influence(

@@ -267,7 +267,7 @@ def test_a_training_that_diverges_is_named_and_its_batch_not_kept(tmp_path: Path
 
 @pytest.mark.parametrize("subsets", [2 * np.ones((2, 3)), np.ones(3, dtype=bool), np.ones((0, 3), dtype=bool)])
 def test_subsets_must_be_rows_of_booleans(tmp_path: Path, subsets: np.ndarray) -> None:
-    with pytest.raises(ScoreError, match="expected \\[M, K\\] booleans"):
+    with pytest.raises(ScoreError, match="Expected \\[M, K\\] booleans"):
         _bank(tmp_path, subsets=subsets)
 
 

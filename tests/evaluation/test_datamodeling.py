@@ -114,14 +114,14 @@ LDS_FAULTS: dict[str, tuple[tuple[Any, Any, Any], dict[str, Any], str]] = {
     "columns": (
         (VALUES, SUBSETS[:, :3], MEASURED),
         {},
-        r"subsets \(6, 3\) and measurements \(6, 2\): expected \[M, 4\]",
+        r"masks of \[3\], expected 4 columns",
     ),
     "rows": ((VALUES, SUBSETS, MEASURED[:5]), {}, r"measurements \(5, 2\): expected \[M, 4\] and \[M, 2\]"),
     "repetitions": ((VALUES, SUBSETS, MEASURED[:, None]), {}, r"measurements \(6, 1, 2\)"),
     "few": ((VALUES, SUBSETS[:2], MEASURED[:2]), {}, "2 subsets: expected at least 3 to rank"),
     "nan": ((VALUES, SUBSETS, NAN), {}, r"not finite\. Look for a retraining that diverged"),
     "infinite": ((VALUES * np.inf, SUBSETS, MEASURED), {}, "not finite"),
-    "indices": ((VALUES, np.argsort(~SUBSETS, 1), MEASURED), {}, r"expected \[M, K\] booleans .* Are they indices\?"),
+    "numbers": ((VALUES, 3.0 * SUBSETS, MEASURED), {}, r"other numbers than 0 and 1.*Expected \[M, K\] booleans"),
     "flat scores": (
         (VALUES * [[1], [0]], SUBSETS, MEASURED),
         {},

@@ -23,7 +23,7 @@ from ...results.sealed import read_sealed, write_sealed
 from ...runtime.progress import track
 from ...runtime.ranks import current
 from ...store.files import TensorFile, read_json, write_json, write_tensors
-from ..arguments import as_subsets
+from ..subsets import as_subsets
 from .pool import Job, TrainAndMeasure, run_jobs
 
 FORMAT = 1

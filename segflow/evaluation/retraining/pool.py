@@ -16,7 +16,8 @@ from ...arguments import real_number, truth, whole_number
 from ...errors import ScoreError
 from ...runtime.progress import track
 from ...runtime.ranks import current, leave
-from ..arguments import as_array, as_subsets
+from ..arguments import as_array
+from ..subsets import as_subsets
 
 Job = tuple[np.ndarray, int]
 TrainAndMeasure = Callable[[np.ndarray, int], np.ndarray | Sequence[float]]
