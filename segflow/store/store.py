@@ -11,7 +11,6 @@ has an entry is whole. `made_from` binds it to what it was computed from; readin
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import StoreError
+from .comparison import agree, difference
 from .files import TensorFile, Tensors, inside, read_json, write_json, write_tensors
 from .json_form import COUNT, SHA256, fitting
 from .lock import NOTE, Held, hold
@@ -28,9 +28,6 @@ from .replacement import partial_of
 
 FORMAT = 2
 MadeFrom = Mapping[str, Any]
-_PROBES = "probes"  # the key of values that are compared as rounded
-_ROUNDING, _ROUNDING_AT_0 = 1e-4, 1e-5  # of probes, relative to a value, and to the mean of all
-_LAST_DIGITS = 1e-9  # of other numbers, whose sums may be taken in another order
 _NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*(/[A-Za-z0-9_-][A-Za-z0-9._-]*)*")
 _ENTRY = {"bytes": COUNT, "sha256": SHA256, "made_from": {str: object}, "inputs": {str: SHA256}}
 _OWN = {
@@ -213,14 +210,14 @@ class Store:
         return {
             key: (stored.get(key), now.get(key))
             for key in keys
-            if key not in stored or key not in now or not _agree(stored[key], now[key])
+            if key not in stored or key not in now or not agree(stored[key], now[key])
         }
 
     def _check(self, name: str, entry: Entry, asked: MadeFrom, unasked: Collection[str] = ()) -> None:
         """Raise StoreError, naming both sides, unless the unit was made from what is asked."""
         differing = self._differing(entry, asked, unasked)
         if differing:
-            sides = "; ".join(f"{key}: {_difference(*both)}" for key, both in differing.items())
+            sides = "; ".join(f"{key}: {difference(*both)}" for key, both in differing.items())
             raise StoreError(
                 f"{self.root}: unit {name!r} was made from something else ({sides}). "
                 "Use another store folder for the new setting, or delete this one to make it anew."
@@ -237,50 +234,3 @@ def _entry(path: Path) -> Entry:
     if len(content) > len(_ENTRY) or not all(_NAME.fullmatch(name) for name in content["inputs"]):
         raise StoreError(f"{path}: damaged, it does not describe a unit. {_REPAIR}")
     return Entry(**content)
-
-
-def _agree(stored: Any, now: Any) -> bool:
-    """Equal, numbers but for their last digits, and those of probes up to what other machines may round differently."""
-    if isinstance(now, dict) and isinstance(stored, dict) and stored.keys() == now.keys():
-        if list(now) == [_PROBES]:
-            return _probes_agree(_flat(stored[_PROBES]), _flat(now[_PROBES]))
-        return all(_agree(stored[key], now[key]) for key in now)
-    if isinstance(now, list) and isinstance(stored, list) and len(stored) == len(now):
-        return all(_agree(*pair) for pair in zip(stored, now, strict=True))
-    if isinstance(now, float) and isinstance(stored, float):
-        return math.isclose(stored, now, rel_tol=_LAST_DIGITS) or (math.isnan(stored) and math.isnan(now))
-    return bool(stored == now)
-
-
-def _probes_agree(stored: list[Any], now: list[Any]) -> bool:
-    """Whether probes have the same values, relative to their own scale: values near 0 are rounded as others are."""
-    if len(stored) != len(now):
-        return False
-    numbers = [abs(value) for value in stored + now if isinstance(value, float)]
-    least = _ROUNDING_AT_0 * (sum(numbers) / max(1, len(numbers)))
-    return all(
-        math.isclose(one, other, rel_tol=_ROUNDING, abs_tol=least)
-        if isinstance(one, float) and isinstance(other, float)
-        else one == other
-        for one, other in zip(stored, now, strict=True)
-    )
-
-
-def _flat(nested: Any) -> list[Any]:
-    if isinstance(nested, list):
-        return [value for part in nested for value in _flat(part)]
-    return [nested]
-
-
-def _difference(stored: Any, now: Any) -> str:
-    """Both sides; of long lists only how many entries differ, and the first that do; of mappings, the keys that do."""
-    if isinstance(stored, dict) and isinstance(now, dict):
-        if list(now) == list(stored) == [_PROBES]:
-            return _difference(_flat(stored[_PROBES]), _flat(now[_PROBES]))
-        keys = [key for key in {**stored, **now} if not _agree(stored.get(key), now.get(key))]
-        return ", ".join(f"{key}: {_difference(stored.get(key), now.get(key))}" for key in keys)
-    if isinstance(stored, list) and isinstance(now, list) and len(stored) == len(now) > 3:
-        pairs = [pair for pair in zip(stored, now, strict=True) if not _agree(*pair)]
-        if pairs:
-            return f"{len(pairs)} of {len(now)} differ, the first: {_difference(*pairs[0])}"
-    return f"stored {stored!r}, now {now!r}"

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import segflow as sf
 from segflow.stage.probes import perturb
-from segflow.store.store import _agree
+from segflow.store.comparison import agree
 
 from ..support.helpers import FixedLabels, analyzer_of, mlp, perturbed_states, trajectory_of, vectors
 
@@ -88,7 +88,7 @@ def test_a_loss_that_refuses_perturbed_parameters_is_told_by_its_values_at_the_c
 
 
 @pytest.mark.parametrize(
-    ("stored", "now", "agree"),
+    ("stored", "now", "expected"),
     [
         ({"probes": [[2.0, 1e-7], [3.0]]}, {"probes": [[2.00001, 3e-7], [3.0]]}, True),  # rounded as the others are
         ({"probes": [[1e-7, 2e-7]]}, {"probes": [[1e-7, 4e-7]]}, False),  # relative to their own scale
@@ -105,10 +105,10 @@ def test_a_loss_that_refuses_perturbed_parameters_is_told_by_its_values_at_the_c
     ],
 )
 def test_probes_are_compared_relative_to_their_scale_and_settings_to_the_last_digits(
-    stored: Any, now: Any, agree: bool
+    stored: Any, now: Any, expected: bool
 ) -> None:
-    assert _agree(stored, now) is agree
-    assert _agree(now, stored) is agree
+    assert agree(stored, now) is expected
+    assert agree(now, stored) is expected
 
 
 class Noting(FixedLabels):

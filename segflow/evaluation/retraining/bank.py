@@ -9,96 +9,27 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 
-from ...arguments import plain, settle, shown, truth, whole_number, whole_numbers
+from ...arguments import settle, shown, truth, whole_number, whole_numbers
 from ...data.fingerprints import digest
 from ...errors import ScoreError
-from ...results.sealed import read_sealed, write_sealed
+from ...results.sealed import as_bytes, read_sealed, write_sealed
 from ...runtime.progress import track
 from ...runtime.ranks import current
+from ...store.comparison import agree, difference
 from ...store.files import TensorFile, read_json, write_json, write_tensors
-from ..subsets import as_subsets
-from .pool import Job, TrainAndMeasure, run_jobs
+from ..subsets import Subsets, as_subsets
+from .pool import Job, JobError
+from .seeds import training_seeds
+from .training import Training, check_is_training
 
-FORMAT = 1
-
-
-class Training(Protocol):
-    """What a bank or a task retrains with: `BatchedTraining`, `FunctionTraining`, or a class of your own.
-
-    One that has an `examples` attribute, the number of its examples, is checked to fit the scores it is given with.
-    """
-
-    def settings(self) -> Mapping[str, Any]:
-        """What the results depend on, as JSON."""
-
-    def batches(self, jobs: Sequence[Job]) -> list[list[int]]:
-        """Places of the jobs that are run, and committed to disk, together."""
-
-    def run(self, jobs: Sequence[Job]) -> np.ndarray:
-        """The measurements [J, ...] after training on each (indices of what is kept, seed)."""
-
-
-def check_is_training(training: object) -> None:
-    """ScoreError for what is no training, such as a plain function."""
-    if not all(callable(getattr(training, name, None)) for name in ("settings", "batches", "run")):
-        raise ScoreError(
-            f"training: {type(training).__name__}, expected a BatchedTraining, a FunctionTraining, or what has their "
-            "methods. Wrap a function in FunctionTraining(function, fingerprint)."
-        )
-
-
-@dataclass(frozen=True)
-class FunctionTraining:
-    """Any training function, run by `retrain`'s pool of processes.
-
-    Args:
-        train_and_measure: as for `retrain`: (indices of the kept examples or groups, seed) -> the measurements [Q], or
-            several of each query [P, Q].
-        fingerprint: JSON that names what the function depends on (data, recipe); a bank is bound to it.
-        processes: how many at a time; by default as many as there are cores.
-        each: trainings of one process that are committed together.
-    """
-
-    train_and_measure: TrainAndMeasure
-    fingerprint: Mapping[str, Any]
-    processes: int | None = None
-    each: int = 4
-
-    def __post_init__(self) -> None:
-        settle(self, fingerprint=_plain_json(self.fingerprint), each=whole_number("each", self.each, ScoreError, 1))
-        if self.processes is not None:
-            advice = "None takes one for each core."
-            settle(self, processes=whole_number("processes", self.processes, ScoreError, 1, advice=advice))
-
-    def settings(self) -> dict[str, Any]:
-        """The fingerprint that was given."""
-        return {"function": dict(self.fingerprint)}
-
-    def batches(self, jobs: Sequence[Job]) -> list[list[int]]:
-        """A few jobs for each process."""
-        size = self.each * (self.processes or os.cpu_count() or 1)
-        return [list(range(begin, min(begin + size, len(jobs)))) for begin in range(0, len(jobs), size)]
-
-    def run(self, jobs: Sequence[Job]) -> np.ndarray:
-        """Train and measure in parallel processes: [J, Q] or [J, P, Q].
-
-        Raises:
-            ScoreError: the function gives no numbers, or not always of one shape.
-        """
-        measured = [np.atleast_1d(job) for job in run_jobs(self.train_and_measure, list(jobs), self.processes, False)]
-        shapes = sorted({of_job.shape for of_job in measured})
-        if len(shapes) > 1 or len(shapes[0]) > 2:
-            raise ScoreError(
-                f"train_and_measure gave measurements of shapes {shapes}: expected [Q] or [P, Q], the same each time."
-            )
-        return np.stack(measured)
+FORMAT = 2
+_NOTE = "bank.json"  # the file that says what the bank is
 
 
 @dataclass(frozen=True)
@@ -107,22 +38,25 @@ class Bank:
 
     `run` trains what is missing and returns everything. What was trained is committed batch by batch, so a run that
     was killed goes on where it was, and a finished one is read. `repetitions` may grow later. The folder is bound to a
-    fingerprint of training, data, subsets and seed; with another one it is refused.
+    fingerprint of training, data, subsets and seed; with another one it is refused, and so is every file in it that was
+    made with another one.
 
     Args:
         folder: where the bank is; made if it is not there.
         training: `BatchedTraining`, `FunctionTraining`, or one of your own.
-        subsets: [M, K] booleans, which of the training's examples (or groups) each retraining keeps.
-        repetitions: retrainings R of each subset; number r of subset m has the seed `seed + 1 + r * M + m`.
-        seed: moves all seeds.
-        seeds: [M], for each subset a first seed of its own: number r of subset m then has the seed `seeds[m] + r`,
-            whatever the other subsets are.
+        subsets: [M, K] booleans, which of the training's examples (or groups) each retraining keeps; or for each a list
+            of indices, where the training says by `examples` how many there are.
+        repetitions: retrainings R of each subset.
+        seed: moves all seeds. A training's seed follows from it, from what its subset keeps and from the number of its
+            repetition alone: whatever else is trained, these seeds are independent of all others.
 
     Raises:
-        ScoreError: the folder holds a bank of something else, or a damaged file, or a training diverged.
+        ScoreError: the folder holds a bank of something else, or a damaged file; a training failed; or one diverged,
+            which is told at the end, when all others are committed.
 
     Example:
         >>> import tempfile
+        >>> from segflow.evaluation import FunctionTraining
         >>> training = FunctionTraining(lambda kept, seed: [float(kept.sum())], {"sum": "of indices"}, processes=1)
         >>> bank = Bank(tempfile.mkdtemp(), training, np.array([[1, 0, 1], [0, 1, 1]], dtype=bool), repetitions=2)
         >>> bank.run(progress=False)[:, :, 0]
@@ -134,39 +68,38 @@ class Bank:
 
     folder: str | os.PathLike[str]
     training: Training
-    subsets: np.ndarray
+    subsets: Subsets
     repetitions: int = 5
     seed: int = 0
-    seeds: Sequence[int] | None = None
     _path: Path = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        kept = as_subsets(self.subsets)
-        if kept.ndim != 2 or len(kept) < 1:
-            raise ScoreError(f"bank: subsets {kept.shape}: expected [M, K] booleans with at least one row.")
+        check_is_training(self.training)
+        examples = getattr(self.training, "examples", None)
+        kept = as_subsets(self.subsets, examples)
+        if examples is None and any(np.ndim(row) != 1 or len(row) != kept.shape[1] for row in self.subsets):
+            raise ScoreError(
+                f"bank: subsets {shown(self.subsets)} are lists of indices, of how many examples the training does not "
+                "say. Give booleans [M, K] (kept or not)."
+            )
         settle(self, subsets=kept, seed=whole_number("seed", self.seed, ScoreError))
         settle(self, repetitions=whole_number("repetitions", self.repetitions, ScoreError, 1))
-        if self.seeds is not None:
-            settle(self, seeds=whole_numbers("seeds", self.seeds, ScoreError))
-            if len(self.seeds) != len(kept):
-                raise ScoreError(f"bank: {len(self.seeds)} seeds for {len(kept)} subsets. Give one for each, or none.")
-        check_is_training(self.training)
         object.__setattr__(self, "_path", Path(self.folder))
 
-    @cached_property
+    @property
     def fingerprint(self) -> dict[str, Any]:
-        """What the bank's numbers depend on."""
-        kept = self.subsets
-        content = {"format": FORMAT, "subsets": _described(kept), "seed": self.seed}
-        if self.seeds is not None:
-            content["seeds"] = digest(list(self.seeds))
+        """What the bank's numbers depend on, as it is now."""
+        content = {"format": FORMAT, "subsets": _described(self.subsets), "seed": self.seed}
         as_read_back: dict[str, Any] = json.loads(json.dumps(content | {"training": self.training.settings()}))
         return as_read_back
 
     @property
     def missing(self) -> list[tuple[int, int]]:
         """The (repetition, subset) pairs that are still to be trained."""
-        committed = _committed(self._path) if self._is_bound() else {}
+        return self._missing(self._bound(self.fingerprint))
+
+    def _missing(self, bank: str) -> list[tuple[int, int]]:
+        committed = _committed(self._path, bank)
         pairs = [(r, m) for r in range(self.repetitions) for m in range(len(self.subsets))]
         return [pair for pair in pairs if pair not in committed]
 
@@ -178,55 +111,71 @@ class Bank:
         progress = None if progress is None else truth("progress", progress, ScoreError)
         if current().count > 1:
             raise ScoreError("a bank is filled by one process. Start it without a launcher, or use `retrain`.")
-        if not self._is_bound():
-            subsets = {"subsets": torch.from_numpy(self.subsets)}
-            write_tensors(self._path / "subsets.safetensors", subsets, None, ScoreError)
-            write_json(self._path / "bank.json", self.fingerprint, ScoreError)
         last = len(self.subsets) - 1
         wanted = list(range(last + 1) if rows is None else whole_numbers("rows", rows, ScoreError, 0, last))
-        chosen = set(wanted)
-        pairs = [(r, m) for r, m in self.missing if m in chosen]
-        jobs = [(np.flatnonzero(self.subsets[m]), self._seed(r, m)) for r, m in pairs]
+        chosen, fingerprint = set(wanted), self.fingerprint
+        bank = self._bound(fingerprint)
+        pairs = [(r, m) for r, m in self._missing(bank) if m in chosen]
+        if not (self._path / _NOTE).exists():
+            subsets = {"subsets": torch.from_numpy(self.subsets)}
+            write_tensors(self._path / "subsets.safetensors", subsets, None, ScoreError)
+            write_json(self._path / _NOTE, fingerprint, ScoreError)
+        self._train(pairs, bank, progress)
+        return _collected(_committed(self._path, bank), wanted, self.repetitions, self._path)
+
+    def _train(self, pairs: list[tuple[int, int]], bank: str, progress: bool | None) -> None:
+        """Train what is missing, and commit it batch by batch; those that diverge are told when the others are done."""
+        seeds_MR = training_seeds(self.subsets, self.repetitions, self.seed)
+        jobs = [(np.flatnonzero(self.subsets[m]), int(seeds_MR[m, r])) for r, m in pairs]
+        diverged: list[int] = []
         for places in track(self.training.batches(jobs), "retraining", enabled=progress):
-            self._commit([pairs[place] for place in places], self.training.run([jobs[place] for place in places]))
-        return _collected(_committed(self._path), wanted, self.repetitions, self._path)
-
-    def _seed(self, repetition: int, subset: int) -> int:
-        if self.seeds is not None:
-            return self.seeds[subset] + repetition
-        return self.seed + 1 + repetition * len(self.subsets) + subset
-
-    def _commit(self, pairs: list[tuple[int, int]], measured: np.ndarray) -> None:
-        if len(measured) != len(pairs):
-            raise ScoreError(f"bank: {len(measured)} results of {len(pairs)} trainings. Return one for each.")
-        diverged = ~np.isfinite(measured.reshape(len(pairs), -1)).all(1)
-        if diverged.any():
-            repetition, subset = pairs[int(np.argmax(diverged))]
+            measured = self._measured([pairs[place] for place in places], [jobs[place] for place in places])
+            finite = np.isfinite(measured.reshape(len(places), -1)).all(1)
+            diverged += [place for place, whole in zip(places, finite, strict=True) if not whole]
+            self._commit([pairs[place] for place in np.array(places)[finite]], measured[finite], bank)
+            if len(diverged) == len(places):  # all of the first batch
+                break
+        if diverged:
+            repetition, subset = pairs[diverged[0]]
             raise ScoreError(
-                f"{self._path}: subset {subset}, repetition {repetition}: a measurement is not finite. "
-                "Did its training diverge? Lower the learning rate."
+                f"{self._path}: {len(diverged)} of {len(pairs)} trainings diverged, the first is subset {subset}, "
+                f"repetition {repetition}, seed {jobs[diverged[0]][1]}: a measurement is not finite. Lower the learning "
+                "rate. What did not diverge is kept."
             )
-        tensors = {"pairs": torch.tensor(pairs), "measured": torch.from_numpy(np.asarray(measured, dtype=np.float64))}
-        repetition, subset = pairs[0]
-        write_sealed(self._path / f"measured-{repetition:03d}-{subset:06d}.safetensors", tensors)
+
+    def _measured(self, pairs: Sequence[tuple[int, int]], jobs: Sequence[Job]) -> np.ndarray:
+        try:
+            measured = np.asarray(self.training.run(jobs), dtype=np.float64)
+        except JobError as failure:
+            repetition, subset = pairs[failure.place]
+            raise failure.of(subset, repetition) from failure.__cause__
+        if len(measured) != len(jobs):
+            raise ScoreError(f"bank: {len(measured)} results of {len(jobs)} trainings. Return one for each.")
+        return measured
+
+    def _commit(self, pairs: list[tuple[int, int]], measured: np.ndarray, bank: str) -> None:
+        if pairs:
+            tensors = {"pairs": torch.tensor(pairs), "measured": torch.from_numpy(measured)}
+            tensors["bank"] = as_bytes(bank)
+            repetition, subset = pairs[0]
+            write_sealed(self._path / f"measured-{repetition:03d}-{subset:06d}.safetensors", tensors)
 
     def check(self) -> None:
         """Raise ScoreError if the folder holds a bank of something else."""
-        self._is_bound()
+        self._bound(self.fingerprint)
 
-    def _is_bound(self) -> bool:
-        """Whether the folder holds this bank already; ScoreError if it holds another one."""
-        path = self._path / "bank.json"
+    def _bound(self, fingerprint: Mapping[str, Any]) -> str:
+        """The digest that each of the bank's files carries; ScoreError if the folder holds another bank."""
+        path = self._path / _NOTE
         if not path.exists():
-            return False
-        on_disk, now = _flat(read_json(path, ScoreError)), _flat(self.fingerprint)
-        for key in sorted(on_disk.keys() | now.keys()):
-            if on_disk.get(key) != now.get(key):
-                raise ScoreError(
-                    f"{path}: this bank was made with {key} = {on_disk.get(key)!r}, now it is {now.get(key)!r}. "
-                    "Use another folder, or delete this one to retrain everything."
-                )
-        return True
+            return _digest(fingerprint)
+        on_disk = read_json(path, ScoreError)
+        if not agree(on_disk, fingerprint):
+            raise ScoreError(
+                f"{path}: this bank was made with something else ({difference(on_disk, fingerprint)}). Use "
+                "another folder, or delete this one to retrain everything."
+            )
+        return _digest(on_disk)
 
 
 def read_bank(folder: str | os.PathLike[str]) -> tuple[np.ndarray, np.ndarray]:
@@ -236,10 +185,10 @@ def read_bank(folder: str | os.PathLike[str]) -> tuple[np.ndarray, np.ndarray]:
         ScoreError: there is no bank, no repetition is whole, or a file is damaged.
     """
     path = Path(folder)
-    stored, subsets = read_json(path / "bank.json", ScoreError, {"subsets": str}), read_subsets(path)
+    stored, subsets = read_json(path / _NOTE, ScoreError, {"subsets": str}), read_subsets(path)
     if stored["subsets"] != _described(subsets):
         raise ScoreError(f"{path}: subsets.safetensors does not hold the subsets that bank.json is about. Restore it.")
-    committed = _committed(path)
+    committed = _committed(path, _digest(stored))
     repetitions = 0
     while all((repetitions, m) in committed for m in range(len(subsets))):
         repetitions += 1
@@ -262,11 +211,15 @@ def read_subsets(path: Path) -> np.ndarray:
     return subsets
 
 
-def _committed(path: Path) -> dict[tuple[int, int], np.ndarray]:
-    """Every committed measurement by its (repetition, subset)."""
+def _digest(fingerprint: Mapping[str, Any]) -> str:
+    return digest(json.dumps(fingerprint, sort_keys=True))
+
+
+def _committed(path: Path, bank: str) -> dict[tuple[int, int], np.ndarray]:
+    """Every committed measurement by its (repetition, subset); ScoreError for a file of another bank."""
     committed: dict[tuple[int, int], np.ndarray] = {}
     for file in sorted(path.glob("measured-*.safetensors")):
-        tensors = read_sealed(file, {"pairs", "measured"}, "measurements of a bank", "Bank.run")
+        tensors = read_sealed(file, {"pairs", "measured", "bank"}, "measurements of a bank", "Bank.run")
         pairs, measured = tensors["pairs"], tensors["measured"]
         whole = pairs.dtype == torch.int64 and pairs.ndim == 2 and pairs.shape[1] == 2 and not (pairs < 0).any()
         real = measured.is_floating_point() and bool(measured.isfinite().all())
@@ -274,6 +227,11 @@ def _committed(path: Path) -> dict[tuple[int, int], np.ndarray]:
             raise ScoreError(
                 f"{file}: pairs {tuple(pairs.shape)} {pairs.dtype} and measurements {tuple(measured.shape)} "
                 f"{measured.dtype} make no sense. Delete it and run the bank again."
+            )
+        if not torch.equal(tensors["bank"], as_bytes(bank)):
+            raise ScoreError(
+                f"{file}: these measurements were made for another bank (other training, data, subsets or seed). "
+                "Delete the file, or use another folder."
             )
         committed |= {(r, m): row for (r, m), row in zip(pairs.tolist(), measured.double().numpy(), strict=True)}
     return committed
@@ -296,30 +254,3 @@ def _collected(
             "training that measures the same each time."
         )
     return np.stack([np.stack([committed[r, m] for r in range(repetitions)]) for m in subsets])
-
-
-def _plain_json(fingerprint: Mapping[str, Any]) -> dict[str, Any]:
-    """A fingerprint as JSON will give it back, its numbers of any kind as plain ones; ScoreError where JSON cannot."""
-    try:
-        as_read_back: dict[str, Any] = json.loads(json.dumps(dict(fingerprint), default=_plain_number))
-    except (TypeError, ValueError) as problem:
-        raise ScoreError(
-            f"fingerprint={shown(fingerprint)}: expected what JSON can hold ({problem}). Name data and recipe by "
-            "numbers and text."
-        ) from problem
-    return as_read_back
-
-
-def _plain_number(value: object) -> object:
-    number = plain(value)
-    if number is value:
-        raise TypeError(f"it holds {shown(value)}")
-    return number
-
-
-def _flat(content: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested mappings and lists as one mapping of dotted names."""
-    if isinstance(content, Mapping | list) and content:
-        items = content.items() if isinstance(content, Mapping) else enumerate(content)
-        return {k: v for key, inner in items for k, v in _flat(inner, f"{prefix}{'.' * bool(prefix)}{key}").items()}
-    return {prefix: content}

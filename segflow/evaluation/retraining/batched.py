@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
-from ...arguments import plain, settle, whole_number
-from ...data.fingerprints import digest
+from ...arguments import settle, whole_number
 from ...errors import ScoreError
 from .pool import Job
+from .recipe_identity import batched_identity
 
 Function = Callable[[Tensor, Tensor], Tensor]
 _ELEMENTWISE = ("SGD", "Adam", "AdamW", "RMSprop", "Adagrad", "Adadelta", "NAdam", "RAdam", "Adamax", "ASGD", "Rprop")
@@ -115,25 +115,9 @@ class BatchedTraining:
     def settings(self) -> dict[str, Any]:
         """What the results depend on, as JSON: the fingerprint that a bank is bound to.
 
-        A loss or a measure counts by its name and by what it says of the model that seed 0 initialises.
+        A loss, a measure, an optimizer and a schedule count by what their code reaches, and by numbers that they give.
         """
-        model = _seeded(self.build, 0).eval()
-        with torch.no_grad():
-            measured = self.measure(model(self.query_inputs), self.query_targets)
-            losses = [
-                stage.loss(model(stage.inputs[: stage.batch_size]), stage.targets[: stage.batch_size])
-                for stage in self.stages
-            ]
-        return {
-            "model": str(model),
-            "initial": digest(list(model.state_dict().values())),
-            "stages": [
-                _describe_stage(stage) | {"loss": _named(stage.loss, loss)}
-                for stage, loss in zip(self.stages, losses, strict=True)
-            ],
-            "queries": digest([self.query_inputs, self.query_targets]),
-            "measure": _named(self.measure, measured),
-        }
+        return batched_identity(self)
 
     def batches(self, jobs: Sequence[Job]) -> list[list[int]]:
         """Places of the jobs that are trained together: those that keep as many examples of each stage."""
@@ -244,26 +228,3 @@ def _seeded(build: Callable[[], nn.Module], seed: int) -> nn.Module:
 def _optimizer_of(stage: Stage) -> torch.optim.Optimizer:
     """The stage's optimizer, of a parameter that nobody trains."""
     return stage.optimizer([nn.Parameter(torch.zeros(1))])
-
-
-def _describe_stage(stage: Stage) -> dict[str, Any]:
-    optimizer = _optimizer_of(stage)
-    options = {key: _as_text(value) for key, value in optimizer.defaults.items() if key not in ("foreach", "fused")}
-    return {
-        "data": digest([stage.inputs, stage.targets]),
-        "optimizer": {"name": type(optimizer).__name__} | options,
-        "epochs": stage.epochs,
-        "batch_size": stage.batch_size,
-    }
-
-
-def _as_text(option: Any) -> str:
-    """An optimizer's option, whose text does not depend on the kind of its numbers."""
-    return str(tuple(map(plain, option)) if isinstance(option, tuple | list) else plain(option))
-
-
-def _named(function: Any, result: Tensor) -> str:
-    """A function by its name and by the first few numbers that it gave, rounded so that machines agree."""
-    name = getattr(function, "__qualname__", None) or type(function).__qualname__
-    few = " ".join(f"{value:.3g}" for value in result.flatten()[:4].tolist())
-    return f"{name} {tuple(result.shape)}: {few}"

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 
-from ...arguments import real_number, truth, whole_number
+from ...arguments import plain, real_number, truth, whole_number
+from ...data.draws import seeded
+from ...data.generators import Generators
+from ...data.streams import stream
 from ...errors import ScoreError
 from ...runtime.progress import track
-from ...runtime.ranks import current, leave
+from ...runtime.ranks import current
+from ...runtime.workers import WorkerError, cores, each_call
 from ..arguments import as_array
-from ..subsets import as_subsets
+from ..subsets import Subsets, as_subsets
+from .seeds import training_seeds
 
 Job = tuple[np.ndarray, int]
 TrainAndMeasure = Callable[[np.ndarray, int], np.ndarray | Sequence[float]]
@@ -37,13 +39,13 @@ def random_subsets(count: int, groups: int, fraction: float = 0.5, seed: int = 0
     kept = round(groups * real_number("fraction", fraction, ScoreError))
     if not 0 < kept < groups:
         raise ScoreError(f"fraction={fraction} keeps {kept} of {groups} groups: expected some, but not all.")
-    generator = np.random.default_rng(whole_number("seed", seed, ScoreError))
+    generator = stream(whole_number("seed", seed, ScoreError), "random subsets")
     return np.stack([generator.permutation(groups) < kept for _ in range(count)])
 
 
 def retrain(
     train_and_measure: TrainAndMeasure,
-    subsets: np.ndarray,
+    subsets: Subsets,
     *,
     repetitions: int = 1,
     processes: int | None = None,
@@ -53,57 +55,110 @@ def retrain(
     """Train on every subset, in parallel processes of one thread each; under a launcher, each rank does its share.
 
     Args:
-        train_and_measure: (indices of the kept examples or groups, seed) -> the measurements [Q]. With more than one
-            process it must be importable (a function at the top of a module, or functools.partial of one).
-        subsets: [M, K] booleans.
+        train_and_measure: (indices of the kept examples or groups, seed) -> the measurements [Q]. The global
+            generators of Python, NumPy and torch begin at that seed, too. Other processes get the function by value
+            (cloudpickle), so it may be a closure, or stand in a notebook or in a script without a main guard.
+        subsets: [M, K] booleans, or for each subset a list of the indices that it keeps.
         repetitions: retrainings of each subset, with seeds of their own.
-        processes: how many at a time on each rank; by default as many as there are cores for each.
-        seed: moves all seeds.
+        processes: how many at a time on each rank; None and -1: as many as there are cores for each.
+        seed: moves all seeds: those of each seed, subset and repetition are independent of all others.
         progress: show a bar; None: where there is a terminal.
 
     Returns:
         [M, repetitions, Q] in float64; average over the second axis for the linear datamodeling score.
 
     Raises:
-        ScoreError: there is nothing to train, or the function gives no numbers.
+        ScoreError: there is nothing to train; a retraining failed, gave no numbers, other than finite ones, or not as
+            many as the others; or the function cannot be sent to other processes.
     """
     repetitions, seed = whole_number("repetitions", repetitions, ScoreError, 1), whole_number("seed", seed, ScoreError)
-    if processes is not None:
-        processes = whole_number("processes", processes, ScoreError, 1, advice="None takes one for each core.")
+    processes = checked_processes(processes)
     progress = None if progress is None else truth("progress", progress, ScoreError)
-    if len(subsets) < 1:
-        raise ScoreError("no subsets were given. Expected at least one, as a row of booleans.")
-    jobs = [
-        (np.flatnonzero(kept), seed + 1 + number * repetitions + repetition)
-        for number, kept in enumerate(as_subsets(subsets))
-        for repetition in range(repetitions)
-    ]
-    ranks = current()
+    kept_MK, ranks = as_subsets(subsets), current()
+    pairs = [(subset, repetition) for subset in range(len(kept_MK)) for repetition in range(repetitions)]
+    seeds_MR = training_seeds(kept_MK, repetitions, seed)
+    jobs = [(np.flatnonzero(kept_MK[subset]), int(seeds_MR[subset, repetition])) for subset, repetition in pairs]
     with ranks.together("retrain"):
-        by_this_rank = run_jobs(train_and_measure, ranks.share(jobs), processes, progress)
+        own = ranks.share(list(range(len(jobs))))
+        try:
+            by_this_rank = run_jobs(train_and_measure, [jobs[job] for job in own], processes, progress, finite=True)
+        except JobError as failure:
+            raise failure.of(*pairs[own[failure.place]]) from failure.__cause__
         by_rank = ranks.gather([measured.ravel().tolist() for measured in by_this_rank])
     in_order = [by_rank[number % ranks.count][number // ranks.count] for number in range(len(jobs))]
-    return np.asarray(in_order, dtype=np.float64).reshape(len(subsets), repetitions, -1)
+    sizes = sorted(set(map(len, in_order)))
+    if len(sizes) > 1:
+        raise ScoreError(f"train_and_measure gave {sizes} measurements. Return as many each time.")
+    return np.asarray(in_order, dtype=np.float64).reshape(len(kept_MK), repetitions, -1)
+
+
+class JobError(ScoreError):
+    """A retraining failed. place: which of the jobs; job: what it kept, and its seed; text: what went wrong."""
+
+    def __init__(self, place: int, job: Job, text: str):
+        super().__init__(f"a retraining failed: {_described(job)}: {text}")
+        self.place, self.job, self.text = place, job, text
+
+    def of(self, subset: int, repetition: int) -> ScoreError:
+        """The error that names the subset and the repetition as well."""
+        where = f"subset {subset}, repetition {repetition}, {_described(self.job)}"
+        return ScoreError(f"a retraining failed: {where}: {self.text}")
+
+
+def _described(job: Job) -> str:
+    return f"{len(job[0])} kept, seed {job[1]}"
+
+
+def workers_for(processes: int | None) -> int:
+    """How many processes are asked for: None or -1 for each core that this rank may use."""
+    return cores() if processes in (None, -1) else int(processes)  # type: ignore[arg-type]
+
+
+def checked_processes(processes: object) -> int | None:
+    """A number of processes, -1 and None being one for each core; ScoreError for another number below 1."""
+    if processes is None or plain(processes) == -1:
+        return None
+    return whole_number("processes", processes, ScoreError, 1, advice="None or -1 takes one for each core.")
 
 
 def run_jobs(
-    train_and_measure: TrainAndMeasure, jobs: list[Job], processes: int | None, progress: bool | None
+    train_and_measure: TrainAndMeasure,
+    jobs: Sequence[Job],
+    processes: int | None,
+    progress: bool | None,
+    finite: bool = False,
 ) -> list[np.ndarray]:
-    """The measurements of each job as they are shaped, in parallel where more than one process is asked for."""
-    cores = max(1, (os.cpu_count() or 1) // current().local_count)
-    workers = min(processes or cores, len(jobs))
-    if workers <= 1:
-        with _one_thread():
-            return [_measured(train_and_measure, *job) for job in track(jobs, "retraining", enabled=progress)]
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, initializer=_begin_alone) as pool:
-        futures = [pool.submit(_measured, train_and_measure, *job) for job in jobs]
-        return [future.result() for future in track(futures, "retraining", enabled=progress)]
+    """The measurements of each job as they are shaped, in parallel where more than one process is asked for.
+
+    finite: whether a measurement that is not finite is an error. Raises JobError.
+    """
+    results = each_call(partial(_measured, train_and_measure, finite), jobs, workers_for(processes))
+    try:
+        return list(track(results, "retraining", total=len(jobs), enabled=progress))
+    except WorkerError as failure:
+        raise JobError(failure.place, jobs[failure.place], str(failure)) from failure.__cause__
 
 
-def _measured(train_and_measure: TrainAndMeasure, kept: np.ndarray, seed: int) -> np.ndarray:
-    """An array of what the function gives; made where it ran, as a tensor with a gradient cannot leave its process."""
-    given: Any = train_and_measure(kept, seed)
+def _measured(train_and_measure: TrainAndMeasure, finite: bool, kept: np.ndarray, seed: int) -> np.ndarray:
+    """An array of what the function gives; made where it ran, as a tensor with a gradient cannot leave its process.
+
+    The global generators begin at the job's seed, so that a function that forgets its seed repeats itself.
+    """
+    generators = Generators()
+    states = generators.states()
+    with seeded(seed):
+        generators.seed(seed)
+        try:
+            given: Any = train_and_measure(kept, seed)
+        finally:
+            generators.restore(states)
+    measured = _as_numbers(given)
+    if finite and not np.isfinite(measured).all():
+        raise ScoreError("a measurement is not finite. Did its training diverge? Lower the learning rate.")
+    return measured
+
+
+def _as_numbers(given: Any) -> np.ndarray:
     try:
         if given is None:
             raise TypeError("nothing was returned")
@@ -112,23 +167,6 @@ def _measured(train_and_measure: TrainAndMeasure, kept: np.ndarray, seed: int) -
         return as_array(given).astype(np.float64)
     except (TypeError, ValueError) as problem:
         raise ScoreError(
-            f"train_and_measure gave {type(given).__name__} for {len(kept)} kept and seed {seed}: {problem}. Return "
-            "numbers [Q], or rows of equal length [P, Q]."
+            f"train_and_measure gave {type(given).__name__}: {problem}. Return numbers [Q], or rows of equal length "
+            "[P, Q]."
         ) from problem
-
-
-def _begin_alone() -> None:
-    """A process of the pool has one thread, and is no rank even if its parent is one."""
-    torch.set_num_threads(1)
-    leave()
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """As in the processes, so that sums are rounded alike."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)

@@ -17,8 +17,9 @@ import numpy as np
 from ...arguments import settle, truth, whole_number
 from ...data.fingerprints import digest
 from ...errors import ScoreError
-from .bank import Bank, Training, check_is_training, read_subsets
+from .bank import Bank, read_subsets
 from .pool import Job
+from .training import Training, check_is_training
 
 
 class RetrainingOptions(TypedDict, total=False):
@@ -118,8 +119,7 @@ class Retrainings:
         return _Described(self.training, self.training.settings())
 
     def _bank(self, path: Path, subsets: np.ndarray, repetitions: int) -> Bank:
-        seeds = [int(digest([self.seed, row])[:7], 16) for row in subsets]  # 28 bits: fit for every generator
-        return Bank(path, self._described, subsets, repetitions, self.seed, seeds)
+        return Bank(path, self._described, subsets, repetitions, self.seed)
 
     def _chosen(self, measured: np.ndarray) -> np.ndarray:
         """[M, R, Q]: the measurement that was asked for."""

@@ -1,0 +1,147 @@
+"""What a recipe of retraining is, as JSON that a bank is bound to: what its functions reach, and what they compute.
+
+Code tells what values cannot (a rate that a bank's few probes would not show), and values tell what code cannot.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ...arguments import plain
+from ...data.changing import Reached, settled
+from ...data.code_identity import reached
+from ...data.draws import seeded
+from ...data.fingerprints import digest
+from ...data.generators import Generators
+from ...store.comparison import PROBES
+
+if TYPE_CHECKING:
+    from .batched import BatchedTraining, Stage
+
+_UNTOLD = ("foreach", "fused", "capturable", "differentiable")  # options that change no number
+_PERTURBATION = 0.1  # of a parameter, relative to its root mean square (or 1, where it is 0)
+
+
+class _Holder:
+    """What a recipe holds, as attributes: a function, an object that is called, or anything that these are made of."""
+
+    def __init__(self, held: Any):
+        self.held = held
+
+
+def code_of(functions: Mapping[str, Any]) -> Callable[[], Reached]:
+    """A function that reads what each of some functions, named, reaches as they are now."""
+    holders = {name: _Holder(function) for name, function in functions.items()}
+
+    def read() -> Reached:
+        found, slots = Reached(), {}
+        for name, holder in holders.items():
+            of_function = reached(holder, ("held",))
+            found |= {f"{name} {entry.replace('self.held', '')}".rstrip(): word for entry, word in of_function.items()}
+            slots |= of_function.slots
+        found.slots = slots
+        return found
+
+    return read
+
+
+def batched_identity(training: BatchedTraining) -> dict[str, Any]:
+    """What the results of a batched training depend on, as JSON."""
+    functions = {"build": training.build, "measure": training.measure}
+    for number, stage in enumerate(training.stages):
+        functions |= {
+            f"stage {number} {name}": getattr(stage, name)
+            for name in ("loss", "optimizer", "schedule")
+            if hasattr(stage, name)
+        }
+
+    def run() -> dict[str, Any]:
+        return _computed(training)
+
+    code, computed = settled(code_of(functions), run, run)
+    data = {
+        "queries": digest([training.query_inputs, training.query_targets]),
+        **{f"stage {k}": digest([stage.inputs, stage.targets]) for k, stage in enumerate(training.stages)},
+    }
+    plans = [{"epochs": stage.epochs, "batch_size": stage.batch_size} for stage in training.stages]
+    return {"code": dict(code), "data": data, "stages": plans, **computed}
+
+
+def _computed(training: BatchedTraining) -> dict[str, Any]:
+    """The model that seed 0 makes, each stage's optimizer for it, and numbers of its losses and measurements."""
+    generators = Generators()
+    states = generators.states()
+    with seeded(0):
+        generators.seed(0)
+        try:
+            model = training.build().train()
+            optimizers = [_optimizer(stage, model) for stage in training.stages]
+            initial = digest([[name, value] for name, value in model.state_dict().items()])
+            numbers = list(_numbers(training, model.eval()))
+        finally:
+            generators.restore(states)
+    described = {"text": str(model), "initial": initial, "frozen": _frozen(model)}
+    return {"model": described, "optimizers": optimizers, "computed": {PROBES: numbers}}
+
+
+def _frozen(model: nn.Module) -> list[str]:
+    return [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
+
+
+def _optimizer(stage: Stage, model: nn.Module) -> dict[str, Any]:
+    """The optimizer that a stage makes for the model: its groups by the names of their parameters, and its state."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    optimizer = stage.optimizer(model.parameters())
+    groups = [
+        {"parameters": [names.get(parameter, "another") for parameter in group["params"]]}
+        | {key: as_text(value) for key, value in group.items() if key != "params" and key not in _UNTOLD}
+        for group in optimizer.param_groups
+    ]
+    state = {names.get(parameter, "another"): digest(dict(of_it)) for parameter, of_it in optimizer.state.items()}
+    return {"name": type(optimizer).__qualname__, "groups": groups, "state": state}
+
+
+def as_text(option: Any) -> str:
+    """An optimizer's option, whose text does not depend on the kind of its numbers."""
+    return str(tuple(map(plain, option)) if isinstance(option, tuple | list) else plain(option))
+
+
+def _numbers(training: BatchedTraining, model: nn.Module) -> Iterator[Any]:
+    """All measurements, the losses of all batches and gradients' sizes, at the initial and at other parameters."""
+    yield from _at_these_parameters(training, model)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            scale = parameter.square().mean().sqrt() if parameter.numel() else 0.0
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            parameter += (_PERTURBATION * (scale or 1.0) * noise).to(parameter)
+    yield from _at_these_parameters(training, model)
+
+
+def _at_these_parameters(training: BatchedTraining, model: nn.Module) -> Iterator[Any]:
+    with torch.no_grad():
+        yield from _plain_numbers(training.measure(model(training.query_inputs), training.query_targets))
+    for stage in training.stages:
+        with torch.no_grad():
+            for inputs, targets in _batches(stage):
+                yield from _plain_numbers(stage.loss(model(inputs), targets))
+        inputs, targets = next(_batches(stage))
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        loss = stage.loss(model(inputs), targets)
+        if loss.requires_grad:
+            slopes = torch.autograd.grad(loss, trained, allow_unused=True, materialize_grads=True)
+            yield from _plain_numbers(torch.stack([slope.norm() for slope in slopes]))
+
+
+def _batches(stage: Stage) -> Iterator[tuple[Tensor, Tensor]]:
+    return zip(stage.inputs.split(stage.batch_size), stage.targets.split(stage.batch_size), strict=True)
+
+
+def _plain_numbers(result: Tensor) -> list[Any]:
+    """Numbers as JSON has them: what is not finite as text."""
+    numbers = torch.as_tensor(result).detach().double().flatten().tolist()
+    return [number if abs(number) < float("inf") else str(number) for number in numbers]
