@@ -16,7 +16,7 @@ from ..errors import ScoreError
 from ..report.row import Estimate, Row
 from ..report.table import Table
 from ..results.scores import Scores
-from .retraining.bank import Training
+from .retraining.training import Training
 from .retraining.reuse import RetrainingOptions, Retrainings
 from .series import (
     NOTHING_REMOVED,

@@ -23,7 +23,7 @@ from ..report.row import Row
 from ..report.table import Table
 from ..results.scores import Scores
 from .arguments import as_measurements
-from .retraining.bank import Training
+from .retraining.training import Training
 from .retraining.pool import random_subsets
 from .retraining.reuse import RetrainingOptions, Retrainings
 from .series import CEILING, RANDOM, Series, check_examples, over_examples, values_of

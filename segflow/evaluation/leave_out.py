@@ -17,7 +17,7 @@ from ..groups.groups import Groups
 from ..groups.splitting import places_of
 from ..report.row import Row
 from ..report.table import Table
-from .retraining.bank import Training
+from .retraining.training import Training
 from .retraining.reuse import RetrainingOptions, Retrainings
 from .series import NOTHING_REMOVED, RANDOM, Series, check_examples, check_queries, named_runs, values_of
 from .statistics import pearson, quantile_interval, spearman, unchanged_interval, welch_interval

@@ -17,7 +17,7 @@ from ..errors import ScoreError, check_choice
 from ..report.row import Row
 from ..report.table import Table
 from ..results.scores import Scores
-from .retraining.bank import Training
+from .retraining.training import Training
 from .retraining.reuse import RetrainingOptions, Retrainings
 from .series import (
     NOTHING_REMOVED,

@@ -25,7 +25,8 @@ _LIBRARIES = ("OMP", "OPENBLAS", "MKL", "BLIS", "NUMEXPR", "NUMBA")
 _ONE_THREAD = {f"{library}_NUM_THREADS": "1" for library in _LIBRARIES} | {"VECLIB_MAXIMUM_THREADS": "1"}
 _POLL = 1.0  # seconds between two looks at the parent
 
-_pickled, _function = b"", None  # of a worker: what it calls, and that unpickled
+_pickled: bytes = b""  # of a worker: what it calls
+_function: Any = None  # and that, unpickled
 
 
 class WorkerError(SegflowError):
@@ -81,8 +82,9 @@ def _in_workers(function: Callable[..., Any], calls: Sequence[tuple[Any, ...]], 
     pool = loky.ProcessPoolExecutor(workers, initializer=_begin, initargs=initargs, env=_ONE_THREAD)
     try:
         futures = [pool.submit(_call, call) for call in calls]
-        for place, future in enumerate(futures):
+        for future in futures:
             yield future.result()
+            place += 1
         pool.shutdown()
     except BrokenProcessPool as problem:
         text = f"a worker process ended ({problem}). Was there too little memory? Give fewer processes."
@@ -103,8 +105,8 @@ def _sendable(function: Callable[..., Any]) -> bytes:
         sendable: bytes = cloudpickle.dumps(function)
     except Exception as problem:
         raise WorkerError(
-            f"{function!r} cannot be sent to other processes ({type(problem).__name__}: {problem}). Use processes=1, or "
-            "make what it holds (a lock, an open file, a generator, a connection) inside the function.",
+            f"{function!r} cannot be sent to other processes ({type(problem).__name__}: {problem}). Use processes=1, "
+            "or make what it holds (a lock, an open file, a generator, a connection) inside the function.",
             0,
         ) from problem
     return sendable

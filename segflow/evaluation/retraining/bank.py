@@ -23,7 +23,7 @@ from ...runtime.progress import track
 from ...runtime.ranks import current
 from ...store.comparison import agree, difference
 from ...store.files import TensorFile, read_json, write_json, write_tensors
-from ..subsets import Subsets, as_subsets
+from ..subsets import as_subsets
 from .pool import Job, JobError
 from .seeds import training_seeds
 from .training import Training, check_is_training
@@ -68,7 +68,7 @@ class Bank:
 
     folder: str | os.PathLike[str]
     training: Training
-    subsets: Subsets
+    subsets: Any
     repetitions: int = 5
     seed: int = 0
     _path: Path = field(init=False, repr=False)
@@ -139,8 +139,8 @@ class Bank:
             repetition, subset = pairs[diverged[0]]
             raise ScoreError(
                 f"{self._path}: {len(diverged)} of {len(pairs)} trainings diverged, the first is subset {subset}, "
-                f"repetition {repetition}, seed {jobs[diverged[0]][1]}: a measurement is not finite. Lower the learning "
-                "rate. What did not diverge is kept."
+                f"repetition {repetition}, seed {jobs[diverged[0]][1]}: a measurement is not finite. Lower the "
+                "learning rate. What did not diverge is kept."
             )
 
     def _measured(self, pairs: Sequence[tuple[int, int]], jobs: Sequence[Job]) -> np.ndarray:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ...arguments import plain
-from ...data.changing import Reached, settled
+from ...data.changing import Reached, Seen, Slot, settled
 from ...data.code_identity import reached
 from ...data.draws import seeded
 from ...data.fingerprints import digest
@@ -22,7 +22,6 @@ from ...store.comparison import PROBES
 if TYPE_CHECKING:
     from .batched import BatchedTraining, Stage
 
-_UNTOLD = ("foreach", "fused", "capturable", "differentiable")  # options that change no number
 _PERTURBATION = 0.1  # of a parameter, relative to its root mean square (or 1, where it is 0)
 
 
@@ -38,10 +37,12 @@ def code_of(functions: Mapping[str, Any]) -> Callable[[], Reached]:
     holders = {name: _Holder(function) for name, function in functions.items()}
 
     def read() -> Reached:
-        found, slots = Reached(), {}
+        found, slots = Reached(), dict[Slot, Seen]()
         for name, holder in holders.items():
             of_function = reached(holder, ("held",))
-            found |= {f"{name} {entry.replace('self.held', '')}".rstrip(): word for entry, word in of_function.items()}
+            found.update(
+                {f"{name} {entry.replace('self.held', '')}".rstrip(): word for entry, word in of_function.items()}
+            )
             slots |= of_function.slots
         found.slots = slots
         return found
@@ -94,11 +95,11 @@ def _frozen(model: nn.Module) -> list[str]:
 
 def _optimizer(stage: Stage, model: nn.Module) -> dict[str, Any]:
     """The optimizer that a stage makes for the model: its groups by the names of their parameters, and its state."""
-    names = {parameter: name for name, parameter in model.named_parameters()}
+    names: dict[Any, str] = {parameter: name for name, parameter in model.named_parameters()}
     optimizer = stage.optimizer(model.parameters())
     groups = [
         {"parameters": [names.get(parameter, "another") for parameter in group["params"]]}
-        | {key: as_text(value) for key, value in group.items() if key != "params" and key not in _UNTOLD}
+        | {key: as_text(value) for key, value in group.items() if key != "params"}
         for group in optimizer.param_groups
     ]
     state = {names.get(parameter, "another"): digest(dict(of_it)) for parameter, of_it in optimizer.state.items()}
@@ -116,9 +117,9 @@ def _numbers(training: BatchedTraining, model: nn.Module) -> Iterator[Any]:
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
-            scale = parameter.square().mean().sqrt() if parameter.numel() else 0.0
+            scale = float(parameter.square().mean().sqrt()) if parameter.numel() else 0.0
             noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-            parameter += (_PERTURBATION * (scale or 1.0) * noise).to(parameter)
+            parameter.add_((_PERTURBATION * (scale or 1.0) * noise).to(parameter))
     yield from _at_these_parameters(training, model)
 
 
