@@ -16,8 +16,8 @@ from ..errors import ScoreError
 from ..report.row import Estimate, Row
 from ..report.table import Table
 from ..results.scores import Scores
-from .retraining.training import Training
 from .retraining.reuse import RetrainingOptions, Retrainings
+from .retraining.training import Training
 from .series import (
     NOTHING_REMOVED,
     RANDOM,

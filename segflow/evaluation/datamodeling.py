@@ -23,9 +23,9 @@ from ..report.row import Row
 from ..report.table import Table
 from ..results.scores import Scores
 from .arguments import as_measurements
-from .retraining.training import Training
 from .retraining.pool import random_subsets
 from .retraining.reuse import RetrainingOptions, Retrainings
+from .retraining.training import Training
 from .series import CEILING, RANDOM, Series, check_examples, over_examples, values_of
 from .statistics import CONFIDENCE, Bootstrap, noise_ceiling, quantile_interval, resampled_correlations, spearman
 from .subsets import as_subsets

@@ -17,8 +17,8 @@ from ..groups.groups import Groups
 from ..groups.splitting import places_of
 from ..report.row import Row
 from ..report.table import Table
-from .retraining.training import Training
 from .retraining.reuse import RetrainingOptions, Retrainings
+from .retraining.training import Training
 from .series import NOTHING_REMOVED, RANDOM, Series, check_examples, check_queries, named_runs, values_of
 from .statistics import pearson, quantile_interval, spearman, unchanged_interval, welch_interval
 

@@ -17,8 +17,8 @@ from ..errors import ScoreError, check_choice
 from ..report.row import Row
 from ..report.table import Table
 from ..results.scores import Scores
-from .retraining.training import Training
 from .retraining.reuse import RetrainingOptions, Retrainings
+from .retraining.training import Training
 from .series import (
     NOTHING_REMOVED,
     RANDOM,
