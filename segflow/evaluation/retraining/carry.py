@@ -65,26 +65,26 @@ def check_hooks(optimizer: Optimizer) -> None:
         raise refusal(f"optimizer {type(optimizer).__name__} has a hook on its steps")
 
 
-def check_schedules(schedules: Sequence[LRScheduler | None], seeds: Sequence[int]) -> None:
-    """ScoreError if the models' schedulers differ in a number."""
-    first = _numbers_of(schedules[0])
-    for seed, schedule in zip(seeds, schedules, strict=True):
-        if what := _difference(first, _numbers_of(schedule)):
-            raise refusal(f"the schedulers of seeds {seeds[0]} and {seed} differ in {what}")
-
-
-def carry(
-    optimizers: Sequence[Optimizer], models: Sequence[nn.Module], stacked: Mapping[str, Tensor], seeds: Sequence[int]
+def check_alike(
+    optimizers: Sequence[Optimizer],
+    schedules: Sequence[LRScheduler | None],
+    models: Sequence[nn.Module],
+    seeds: Sequence[int],
 ) -> None:
-    """Put the stacked parameters [J, ...] and states into the first optimizer, in the places of its model's own.
-
-    optimizers: [J], each made from the parameters of the model in its place.
-    """
-    names = [{id(p): name for name, p in model.named_parameters()} for model in models]
-    described = [_groups_of(*pair) for pair in zip(optimizers, names, strict=True)]
+    """ScoreError if the models' optimizers differ in an option or a group, or their schedulers in a number."""
+    described = [_groups_of(*pair) for pair in zip(optimizers, map(_names_of, models), strict=True)]
+    described = [groups | _numbers_of(schedule) for groups, schedule in zip(described, schedules, strict=True)]
     for seed, of_one in zip(seeds, described, strict=True):
         if what := _difference(described[0], of_one):
             raise refusal(f"the optimizers of seeds {seeds[0]} and {seed} differ in {what}")
+
+
+def carry(optimizers: Sequence[Optimizer], models: Sequence[nn.Module], stacked: Mapping[str, Tensor]) -> None:
+    """Put the stacked parameters [J, ...] and states into the first optimizer, in the places of its model's own.
+
+    optimizers: [J], each made from the parameters of the model in its place; they are alike.
+    """
+    names = [_names_of(model) for model in models]
     states = [_states_of(*pair) for pair in zip(optimizers, names, strict=True)]
     first = optimizers[0]
     first.state.clear()
@@ -92,6 +92,10 @@ def carry(
         first.state[stacked[name]] = _stacked_state(name, [of_one.get(name, {}) for of_one in states], stacked[name])
     for group in first.param_groups:
         group["params"] = [stacked[names[0][id(p)]] for p in group["params"]]
+
+
+def _names_of(model: nn.Module) -> dict[int, str]:
+    return {id(parameter): name for name, parameter in model.named_parameters()}
 
 
 def _parameters_of(model: nn.Module) -> dict[str, object]:
@@ -132,10 +136,10 @@ def _stacked_state(name: str, states: Sequence[Mapping[str, Any]], stacked: Tens
 
 
 def _numbers_of(schedule: object) -> dict[str, object]:
-    """The attributes of a scheduler that are numbers, or lists of them."""
+    """The attributes of a scheduler that are numbers, or lists of them, by a name that tells which."""
     found = vars(schedule) if schedule is not None else {}
     return {
-        key: value
+        f"{key} of the schedule": value
         for key, value in found.items()
         if all(isinstance(v, int | float | Tensor) for v in (value if isinstance(value, list | tuple) else [value]))
     }

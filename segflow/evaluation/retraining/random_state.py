@@ -44,7 +44,7 @@ def _states() -> dict[str, object]:
     kind, keys, *rest = np.random.get_state(legacy=True)  # noqa: NPY002
     states: dict[str, object] = {
         "torch": torch.get_rng_state().numpy().tobytes(),
-        "NumPy": (kind, keys.tobytes(), *rest),
+        "NumPy": (kind, np.asarray(keys).tobytes(), *rest),
         "Python": random.getstate(),
     }
     if torch.cuda.is_initialized():

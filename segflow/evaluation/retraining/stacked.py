@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from .agreement import check_gradients, check_outputs, gradients_alone
-from .carry import carry, check_hooks, check_models, check_optimizer, check_schedules, refusal
+from .carry import carry, check_alike, check_hooks, check_models, check_optimizer, refusal
 from .random_state import nothing_drawn
 from .stage import Stage, batches_of, initialised, loss_of, optimizer_of, schedule_of
 
@@ -40,10 +40,10 @@ class StackedModels:
     """
 
     def __init__(self, build: Callable[[], nn.Module], seeds: Sequence[int]):
-        self.seeds, another = seeds, max(seeds) + 1
-        self.models = [initialised(build, seed) for seed in seeds]
-        self.skeleton = initialised(build, another)
-        check_models([*self.models, self.skeleton], [*seeds, another])
+        self.seeds, self._all_seeds = seeds, [*seeds, max(seeds) + 1]
+        self._all = [initialised(build, seed) for seed in self._all_seeds]
+        *self.models, self.skeleton = self._all
+        check_models(self._all, self._all_seeds)
         self.parameters: dict[str, Tensor] = {}
         self._generators = [torch.Generator().manual_seed(seed) for seed in seeds]
 
@@ -79,18 +79,22 @@ class StackedModels:
         return alone
 
     def _prepared(self, stage: Stage) -> tuple[Optimizer, LRScheduler | None]:
-        """The stage's optimizer and schedule as the first model has them, with the stacked parameters in its place."""
+        """The stage's optimizer and schedule as the first model has them, with the stacked parameters in its place.
+
+        In the first stage that of the skeleton is compared as well, so that one model is refused where many are.
+        """
+        models, seeds = (self.models, self.seeds) if self.parameters else (self._all, self._all_seeds)
         optimizers, schedules = [], []
-        for model in self.models:
+        for model in models:
             optimizer = optimizer_of(stage, model)
             check_optimizer(optimizer)
             schedules.append(schedule_of(stage, optimizer))
             check_hooks(optimizer)
             optimizers.append(optimizer)
-        check_models(self.models, self.seeds)  # once more: `optimizer` may have frozen parameters
-        check_schedules(schedules, self.seeds)
+        check_models(models, seeds)  # once more: `optimizer` may have frozen parameters
+        check_alike(optimizers, schedules, models, seeds)
         self._stack()
-        carry(optimizers, self.models, self.parameters, self.seeds)
+        carry(optimizers[: len(self.models)], self.models, self.parameters)
         return optimizers[0], schedules[0]
 
     def _stack(self) -> None:
