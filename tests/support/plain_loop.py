@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from copy import deepcopy
 from functools import partial
 from typing import Any
 
@@ -23,12 +24,12 @@ def plain_loop(training: BatchedTraining, kept: np.ndarray, seed: int) -> np.nda
         model, generator, before = training.build().train(), torch.Generator().manual_seed(seed), 0
         for stage in training.stages:
             own = torch.tensor([index - before for index in kept if 0 <= index - before < len(stage.inputs)])
-            optimizer = stage.optimizer(list(model.parameters()))
+            loss, optimizer = deepcopy(stage.loss), stage.optimizer(list(model.parameters()))
             schedule = stage.schedule(optimizer) if stage.schedule else None
             for _ in range(stage.epochs):
                 for batch in own[torch.randperm(len(own), generator=generator)].split(stage.batch_size):
                     optimizer.zero_grad()
-                    stage.loss(model(stage.inputs[batch]), stage.targets[batch]).backward()
+                    loss(model(stage.inputs[batch]), stage.targets[batch]).backward()
                     optimizer.step()
                     if schedule:
                         schedule.step()
