@@ -58,7 +58,9 @@ def check_outputs(alone: Sequence[Any], stacked: Any) -> None:
         of_one = _tensors_of(outputs)
         if all(_close(one, tensor[number]) for one, tensor in zip(of_one, of_all, strict=True)):
             return
-    raise refusal("the trained model changed something of its own that is no parameter, such as a count of its calls")
+    raise refusal(
+        "the trained model gives other outputs alone: it keeps what is no parameter, such as a count of its calls"
+    )
 
 
 def _differing(alone: Gradients, stacked: Mapping[str, Tensor], number: int) -> str | None:

@@ -50,8 +50,7 @@ class StackedModels:
     def train(self, stage: Stage, kept: Sequence[np.ndarray]) -> None:
         """Train all models through one more stage, each on its own kept examples, which are as many for each."""
         first, stage = not self.parameters, replace(stage, loss=loss_of(stage))
-        with _nothing_drawn("`optimizer` or `schedule`"):
-            optimizer, schedule = self._prepared(stage)
+        optimizer, schedule = self._prepared(stage)
         with _nothing_drawn("the model or the loss"):
             orders = [batches_of(stage, *pair) for pair in zip(kept, self._generators, strict=True)]
             for number, batch_of_each in enumerate(zip(*orders, strict=True)):
@@ -68,13 +67,12 @@ class StackedModels:
 
     def outputs(self, inputs: Tensor) -> list[Any]:
         """What each model, in evaluation mode, says of the inputs [Q, ...]: [J] times its outputs [Q, ...]."""
-        with torch.no_grad(), _nothing_drawn("the model in evaluation mode"):
-            alone = [model.eval()(inputs) for model in self.models]
-            self.skeleton.eval()
+        self.skeleton.eval()
+        with torch.no_grad():
+            with _nothing_drawn("the model in evaluation mode"):
+                alone = [model.eval()(inputs) for model in self.models]
             with _stacking():
-                stacked = vmap(lambda parameters: functional_call(self.skeleton, parameters, (inputs,)))(
-                    self.parameters
-                )
+                stacked = vmap(lambda of_one: functional_call(self.skeleton, of_one, (inputs,)))(self.parameters)
         check_outputs(alone, stacked)
         return alone
 
@@ -85,12 +83,13 @@ class StackedModels:
         """
         models, seeds = (self.models, self.seeds) if self.parameters else (self._all, self._all_seeds)
         optimizers, schedules = [], []
-        for model in models:
-            optimizer = optimizer_of(stage, model)
-            check_optimizer(optimizer)
-            schedules.append(schedule_of(stage, optimizer))
-            check_hooks(optimizer)
-            optimizers.append(optimizer)
+        with _nothing_drawn("`optimizer` or `schedule`"):
+            for model in models:
+                optimizer = optimizer_of(stage, model)
+                check_optimizer(optimizer)
+                schedules.append(schedule_of(stage, optimizer))
+                check_hooks(optimizer)
+                optimizers.append(optimizer)
         check_models(models, seeds)  # once more: `optimizer` may have frozen parameters
         check_alike(optimizers, schedules, models, seeds)
         self._stack()
