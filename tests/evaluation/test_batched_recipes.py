@@ -291,6 +291,16 @@ def test_a_recipe_by_shape_in_single_precision_decays_what_it_does_alone() -> No
     assert np.abs(expected - replace(training, stages=[everything]).run(jobs)).max() > 0.05
 
 
+def test_outputs_may_be_of_another_precision_than_the_parameters() -> None:
+    class Wide(nn.Linear):
+        def forward(self, inputs: Tensor) -> Tensor:
+            return super().forward(inputs.float()).double()
+
+    training = training_of(build=lambda: Wide(3, 4))
+    jobs = jobs_of(training)
+    np.testing.assert_allclose(training.run(jobs), [plain_loop(training, *job) for job in jobs], atol=1e-5)
+
+
 def test_layers_that_build_froze_stay_as_they_were() -> None:
     training = RECIPES["frozen by build"]
     thawed = replace(training, build=lambda: frozen().double().requires_grad_())

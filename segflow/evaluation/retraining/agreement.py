@@ -5,7 +5,7 @@ Axis letters: J models, B examples of a batch, Q queries.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -48,15 +48,16 @@ def check_gradients(
         )
 
 
-def check_outputs(alone: Sequence[Any], stacked: Any) -> None:
+def check_outputs(alone: Sequence[Any], stacked: Any, parameters: Mapping[str, Tensor]) -> None:
     """ScoreError unless a model that was called alone gives the outputs [Q, ...] that it gives stacked [J, Q, ...].
 
     One of them is enough: others may be close to diverging, where rounding decides.
     """
     of_all = _tensors_of(stacked)
+    precision = _precision([*parameters.values(), *of_all])
     for number, outputs in enumerate(alone):
         of_one = _tensors_of(outputs)
-        if all(_close(one, tensor[number]) for one, tensor in zip(of_one, of_all, strict=True)):
+        if all(_close(one, tensor[number], precision) for one, tensor in zip(of_one, of_all, strict=True)):
             return
     raise refusal(
         "the trained model gives other outputs alone: it keeps what is no parameter, such as a count of its calls"
@@ -65,18 +66,19 @@ def check_outputs(alone: Sequence[Any], stacked: Any) -> None:
 
 def _differing(alone: Gradients, stacked: Mapping[str, Tensor], number: int) -> str | None:
     """The first parameter whose gradient is another one, if there is any."""
+    precision = _precision(stacked.values())
     size = sum(float(g.double().square().sum()) for g in alone.values() if g is not None) ** 0.5
     for name, gradient in alone.items():
         other = stacked[name].grad
         if gradient is None or other is None:
             if gradient is not other:
                 return name
-        elif not _close(gradient, other[number], size):
+        elif not _close(gradient, other[number], precision, size):
             return name
     return None
 
 
-def _close(alone: Tensor, stacked: Tensor, size: float = 0.0) -> bool:
+def _close(alone: Tensor, stacked: Tensor, precision: float, size: float = 0.0) -> bool:
     """Whether two results of one formula agree up to rounding; what has diverged is not compared.
 
     size: of what they are a part of, whose rounding they share.
@@ -84,9 +86,14 @@ def _close(alone: Tensor, stacked: Tensor, size: float = 0.0) -> bool:
     alone, stacked = alone.detach(), stacked.detach()
     if not (alone.is_floating_point() and alone.isfinite().all() and stacked.isfinite().all()):
         return True
-    precision = torch.finfo(alone.dtype).eps
     distance, own = float((alone - stacked).double().norm()), float(alone.double().norm())
     return distance <= precision**0.5 * own + 100 * precision * max(size, own)
+
+
+def _precision(tensors: Iterable[Tensor]) -> float:
+    """The coarsest of the tensors: a result in double precision may come from parameters in single precision."""
+    kinds = {tensor.dtype for tensor in tensors if tensor.is_floating_point()}
+    return max((torch.finfo(kind).eps for kind in kinds), default=0.0)
 
 
 def _tensors_of(outputs: Any) -> list[Tensor]:

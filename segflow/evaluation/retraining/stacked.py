@@ -73,7 +73,7 @@ class StackedModels:
                 alone = [model.eval()(inputs) for model in self.models]
             with _stacking():
                 stacked = vmap(lambda of_one: functional_call(self.skeleton, of_one, (inputs,)))(self.parameters)
-        check_outputs(alone, stacked)
+        check_outputs(alone, stacked, self.parameters)
         return alone
 
     def _prepared(self, stage: Stage) -> tuple[Optimizer, LRScheduler | None]:
