@@ -148,7 +148,7 @@ def reached_only(parameters: Iterable[Tensor]) -> optim.Optimizer:
     """What had a gradient before; nothing had one in the first stage."""
     parameters = list(parameters)
     reached = [p for p in parameters if p.grad is not None]
-    return optim.SGD(reached or parameters, lr=0.2, weight_decay=0.1)
+    return optim.SGD(reached or parameters, lr=0.2 if reached else 0.05, weight_decay=0.1)
 
 
 def shrunk_first(parameters: Iterable[Tensor]) -> optim.Optimizer:
