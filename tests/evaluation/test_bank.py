@@ -1,10 +1,9 @@
-"""The bank of retrained models: batched training against an ordinary loop, and what is on disk."""
+"""The bank of retrained models: what is on disk."""
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -20,17 +19,9 @@ from segflow.errors import ScoreError
 from segflow.evaluation import Bank, BatchedTraining, FunctionTraining, Stage, random_subsets, read_bank, retrain
 from segflow.evaluation.retraining.seeds import training_seeds
 
-OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
-    "plain sgd": partial(torch.optim.SGD, lr=0.1),
-    "sgd": partial(torch.optim.SGD, lr=0.1, momentum=0.9, dampening=0.1, weight_decay=0.02),
-    "nesterov": partial(torch.optim.SGD, lr=0.1, momentum=0.9, nesterov=True),
-    "adamw": partial(torch.optim.AdamW, lr=0.02, weight_decay=0.1),
-    "adam": partial(torch.optim.Adam, lr=0.02, weight_decay=0.1, amsgrad=True),
-    "rmsprop": partial(torch.optim.RMSprop, lr=0.02, momentum=0.5, centered=True),
-    "fused adamw": partial(torch.optim.AdamW, lr=0.02, fused=True),
-    "fused sgd": partial(torch.optim.SGD, lr=0.1, momentum=0.9, weight_decay=0.02, fused=True),
-}
-SGD = OPTIMIZERS["sgd"]
+from ..support.plain_loop import plain_loop
+
+SGD = partial(torch.optim.SGD, lr=0.1, momentum=0.9, dampening=0.1, weight_decay=0.02)
 
 
 def _net() -> nn.Module:
@@ -57,96 +48,6 @@ def _training(*stages: Stage, together: int = 64, measure: Any = _margin) -> Bat
     return BatchedTraining(_net, stages or (_stage(14, 0),), query.inputs, query.targets, measure, together)
 
 
-def _ordinary(training: BatchedTraining, kept: np.ndarray, seed: int) -> np.ndarray:
-    """What a user's loop would do."""
-    torch.manual_seed(seed)
-    model, generator, before = training.build(), torch.Generator().manual_seed(seed), 0
-    for stage in training.stages:
-        own = torch.tensor([index - before for index in kept if 0 <= index - before < len(stage.inputs)])
-        optimizer = stage.optimizer(model.parameters())
-        for _ in range(stage.epochs):
-            for batch in own[torch.randperm(len(own), generator=generator)].split(stage.batch_size):
-                optimizer.zero_grad()
-                stage.loss(model(stage.inputs[batch]), stage.targets[batch]).backward()
-                optimizer.step()
-        before += len(stage.inputs)
-    with torch.no_grad():
-        return training.measure(model(training.query_inputs), training.query_targets).numpy()
-
-
-def _jobs(subsets: np.ndarray) -> list[tuple[np.ndarray, int]]:
-    return [(np.flatnonzero(kept), 10 + number) for number, kept in enumerate(subsets)]
-
-
-# ---- batched training ----
-
-
-@pytest.mark.parametrize("together", [1, 2, 64])
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_models_trained_together_are_those_of_an_ordinary_loop(optimizer: str, together: int) -> None:
-    training = _training(_stage(14, 0, OPTIMIZERS[optimizer]), together=together)
-    jobs = _jobs(random_subsets(5, 14))
-    expected = [_ordinary(training, *job) for job in jobs]
-    np.testing.assert_allclose(training.run(jobs), expected, rtol=1e-10, atol=1e-12)
-    assert np.ptp(expected, axis=0).min() > 1e-3
-
-
-def test_stages_follow_each_other_each_with_its_own_data_and_optimizer() -> None:
-    first, second = _stage(8, 0), _stage(10, 1, OPTIMIZERS["adamw"], epochs=2, batch_size=3)
-    training = _training(first, second)
-    assert training.examples == 18
-    jobs = _jobs(np.concatenate([random_subsets(4, 8), np.ones((4, 10), dtype=bool)], axis=1))
-    expected = np.stack([_ordinary(training, *job) for job in jobs])
-    np.testing.assert_allclose(training.run(jobs), expected, rtol=1e-10)
-    assert not np.allclose(_training(second, first).run(jobs), expected)
-
-
-def test_subsets_of_several_sizes_are_trained_with_their_like() -> None:
-    subsets = np.concatenate([random_subsets(3, 14), random_subsets(3, 14, fraction=0.3)])[[0, 3, 1, 4, 2, 5]]
-    training = _training(together=2)
-    assert training.batches(_jobs(subsets)) == [[0, 2], [4], [1, 3], [5]]
-    expected = [_ordinary(training, *job) for job in _jobs(subsets)]
-    np.testing.assert_allclose(training.run(_jobs(subsets)), expected, rtol=1e-10)
-
-
-def test_several_measurements_come_from_one_training() -> None:
-    def both(logits: Tensor, labels: Tensor) -> Tensor:
-        return torch.stack([_margin(logits, labels), functional.cross_entropy(logits, labels, reduction="none")])
-
-    jobs = _jobs(random_subsets(3, 14))
-    found = _training(measure=both).run(jobs)
-    assert found.shape == (3, 2, 6)
-    np.testing.assert_allclose(found[:, 0], -found[:, 1])
-
-
-def test_training_leaves_the_global_random_state_alone() -> None:
-    torch.manual_seed(3)
-    expected = torch.rand(1)
-    torch.manual_seed(3)
-    _training().run(_jobs(random_subsets(2, 14)))
-    assert torch.equal(torch.rand(1), expected)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda t: replace(t, build=lambda: nn.Sequential(_net(), nn.BatchNorm1d(4).double())), "buffers"),
-        (lambda t: replace(t, build=lambda: nn.Sequential(_net(), nn.Dropout())), "beside others.*FunctionTraining"),
-        (lambda t: replace(t, together=0), "together=0"),
-        (lambda t: replace(t, stages=[replace(t.stages[0], optimizer=torch.optim.LBFGS)]), "LBFGS"),
-        (lambda t: replace(t, stages=[replace(t.stages[0], batch_size=0)]), "batch_size=0"),
-        (lambda t: replace(t, stages=[replace(t.stages[0], targets=torch.zeros(3))]), "14 inputs for 3 targets"),
-        (lambda t: replace(t, stages=[_stage(3, 0), _stage(11, 0)]), "no example of stage 0"),
-        (lambda t: replace(t, stages=[_stage(9, 0)]), "names example .*0..8"),
-    ],
-)
-def test_what_cannot_be_trained_together_is_refused(change: Any, message: str) -> None:
-    subsets = np.ones((2, 14), dtype=bool)
-    subsets[:, :3] = False
-    with pytest.raises(ScoreError, match=message):
-        change(_training()).run(_jobs(subsets))
-
-
 # ---- the bank on disk ----
 
 
@@ -160,7 +61,7 @@ def test_a_bank_holds_what_its_training_gives_and_is_read_back(tmp_path: Path) -
     found = bank.run(progress=False)
     assert found.shape == (4, 2, 6)
     for (m, r), seed in np.ndenumerate(training_seeds(bank.subsets, 2, 0)):
-        expected = _ordinary(_training(), np.flatnonzero(bank.subsets[m]), int(seed))
+        expected = plain_loop(_training(), np.flatnonzero(bank.subsets[m]), int(seed))
         np.testing.assert_allclose(found[m, r], expected, rtol=1e-10)
     subsets, again = read_bank(tmp_path)
     assert np.array_equal(subsets, bank.subsets)
@@ -307,7 +208,7 @@ def test_a_model_that_diverges_leaves_those_beside_it_as_they_are(tmp_path: Path
     assert bank.missing == [(0, m) for m in np.flatnonzero(subsets[:, 0])]
     fine = np.flatnonzero(~subsets[:, 0])
     seeds = training_seeds(subsets, 1, 0)
-    expected = [_ordinary(training, np.flatnonzero(subsets[m]), int(seeds[m, 0])) for m in fine]
+    expected = [plain_loop(training, np.flatnonzero(subsets[m]), int(seeds[m, 0])) for m in fine]
     np.testing.assert_allclose(bank.run(progress=False, rows=fine.tolist())[:, 0], expected, rtol=1e-9)
 
 

@@ -1,11 +1,11 @@
-"""Many models trained at once in one process: parameters stacked along a first axis, one forward for all.
+"""Many models trained in one process, each alone or many at a time, and measured.
 
-Axis letters: J models, N examples, B examples of a batch, Q queries, P measurements of each query.
+Axis letters: J models, N examples, Q queries, P measurements of each query.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -13,69 +13,52 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, vmap
 
 from ...arguments import settle, whole_number
 from ...errors import ScoreError
+from .alone import trained_alone
+from .carry import refusal
 from .pool import Job
+from .random_state import all_seeded, nothing_drawn
 from .recipe_identity import batched_identity
+from .stacked import StackedModels
+from .stage import Stage
 
-Function = Callable[[Tensor, Tensor], Tensor]
-_ELEMENTWISE = ("SGD", "Adam", "AdamW", "RMSprop", "Adagrad", "Adadelta", "NAdam", "RAdam", "Adamax", "ASGD", "Rprop")
-
-
-@dataclass(frozen=True)
-class Stage:
-    """How `BatchedTraining` trains through one stage, as an ordinary loop over shuffled batches would.
-
-    It says how to train; the stages of a `Trajectory` say how a model was trained.
-
-    Args:
-        inputs, targets: tensors [N, ...] of the stage's examples.
-        loss: (outputs [B, ...], targets [B, ...]) -> the loss that is minimised, such as the mean cross-entropy.
-        optimizer: parameters -> a torch.optim optimizer that treats each number by itself (SGD, Adam, AdamW, ...).
-        epochs: passes over what a subset keeps of the examples; its last batch is as small as it comes.
-        batch_size: examples in a batch.
-
-    Raises:
-        ScoreError: inputs and targets differ in number, or a number is below 1.
-    """
-
-    inputs: Tensor
-    targets: Tensor
-    loss: Function
-    optimizer: Callable[[Iterable[Tensor]], torch.optim.Optimizer]
-    epochs: int
-    batch_size: int
-
-    def __post_init__(self) -> None:
-        if len(self.inputs) != len(self.targets):
-            raise ScoreError(f"stage: {len(self.inputs)} inputs for {len(self.targets)} targets. Give one for each.")
-        for name in ("epochs", "batch_size"):
-            settle(self, **{name: whole_number(name, getattr(self, name), ScoreError, 1)})
-        if len(self.inputs) < 1:
-            raise ScoreError("stage: there are no inputs. Expected one example or more.")
+Measure = Callable[[Any, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
 class BatchedTraining:
-    """Trains many models at once, each on its own subset, from its own initialisation, in its own order of the data.
+    """Trains many models, each on its own subset, from its own initialisation, in its own order of the data.
 
-    Each model is what an ordinary loop in torch would make of `build()` after `torch.manual_seed(seed)`, with every
-    epoch's order drawn by `torch.randperm(kept, generator=...)` from one generator of the same seed. A model that draws
-    at random in its forward (dropout) or that changes buffers (batch normalisation) is refused: use `FunctionTraining`.
+    Each model is what an ordinary loop in torch makes of it: after `torch.manual_seed(seed)` come `build()` and, for
+    each stage, `optimizer(list(model.parameters()))` and every epoch's batches, whose order is drawn by
+    `torch.randperm(kept, generator=...)` from one `torch.Generator` of the same seed; then `model.eval()`.
+
+    With `together=1` it is that loop, to the last bit, for whatever a loop can train (dropout, batch normalisation,
+    hooks, optimizers of one's own). The global generators of NumPy and Python start at the job's seed too (NumPy's at
+    `seed % 2**32`), and all three are put back, so that a job repeats itself.
+
+    With a larger `together` parameters are stacked, and a model comes out as it does alone up to rounding, or is
+    refused by name, in the same way for one job as for many. The optimizer is made for a single model, so that groups
+    by shape, attributes of parameters, options of groups and frozen parameters are carried over. Refused are: buffers
+    (batch normalisation); random draws in the model, the loss, the measure or the recipe (dropout); optimizers that do
+    not treat each number by itself, such as Muon, Adafactor or one's own; hooks on steps, parameters, tensors or
+    backward passes; groups, options or structure that differ from seed to seed; sparse gradients; tensors that follow
+    the seed but are no parameters; control flow that depends on data, and whatever else `torch.func.vmap` cannot do.
+    Not noticed is what a model or a loss begins to do otherwise than at a stage's first step by a count of its own.
 
     Args:
         build: makes the freshly initialised model.
         stages: one, or several in the order in which they are trained, each with an optimizer of its own. A subset's
             columns are the examples of the first stage, then those of the second, and so on.
         query_inputs, query_targets: what is measured after training.
-        measure: (outputs [Q, ...], targets [Q, ...]) -> [Q], or [P, Q] for several measurements at once.
+        measure: (one model's outputs [Q, ...], targets [Q, ...]) -> [Q], or [P, Q] for several measurements at once.
         together: how many models are trained at a time. Small models gain from hundreds; a model that fills the
             processor's caches does best alone.
 
     Raises:
-        ScoreError: there are no stages, or an optimizer does not treat each number by itself.
+        ScoreError: there are no stages, or a number is below 1.
 
     Example:
         >>> from functools import partial
@@ -92,20 +75,13 @@ class BatchedTraining:
     stages: Sequence[Stage]
     query_inputs: Tensor
     query_targets: Tensor
-    measure: Function
+    measure: Measure
     together: int = 64
 
     def __post_init__(self) -> None:
         settle(self, together=whole_number("together", self.together, ScoreError, 1, advice="It counts models."))
         if not self.stages:
             raise ScoreError("stages: there are none. Expected a Stage, or several in the order of training.")
-        for stage in self.stages:
-            kind = type(_optimizer_of(stage))
-            if kind.__name__ not in _ELEMENTWISE or not kind.__module__.startswith("torch.optim"):
-                raise ScoreError(
-                    f"optimizer {kind.__name__}: models that are trained together need one that treats each number by "
-                    f"itself: {', '.join(_ELEMENTWISE)}. Use FunctionTraining for others."
-                )
 
     @property
     def examples(self) -> int:
@@ -130,35 +106,68 @@ class BatchedTraining:
     def run(self, jobs: Sequence[Job]) -> np.ndarray:
         """Train one model for each (indices of the kept examples, seed); the measurements [J, ...] in float64.
 
-        Raises:
-            ScoreError: a stage is left without examples, or the model cannot be trained this way.
-        """
-        measured: list[Any] = [None] * len(jobs)
-        for places in self.batches(jobs):
-            for place, of_job in zip(places, self._run([jobs[place] for place in places]), strict=True):
-                measured[place] = of_job
-        return np.stack(measured)
+        A model that diverges changes no other one; its measurements are not finite.
 
-    def _run(self, jobs: Sequence[Job]) -> np.ndarray:
-        models = [_seeded(self.build, seed) for _, seed in jobs]
-        if any(True for _ in models[0].buffers()):
-            raise ScoreError("the model has buffers, which training may change. Use FunctionTraining for it.")
-        parameters = {
-            name: torch.stack([dict(model.named_parameters())[name].detach() for model in models]).requires_grad_()
-            for name, _ in models[0].named_parameters()
-        }
-        generators = [torch.Generator().manual_seed(seed) for _, seed in jobs]
+        Raises:
+            ScoreError: a stage is left without examples, a measurement has another shape than [Q] or [P, Q], or
+                models cannot be trained together.
+        """
+        measured: list[np.ndarray | None] = [None] * len(jobs)
+        for places in self.batches(jobs):
+            chosen = [jobs[place] for place in places]
+            of_batch = self._together(chosen) if self.together > 1 else map(self._alone, chosen)
+            for place, of_job in zip(places, of_batch, strict=True):
+                measured[place] = of_job
+        return np.stack(self._without_gaps(measured))
+
+    def _alone(self, job: Job) -> np.ndarray | None:
+        kept, seed = job
+        with all_seeded(seed):
+            model = trained_alone(self.build, self.stages, self._by_stage(kept), seed).eval()
+            with torch.no_grad():
+                return self._measured(model(self.query_inputs))
+
+    def _together(self, jobs: Sequence[Job]) -> list[np.ndarray | None]:
+        models = StackedModels(self.build, [seed for _, seed in jobs])
         kept = [self._by_stage(indices) for indices, _ in jobs]
+        for stage, of_each in zip(self.stages, zip(*kept, strict=True), strict=True):
+            models.train(stage, of_each)
+        with (
+            torch.no_grad(),
+            nothing_drawn(lambda name: refusal(f"`measure` draws at random (from {name}'s generator)")),
+        ):
+            return [self._measured(outputs) for outputs in models.outputs(self.query_inputs)]
+
+    def _measured(self, outputs: Any) -> np.ndarray | None:
+        """One model's measurements; None if they fail because its outputs are not finite."""
         try:
-            for number, stage in enumerate(self.stages):
-                _train(models[0], parameters, stage, [by_stage[number] for by_stage in kept], generators)
-            return self._measured(models[0], parameters, len(jobs))
-        except RuntimeError as problem:
-            if "vmap" not in str(problem):
-                raise
+            measured = self.measure(outputs, self.query_targets)
+        except Exception:
+            if isinstance(outputs, Tensor) and not outputs.isfinite().all():
+                return None
+            raise
+        shape, queries = list(getattr(measured, "shape", ())), len(self.query_inputs)
+        if not isinstance(measured, Tensor) or len(shape) not in (1, 2) or shape[-1] != queries:
             raise ScoreError(
-                f"the model cannot be trained beside others: {problem}. Use FunctionTraining."
-            ) from problem
+                f"measure gave a {type(measured).__name__} {shape}, expected a tensor [Q] or [P, Q] with Q = {queries}."
+            )
+        of_one: np.ndarray = measured.double().cpu().numpy()
+        return of_one
+
+    def _without_gaps(self, measured: Sequence[np.ndarray | None]) -> list[np.ndarray]:
+        """NaN for those that could not be measured, in the shape of the others."""
+        shapes = {of_job.shape for of_job in measured if of_job is not None} or {self._untrained().shape}
+        if len(shapes) > 1:
+            raise ScoreError(f"measure gave {' and '.join(map(str, sorted(shapes)))}, expected one shape for all.")
+        return [np.full(min(shapes), np.nan) if of_job is None else of_job for of_job in measured]
+
+    def _untrained(self) -> np.ndarray:
+        """The measurements of a model as it is initialised."""
+        with all_seeded(0), torch.no_grad():
+            measured = self._measured(self.build().eval()(self.query_inputs))
+        if measured is None:
+            raise ScoreError("the outputs of an untrained model are not finite. Look at `build` and the queries.")
+        return measured
 
     def _by_stage(self, kept: np.ndarray) -> list[np.ndarray]:
         """The kept examples of each stage, counted from its own first."""
@@ -170,61 +179,3 @@ class BatchedTraining:
             if not len(of_stage):
                 raise ScoreError(f"a subset keeps no example of stage {number}. Keep at least one of each.")
         return by_stage
-
-    def _measured(self, model: nn.Module, parameters: dict[str, Tensor], models: int) -> np.ndarray:
-        def measured(parameters_of_one: dict[str, Tensor]) -> Tensor:
-            return self.measure(functional_call(model, parameters_of_one, (self.query_inputs,)), self.query_targets)
-
-        model.eval()
-        with torch.no_grad():
-            of_each: np.ndarray = _each(measured, models)(parameters).double().numpy()
-        return of_each
-
-
-def _train(
-    model: nn.Module,
-    parameters: dict[str, Tensor],
-    stage: Stage,
-    kept: Sequence[np.ndarray],
-    generators: Sequence[torch.Generator],
-) -> None:
-    """Train all models through one stage, in place."""
-
-    def loss(parameters_of_one: dict[str, Tensor], inputs: Tensor, targets: Tensor) -> Tensor:
-        return stage.loss(functional_call(model, parameters_of_one, (inputs,)), targets)
-
-    losses_of = _each(loss, len(kept))
-    optimizer = stage.optimizer(list(parameters.values()))
-    kept_JN = torch.from_numpy(np.stack(kept))
-    for _ in range(stage.epochs):
-        orders = [
-            kept_N[torch.randperm(len(kept_N), generator=g)] for kept_N, g in zip(kept_JN, generators, strict=True)
-        ]
-        for batch_JB in torch.stack(orders).split(stage.batch_size, dim=1):
-            optimizer.zero_grad()
-            losses_of(parameters, stage.inputs[batch_JB], stage.targets[batch_JB]).sum().backward()
-            optimizer.step()
-
-
-def _each(function: Callable[..., Tensor], models: int) -> Callable[..., Tensor]:
-    """The function of one model as one of stacked models; a single model is spared the batched matrix products."""
-    if models > 1:
-        return vmap(function)
-
-    def alone(stacked: dict[str, Tensor], *batch: Tensor) -> Tensor:
-        parameters = {name: parameter.squeeze(0) for name, parameter in stacked.items()}
-        return function(parameters, *(tensor.squeeze(0) for tensor in batch))[None]
-
-    return alone
-
-
-def _seeded(build: Callable[[], nn.Module], seed: int) -> nn.Module:
-    """A model as the seed initialises it; the global random state stays as it is."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return build().train()
-
-
-def _optimizer_of(stage: Stage) -> torch.optim.Optimizer:
-    """The stage's optimizer, of a parameter that nobody trains."""
-    return stage.optimizer([nn.Parameter(torch.zeros(1))])

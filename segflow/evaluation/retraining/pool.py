@@ -10,8 +10,6 @@ import numpy as np
 import torch
 
 from ...arguments import plain, real_number, truth, whole_number
-from ...data.draws import seeded
-from ...data.generators import Generators
 from ...data.streams import stream
 from ...errors import ScoreError
 from ...runtime.progress import track
@@ -19,6 +17,7 @@ from ...runtime.ranks import current
 from ...runtime.workers import WorkerError, cores, each_call
 from ..arguments import as_array
 from ..subsets import Subsets, as_subsets
+from .random_state import all_seeded
 from .seeds import training_seeds
 
 Job = tuple[np.ndarray, int]
@@ -144,15 +143,8 @@ def _measured(train_and_measure: TrainAndMeasure, finite: bool, kept: np.ndarray
 
     The global generators begin at the job's seed, so that a function that forgets its seed repeats itself.
     """
-    generators = Generators()
-    states = generators.states()
-    with seeded(seed):
-        generators.seed(seed)
-        try:
-            given: Any = train_and_measure(kept, seed)
-        finally:
-            generators.restore(states)
-    measured = _as_numbers(given)
+    with all_seeded(seed):
+        measured = _as_numbers(train_and_measure(kept, seed))
     if finite and not np.isfinite(measured).all():
         raise ScoreError("a measurement is not finite. Did its training diverge? Lower the learning rate.")
     return measured

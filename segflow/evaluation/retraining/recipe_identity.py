@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from ...arguments import plain
 from ...data.changing import Reached, Seen, Slot, settled
 from ...data.code_identity import reached
-from ...data.draws import seeded
 from ...data.fingerprints import digest
-from ...data.generators import Generators
 from ...store.comparison import PROBES
+from .random_state import all_seeded
+from .stage import Stage, optimizer_of
 
 if TYPE_CHECKING:
-    from .batched import BatchedTraining, Stage
+    from .batched import BatchedTraining
 
 _PERTURBATION = 0.1  # of a parameter, relative to its root mean square (or 1, where it is 0)
 
@@ -74,17 +74,11 @@ def batched_identity(training: BatchedTraining) -> dict[str, Any]:
 
 def _computed(training: BatchedTraining) -> dict[str, Any]:
     """The model that seed 0 makes, each stage's optimizer for it, and numbers of its losses and measurements."""
-    generators = Generators()
-    states = generators.states()
-    with seeded(0):
-        generators.seed(0)
-        try:
-            model = training.build().train()
-            optimizers = [_optimizer(stage, model) for stage in training.stages]
-            initial = digest([[name, value] for name, value in model.state_dict().items()])
-            numbers = list(_numbers(training, model.eval()))
-        finally:
-            generators.restore(states)
+    with all_seeded(0):
+        model = training.build().train()
+        optimizers = [_optimizer(stage, model) for stage in training.stages]
+        initial = digest([[name, value] for name, value in model.state_dict().items()])
+        numbers = list(_numbers(training, model.eval()))
     described = {"text": str(model), "initial": initial, "frozen": _frozen(model)}
     return {"model": described, "optimizers": optimizers, "computed": {PROBES: numbers}}
 
@@ -96,7 +90,7 @@ def _frozen(model: nn.Module) -> list[str]:
 def _optimizer(stage: Stage, model: nn.Module) -> dict[str, Any]:
     """The optimizer that a stage makes for the model: its groups by the names of their parameters, and its state."""
     names: dict[Any, str] = {parameter: name for name, parameter in model.named_parameters()}
-    optimizer = stage.optimizer(model.parameters())
+    optimizer = optimizer_of(stage, model)
     groups = [
         {"parameters": [names.get(parameter, "another") for parameter in group["params"]]}
         | {key: as_text(value) for key, value in group.items() if key != "params"}

@@ -1,0 +1,52 @@
+"""The global random generators: seeded for a job and restored after it, and watched where nothing may be drawn."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+
+from ...data.draws import seeded
+
+
+@contextmanager
+def all_seeded(seed: int) -> Iterator[None]:
+    """Inside, the global generators of torch, NumPy and Python begin at a seed; afterwards they are as before.
+
+    NumPy takes 32 bits of a seed, so it gets `seed % 2**32`.
+    """
+    of_numpy, of_python = np.random.get_state(), random.getstate()  # noqa: NPY002 - what users' code draws from
+    try:
+        np.random.seed(seed % 2**32)  # noqa: NPY002
+        random.seed(seed)
+        with seeded(seed):
+            yield
+    finally:
+        np.random.set_state(of_numpy)  # noqa: NPY002
+        random.setstate(of_python)
+
+
+@contextmanager
+def nothing_drawn(refusal: Callable[[str], Exception]) -> Iterator[None]:
+    """Raises the refusal of a generator's name if it is another when the block ends than when it began."""
+    before = _states()
+    yield
+    after = _states()
+    for name, state in before.items():
+        if after[name] != state:
+            raise refusal(name)
+
+
+def _states() -> dict[str, object]:
+    kind, keys, *rest = np.random.get_state(legacy=True)  # noqa: NPY002
+    states: dict[str, object] = {
+        "torch": torch.get_rng_state().numpy().tobytes(),
+        "NumPy": (kind, np.asarray(keys).tobytes(), *rest),
+        "Python": random.getstate(),
+    }
+    if torch.cuda.is_initialized():
+        states["CUDA"] = torch.cuda.get_rng_state().cpu().numpy().tobytes()
+    return states
