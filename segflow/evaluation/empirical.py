@@ -59,7 +59,7 @@ def empirical_influence(
 
     Returns:
         Scores [Q, K]. The provenance holds the estimator and whether the effects are centred; otherwise also what their
-        mean is known from, and its standard error for each query ("mean_effect_error"; None where there are too few subsets).
+        mean is known from, and its standard error for each query ("mean_effect_error"; None for too few subsets).
 
     Raises:
         ScoreError: shapes do not fit, a number is not finite, a group was always kept or never, two cannot be told
@@ -157,7 +157,7 @@ class _Fit:
 
     def by_regression(self) -> tuple[np.ndarray, np.ndarray]:
         """The effects [K, Q] by least squares, beside a level, and the standard error of their mean [Q]."""
-        (rows, Q), K, root = self.values.shape, self.kept.shape[1], np.sqrt(self.weight)[:, None]
+        rows, K, root = len(self.values), self.kept.shape[1], np.sqrt(self.weight)[:, None]
         design = root * np.column_stack([np.ones(rows), self.rows])
         inverse = np.linalg.pinv(design)
         if round(float(np.trace(inverse @ design))) < K + self.sizes_vary:
@@ -184,7 +184,7 @@ class _Fit:
         return _less_mean((without_KM - with_KM) @ rest[:M]) / (1 - together) + mean_Q, error_Q
 
     def _mean_effect(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Of the measurements over the sizes: minus the slope [Q] (0 for one size), its error, and the rest [rows, Q]."""
+        """Of measurements over sizes: minus the slope [Q] (0 for one size), its error, and what is left [rows, Q]."""
         size, values = (
             side - np.average(side, axis=0, weights=self.weight) for side in (self.rows.sum(1), self.values)
         )
