@@ -225,7 +225,7 @@ def test_intervals_hold_the_truth_in_95_of_100_draws(case: str) -> None:
         "runs that differ": {"wrongs": 20, "right": 60, "shift": 1.0, "runs": 3, "spread": 0.5},
     }[case]
     task = detection_of_groups if case == "groups" else detection_of_examples
-    coverage = task(**options, draws=60, seed=1)
+    coverage = task(**options, draws=60, seed=2)
     assert coverage["roc"] > 0.9, coverage
     assert coverage["curve"] > 0.9, coverage
 
