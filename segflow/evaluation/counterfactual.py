@@ -42,7 +42,7 @@ _INTERVAL = (
     "Intervals: 95%, Agresti and Coull's with Student's t, of a share of the queries, for other queries and other runs "
     "(for random: other draws, each of which is removed for all queries): the spread between the queries and that "
     "between the runs (draws) are added; a single run is taken as it is, and so are the retrainings in which nothing "
-    f"is removed. None is given for fewer than {FEWEST_CASES} right queries, or for two runs. A row's values are those "
+    f"is removed. None is given for fewer than {FEWEST_CASES} right queries. A row's values are those "
     "of the queries, of which each counts by the share of the runs in which it turns; those of random are the draws' "
     "shares."
 )

@@ -34,7 +34,7 @@ _INTERVAL = (
     "that of a bootstrap that draws examples; examples whose scores are identical for every query (and run), such as "
     "the members of one group, are drawn together, as one block. Where a series has several runs, the spread between "
     f"them is added; a single run is taken as it is. None is given where fewer than {FEWEST_CASES} blocks have a wrong "
-    "label, or a right one, or for two runs. The area under the detection curve, the random and the perfect ranking "
+    "label, or a right one. The area under the detection curve, the random and the perfect ranking "
     "are for this share of wrong labels."
 )
 

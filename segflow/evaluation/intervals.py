@@ -13,7 +13,7 @@ from ..report.row import Estimate
 from .statistics import UPPER, student_interval
 
 FEWEST_CASES = 8  # with fewer blocks of examples (or queries), what is simulated falls to .87
-FEWEST_RUNS = 3  # two runs, or two counts, say too little of how they differ: .84
+_FEWEST_COUNTED = 3  # two shares that are counted say too little of how they differ: .84
 _UNSEEN = (
     0.1  # of a case at one half, which few cases may not have shown: 8 wrong labels, ROC area .98: from .87 to .97
 )
@@ -30,21 +30,18 @@ def counted_interval(shares: np.ndarray, count: int) -> Estimate:
     It is wider by half a step of counting at each end: a few shares are often all the same, though their mean over many
     retrainings lies between two steps.
     """
-    if len(shares) < FEWEST_RUNS:
+    if len(shares) < _FEWEST_COUNTED:
         return unknown(float(np.mean(shares)))
     mean, low, high = student_interval(shares)
     return Estimate(mean, max(0.0, low - 0.5 / count), min(1.0, high + 0.5 / count))
 
 
-def share_interval(share: float, variance: float, freedom: float, cases: int) -> Estimate:
+def share_interval(share: float, variance: float, t: float, cases: int) -> Estimate:
     """A share (or a probability, such as an area) with the interval of Agresti and Coull (1998), within 0 and 1.
 
-    Theirs is for a count of independent cases; here the count is the one that has the variance. Student's t has the
-    freedom that the variance is known with. Where nothing varies, the count is that of the cases.
+    Theirs is for a count of independent cases and the normal quantile; here the count is the one that has the variance,
+    and `t` is the quantile that allows for how well that is known. Where nothing varies, it is that of the cases.
     """
-    from scipy import stats
-
-    t = float(stats.t.ppf(UPPER, freedom))
     varies = variance > 0 and 0 < share < 1
     variance += _UNSEEN * ((share - 0.5) / (cases + 1)) ** 2
     count = share * (1 - share) / variance if varies else cases
@@ -56,8 +53,9 @@ def share_interval(share: float, variance: float, freedom: float, cases: int) ->
 def over_cases_and_runs(by_run: np.ndarray, of_cases: float, cases: int, freedom: int | None = None) -> Estimate:
     """The mean over runs of shares that are all of the same cases, for other cases and other runs of their kinds.
 
-    A single run is taken as it is. The variances of cases and of runs are added, with the degrees of freedom of
-    Satterthwaite (1946): what differs between both at once counts twice, so that the interval is a little wide.
+    A single run is taken as it is. The variances of cases and of runs are added, and so are their parts of the squared
+    quantile, each with degrees of freedom of its own (Cochran and Cox 1957): few runs hardly know how far they differ.
+    What differs between cases and runs at once counts twice, so that the interval is a little wide.
 
     Args:
         by_run: each run's share.
@@ -66,14 +64,20 @@ def over_cases_and_runs(by_run: np.ndarray, of_cases: float, cases: int, freedom
     """
     runs, mean = len(by_run), float(np.mean(by_run))
     freedom = cases - 1 if freedom is None else freedom
-    if cases < FEWEST_CASES or freedom < 1 or 1 < runs < FEWEST_RUNS or not np.isfinite(of_cases):
+    if cases < FEWEST_CASES or freedom < 1 or not np.isfinite(of_cases):
         return unknown(mean)
-    of_runs = float(np.var(by_run, ddof=1)) / runs if runs > 1 else 0.0
-    total = of_cases + of_runs
-    if total == 0:
-        return share_interval(mean, 0.0, freedom, cases)
-    parts = of_cases**2 / freedom + (of_runs**2 / (runs - 1) if runs > 1 else 0.0)
-    return share_interval(mean, total, total**2 / parts, cases)
+    squared_t, total = _t(freedom) ** 2, of_cases
+    if runs > 1 and (of_runs := float(np.var(by_run, ddof=1)) / runs) > 0:
+        total = of_cases + of_runs
+        squared_t = (of_cases * squared_t + of_runs * _t(runs - 1) ** 2) / total
+    return share_interval(mean, total, squared_t**0.5, cases)
+
+
+def _t(freedom: int) -> float:
+    """The quantile of Student's t at which a two-sided interval ends."""
+    from scipy import stats
+
+    return float(stats.t.ppf(UPPER, freedom))
 
 
 def correlation_interval(value: float, draws: np.ndarray, cases: int, ranks: bool) -> Estimate:

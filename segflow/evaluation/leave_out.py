@@ -93,7 +93,7 @@ def leave_one_group_out(
         **retrainings.settings(series),
         "interval": _INTERVAL,
         "correlations": correlations,
-        "notes": {name: _in_words(of_series) for name, of_series in correlations.items()},
+        "notes": {name: _in_words(found) + _caution(series.get(name, [])) for name, found in correlations.items()},
         "groups": len(groups),
         "chosen": [groups.labels[place] for place in places],
         "examples": groups.length,
@@ -171,3 +171,9 @@ def _in_words(correlations: Mapping[str, Sequence[float] | None]) -> str:
         f"{kind.capitalize()} " + ("none" if interval is None else "{:.2f} [{:.2f}, {:.2f}]".format(*interval))
         for kind, interval in correlations.items()
     )
+
+
+def _caution(runs: Sequence[Scores]) -> str:
+    """What is to be known of predictions that are not the changes themselves."""
+    centred = any(run.provenance.get("centred") for run in runs)
+    return "; predictions less their mean over all groups: compare their order, not their signs" if centred else ""

@@ -126,9 +126,11 @@ def test_the_interval_is_agresti_and_coulls_of_as_many_cases_as_a_bootstrap_over
     drawn = [
         detection_auc(VALUES.sum(0)[rows], WRONG[rows]) for rows in (generator.integers(0, N, N) for _ in range(4000))
     ]
+    from scipy.stats import t
+
     cases = int(WRONG.sum())
     variance = np.var(drawn, ddof=1) * cases / (cases - 1)
-    expected = share_interval(detection_auc(VALUES.sum(0), WRONG), variance, cases - 1, cases)
+    expected = share_interval(detection_auc(VALUES.sum(0), WRONG), variance, float(t.ppf(0.975, cases - 1)), cases)
     np.testing.assert_allclose([found.low, found.high], expected[1:], atol=0.01)
     assert found.low < found.mean < found.high
 
@@ -172,7 +174,7 @@ def test_members_of_a_group_are_one_case_and_each_series_has_its_own_cases() -> 
 
 
 @pytest.mark.parametrize("wrongs", [7, 8])
-def test_few_wrong_labels_few_right_ones_few_groups_and_two_runs_have_no_interval(wrongs: int) -> None:
+def test_few_wrong_labels_few_right_ones_and_few_groups_have_no_interval(wrongs: int) -> None:
     wrong = np.arange(N) < wrongs
     groups = sf.Groups.random(N, 2, seed=0)
     by_group = sf.Scores(torch.arange(20.0)[None], ("q",), groups.labels, tuple(groups.sizes)).by_example(groups)
@@ -183,8 +185,6 @@ def test_few_wrong_labels_few_right_ones_few_groups_and_two_runs_have_no_interva
         for row in (found.auc.value("S"), found.roc_auc.value("S"), found.curve.value("S", 0.5)):
             assert np.isfinite([row.low, row.high]).all() == (wrongs == 8)
         assert found.curve.value("S", 1.0).low == 1, "everything was inspected"
-    two = noisy_label_detection({"S": [SCORES] * 2}, wrong).auc.value("S")
-    assert (two.low, two.high) == (-np.inf, np.inf)
     assert "fewer than 8 blocks" in found.auc.settings["interval"]
 
 

@@ -149,6 +149,10 @@ def test_its_predictions_are_the_changes_that_leaving_groups_out_gives(tmp_path:
     groups = sf.Groups.singletons(12)
     rows = leave_one_group_out(found, groups, training, tmp_path, repetitions=2, progress=False).rows
     np.testing.assert_allclose([row.x for row in rows], [row.mean for row in rows], atol=0.06)
+    centred = {"centred": empirical_influence(kept, measured, centred=True), "whole": found}
+    table = leave_one_group_out(centred, groups, training, tmp_path, repetitions=2, progress=False)
+    notes: dict[str, str] = table.settings["notes"]
+    assert ["less their mean" in notes[name] for name in ("centred", "whole")] == [True, False]
 
 
 def test_it_predicts_other_retrainings() -> None:
