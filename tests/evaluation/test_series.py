@@ -12,7 +12,7 @@ import torch
 
 import segflow as sf
 from segflow.evaluation import FunctionTraining, random_subsets, removal_order, retraining_score
-from segflow.evaluation.series import random_order, summed_over_queries
+from segflow.evaluation.series import ordered, random_order, summed_over_queries
 
 from .closed_form import scores_of
 
@@ -65,7 +65,10 @@ def test_no_two_orders_are_the_same_or_those_of_another_seed() -> None:
     assert len(orders) == 36
     assert random_order(N, 3, 1).tolist() == random_order(N, 3, 1).tolist()
     flat = scores_of(np.zeros((1, N)), method="flat")
-    assert not {tuple(removal_order(flat, seed=seed)) for seed in range(6)} & orders
+    ties = {tuple(removal_order(flat, seed=seed)) for seed in range(6)}
+    assert not ties & orders
+    of_numpy = {tuple(ordered(np.zeros(N), np.zeros((1, N)), np.random.default_rng(seed))) for seed in range(6)}
+    assert not ties & of_numpy
 
 
 @pytest.mark.parametrize("seed", range(4))
