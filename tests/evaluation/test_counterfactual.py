@@ -78,7 +78,7 @@ def test_effects_that_are_equal_but_for_rounding_are_ties_and_the_seed_says_whic
         pairs = {frozenset(set(range(N)) - set(kept)) for kept, _ in training.jobs if len(kept) == N - 2}
         by_query = pairs - {frozenset(random_order(N, seed, draw)[:2].tolist()) for draw in range(5)}
         removed |= {place for pair in by_query for place in pair}
-    assert len(removed) > 15, "of 20, not only the four that are larger by a rounding"
+    assert len(removed) > 8, "not only the four that are larger by a rounding"
 
 
 def test_random_removal_turns_queries_as_often_as_its_draws_do(tmp_path: Path) -> None:
