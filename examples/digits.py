@@ -126,7 +126,7 @@ def main(
     for name, of_groups in scores.items():
         agreement = linear_datamodeling_score(of_groups, subsets, measured)
         found = found_among_lowest(single[name].total().values[0], wrong, count)
-        print(f"{name:<20}{agreement!s:<32}{found} of {count} ({found / count:.0%})")
+        print(f"{name:<20}{agreement!s:<32}{found:.0f} of {count} ({found / count:.0%})")
     print(f"{'chance':<20}{'0':<32}{count * WRONG_SHARE:.0f} of {count} ({WRONG_SHARE:.0%})\n")
 
     # 4. One figure: the query with the highest loss.

@@ -130,11 +130,12 @@ def _figures(part: Part, runs: list[sf.Scores], reference: sf.Scores | None) -> 
 def _empirical(part: Part) -> dict[str, Any]:
     """The estimator fitted to other retrainings: to the second bank, or to the first half of the subsets."""
     if part.row.extra:
-        fitted = empirical_influence(*ground_truth(part.row, "extra", part.measurement))
+        fitted = empirical_influence(*ground_truth(part.row, "extra", part.measurement), centred=True)
         own = slice(None)
     else:
         half = len(part.subsets) // 2
-        fitted, own = empirical_influence(part.subsets[:half], part.measured[:half]), slice(half, None)
+        fitted = empirical_influence(part.subsets[:half], part.measured[:half], centred=True)
+        own = slice(half, None)
     found = linear_datamodeling_score(fitted, part.subsets[own], part.measured[own].mean(1))
     note = {key: fitted.provenance[key] for key in ("subsets", "repetitions")}
     return {"five": {"mean": found.mean, "low": found.low, "high": found.high}, "fitted_to": note, "best_of": ""}

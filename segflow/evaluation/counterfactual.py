@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..arguments import whole_numbers
+from ..data.streams import stream
 from ..errors import ScoreError
 from ..report.row import Estimate, Row
 from ..report.table import Table
 from ..results.scores import Scores
+from .intervals import FEWEST_CASES, over_cases_and_runs
 from .retraining.reuse import RetrainingOptions, Retrainings
 from .retraining.training import Training
 from .series import (
@@ -30,16 +32,19 @@ from .series import (
     values_of,
     without,
 )
-from .statistics import student_interval, wilson_interval
+from .ties import precision, summed
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 _DRAWS = 5  # random sets of each count, each for all queries
 _INTERVAL = (
-    "Intervals: 95%, Wilson's, of a share of the queries; a query of a series with several runs counts by the share of "
-    "the runs in which it turns. A row's values are those of the queries. For random, whose draws are each removed for "
-    "all queries: Student's t, within 0 and 1, of the mean over the draws; its values are the draws' shares."
+    "Intervals: 95%, Agresti and Coull's with Student's t, of a share of the queries, for other queries and other runs "
+    "(for random: other draws, each of which is removed for all queries): the spread between the queries and that "
+    "between the runs (draws) are added; a single run is taken as it is, and so are the retrainings in which nothing "
+    f"is removed. None is given for fewer than {FEWEST_CASES} right queries. A row's values are those "
+    "of the queries, of which each counts by the share of the runs in which it turns; those of random are the draws' "
+    "shares."
 )
 
 
@@ -89,8 +94,8 @@ def removal_counterfactual(
         )
     turned = {**_turned(series, retrainings, counts, right), RANDOM: _turned_at_random(retrainings, counts, right, N)}
     rows = tuple(
-        Row(name, count, *_interval(name, values[:, place]), tuple(values[:, place]))
-        for name, values in turned.items()
+        Row(name, count, *_interval(runs[..., place]), tuple(runs[..., place].mean(1 if name == RANDOM else 0)))
+        for name, runs in turned.items()
         for place, count in enumerate(counts)
     )
     settings = {
@@ -108,7 +113,7 @@ def removal_counterfactual(
         "training examples removed for each query",
         "share of right queries that turn wrong",
         rows,
-        {NOTHING_REMOVED: wilson_interval(float((second_Q[right] < 0).mean()), len(right))},
+        {NOTHING_REMOVED: _interval((second_Q[None, right] < 0).astype(float))},
         settings,
     )
 
@@ -121,12 +126,11 @@ def _checked_counts(given: Sequence[int], examples: int) -> list[int]:
     return list(counts)
 
 
-def _interval(name: str, values: np.ndarray) -> Estimate:
-    """Of the queries, which are independent, or of the random draws: each is the same for all queries."""
-    if name != RANDOM:
-        return wilson_interval(float(values.mean()), len(values))
-    mean, low, high = student_interval(values)
-    return Estimate(mean, max(0.0, low), min(1.0, high))
+def _interval(turned: np.ndarray) -> Estimate:
+    """Of the share [runs, right queries] that turned."""
+    queries = turned.shape[1]
+    of_queries = float(np.var(turned.mean(0), ddof=1)) / queries if queries > 1 else np.inf
+    return over_cases_and_runs(turned.mean(1), of_queries, queries)
 
 
 def _turned(
@@ -135,25 +139,28 @@ def _turned(
     counts: Sequence[int],
     right: np.ndarray,
 ) -> dict[str, np.ndarray]:
-    """{series: [right queries, C]}: the share of the series' runs in which each query turns."""
+    """{series: [runs, right queries, C]}: whether each query turns without its own supporters, as 0 or 1."""
     subsets = []
     for runs in series.values():
         for number, run in enumerate(runs):
             values_QN = values_of(run)
-            orders = (ordered(-values_QN[query], values_QN, [retrainings.seed, number, query]) for query in right)
-            subsets += [without(order, count) for order in orders for count in counts]
+            for query in right:
+                supporters_N = -summed(values_QN[query : query + 1], precision(run.values))
+                order = ordered(
+                    supporters_N, values_QN, stream(retrainings.seed, "ties of a query", number, int(query))
+                )
+                subsets += [without(order, count) for count in counts]
     measured_MQ = retrainings.measured(np.stack(subsets)).mean(1)
     shape = (len(right), len(counts))
     query_M = np.tile(np.repeat(right, len(counts)), len(subsets) // (shape[0] * shape[1]))
-    turned = (measured_MQ[np.arange(len(subsets)), query_M] < 0).reshape(-1, *shape)
+    turned = (measured_MQ[np.arange(len(subsets)), query_M] < 0).astype(float).reshape(-1, *shape)
     by_series = np.split(turned, np.cumsum([len(runs) for runs in series.values()])[:-1])
-    return {name: of_runs.mean(0) for name, of_runs in zip(series, by_series, strict=True)}
+    return dict(zip(series, by_series, strict=True))
 
 
 def _turned_at_random(retrainings: Retrainings, counts: Sequence[int], right: np.ndarray, examples: int) -> np.ndarray:
-    """[D, C]: the share of the right queries that turn when the same random examples are removed for all of them."""
-    orders = [random_order(examples, [retrainings.seed, draw]) for draw in range(_DRAWS)]
+    """[D, right queries, C]: whether each turns when the same random examples are removed for all of them."""
+    orders = [random_order(examples, retrainings.seed, draw) for draw in range(_DRAWS)]
     subsets = np.stack([without(order, count) for order in orders for count in counts])
-    turned = retrainings.measured(subsets).mean(1)[:, right] < 0
-    share: np.ndarray = turned.reshape(_DRAWS, len(counts), len(right)).mean(2)
-    return share
+    turned = (retrainings.measured(subsets).mean(1)[:, right] < 0).astype(float)
+    return np.swapaxes(turned.reshape(_DRAWS, len(counts), len(right)), 1, 2)

@@ -12,15 +12,19 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..arguments import shown, whole_number
+from ..data.streams import stream
 from ..errors import ScoreError
 from ..groups.groups import Groups
 from ..groups.splitting import places_of
 from ..report.row import Row
 from ..report.table import Table
+from ..results.scores import Scores
+from .intervals import correlation_interval
 from .retraining.reuse import RetrainingOptions, Retrainings
 from .retraining.training import Training
 from .series import NOTHING_REMOVED, RANDOM, Series, check_examples, check_queries, named_runs, values_of
 from .statistics import pearson, quantile_interval, spearman, unchanged_interval, welch_interval
+from .ties import merged, precision, rounding, summed
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -28,8 +32,8 @@ if TYPE_CHECKING:
 _INTERVAL = (
     "Intervals: 95%, Welch's t, of the difference between retrainings without the group and with all groups. A row's "
     "values are those of the retrainings without the group, less the mean of those with all. Nothing removed: where "
-    "the change of a group without effect lies in 95% of cases. Correlations: quantiles of a bootstrap that draws "
-    "groups; of random, quantiles over random orders of the groups."
+    "the change of a group without effect lies in 95% of cases. Correlations: by Fisher's transformation, for other "
+    "groups of the same kind; -1 to 1 for three groups; of random, quantiles over random orders of the groups."
 )
 _CORRELATIONS = {"spearman": spearman, "pearson": pearson}
 
@@ -77,20 +81,19 @@ def leave_one_group_out(
     whole_RQ = retrainings.nothing_removed(groups.length)
     check_queries(series, whole_RQ.shape[1])
     without_KR, whole_R = retrainings.measured(kept).mean(2), whole_RQ.mean(1)
-    predicted = {
-        name: np.mean([values_of(run).mean(0)[places] for run in runs], axis=0) for name, runs in series.items()
-    }
+    predicted = {name: _predicted(runs)[places] for name, runs in series.items()}
     rows = tuple(
         Row(name, x, *welch_interval(without_R, whole_R), tuple(without_R - whole_R.mean()), groups.labels[place])
         for name, predicted_K in predicted.items()
         for x, without_R, place in zip(predicted_K, without_KR, places, strict=True)
     )
-    correlations = _correlations(predicted, without_KR.mean(1) - whole_R.mean(), resamples, retrainings.seed)
+    change_K = merged(without_KR.mean(1), rounding(without_KR.T) / without_KR.shape[1]) - whole_R.mean()
+    correlations = _correlations(predicted, change_K, resamples, retrainings.seed)
     settings = {
         **retrainings.settings(series),
         "interval": _INTERVAL,
         "correlations": correlations,
-        "notes": {name: _in_words(of_series) for name, of_series in correlations.items()},
+        "notes": {name: _in_words(found) + _caution(series.get(name, [])) for name, found in correlations.items()},
         "groups": len(groups),
         "chosen": [groups.labels[place] for place in places],
         "examples": groups.length,
@@ -117,6 +120,12 @@ def _places(groups: Groups, chosen: Sequence[int | str] | None) -> list[int]:
     return places
 
 
+def _predicted(runs: Sequence[Scores]) -> np.ndarray:
+    """[K]: the mean over runs and queries, in which numbers that differ by rounding alone are equal."""
+    terms = np.concatenate([values_of(run) for run in runs])
+    return summed(terms, max(precision(run.values) for run in runs)) / len(terms)
+
+
 def _without(groups: Groups, place: int) -> np.ndarray:
     """[N] booleans: what is kept without one group."""
     kept = np.ones(groups.length, dtype=bool)
@@ -133,30 +142,27 @@ def _correlations(
     predicted: Mapping[str, np.ndarray], change_K: np.ndarray, resamples: int, seed: int
 ) -> dict[str, dict[str, list[float] | None]]:
     """{series: {"spearman" | "pearson": [value, low, high]}}; None where a correlation does not exist."""
-    generator = np.random.default_rng(seed)
     K = len(change_K)
-    rows_KB = generator.integers(0, K, (K, resamples))
+    rows_KB = stream(seed, "bootstrap of groups").integers(0, K, (K, resamples))
     change_KB = np.tile(change_K[:, None], resamples)
-    shuffled_KB = generator.permuted(change_KB, axis=0)
-    correlations: dict[str, dict[str, list[float] | None]] = {}
-    for name, predicted_K in predicted.items():
-        correlations[name] = {
-            kind: _with_interval(
-                float(correlate(predicted_K[:, None], change_K[:, None])[0]),
-                correlate(predicted_K[rows_KB], change_K[rows_KB]) if K > 2 else np.array([np.nan]),
-            )
-            for kind, correlate in _CORRELATIONS.items()
-        }
+    shuffled_KB = stream(seed, "random orders of groups").permuted(change_KB, axis=0)
+    correlations: dict[str, dict[str, list[float] | None]] = {
+        name: {kind: _with_interval(predicted_K, change_K, rows_KB, kind) if K > 2 else None for kind in _CORRELATIONS}
+        for name, predicted_K in predicted.items()
+    }
+    varies = K > 2 and np.ptp(change_K) > 0
     correlations[RANDOM] = {
-        kind: _with_interval(0.0, correlate(change_KB, shuffled_KB) if K > 2 else np.array([np.nan]))
+        kind: list(quantile_interval(0.0, correlate(change_KB, shuffled_KB))) if varies else None
         for kind, correlate in _CORRELATIONS.items()
     }
     return correlations
 
 
-def _with_interval(value: float, draws: np.ndarray) -> list[float] | None:
-    interval = quantile_interval(value, draws)
-    return list(interval) if np.isfinite(interval).all() else None
+def _with_interval(predicted_K: np.ndarray, change_K: np.ndarray, rows_KB: np.ndarray, kind: str) -> list[float] | None:
+    correlate = _CORRELATIONS[kind]
+    value = float(correlate(predicted_K[:, None], change_K[:, None])[0])
+    draws = correlate(predicted_K[rows_KB], change_K[rows_KB])
+    return list(correlation_interval(value, draws, len(change_K), kind == "spearman")) if np.isfinite(value) else None
 
 
 def _in_words(correlations: Mapping[str, Sequence[float] | None]) -> str:
@@ -165,3 +171,9 @@ def _in_words(correlations: Mapping[str, Sequence[float] | None]) -> str:
         f"{kind.capitalize()} " + ("none" if interval is None else "{:.2f} [{:.2f}, {:.2f}]".format(*interval))
         for kind, interval in correlations.items()
     )
+
+
+def _caution(runs: Sequence[Scores]) -> str:
+    """What is to be known of predictions that are not the changes themselves."""
+    centred = any(run.provenance.get("centred") for run in runs)
+    return "; predictions less their mean over all groups: compare their order, not their signs" if centred else ""

@@ -13,10 +13,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..arguments import real_numbers, settle, truth, whole_number
+from ..data.streams import stream, stream_seed
 from ..errors import ScoreError, check_choice
-from ..report.row import Row
+from ..report.row import Estimate, Row
 from ..report.table import Table
 from ..results.scores import Scores
+from .intervals import counted_interval
 from .retraining.reuse import RetrainingOptions, Retrainings
 from .retraining.training import Training
 from .series import (
@@ -27,6 +29,7 @@ from .series import (
     ordered,
     over_examples,
     random_order,
+    summed_over_queries,
     values_of,
     without,
 )
@@ -37,7 +40,8 @@ if TYPE_CHECKING:
 
 _INTERVAL = (
     "Intervals: 95%, Student's t, of the mean over the retrainings; where a series has several runs, of the mean over "
-    "the runs, each averaged over its retrainings; for random, over as many random orders, each retrained once."
+    "the runs, each averaged over its retrainings; for random, over as many random orders, each retrained once. Those "
+    "of a share of queries are wider by half a query at each end, and not given for fewer than three values."
 )
 
 
@@ -60,9 +64,9 @@ def removal_order(scores: Scores, largest: bool = True, seed: int = 0, absolute:
         (array([2, 0, 1]), array([1, 0, 2]), array([1, 2, 0]))
     """
     falling, seed = truth("largest", largest, ScoreError), whole_number("seed", seed, ScoreError)
-    values_QN = values_of(scores)
-    summed = np.abs(values_QN.sum(0)) if truth("absolute", absolute, ScoreError) else values_QN.sum(0)
-    return ordered(summed if falling else -summed, values_QN, [seed])
+    sums = summed_over_queries(scores)
+    sums = np.abs(sums) if truth("absolute", absolute, ScoreError) else sums
+    return ordered(sums if falling else -sums, values_of(scores), stream(seed, "ties of a removal order"))
 
 
 def retraining_score(
@@ -174,6 +178,10 @@ class _Curve:
         summary: np.ndarray = (measured > 0).mean(-1) if self.summary == "positive" else measured.mean(-1)
         return summary
 
+    def interval(self, values: np.ndarray, queries: int) -> Estimate:
+        """Of the mean of summaries of as many queries."""
+        return counted_interval(values, queries) if self.summary == "positive" else student_interval(values)
+
     @property
     def y(self) -> str:
         """The name of the y axis."""
@@ -185,12 +193,12 @@ def _table(curve: _Curve, scores: Series, retrainings: Retrainings) -> Table:
     check_examples(retrainings.training, N)
     counts, repetitions, seed = curve.counts(N), retrainings.repetitions, retrainings.seed
     orders = [
-        [removal_order(run, curve.largest_first, seed + number) for number, run in enumerate(runs)]
+        [removal_order(run, curve.largest_first, stream_seed(seed, "run", number)) for number, run in enumerate(runs)]
         for runs in series.values()
     ]
     runs = [len(of_series) for of_series in orders]
     draws = max(runs) * repetitions
-    random_orders = [random_order(N, [seed, number]) for number in range(draws)]
+    random_orders = [random_order(N, seed, number) for number in range(draws)]
     subsets = _subsets([order for of_series in orders for order in of_series], counts)
     measured = retrainings.measured(np.concatenate([subsets, np.ones((1, N), dtype=bool)]))
     measured_at_random = retrainings.measured(_subsets(random_orders, counts), repetitions=1)
@@ -198,7 +206,7 @@ def _table(curve: _Curve, scores: Series, retrainings: Retrainings) -> Table:
     values = dict(zip(series, _by_series(by_order, runs), strict=True))
     values[RANDOM] = curve.summarised(measured_at_random[:, 0]).reshape(draws, len(counts))
     rows = tuple(
-        Row(name, share, *student_interval(of_series[:, place]), tuple(of_series[:, place]))
+        Row(name, share, *curve.interval(of_series[:, place], measured.shape[-1]), tuple(of_series[:, place]))
         for name, of_series in values.items()
         for place, share in enumerate(curve.shares)
     )
@@ -212,7 +220,7 @@ def _table(curve: _Curve, scores: Series, retrainings: Retrainings) -> Table:
         "largest": curve.largest,
         "summary": curve.summary,
     }
-    references = {NOTHING_REMOVED: student_interval(curve.summarised(measured[-1]))}
+    references = {NOTHING_REMOVED: curve.interval(curve.summarised(measured[-1]), measured.shape[-1])}
     return Table(curve.title, "share of the training examples removed", curve.y, rows, references, settings)
 
 

@@ -9,8 +9,10 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from ..data.streams import stream
 from ..errors import ScoreError
 from ..results.scores import Scores
+from .ties import precision, summed
 
 RANDOM, PERFECT, CEILING = "random", "perfect ranking", "noise ceiling"  # baselines and bounds, beside the series
 NOTHING_REMOVED = "nothing removed"  # the reference
@@ -88,9 +90,13 @@ def values_of(scores: Scores) -> np.ndarray:
     return values
 
 
-def ordered(values_N: np.ndarray, columns_QN: np.ndarray, seed: Sequence[int]) -> np.ndarray:
+def summed_over_queries(scores: Scores) -> np.ndarray:
+    """[N]: the sums over the queries, in float64; those that differ by rounding alone are equal."""
+    return summed(values_of(scores), precision(scores.values))
+
+
+def ordered(values_N: np.ndarray, columns_QN: np.ndarray, generator: np.random.Generator) -> np.ndarray:
     """[N] places by falling value; ties at random, except that examples with the same column stay together."""
-    generator = np.random.default_rng(seed)
     mark_N = np.zeros(len(values_N))
     for weight, row_N in zip(generator.normal(size=len(columns_QN)), columns_QN, strict=True):
         mark_N += weight * row_N  # not a matrix product: equal columns give equal marks, to the last bit
@@ -100,9 +106,9 @@ def ordered(values_N: np.ndarray, columns_QN: np.ndarray, seed: Sequence[int]) -
     return order
 
 
-def random_order(examples: int, seed: Sequence[int]) -> np.ndarray:
-    """The examples in random order."""
-    return np.random.default_rng(seed).permutation(examples)
+def random_order(examples: int, seed: int, number: int) -> np.ndarray:
+    """The examples in random order; number: which of several."""
+    return stream(seed, "random order", number).permutation(examples)
 
 
 def without(order: np.ndarray, count: int) -> np.ndarray:

@@ -11,7 +11,6 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations, islice
-from statistics import NormalDist
 
 import numpy as np
 from torch import Tensor
@@ -70,18 +69,6 @@ def unchanged_interval(values: np.ndarray | Sequence[float]) -> Estimate:
     _, low, high = student_interval(values)
     half = 2**0.5 * (high - low) / 2
     return Estimate(0.0, 0.0 - half, half)  # no -0
-
-
-def wilson_interval(share: float, count: int) -> Estimate:
-    """A share among `count` independent cases, with Wilson's interval (1927), which stays within 0 and 1.
-
-    The formula is written out, as scipy's `binomtest` takes whole numbers of successes only: a case that holds in some
-    of several runs counts by their share.
-    """
-    z = NormalDist().inv_cdf(UPPER)
-    centre = (share + z**2 / (2 * count)) / (1 + z**2 / count)
-    half = z / (1 + z**2 / count) * float(np.sqrt(share * (1 - share) / count + z**2 / (4 * count**2)))
-    return Estimate(float(share), max(0.0, float(centre - half)), min(1.0, float(centre + half)))
 
 
 def quantile_interval(value: float, draws: np.ndarray, confidence: float = CONFIDENCE) -> Estimate:

@@ -12,7 +12,9 @@ import pytest
 import torch
 
 import segflow as sf
+from benchmarks.coverage_tasks import detection_of_examples, detection_of_groups
 from segflow.evaluation import Detection, detection_auc, found_among_lowest, noisy_label_detection
+from segflow.evaluation.intervals import share_interval
 
 from .closed_form import scores_of
 
@@ -118,23 +120,26 @@ def test_runs_are_averaged_and_kept() -> None:
     assert found.curve.settings["runs"] == {"S": 3, "T": 1}
 
 
-def test_the_interval_is_of_a_bootstrap_over_the_examples() -> None:
-    found = noisy_label_detection(SCORES, WRONG, resamples=2000).roc_auc.value("Source")
+def test_the_interval_is_agresti_and_coulls_of_as_many_cases_as_a_bootstrap_over_the_examples_is_worth() -> None:
+    found = noisy_label_detection(SCORES, WRONG, resamples=4000).roc_auc.value("Source")
     generator = np.random.default_rng(99)
     drawn = [
-        detection_auc(VALUES.sum(0)[rows], WRONG[rows]) for rows in (generator.integers(0, N, N) for _ in range(2000))
+        detection_auc(VALUES.sum(0)[rows], WRONG[rows]) for rows in (generator.integers(0, N, N) for _ in range(4000))
     ]
-    np.testing.assert_allclose([found.low, found.high], np.quantile(drawn, [0.025, 0.975]), atol=0.02)
+    from scipy.stats import t
+
+    cases = int(WRONG.sum())
+    variance = np.var(drawn, ddof=1) * cases / (cases - 1)
+    expected = share_interval(detection_auc(VALUES.sum(0), WRONG), variance, float(t.ppf(0.975, cases - 1)), cases)
+    np.testing.assert_allclose([found.low, found.high], expected[1:], atol=0.01)
     assert found.low < found.mean < found.high
 
 
-def test_one_resample_is_that_of_its_draw() -> None:
-    found = noisy_label_detection(SCORES, WRONG, resamples=1, seed=3, shares=(0.5,))
-    rows = np.random.default_rng([3, 0]).integers(0, N, N)
-    again = noisy_label_detection(scores_of(VALUES[:, rows], method="Source"), WRONG[rows], shares=(0.5,))
-    for name in ("curve", "auc", "roc_auc"):
-        row = getattr(found, name).value("Source")
-        assert row.low == row.high == pytest.approx(getattr(again, name).value("Source").mean)
+def test_the_area_under_the_detection_curve_has_the_interval_of_that_under_the_roc_curve() -> None:
+    found, share = noisy_label_detection(SCORES, WRONG), WRONG.mean()
+    area, roc = found.auc.value("Source"), found.roc_auc.value("Source")
+    for end in ("low", "mean", "high"):
+        assert getattr(area, end) == pytest.approx((1 - share) * getattr(roc, end) + share / 2)
 
 
 def test_intervals_of_group_scores_that_are_noise_hold_chance() -> None:
@@ -147,32 +152,46 @@ def test_intervals_of_group_scores_that_are_noise_hold_chance() -> None:
         scores = sf.Scores(noise, ("q",), groups.labels, tuple(groups.sizes), {"method": "S"}).by_example(groups)
         row = noisy_label_detection(scores, wrong, resamples=100, shares=(0.5,)).roc_auc.value("S")
         excluded += not row.low <= 0.5 <= row.high
-    assert excluded / 100 < 0.15
+    assert excluded / 100 < 0.1
 
 
-def test_one_resample_of_blocks_is_that_of_its_draw_and_of_each_series_own_blocks() -> None:
-    groups = sf.Groups.random(N, 5, seed=1)
-    values = torch.tensor([[1.0, 1, 2, 3, 4, 5, 6, 0], [2.0, 2, 2, 0, 1, 5, 7, -0.0]])
-    values[:, 1] += torch.tensor([1.0, -1.0])  # equal sums, but other columns: a block of its own
+def test_members_of_a_group_are_one_case_and_each_series_has_its_own_cases() -> None:
+    groups = sf.Groups.random(N, 2, seed=1)
+    values = torch.arange(20.0).repeat(2, 1)
+    values[:, 1:3] = torch.tensor([[4.0, 5.0], [5.0, 4.0]])  # equal sums, but other columns: cases of their own
+    values[:, 9] = -0.0
     shared = sf.Scores(values, ("p", "q"), groups.labels, tuple(groups.sizes)).by_example(groups)
-    runs = [shared, scores_of(shared.values.numpy()[::-1] * 2)]
-    found = noisy_label_detection({"S": shared, "alone": SCORES, "runs": runs}, WRONG, resamples=1, seed=3)
-    first = groups.membership()
-    blocks = list(dict.fromkeys(first.tolist()))
-    rows = np.concatenate([np.flatnonzero(first == blocks[b]) for b in np.random.default_rng([3, 0]).integers(0, 8, 8)])
-    again = noisy_label_detection({"S": scores_of(shared.values.numpy()[:, rows])}, WRONG[rows])
-    assert found.auc.value("S").low == pytest.approx(again.auc.value("S").mean)
-    single = noisy_label_detection({"alone": SCORES}, WRONG, resamples=1, seed=3)
-    assert found.auc.value("alone") == replace(single.auc.value("alone"), x=1)
-    assert found.auc.value("runs").low == pytest.approx(again.auc.value("S").mean)
-    assert "one block" in found.auc.settings["interval"]
+    broken = scores_of(shared.values.numpy() + 1e-7 * np.arange(N))  # the same order, but every example by itself
+    wrong = np.isin(groups.membership(), range(0, 20, 2))
+    found = noisy_label_detection({"groups": shared, "examples": broken}, wrong).roc_auc
+    grouped, single = found.value("groups"), found.value("examples")
+    assert grouped.mean == pytest.approx(single.mean, abs=0.03)
+    assert (grouped.high - grouped.low) / (single.high - single.low) == pytest.approx(2**0.5, rel=0.25)
+    alone = noisy_label_detection({"examples": broken}, wrong).roc_auc
+    assert replace(alone.value("examples"), x=1) == single
+    runs = noisy_label_detection({"runs": [shared, broken, shared]}, wrong).roc_auc.value("runs")
+    assert runs.low > grouped.low, "a block's scores are identical in each run"
+
+
+@pytest.mark.parametrize("wrongs", [7, 8])
+def test_few_wrong_labels_few_right_ones_and_few_groups_have_no_interval(wrongs: int) -> None:
+    wrong = np.arange(N) < wrongs
+    groups = sf.Groups.random(N, 2, seed=0)
+    by_group = sf.Scores(torch.arange(20.0)[None], ("q",), groups.labels, tuple(groups.sizes)).by_example(groups)
+    of_groups = np.isin(groups.membership(), range(wrongs))
+    pairs = [(SCORES, wrong), (SCORES, ~wrong), (by_group, of_groups), ([SCORES] * 3, wrong)]
+    for scores, labels in pairs:
+        found = noisy_label_detection({"S": scores}, labels, shares=(0.5, 1.0))
+        for row in (found.auc.value("S"), found.roc_auc.value("S"), found.curve.value("S", 0.5)):
+            assert np.isfinite([row.low, row.high]).all() == (wrongs == 8)
+        assert found.curve.value("S", 1.0).low == 1, "everything was inspected"
+    assert "fewer than 8 blocks" in found.auc.settings["interval"]
 
 
 def test_runs_that_differ_widen_the_interval() -> None:
-    noise = np.random.default_rng(5).normal(size=VALUES.shape)
-    runs = [scores_of(VALUES + 3 * sign * noise) for sign in (1, -1)]
+    runs = [scores_of(VALUES - sign * WRONG) for sign in (1, 0, -0.5)]
     widths = []
-    for scores in ([scores_of(VALUES)] * 2, runs):
+    for scores in ([scores_of(VALUES)] * 3, runs):
         row = noisy_label_detection({"S": scores}, WRONG).roc_auc.value("S")
         widths.append(row.high - row.low)
     assert widths[1] > widths[0]
@@ -190,10 +209,25 @@ def test_more_examples_narrow_the_interval_and_options_of_the_bootstrap_leave_th
         assert (other.low, other.high) != (plain.low, plain.high)
 
 
-def test_a_resample_without_wrong_labels_does_not_spoil_the_interval() -> None:
-    wrong = np.arange(6) == 2
-    found = noisy_label_detection(scores_of(np.array([3.0, 2, 1, 0, 4, 5]), method="S"), wrong)
-    assert 0 <= found.auc.value("S").low <= found.auc.value("S").high <= 1
+def test_a_resample_without_right_labels_does_not_spoil_the_interval() -> None:
+    wrong = np.arange(9) != 2
+    found = noisy_label_detection(scores_of(np.arange(9.0), method="S"), wrong, resamples=1000)
+    assert (found.auc.value("S").low, found.auc.value("S").high) == (-np.inf, np.inf)
+    many = noisy_label_detection(scores_of(np.arange(16.0), method="S"), np.arange(16) % 2 == 0, resamples=1000)
+    assert 0 <= many.roc_auc.value("S").low < many.roc_auc.value("S").high <= 1
+
+
+@pytest.mark.parametrize("case", ["a few wrong labels", "groups", "runs that differ"])
+def test_intervals_hold_the_truth_in_95_of_100_draws(case: str) -> None:
+    options = {
+        "a few wrong labels": {"wrongs": 8, "right": 72, "shift": 1.0},
+        "groups": {"groups": 16, "size": 16, "shift": 4.0},
+        "runs that differ": {"wrongs": 20, "right": 60, "shift": 1.0, "runs": 3, "spread": 0.5},
+    }[case]
+    task = detection_of_groups if case == "groups" else detection_of_examples
+    coverage = task(**options, draws=60, seed=2)
+    assert coverage["roc"] > 0.9, coverage
+    assert coverage["curve"] > 0.9, coverage
 
 
 # ---- one ranking, one number ----
@@ -219,7 +253,44 @@ def test_found_among_lowest_counts_wrong_examples_at_the_bottom() -> None:
     assert found_among_lowest(ranking, wrong) == 2  # of the lowest three: 3, 1, 5
     assert [found_among_lowest(ranking, wrong, count) for count in range(8)] == [0, 1, 2, 2, 2, 2, 3, 3]
     assert found_among_lowest(torch.tensor(ranking), torch.tensor(wrong), 1) == 1
-    assert found_among_lowest(np.zeros(3), np.array([True, False, False])) == 1, "ties in the order given"
+
+
+def test_found_among_lowest_is_the_mean_over_all_orders_of_ties() -> None:
+    wrong = np.zeros(100, dtype=bool)
+    wrong[:15] = True
+    for order in (wrong, wrong[::-1]):
+        assert found_among_lowest(np.zeros(100), order) == pytest.approx(15 * 15 / 100)
+    values, few = np.array([0, 0, 0, -1, 2, 2]), np.array([1, 0, 0, 0, 1, 0], dtype=bool)
+    orders = [o for o in permutations(range(6)) if (np.diff(values[list(o)]) >= 0).all()]
+    for count in range(8):
+        expected = np.mean([few[list(order[:count])].sum() for order in orders])
+        assert found_among_lowest(1.0 * values, few, count) == pytest.approx(expected)
+
+
+def test_a_group_that_holds_the_wrong_labels_and_as_many_right_ones_finds_half_of_them() -> None:
+    groups = sf.Groups.from_lists([range(30), range(30, 60), range(60, 100)], 100)
+    scores = sf.Scores(torch.tensor([[-30.0, 5.0, 10.0]]), ("q",), groups.labels, tuple(groups.sizes))
+    wrong = np.arange(100) < 15
+    spread = scores.by_example(groups)
+    assert found_among_lowest(spread.values[0], wrong) == pytest.approx(7.5)
+    curve = noisy_label_detection({"S": spread}, wrong, shares=(0.15,)).curve
+    assert 15 * curve.value("S", 0.15).mean == pytest.approx(7.5)
+
+
+def test_ties_within_rounding_are_ties_in_every_measure() -> None:
+    columns = np.array([[0.1, 0.2, 0.3], [0.3, 0.2, 0.1], [0.2, 0.3, 0.1], [0.3, 0.1, 0.2]] * 10).T
+    assert len(set(columns.sum(0))) > 1
+    wrong = np.arange(40) % 4 == int(np.argmin(columns.sum(0)[:4]))
+    assert detection_auc(columns.sum(0), wrong) == 0.5
+    assert found_among_lowest(columns.sum(0), wrong) == pytest.approx(wrong.sum() * wrong.mean())
+    found = noisy_label_detection(scores_of(columns, method="S"), wrong)
+    assert found.roc_auc.value("S").mean == 0.5
+    assert found.curve.value("S", 0.25).mean == pytest.approx(0.25)
+    sizes = np.arange(1, 41, dtype=np.float32)
+    shares = torch.from_numpy(np.float32(0.1) * sizes / sizes)[None]
+    assert len(shares.unique()) > 1
+    assert detection_auc(shares[0], wrong) == 0.5
+    assert noisy_label_detection(scores_of(shares, method="S"), wrong).roc_auc.value("S").mean == 0.5
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import segflow as sf
-from segflow.evaluation import Table, leave_one_group_out
+from segflow.evaluation import FunctionTraining, Table, leave_one_group_out
 from segflow.evaluation.statistics import unchanged_interval, welch_interval
 
 from .closed_form import EFFECTS, TRUE, Linear, N, Q, noise_of, scores_of
@@ -38,8 +38,10 @@ def test_an_oracles_predictions_are_the_actual_changes(tmp_path: Path) -> None:
         assert row.x == pytest.approx(EFFECTS[:, members].sum(1).mean())
         assert row.mean == pytest.approx(row.x)
         assert row.values == pytest.approx([row.x] * 3)
-    for found in table.settings["correlations"]["Oracle"].values():
-        np.testing.assert_allclose(found, 1)
+    found = table.settings["correlations"]["Oracle"]
+    np.testing.assert_allclose(found["pearson"], 1)
+    np.testing.assert_allclose(found["spearman"][::2], 1)
+    assert found["spearman"][1] < 0.3, "five groups in the right order are no proof"
     assert table.references["nothing removed"][0] == pytest.approx(0)
     assert table.value("Oracle", "group 2") is table.rows[2]
 
@@ -90,6 +92,47 @@ def test_the_correlations_are_shown_below_the_table_and_in_the_legend(tmp_path: 
     assert f"noisy\n{', '.join(both)}" in legend
     flat = replace(_group_scores(), values=torch.full((Q, 5), 0.1, dtype=torch.float64))
     assert "Oracle: Spearman none, Pearson none" in str(_left_out(tmp_path / "flat", flat))
+
+
+def test_a_correlations_interval_is_by_fishers_transformation(tmp_path: Path) -> None:
+    groups = sf.Groups.singletons(N)
+    scores = scores_of(EFFECTS + 0.5 * np.random.default_rng(1).normal(size=EFFECTS.shape), method="S")
+    table = leave_one_group_out(scores, groups, Linear(noise=0.3), tmp_path, progress=False, resamples=2)
+    for kind, extra in (("spearman", 0.5), ("pearson", 0.0)):
+        value, low, high = table.settings["correlations"]["S"][kind]
+        error = ((1 + extra * value**2) / (N - 3)) ** 0.5
+        least = np.tanh(np.arctanh(value) + 1.96 * error * np.array([-1, 1]))
+        assert low <= least[0] + 1e-4
+        assert high >= least[1] - 1e-4
+    three = leave_one_group_out(scores, groups, Linear(noise=0.3), tmp_path / "three", chosen=(0, 1, 2), progress=False)
+    for found in three.settings["correlations"].values():
+        assert found["spearman"][1:] == [-1, 1]
+
+
+def test_predictions_and_changes_that_are_equal_but_for_rounding_have_no_rank(tmp_path: Path) -> None:
+    from scipy.stats import spearmanr
+
+    groups = sf.Groups.singletons(6)
+    columns = np.array([[0.1, 0.2, 0.3], [0.3, 0.2, 0.1], [0.2, 0.3, 0.1], [0.1, 0.3, 0.2], [0.5, 0, 0], [0, 0.9, 0]]).T
+    assert len(set(columns.mean(0))) > 3
+    effects = np.array([3.0, 1, 2, 6, 4, 5])
+
+    def measured(kept: np.ndarray, _: int) -> np.ndarray:
+        return 9.0 - effects[kept].sum() * np.ones(3)
+
+    training = FunctionTraining(measured, {}, processes=1)
+    table = leave_one_group_out(scores_of(columns, method="S"), groups, training, tmp_path, progress=False)
+    expected = spearmanr([6, 6, 6, 6, 5, 9], effects).statistic
+    assert table.settings["correlations"]["S"]["spearman"][0] == pytest.approx(expected)
+
+    def rounded(kept: np.ndarray, _: int) -> np.ndarray:
+        left_out = np.setdiff1d(np.arange(6), kept)
+        return columns[:, left_out[0] % 4] if len(left_out) else columns[:, 0]
+
+    same = FunctionTraining(rounded, {"same": 1}, processes=1)
+    table = leave_one_group_out(scores_of(columns, method="S"), groups, same, tmp_path / "same", progress=False)
+    assert table.settings["correlations"]["S"] == {"spearman": None, "pearson": None}
+    assert table.settings["correlations"]["random"] == {"spearman": None, "pearson": None}
 
 
 def test_a_group_of_all_examples_is_named(tmp_path: Path) -> None:

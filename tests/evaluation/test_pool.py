@@ -21,6 +21,19 @@ def test_random_subsets_keep_the_fraction_evenly_and_repeat_with_the_seed() -> N
     assert (random_subsets(3, 10).sum(1) == 5).all()
 
 
+def test_coin_flip_subsets_keep_each_group_by_itself_and_never_none() -> None:
+    subsets = random_subsets(4000, 4, 0.25, seed=4, fixed=False)
+    sizes = np.bincount(subsets.sum(1), minlength=5)
+    binomial = np.array([0, 0.421875, 0.2109375, 0.046875, 0.00390625]) / (1 - 0.31640625)
+    np.testing.assert_allclose(sizes / 4000, binomial, atol=0.03)
+    again = np.corrcoef(random_subsets(4000, 8, 0.5, fixed=False).T)
+    assert np.abs(again - np.eye(8)).max() < 0.06, "groups of fixed subsets would have -1/7"
+    assert (subsets == random_subsets(4000, 4, 0.25, seed=4, fixed=False)).all()
+    assert (subsets != random_subsets(4000, 4, 0.25, seed=5, fixed=False)).any()
+    with pytest.raises(sf.ScoreError, match="fixed=0: expected True or False"):
+        random_subsets(3, 4, fixed=0)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [

@@ -161,6 +161,20 @@ def test_positive_counts_queries_above_zero(tmp_path: Path) -> None:
         retraining_score(TRUE, training, tmp_path, summary="median", **options)
 
 
+def test_a_share_of_queries_has_students_interval_with_half_a_query_more(tmp_path: Path) -> None:
+    training = Linear(noise=1.0, offset=EFFECTS.sum(1).mean())
+    options: dict[str, Any] = {"shares": (0.3,), "summary": "positive", "repetitions": 4, "progress": False}
+    table = retraining_score(TRUE, training, tmp_path, **options)
+    for row in table.rows:
+        _, low, high = student_interval(row.values)
+        np.testing.assert_allclose((row.low, row.high), (max(0, low - 0.5 / Q), min(1, high + 0.5 / Q)))
+    low, high = table.references["nothing removed"][1:]
+    assert 1 / Q <= high - low <= 1
+    assert "half a query" in table.settings["interval"]
+    two = retraining_score(TRUE, training, tmp_path / "two", **(options | {"repetitions": 2}))
+    assert {row.low for row in two.rows} == {-np.inf}
+
+
 def test_seed_moves_noise_random_orders_and_ties(tmp_path: Path) -> None:
     ties = scores_of(np.zeros((1, N)), method="Ties")
     tables = [

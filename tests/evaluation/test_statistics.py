@@ -13,7 +13,6 @@ from segflow.evaluation.statistics import (
     student_interval,
     unchanged_interval,
     welch_interval,
-    wilson_interval,
 )
 
 from .closed_form import noisy_truth, scores_of
@@ -58,11 +57,6 @@ def test_values_that_hardly_vary_have_a_welch_interval_and_no_warning() -> None:
     np.testing.assert_allclose(welch_interval(OTHERS, [2.0] * 9), np.subtract(one_sided, 2.0))
 
 
-def test_a_share_of_runs_lies_between_the_whole_counts_beside_it() -> None:
-    few, between, many = (wilson_interval(share, 10) for share in (0.3, 0.35, 0.4))
-    assert all(low < value < high for low, value, high in zip(few, between, many, strict=True))
-
-
 @pytest.mark.parametrize("count", [2, pytest.param(3, marks=pytest.mark.slow), 8])
 def test_a_mean_that_has_not_changed_lies_within_the_interval_in_95_of_100_cases(count: int) -> None:
     generator = np.random.default_rng(count)
@@ -73,14 +67,6 @@ def test_a_mean_that_has_not_changed_lies_within_the_interval_in_95_of_100_cases
     ]
     assert np.mean(held) == pytest.approx(0.95, abs=0.012)
     assert unchanged_interval([1.0]) == (0, -INF, INF)
-
-
-@pytest.mark.parametrize(("share", "count"), [(0.0, 9), (0.25, 40), (1.0, 3)])
-def test_wilsons_interval_is_scipys(share: float, count: int) -> None:
-    from scipy import stats
-
-    ends = stats.binomtest(round(share * count), count).proportion_ci(0.95, "wilson")
-    np.testing.assert_allclose(wilson_interval(share, count), (share, ends.low, ends.high), atol=1e-12)
 
 
 def test_quantiles_leave_out_what_is_no_number() -> None:

@@ -24,8 +24,11 @@ Job = tuple[np.ndarray, int]
 TrainAndMeasure = Callable[[np.ndarray, int], np.ndarray | Sequence[float]]
 
 
-def random_subsets(count: int, groups: int, fraction: float = 0.5, seed: int = 0) -> np.ndarray:
+def random_subsets(count: int, groups: int, fraction: float = 0.5, seed: int = 0, *, fixed: bool = True) -> np.ndarray:
     """[count, groups] booleans, each row keeping that fraction of the groups at random.
+
+    fixed: every row keeps as many. False: each group is kept by a coin flip of its own, so that sizes vary, which
+    `empirical_influence` can tell the mean effect from; a row that keeps none is drawn again.
 
     Raises:
         ScoreError: the fraction keeps none or all, or there are no subsets.
@@ -38,8 +41,18 @@ def random_subsets(count: int, groups: int, fraction: float = 0.5, seed: int = 0
     kept = round(groups * real_number("fraction", fraction, ScoreError))
     if not 0 < kept < groups:
         raise ScoreError(f"fraction={fraction} keeps {kept} of {groups} groups: expected some, but not all.")
-    generator = stream(whole_number("seed", seed, ScoreError), "random subsets")
+    seed = whole_number("seed", seed, ScoreError)
+    if not truth("fixed", fixed, ScoreError):
+        return _coin_flips(count, groups, fraction, stream(seed, "coin-flip subsets"))
+    generator = stream(seed, "random subsets")
     return np.stack([generator.permutation(groups) < kept for _ in range(count)])
+
+
+def _coin_flips(count: int, groups: int, fraction: float, generator: np.random.Generator) -> np.ndarray:
+    kept = np.zeros((count, groups), dtype=bool)
+    while (empty := ~kept.any(1)).any():
+        kept[empty] = generator.random((int(empty.sum()), groups)) < fraction
+    return kept
 
 
 def retrain(
