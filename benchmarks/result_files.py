@@ -33,6 +33,11 @@ def read_result(path: Path) -> Any | None:
     return json.loads(path.read_text()) if path.exists() else None
 
 
+def observed(name: str) -> str:
+    """A figure that was measured once, by hand: no script makes it. The file says when, and of what it is."""
+    return str(json.loads((FOLDER / "observed.json").read_text())["figures"][name]["shown"])
+
+
 def shown_made(found: Mapping[str, Any]) -> str:
     """When a result was made, in words, for the line above its table."""
     if found.get("read_back"):

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..prose import filled
-from ..result_files import read_result, shown_estimate, shown_interval
+from ..result_files import observed, read_result, shown_estimate, shown_interval
 from .explore import EXPLORED, VARIANTS
 from .methods import METHODS, REFERENCE
 from .rows import REPETITIONS, ROWS, RUNS, SUBSETS
@@ -15,7 +15,6 @@ from .scoring import RESULTS
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "FIDELITY.md"
 NOTES = Path(__file__).parent / "notes.md"
-OBSERVED = RESULTS.parent / "observed.json"  # what was measured once, and no script makes
 EXPLORED_ROWS = (
     "digits-adamw-converged-clean",
     "digits-sgd-converged-clean",
@@ -98,7 +97,7 @@ def figure(*words: str) -> str:
     if words[0] == "explored":
         return f"{read_result(EXPLORED / f'{words[1]}.json')['variants'][words[2]]:.3f}"
     if words[0] == "observed":
-        return str(read_result(OBSERVED)["figures"][words[1]]["shown"])
+        return observed(words[1])
     [part] = [part for row in results() for stage, part in row["parts"].items() if title(row["row"], stage) == words[0]]
     if words[1] == "ceiling":
         return f"{part['ceiling']['mean']:.3f}"
