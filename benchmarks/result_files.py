@@ -39,10 +39,15 @@ def observed(name: str) -> str:
 
 
 def shown_made(found: Mapping[str, Any]) -> str:
-    """When a result was made, in words, for the line above its table."""
+    """When a result was made, as a sentence above its table."""
     if found.get("read_back"):
-        return f"Made {found['made']['date']} or before, and read back from the table of that day."
+        return f"Made by {found['made']['date']}, read back from the table of that day."
     return f"Made {found['made']['date']} with segflow {found['made']['segflow']}."
+
+
+def short_made(found: Mapping[str, Any]) -> str:
+    """The same for a cell."""
+    return f"{found['made']['date']}, read back" if found.get("read_back") else str(found["made"]["date"])
 
 
 def shown_estimate(figures: Mapping[str, Any] | None, sign: str = "") -> str:

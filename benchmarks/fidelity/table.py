@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..prose import filled
-from ..result_files import observed, read_result, shown_estimate, shown_interval
+from ..result_files import observed, read_result, short_made, shown_estimate, shown_interval, shown_made
 from .explore import EXPLORED, VARIANTS
 from .methods import METHODS, REFERENCE
 from .rows import REPETITIONS, ROWS, RUNS, SUBSETS
@@ -32,12 +32,13 @@ over the queries. In brackets: 95% bootstrap intervals, from resampling halves a
 
 - **one run**: scores from one recorded training run of all examples; the mean over {RUNS} runs of different seeds, of
   the scores and of their intervals. **five runs**: the scores averaged over the runs first.
-- The two-stage row averages two runs, the Fashion-MNIST rows have one, with a part of the methods, and Fashion-MNIST
-  with clean labels two retrainings of each half (its ceiling is lower for it). Without `--runs` and `--methods` the
-  commands make them whole.
+- How many runs and retrainings a row has, and when it was made, stands with it. With fewer retrainings its ceiling is
+  lower. A row with fewer runs or methods is made whole by `row NAME` without `--runs` and `--methods`.
 - **over SOURCE**: five runs, minus "{REFERENCE}", with the interval of the paired difference.
-- **ceiling**: what a perfect predictor of the expected measurement would score, given the retrainings' own noise
-  (split-half reliability, Spearman-Brown corrected).
+- **ceiling**: what a perfect predictor of the expected measurement would score, given the retrainings' own noise; what
+  estimates it stands with each row. Ceilings by different estimators do not compare.
+- **made**: rows that say "read back" were made before results were kept as files, by an earlier way of counting learning
+  rates (`CHANGELOG.md`); their figures are those of the table of that day, to its digits.
 - *best damping (upper bound)*: the best of {sum(bool(entry.best_of) for entry in METHODS)} dampings, chosen on this
   evaluation itself, for one run and for five separately: what tuning could reach at most.
 - *empirical influence*: fitted to retrainings, not to a run: the mean measurement without an example minus the mean
@@ -117,7 +118,7 @@ def _describe(row: dict[str, Any], part: dict[str, Any]) -> str:
         f"{row['examples']:,} examples, {row['queries']} queries, {part['repetitions']} retrainings of each half, "
         f"{row['runs']} recorded {'run' if row['runs'] == 1 else 'runs'}, ReLU network "
         f"{'-'.join(map(str, row['widths']))}; {recipes}. "
-        f"Ceiling {shown_estimate(ceiling)} (reliability {ceiling['reliability']:.3f})."
+        f"Ceiling {shown_estimate(ceiling)} (reliability {ceiling['reliability']:.3f}; {ceiling['of']}). {shown_made(row)}"
     )
 
 
@@ -159,7 +160,10 @@ def _overview(blocks: list[tuple[str, dict[str, Any], dict[str, Any]]], kind: st
         pairs = [(column.get(name, ""), most) for column, most in zip(means, best, strict=True)]
         cells = [f"**{text}**" if text and free(name) and float(text) == most else text for text, most in pairs]
         yield f"| {name} | {' | '.join(cells)} |"
-    yield f"| *ceiling* | {' | '.join(format(part['ceiling']['mean'], '.3f') for _, _, part in blocks)} |"
+    ceilings = [part["ceiling"] for _, _, part in blocks]
+    yield f"| *ceiling* | {' | '.join(format(ceiling['mean'], '.3f') for ceiling in ceilings)} |"
+    yield f"| *ceiling by* | {' | '.join(ceiling['of'].partition(',')[0] for ceiling in ceilings)} |"
+    yield f"| *made* | {' | '.join(short_made(row) for _, row, _ in blocks)} |"
 
 
 def free(name: str) -> bool:
@@ -174,6 +178,7 @@ def _explored() -> Iterator[str]:
     yield "|---" * (len(found) + 1) + "|"
     for name in (name for name, variant in VARIANTS.items() if not variant.apart):
         yield f"| {name} | {' | '.join(format(one['variants'][name], '.3f') for one in found)} |"
+    yield f"| *made* | {' | '.join(map(short_made, found))} |"
 
 
 def short_title(row: str) -> str:

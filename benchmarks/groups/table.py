@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..prose import filled
-from ..result_files import observed, read_result, shown_estimate, shown_interval
+from ..result_files import observed, read_result, shown_estimate, shown_made
 from .data import NOISE
 from .detect import RESULTS
 from .settings import GROUPINGS, SETTINGS, TITLES, Setting
@@ -29,7 +29,9 @@ every example gets its group's score divided by the group's size.
 - **Scores** are for the mean loss over all queries, on test examples that are held out. A group's score is the sum of
   its members', which are computed once; times are of real scoring of groups.
 - **Runs**: three training runs (two of the ResNet and of the encoder) with their own initialisation, order, grouping
-  and clustering. Intervals: 95%, Student's t over the runs' means (so few runs make them wide).
+  and clustering. Intervals: 95%, Student's t over the runs' means (so few runs make them wide; none of a single run).
+- **Made**: what says "read back" was made before results were kept as files, by an earlier way of counting learning rates
+  (`CHANGELOG.md`); its figures are those of the table of that day, to its digits.
 - **Noisy**: {NOISE:.0%} of the training labels moved to another class at random (of two classes: flipped).
 """
 
@@ -66,8 +68,8 @@ def figure(*words: str) -> str:
     """What stands at a place of the notes.
 
     {{FILE | ... | ...}}: the figure there, such as {{mnist-detect | TracIn | gradient | 64}} or {{credit-lr-removal |
-    SOURCE, single examples | 20%}}; with "interval" at the end, its interval. {{FILE | batching error | METHOD}}: from the
-    lowest to the highest. {{observed | NAME}}.
+    SOURCE, single examples | 20%}}, and of times the epochs. {{FILE | batching error | METHOD}}: from the lowest to the
+    highest. {{observed | NAME}}.
     """
     if words[0] == "observed":
         return observed(words[1])
@@ -77,10 +79,8 @@ def figure(*words: str) -> str:
         return f"{min(errors):.0%} to {max(errors):.0%}"
     place = found["figures"]
     for word in words[1:]:
-        if word == "interval":
-            return shown_interval(place)
         place = place[word]
-    return f"{place['mean']:.3f}"
+    return f"{place['mean']:.3f}" if "mean" in place else f"{place['epochs']:.2f}"
 
 
 def _detection(setting: Setting) -> Iterator[str]:
@@ -91,7 +91,7 @@ def _detection(setting: Setting) -> Iterator[str]:
     yield (
         f"{found['examples']:,} examples, {found['wrong']} of them with a wrong label; {found['queries']} queries; "
         f"accuracy of the runs {right}. Area under the curve of wrong labels found against examples inspected, most "
-        f"harmful first: 0.5 is random, {found['perfect']:.3f} perfect."
+        f"harmful first: 0.5 is random, {found['perfect']:.3f} perfect. {shown_made(found)}"
     )
     if setting.few is not None:
         yield f"Curvature is fitted to {setting.few:,} of the examples (`curvature_examples`)."
@@ -128,7 +128,7 @@ def _curve(setting: Setting, step: str, intro: str) -> Iterator[str]:
     if found is None:
         return
     references = "; ".join(f"{name}: {shown_estimate(ends)}" for name, ends in found["references"].items())
-    yield from (f"{intro} {references}.", "")
+    yield from (f"{intro} {references}. {shown_made(found)}", "")
     figures: dict[str, dict[str, Any]] = found["figures"]
     series = {name.partition(", ")[::2]: cells for name, cells in figures.items() if name != RANDOM}
     shares = list(figures[RANDOM])
@@ -145,7 +145,7 @@ def _times(setting: Setting) -> Iterator[str]:
     yield (
         f"One thread. Seconds, and in brackets plain epochs (forward and backward in batches of {found['batch']}, "
         f"{found['epoch seconds']:.2f} s in the median). Scoring: every example against {found['queries']} queries at six checkpoints, "
-        "query gradients included."
+        f"query gradients included. {shown_made(found)}"
     )
     yield ""
     sizes = sorted({int(key.rsplit(", ", 1)[-1]) for key in times if key.rsplit(", ", 1)[-1].isdigit()})
@@ -169,7 +169,7 @@ def _million() -> Iterator[str]:
     )
     yield (
         f"{found['features']} features, {found['groups']:,} groups, {found['queries']} queries, logistic regression, "
-        f"TracIn at one checkpoint, one thread; each figure is of a process of its own."
+        f"TracIn at one checkpoint, one thread; each figure is of a process of its own. {shown_made(found)}"
     )
     yield ""
     yield from _header(["examples", "step", "seconds", "peak memory, GiB"])
