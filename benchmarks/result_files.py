@@ -28,7 +28,7 @@ def write_result(path: Path, content: Mapping[str, Any]) -> Path:
     return path
 
 
-def read_result(path: Path) -> Any | None:
+def read_result(path: Path) -> Any:
     """A result, or None where there is no such file."""
     return json.loads(path.read_text()) if path.exists() else None
 

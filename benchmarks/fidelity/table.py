@@ -37,8 +37,8 @@ over the queries. In brackets: 95% bootstrap intervals, from resampling halves a
 - **over SOURCE**: five runs, minus "{REFERENCE}", with the interval of the paired difference.
 - **ceiling**: what a perfect predictor of the expected measurement would score, given the retrainings' own noise; what
   estimates it stands with each row. Ceilings by different estimators do not compare.
-- **made**: rows that say "read back" were made before results were kept as files, by an earlier way of counting learning
-  rates (`CHANGELOG.md`); their figures are those of the table of that day, to its digits.
+- **made**: rows that say "read back" were made before results were kept as files, by an earlier way of counting
+  learning rates (`CHANGELOG.md`); their figures are those of the table of that day, to its digits.
 - *best damping (upper bound)*: the best of {sum(bool(entry.best_of) for entry in METHODS)} dampings, chosen on this
   evaluation itself, for one run and for five separately: what tuning could reach at most.
 - *empirical influence*: fitted to retrainings, not to a run: the mean measurement without an example minus the mean
@@ -90,8 +90,8 @@ def shown_methods(part: dict[str, Any]) -> dict[str, dict[str, Any]]:
 def figure(*words: str) -> str:
     """What stands at a place of the notes.
 
-    {{ROW | METHOD | one}} (or "five", "over") and {{ROW | ceiling}}, where ROW is a block's title; with "interval" at the
-    end, the interval. {{explored | ROW | VARIANT}}, {{explored}} for the whole table, {{observed | NAME}}.
+    {{ROW | METHOD | one}} (or "five", "over") and {{ROW | ceiling}}, where ROW is a block's title; with "interval" at
+    the end, the interval. {{explored | ROW | VARIANT}}, {{explored}} for the whole table, {{observed | NAME}}.
     """
     if words == ("explored",):
         return "\n".join(_explored())
@@ -118,7 +118,8 @@ def _describe(row: dict[str, Any], part: dict[str, Any]) -> str:
         f"{row['examples']:,} examples, {row['queries']} queries, {part['repetitions']} retrainings of each half, "
         f"{row['runs']} recorded {'run' if row['runs'] == 1 else 'runs'}, ReLU network "
         f"{'-'.join(map(str, row['widths']))}; {recipes}. "
-        f"Ceiling {shown_estimate(ceiling)} (reliability {ceiling['reliability']:.3f}; {ceiling['of']}). {shown_made(row)}"
+        f"Ceiling {shown_estimate(ceiling)} (reliability {ceiling['reliability']:.3f}; {ceiling['of']}). "
+        f"{shown_made(row)}"
     )
 
 

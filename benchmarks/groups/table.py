@@ -30,8 +30,8 @@ every example gets its group's score divided by the group's size.
   its members', which are computed once; times are of real scoring of groups.
 - **Runs**: three training runs (two of the ResNet and of the encoder) with their own initialisation, order, grouping
   and clustering. Intervals: 95%, Student's t over the runs' means (so few runs make them wide; none of a single run).
-- **Made**: what says "read back" was made before results were kept as files, by an earlier way of counting learning rates
-  (`CHANGELOG.md`); its figures are those of the table of that day, to its digits.
+- **Made**: what says "read back" was made before results were kept as files, by an earlier way of counting learning
+  rates (`CHANGELOG.md`); its figures are those of the table of that day, to its digits.
 - **Noisy**: {NOISE:.0%} of the training labels moved to another class at random (of two classes: flipped).
 """
 
@@ -144,8 +144,8 @@ def _times(setting: Setting) -> Iterator[str]:
     times = found["figures"]
     yield (
         f"One thread. Seconds, and in brackets plain epochs (forward and backward in batches of {found['batch']}, "
-        f"{found['epoch seconds']:.2f} s in the median). Scoring: every example against {found['queries']} queries at six checkpoints, "
-        f"query gradients included. {shown_made(found)}"
+        f"{found['epoch seconds']:.2f} s in the median). Scoring: every example against {found['queries']} queries "
+        f"at six checkpoints, query gradients included. {shown_made(found)}"
     )
     yield ""
     sizes = sorted({int(key.rsplit(", ", 1)[-1]) for key in times if key.rsplit(", ", 1)[-1].isdigit()})
