@@ -78,6 +78,18 @@ def test_readmes_table_is_the_demos() -> None:
     )
 
 
+@pytest.mark.parametrize("name", ["mlp", "group_speed", "ranks"])
+def test_tables_of_speed_are_the_result_files(name: str) -> None:
+    lines = (ROOT / "benchmarks" / "README.md").read_text().splitlines()
+    table = {
+        line.split(" | ")[0].removeprefix("| "): line.split(" | ", 1)[1] for line in lines if line.startswith("| ")
+    }
+    for title, figures in result_files.read_result(result_files.FOLDER / "speed" / f"{name}.json")["rows"].items():
+        shown = re.findall(r"\d+(?:\.\d+)?", table[title])
+        digits = [len(number.partition(".")[2]) for number in shown]
+        assert list(map(float, shown)) == [round(figure, d) for figure, d in zip(figures, digits, strict=True)], title
+
+
 def test_places_are_filled_wrapped_and_named_where_nothing_is_there() -> None:
     template = "# Head {{a |\n b}}\n\n- one {{c | d}}\n  two\n- three " + "word " * 30 + "\n\n{{t}}\n"
     values = {("a", "b"): "1", ("c", "d"): "0.5", ("t",): "| x |\n|---|"}
