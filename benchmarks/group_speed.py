@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from result_files import FOLDER, made, write_result
 from safetensors.torch import save_file
 from setting import HERE, Figure, examples, in_own_process, interleaved, mlp, plain_epoch
 
@@ -89,6 +90,16 @@ def report(figures: dict[str, Figure]) -> None:
         print(f"{name:46}{figure.seconds('wall'):>9.3f}{figure.ratio('wall'):>9.2f}{times:>22}")
 
 
+def saved_rows(figures: dict[str, Figure]) -> dict[str, list[float]]:
+    """By group size, for each number of queries: seconds on the clock, and how often that goes into singles' time."""
+    found: dict[str, list[float]] = {}
+    for size in SIZES:
+        for count in QUERIES:
+            taken, single = (figures[f"{count} queries, groups of {n}"].seconds("wall") for n in (size, 1))
+            found.setdefault(str(size), []).extend([taken] if size == 1 else [taken, single / taken])
+    return found
+
+
 def report_peer(figures: dict[str, Figure], count: int, answer: dict[str, Any]) -> None:
     theirs = Figure.from_lists(answer["figures"]["scores"])
     print(
@@ -105,6 +116,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--examples", type=int, default=4000)
     parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--save", action="store_true", help="write benchmarks/results/speed/group_speed.json")
     parser.add_argument("--kronfluence", action="store_true", help="run Kronfluence on the same queries (minutes)")
     parser.add_argument(
         "--kronfluence-python", default=str(HERE / ".venv-kronfluence" / "bin" / "python"), help="its interpreter"
@@ -113,6 +125,9 @@ def main() -> None:
     figures = worker(given.threads, given.examples, given.repetitions)
     print(f"MLP 784-512-512-10, {given.examples} examples, {given.threads} thread(s), medians of {given.repetitions}")
     report(figures)
+    if given.save:
+        about = {"made": made(), "examples": given.examples, "threads": given.threads}
+        print(write_result(FOLDER / "speed" / "group_speed.json", about | {"rows": saved_rows(figures)}))
     sys.stdout.flush()
     for count in QUERIES if given.kronfluence else ():
         shape = ["--examples", str(given.examples), "--queries", str(count), "--repetitions", "1"]

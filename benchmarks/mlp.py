@@ -19,6 +19,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from result_files import FOLDER, made, write_result
 from setting import BATCH, HERE, Figure, examples, in_own_process, interleaved, mlp, plain_epoch
 from torch import Tensor
 
@@ -219,6 +220,17 @@ def report(threads: int, figures: Figures) -> bool:
     return all(row.verdict(figures) in ("", "ok") for row in ROWS)
 
 
+def saved_rows(by_threads: dict[int, Figures]) -> dict[str, list[float]]:
+    """Ratios of process time, one for each thread count, by the titles of the table and of what they are part of."""
+    found: dict[str, list[float]] = {}
+    whole = ""
+    for row in ROWS:
+        whole = whole if row.title.startswith(" ") else row.title
+        title = f"{whole}: {row.title.strip()}" if row.title.startswith(" ") else row.title
+        found[title] = [row.ratio(figures, "process") for figures in by_threads.values()]
+    return found
+
+
 def report_peer(threads: int, ours: Figures, answer: dict[str, Any]) -> None:
     """Print Kronfluence's ratios beside ours, each to the epochs of its own process."""
     theirs = {name: Figure.from_lists(lists) for name, lists in answer["figures"].items()}
@@ -247,6 +259,7 @@ def arguments() -> argparse.Namespace:
         help="the interpreter of Kronfluence's environment (default benchmarks/.venv-kronfluence/bin/python)",
     )
     parser.add_argument("--kronfluence-repetitions", type=int, default=1, help="of Kronfluence's figures (default 1)")
+    parser.add_argument("--save", action="store_true", help="write the ratios to benchmarks/results/speed/mlp.json")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -263,16 +276,21 @@ def main() -> int:
     print(f"MLP 784-512-512-10, {given.examples} examples, batches of {BATCH}, {given.queries} queries, float32")
     print("ratio: to one plain forward+backward epoch of the same model in the same process, medians")
     within = True
+    by_threads: dict[int, Figures] = {}
     for threads in map(int, given.threads.split(",")):
         shape = ["--examples", str(given.examples)]
         ours = [*shape, "--queries", str(given.queries), "--repetitions", str(given.repetitions), "--worker"]
         answer = in_own_process(sys.executable, "mlp.py", threads, ours + ["--kronfluence"] * given.kronfluence)
         figures = {name: Figure.from_lists(lists) for name, lists in answer.items()}
+        by_threads[threads] = figures
         within &= report(threads, figures)
         if given.kronfluence:
             theirs = [*shape, "--queries", str(PEER_QUERIES), "--repetitions", str(given.kronfluence_repetitions)]
             peer = in_own_process(given.kronfluence_python, "kronfluence_side.py", threads, theirs)
             report_peer(threads, figures, peer)
+    if given.save:
+        about: dict[str, Any] = {"made": made(), "examples": given.examples, "threads": list(by_threads)}
+        print(write_result(FOLDER / "speed" / "mlp.json", about | {"rows": saved_rows(by_threads)}))
     return 0 if within else BOUND_MISSED
 
 

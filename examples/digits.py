@@ -7,10 +7,12 @@ half-subsets, and compares. Run it with `segflow demo`, or `python examples/digi
 
 from __future__ import annotations
 
+import json
 import shutil
 import time
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -76,6 +78,28 @@ def retrain_without(groups: sf.Groups, kept: np.ndarray, seed: int) -> np.ndarra
     return losses
 
 
+def compare(
+    of_groups: sf.Scores, subsets: np.ndarray, measured: np.ndarray, single: sf.Scores, wrong: np.ndarray
+) -> dict[str, float]:
+    """One method's linear datamodeling score with its interval, and how many wrong labels its ranking finds."""
+    agreement = linear_datamodeling_score(of_groups, subsets, measured)
+    found = found_among_lowest(single.total().values[0], wrong, int(wrong.sum()))
+    return {"mean": agreement.mean, "low": agreement.low, "high": agreement.high, "found": found}
+
+
+def table(result: dict[str, Any]) -> str:
+    """The comparison in Markdown, as README has it."""
+    count, share = result["wrong"], result["wrong share"]
+    lines = [
+        f"| method | linear datamodeling score | wrong labels among the {count} most harmful |",
+        "|---|---|---|",
+    ]
+    for name, one in result["methods"].items():
+        agreement = f"{one['mean']:.3f} [{one['low']:.3f}, {one['high']:.3f}]"
+        lines.append(f"| `{name}` | {agreement} | {one['found']:.0f} ({one['found'] / count:.0%}) |")
+    return "\n".join([*lines, f"| chance | 0 | {count * share:.0f} ({share:.0%}) |"])
+
+
 # ---- The study ----
 
 
@@ -120,15 +144,17 @@ def main(
     measured = retrain(
         partial(retrain_without, groups), subsets, repetitions=retrainings, processes=processes, progress=progress
     ).mean(1)
-    count = int(wrong.sum())
-    print(f"Agreement with retraining: {HALVES} random halves of {len(groups)} groups, {retrainings} trainings each.")
-    print(f"{'method':<20}{'linear datamodeling score':<32}wrong labels among the {count} most harmful")
-    for name, of_groups in scores.items():
-        agreement = linear_datamodeling_score(of_groups, subsets, measured)
-        found = found_among_lowest(single[name].total().values[0], wrong, count)
-        print(f"{name:<20}{agreement!s:<32}{found:.0f} of {count} ({found / count:.0%})")
-    print(f"{'chance':<20}{'0':<32}{count * WRONG_SHARE:.0f} of {count} ({WRONG_SHARE:.0%})\n")
-
+    result: dict[str, Any] = {
+        "segflow": sf.__version__,
+        "date": time.strftime("%Y-%m-%d"),
+        "halves": HALVES,
+        "retrainings": retrainings,
+        "wrong": int(wrong.sum()),
+        "wrong share": WRONG_SHARE,
+        "methods": {name: compare(scores[name], subsets, measured, single[name], wrong) for name in scores},
+    }
+    print(f"Agreement with retraining: {HALVES} random halves of {len(groups)} groups, {retrainings} trainings each.\n")
+    print(table(result), end="\n\n")
     # 4. One figure: the query with the highest loss.
     with torch.no_grad():
         losses = nn.functional.cross_entropy(model(query.tensors[0]), query.tensors[1], reduction="none").numpy()
@@ -144,7 +170,9 @@ def main(
     figure.savefig(folder / "influence.png", dpi=110)
     print(f"figure: {folder / 'influence.png'}   scores: {folder / 'scores.safetensors'}")
     scores["Source"].save(folder / "scores.safetensors")
-    print(f"done in {time.perf_counter() - began:.0f} s")
+    result["seconds"] = round(time.perf_counter() - began, 1)
+    (folder / "demo.json").write_text(json.dumps(result, indent=1) + "\n")  # README's table is docs/demo.json's
+    print(f"done in {result['seconds']:.0f} s")
 
 
 if __name__ == "__main__":

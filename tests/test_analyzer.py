@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from contextlib import nullcontext
 from importlib import metadata
 from pathlib import Path
@@ -255,7 +256,9 @@ def test_the_demo_runs_and_leaves_its_figure(
     printed = capsys.readouterr().out
     assert "attributed: 8,970 of 8,970 parameters (100.0%)" in printed
     for method in ("Source", "InfluenceFunction", "TracIn"):
-        assert f"\n{method} " in printed
+        assert f"\n| `{method}` | " in printed
+    written = json.loads((tmp_path / "demo.json").read_text())
+    assert digits.table(written) in printed
     assert (tmp_path / "influence.png").read_bytes().startswith(b"\x89PNG")
     assert sf.Scores.load(tmp_path / "scores.safetensors").values.shape == (20, 80)
 

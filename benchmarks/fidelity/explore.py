@@ -1,6 +1,7 @@
 """What raises agreement with retraining and what does not: SOURCE's parts exchanged one by one.
 
-python -m benchmarks.fidelity.explore ROW...    prints one line for each variant (one run, mean over the first two runs)
+python -m benchmarks.fidelity.explore ROW...    one line for each variant (one run, mean over the first two runs), and
+a result file for each row
 
 Each variant is a plan of its own over the same engine and store, so this file is also an example of writing one.
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -18,11 +20,13 @@ import segflow as sf
 from segflow.evaluation import linear_datamodeling_score
 from segflow.methods.plan import Operator, Plan, Scale, Spectral, Term
 
+from ..result_files import made, write_result
 from .rows import ROWS, Row
-from .scoring import parts_of
+from .scoring import RESULTS, parts_of
 from .training import folder_of, load_run
 
 RUNS = 2
+EXPLORED = RESULTS.parent / "explored"
 
 
 @dataclass(frozen=True)
@@ -89,13 +93,13 @@ def _by_checkpoint(term: Term) -> Iterator[Term]:
 
 
 VARIANTS = {
-    "1 segment": Variant(),
-    "checkpoints weigh the same": Variant(weights="equal"),
+    "1 segment (the default)": Variant(),
+    "1 segment, checkpoints weigh the same": Variant(weights="equal"),
     "3 segments": Variant(3),
-    "3 segments, gradients of the whole run": Variant(3, gradients="run"),
-    "3 segments, curvature of the whole run": Variant(3, curvature="run"),
-    "last checkpoint's gradients": Variant(gradients="last"),
-    "last checkpoint's curvature": Variant(curvature="last"),
+    "3 segments, each with the gradients of the whole run": Variant(3, gradients="run"),
+    "3 segments, each with the curvature of the whole run": Variant(3, curvature="run"),
+    "1 segment, last checkpoint's gradients": Variant(gradients="last"),
+    "1 segment, last checkpoint's curvature": Variant(curvature="last"),
     "lr_steps times 2": Variant(scale=2.0),
     "lr_steps times 4": Variant(scale=4.0),
     "lr_steps times 1/2": Variant(scale=0.5),
@@ -103,8 +107,19 @@ VARIANTS = {
 }
 
 
-def explore(row: Row, name: str) -> str:
-    """One line: a variant on a row."""
+def explore(row: Row) -> Path:
+    """Every variant that suits the row; writes its result."""
+    found = {}
+    for name, variant in VARIANTS.items():
+        if row.recipes[-1].optimizer == "adamw" or not variant.apart:
+            found[name] = agreement(row, variant)
+            print(f"{row.name:40s} {name:54s} {found[name]:.3f}", flush=True)
+    content = {"row": row.name, "made": made(), "runs": RUNS, "variants": found}
+    return write_result(EXPLORED / f"{row.name}.json", content)
+
+
+def agreement(row: Row, variant: Variant) -> float:
+    """The linear datamodeling score of a variant on a row, averaged over single runs."""
     found = []
     for part in parts_of(row, row.measurements[0]):
         for seed in range(RUNS):
@@ -113,11 +128,11 @@ def explore(row: Row, name: str) -> str:
             regression = row.is_regression
             task = sf.tasks.Regression() if regression else sf.tasks.Classification(part.measurement)
             store = folder_of(row) / "stores" / f"explore-{seed}"
-            analyzer = sf.Analyzer(model, task, trajectory, store=store, method=VARIANTS[name], progress=False)
+            analyzer = sf.Analyzer(model, task, trajectory, store=store, method=variant, progress=False)
             analyzer.fit(train, batch_size=256)
             scores = analyzer.score(sf.Groups.singletons(len(train)), train, query, batch_size=256)
             found.append(linear_datamodeling_score(scores, part.subsets, part.measured.mean(1), resamples=1).mean)
-    return f"{row.name:40s} {name:40s} {np.mean(found):.3f}"
+    return float(np.mean(found))
 
 
 def main() -> None:
@@ -126,9 +141,7 @@ def main() -> None:
     parser.add_argument("rows", nargs="+", choices=[name for name, row in ROWS.items() if "stage" not in name])
     torch.set_num_threads(1)
     for row in parser.parse_args().rows:
-        for name, variant in VARIANTS.items():
-            if "adamw" in row or not variant.apart:
-                print(explore(ROWS[row], name), flush=True)
+        print(explore(ROWS[row]), flush=True)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -23,11 +23,13 @@ from segflow.evaluation import (
     noise_ceiling,
 )
 
+from ..result_files import FOLDER, made, read_result, write_result
 from .methods import METHODS, REFERENCE, Entry
 from .rows import RUNS, STAGE_NAMES, Row
 from .training import bank_names, folder_of, ground_truth, load_run, run_folder
 
-RESULTS = Path(__file__).parents[1] / ".results"
+RESULTS = FOLDER / "fidelity"
+CEILING = "split-half, Spearman-Brown corrected"  # what `noise_ceiling` is, in words; say it anew where that changes
 
 
 @dataclass(frozen=True)
@@ -61,29 +63,40 @@ def parts_of(row: Row, measurement: str) -> Iterator[Part]:
 def evaluate(row: Row, only: str = "", measurement: str = "", reuse: bool = False, runs: int = 0) -> Path:
     """Score what is not scored yet, compare, and write the row's JSON.
 
-    only: methods whose name holds one of these texts, "|" between (the others keep what an earlier evaluation found);
-    runs: how many of the recorded runs (0: all); measurement: by default
+    only: methods whose name holds one of these texts, "|" between (the others keep what an earlier evaluation on the
+    same retrainings and as many runs found); runs: how many of the recorded runs (0: all); measurement: by default
     the row's first; reuse: take scores that another state of segflow's code made.
     """
     chosen, runs = measurement or row.measurements[0], runs or RUNS
     path = RESULTS / f"{row.name}{'' if chosen == row.measurements[0] else f'-{chosen}'}.json"
-    earlier = json.loads(path.read_text())["parts"] if path.exists() and only else {}
-    parts = {
-        part.stage: _compare(part, only.split("|"), reuse, earlier.get(part.stage, {}), runs)
+    earlier = (read_result(path) or {}) if only else {}
+    found = {
+        part.stage: _compare(part, only.split("|"), reuse, _earlier(earlier, part, runs), runs)
         for part in parts_of(row, chosen)
     }
-    sizes = {"examples": sum(len(i) for i, _ in row.load().stages), "queries": len(row.load().query[0])}
-    content = {"row": row.name, "measurement": chosen, "runs": runs, **sizes, "parts": parts}
-    RESULTS.mkdir(exist_ok=True)
-    path.write_text(json.dumps(content, indent=1) + "\n")
-    return path
+    about = {"row": row.name, "measurement": chosen, "made": made(), "runs": runs}
+    about |= {"examples": sum(len(i) for i, _ in row.load().stages), "queries": len(row.load().query[0])}
+    about |= {"widths": row.widths, "recipes": [asdict(recipe) for recipe in row.recipes]}
+    return write_result(path, about | {"parts": found})
+
+
+def _earlier(found: dict[str, Any], part: Part, runs: int) -> dict[str, Any]:
+    """What an earlier evaluation found on the same retrainings and as many runs: figures of others do not compare."""
+    earlier = found.get("parts", {}).get(part.stage, {})
+    if found.get("runs") == runs and earlier.get("retrainings") == _digest(part.measured):
+        return dict(earlier["methods"])
+    if earlier:
+        print("  the figures that are there are of other retrainings or runs, and are not kept", flush=True)
+    return {}
+
+
+def _digest(values: np.ndarray) -> str:
+    """What tells retrainings from others."""
+    return hashlib.sha256(np.ascontiguousarray(values).tobytes()).hexdigest()[:16]
 
 
 def _compare(part: Part, only: list[str], reuse: bool, earlier: dict[str, Any], count: int) -> dict[str, Any]:
-    ceiling = noise_ceiling(part.measured)
-    M, R, _ = part.measured.shape
-    methods: dict[str, Any] = dict(earlier.get("methods", {}))
-    reference: sf.Scores | None = None
+    methods, reference = dict(earlier), None
     for entry in METHODS:
         if not entry.suits(part.row) or (not any(text in entry.name for text in only) and entry.name != REFERENCE):
             continue
@@ -97,17 +110,18 @@ def _compare(part: Part, only: list[str], reuse: bool, earlier: dict[str, Any], 
             continue  # this segflow does not have it
         reference = _mean(whole) if entry.name == REFERENCE else reference
         figures = _figures(part, whole, reference)
-        methods[entry.name] = figures | {"best_of": entry.best_of}
+        methods[entry.name] = figures | ({"best_of": entry.best_of} if entry.best_of else {})
         print(f"  {entry.name}: one {figures['one']['mean']:.3f}, five {figures['five']['mean']:.3f}", flush=True)
     if part.stage == "":
         methods["empirical influence (retraining)"] = _empirical(part)
-    return {
-        "subsets": M,
-        "repetitions": R,
-        "reliability": ceiling.reliability,
-        "ceiling": ceiling.ceiling,
-        "methods": methods,
-    }
+    about = {"subsets": len(part.measured), "repetitions": part.measured.shape[1]}
+    return about | {"retrainings": _digest(part.measured), "ceiling": _ceiling(part), "methods": methods}
+
+
+def _ceiling(part: Part) -> dict[str, Any]:
+    """The noise ceiling, with what estimates it; no interval is given of it."""
+    found = noise_ceiling(part.measured)
+    return {"of": CEILING, "mean": found.ceiling, "low": None, "high": None, "reliability": found.reliability}
 
 
 def _figures(part: Part, runs: list[sf.Scores], reference: sf.Scores | None) -> dict[str, Any]:
@@ -138,7 +152,7 @@ def _empirical(part: Part) -> dict[str, Any]:
         own = slice(half, None)
     found = linear_datamodeling_score(fitted, part.subsets[own], part.measured[own].mean(1))
     note = {key: fitted.provenance[key] for key in ("subsets", "repetitions")}
-    return {"five": {"mean": found.mean, "low": found.low, "high": found.high}, "fitted_to": note, "best_of": ""}
+    return {"five": {"mean": found.mean, "low": found.low, "high": found.high}, "fitted_to": note}
 
 
 def scores_of(part: Part, entry: Entry, seed: int, reuse: bool = False) -> sf.Scores | None:

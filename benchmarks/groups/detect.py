@@ -10,10 +10,11 @@ import segflow as sf
 from segflow.evaluation import noisy_label_detection
 from segflow.evaluation.statistics import student_interval
 
+from ..result_files import FOLDER, made, write_result
 from .runs import accuracy, groups_of, say, shared_out, singles_of
 from .settings import GROUPINGS, Setting
 
-RESULTS = Path(__file__).parents[1] / ".results" / "groups"
+RESULTS = FOLDER / "groups"
 
 
 def detect(setting: Setting, reuse: bool = False) -> Path:
@@ -45,7 +46,6 @@ def detect(setting: Setting, reuse: bool = False) -> Path:
         say(f"{setting.name}, {name}: AUC of single examples {found[name]['random']['1']['mean']:.3f}")
     [perfect] = [reference for title, reference in table.references.items() if "perfect" in title]
     content = {
-        "setting": setting.name,
         "examples": len(wrong),
         "queries": len(setting.load("noisy").query_inputs),
         "wrong": int(wrong.sum()),
@@ -53,14 +53,11 @@ def detect(setting: Setting, reuse: bool = False) -> Path:
         "perfect": perfect[0],
         "accuracy": [accuracy(setting, "noisy", seed) for seed in range(setting.runs)],
         "batching_error": errors,
-        "methods": found,
+        "figures": found,
     }
     return write(setting, "detect", content)
 
 
-def write(setting: Setting, step: str, content: Any) -> Path:
-    """Write a step's JSON."""
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    path = RESULTS / f"{setting.name}-{step}.json"
-    path.write_text(json.dumps(content, indent=1) + "\n")
-    return path
+def write(setting: Setting, step: str, content: dict[str, Any]) -> Path:
+    """Write a step's result."""
+    return write_result(RESULTS / f"{setting.name}-{step}.json", {"setting": setting.name, "made": made()} | content)

@@ -19,6 +19,7 @@ from torch.utils.data import TensorDataset
 
 import segflow as sf
 
+from ..result_files import made, write_result
 from .detect import RESULTS
 from .runs import one_thread, say
 
@@ -44,10 +45,9 @@ def million(tiny: bool = False, picture: Path = PICTURE) -> Path:
             done = subprocess.run(command, cwd=root, check=True, stdout=subprocess.PIPE, text=True)
             found.append(json.loads(done.stdout.splitlines()[-1]))
             say(f"{size:,} examples, {step}: {found[-1]['seconds']:.1f} s, peak {found[-1]['GiB']:.2f} GiB")
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    path = RESULTS / ("million-tiny.json" if tiny else "million.json")
     settings = {"groups": GROUPS, "features": FEATURES, "classes": CLASSES, "queries": QUERIES, "batch": BATCH}
-    path.write_text(json.dumps(settings | {"bound": BOUND, "found": found}, indent=1) + "\n")
+    path = RESULTS / ("million-tiny.json" if tiny else "million.json")
+    write_result(path, {"made": made()} | settings | {"bound": BOUND, "found": found})
     draw(found).savefig(picture, dpi=120)
     return path
 

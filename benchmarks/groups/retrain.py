@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from torch.nn import functional
 
 import segflow as sf
 from segflow.evaluation import BatchedTraining, Stage, Table, dataset_pruning, retraining_score
+from segflow.report.row import Estimate
 
 from ..fidelity.rows import margin_and_loss
-from .detect import RESULTS
+from .detect import write
 from .runs import folder_of, groups_of, say, shared_out, singles_of
 from .settings import GROUPINGS, TITLES, Setting
 
@@ -85,8 +87,18 @@ def series_title(grouping: str, size: int) -> str:
 
 
 def _save(setting: Setting, step: str, table: Table) -> Path:
-    path = RESULTS / f"{setting.name}-{step}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    table.save(path)
+    """The table itself is kept with the retrainings; its numbers are the result."""
+    table.save(folder_of(setting) / f"{step}.json")
+    references = {name: Estimate(*ends)._asdict() for name, ends in table.references.items()}
+    path = write(setting, step, {"references": references, "figures": numbers(table)})
     say(f"{setting.name}: {path.name}")
     return path
+
+
+def numbers(table: Table) -> dict[str, dict[str, Any]]:
+    """{series: {share removed: its number, interval and runs}}."""
+    found: dict[str, dict[str, Any]] = {}
+    for row in table.rows:
+        shown = {"mean": row.mean, "low": row.low, "high": row.high, "values": row.values}
+        found.setdefault(row.series, {})[f"{row.x:.0%}"] = shown
+    return found

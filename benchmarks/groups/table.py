@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from segflow.evaluation import Table
-
+from ..prose import filled
+from ..result_files import observed, read_result, shown_estimate, shown_made
 from .data import NOISE
 from .detect import RESULTS
-from .retrain import METHODS, places, series_title
 from .settings import GROUPINGS, SETTINGS, TITLES, Setting
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "GROUPS.md"
+NOTES = Path(__file__).parent / "notes.md"
+RANDOM = "random"  # the series of removal in random order
 
 _HEAD = f"""# What groups cost, and what they are good for
 
@@ -29,7 +29,9 @@ every example gets its group's score divided by the group's size.
 - **Scores** are for the mean loss over all queries, on test examples that are held out. A group's score is the sum of
   its members', which are computed once; times are of real scoring of groups.
 - **Runs**: three training runs (two of the ResNet and of the encoder) with their own initialisation, order, grouping
-  and clustering. Intervals: 95%, Student's t over the runs' means (so few runs make them wide).
+  and clustering. Intervals: 95%, Student's t over the runs' means (so few runs make them wide; none of a single run).
+- **Made**: what says "read back" was made before results were kept as files, by an earlier way of counting learning
+  rates (`CHANGELOG.md`); its figures are those of the table of that day, to its digits.
 - **Noisy**: {NOISE:.0%} of the training labels moved to another class at random (of two classes: flipped).
 """
 
@@ -37,7 +39,7 @@ every example gets its group's score divided by the group's size.
 def write_table() -> Path:
     """Write docs/GROUPS.md from the results that are there."""
     assert any(RESULTS.glob("*.json")), f"no results in {RESULTS}. Run `python -m benchmarks.groups all` first."
-    lines = [_HEAD, (Path(__file__).parent / "notes.md").read_text(), ""]
+    lines = [_HEAD, filled(NOTES.read_text(), figure), ""]
     for title, part in (
         ("Wrong labels found", _detection),
         ("Removing the most important examples", _removal),
@@ -59,8 +61,26 @@ def _block(setting: Setting, lines: Iterator[str]) -> Iterator[str]:
 
 
 def _read(setting: Setting, step: str) -> Any | None:
-    path = RESULTS / f"{setting.name}-{step}.json"
-    return json.loads(path.read_text()) if path.exists() else None
+    return read_result(RESULTS / f"{setting.name}-{step}.json")
+
+
+def figure(*words: str) -> str:
+    """What stands at a place of the notes.
+
+    {{FILE | ... | ...}}: the figure there, such as {{mnist-detect | TracIn | gradient | 64}} or {{credit-lr-removal |
+    SOURCE, single examples | 20%}}, and of times the epochs. {{FILE | batching error | METHOD}}: from the lowest to the
+    highest. {{observed | NAME}}.
+    """
+    if words[0] == "observed":
+        return observed(words[1])
+    found = read_result(RESULTS / f"{words[0]}.json")
+    if words[1] == "batching error":
+        errors = found["batching_error"][words[2]]
+        return f"{min(errors):.0%} to {max(errors):.0%}"
+    place = found["figures"]
+    for word in words[1:]:
+        place = place[word]
+    return f"{place['mean']:.3f}" if "mean" in place else f"{place['epochs']:.2f}"
 
 
 def _detection(setting: Setting) -> Iterator[str]:
@@ -71,12 +91,12 @@ def _detection(setting: Setting) -> Iterator[str]:
     yield (
         f"{found['examples']:,} examples, {found['wrong']} of them with a wrong label; {found['queries']} queries; "
         f"accuracy of the runs {right}. Area under the curve of wrong labels found against examples inspected, most "
-        f"harmful first: 0.5 is random, {found['perfect']:.3f} perfect."
+        f"harmful first: 0.5 is random, {found['perfect']:.3f} perfect. {shown_made(found)}"
     )
     if setting.few is not None:
         yield f"Curvature is fitted to {setting.few:,} of the examples (`curvature_examples`)."
     yield ""
-    whole = {name: by for name, by in found["methods"].items() if "refused" not in by}
+    whole = {name: by for name, by in found["figures"].items() if "refused" not in by}
     sizes = list(next(iter(whole.values()))["random"])
     yield from _header(["method", "grouping", *[f"size {size}" for size in sizes]])
     for name, by in whole.items():
@@ -86,7 +106,7 @@ def _detection(setting: Setting) -> Iterator[str]:
     for name, errors in found.get("batching_error", {}).items():
         from_rank = ", ".join(f"{error:.0%}" for error in errors)
         yield from ("", f"{name}: batches of 64; relative error of the projected Fisher in the runs: {from_rank}.")
-    for name, by in found["methods"].items():
+    for name, by in found["figures"].items():
         if "refused" in by:
             yield from ("", f"{name}: {by['refused']}")
 
@@ -104,36 +124,31 @@ def _pruning(setting: Setting) -> Iterator[str]:
 
 
 def _curve(setting: Setting, step: str, intro: str) -> Iterator[str]:
-    path = RESULTS / f"{setting.name}-{step}.json"
-    if not path.exists():
+    found = _read(setting, step)
+    if found is None:
         return
-    table = Table.load(path)
-    shares = list(dict.fromkeys(row.x for row in table.rows))
-    references = "; ".join(
-        f"{name}: {mean:.3f} [{low:.3f}, {high:.3f}]" for name, (mean, low, high) in table.references.items()
-    )
-    yield from (f"{intro} {references}.", "")
-    yield from _header(["method", "groups", *[f"{share:.0%} removed" for share in shares]])
-    series = [(method, series_title(*place)) for method in METHODS for place in places(setting)]
-    for method, title in [*series, ("random", "")]:
-        name = f"{method}, {title}" if title else method
-        cells = [f"{row.mean:.3f} [{row.low:.3f}, {row.high:.3f}]" for row in (table.value(name, x) for x in shares)]
-        yield f"| {method} | {title} | {' | '.join(cells)} |"
+    references = "; ".join(f"{name}: {shown_estimate(ends)}" for name, ends in found["references"].items())
+    yield from (f"{intro} {references}. {shown_made(found)}", "")
+    figures: dict[str, dict[str, Any]] = found["figures"]
+    series = {name.partition(", ")[::2]: cells for name, cells in figures.items() if name != RANDOM}
+    shares = list(figures[RANDOM])
+    yield from _header(["method", "groups", *[f"{share} removed" for share in shares]])
+    for (method, title), cells in [*series.items(), ((RANDOM, ""), figures[RANDOM])]:
+        yield f"| {method} | {title} | {' | '.join(shown_estimate(cells[share]) for share in shares)} |"
 
 
 def _times(setting: Setting) -> Iterator[str]:
     found = _read(setting, "time")
     if found is None:
         return
-    times = found["times"]
-    epoch = sorted(one["epoch seconds"] for one in times.values())[len(times) // 2]
+    times = found["figures"]
     yield (
         f"One thread. Seconds, and in brackets plain epochs (forward and backward in batches of {found['batch']}, "
-        f"{epoch:.2f} s in the median). Scoring: every example against {found['queries']} queries at six checkpoints, "
-        "query gradients included."
+        f"{found['epoch seconds']:.2f} s in the median). Scoring: every example against {found['queries']} queries "
+        f"at six checkpoints, query gradients included. {shown_made(found)}"
     )
     yield ""
-    sizes = setting.sizes
+    sizes = sorted({int(key.rsplit(", ", 1)[-1]) for key in times if key.rsplit(", ", 1)[-1].isdigit()})
     yield from _header(["stage", *[f"size {size}" for size in sizes]])
     rows = dict.fromkeys(key.rsplit(", ", 1)[0] if key.rsplit(", ", 1)[-1].isdigit() else key for key in times)
     for row in rows:
@@ -143,10 +158,9 @@ def _times(setting: Setting) -> Iterator[str]:
 
 
 def _million() -> Iterator[str]:
-    path = RESULTS / "million.json"
-    if not path.exists():
+    found = read_result(RESULTS / "million.json")
+    if found is None:
         return
-    found = json.loads(path.read_text())
     yield from (
         "## A million examples",
         "",
@@ -155,7 +169,7 @@ def _million() -> Iterator[str]:
     )
     yield (
         f"{found['features']} features, {found['groups']:,} groups, {found['queries']} queries, logistic regression, "
-        f"TracIn at one checkpoint, one thread; each figure is of a process of its own."
+        f"TracIn at one checkpoint, one thread; each figure is of a process of its own. {shown_made(found)}"
     )
     yield ""
     yield from _header(["examples", "step", "seconds", "peak memory, GiB"])
@@ -169,6 +183,8 @@ def _header(cells: list[str]) -> Iterator[str]:
 
 
 def _plus_minus(figures: dict[str, Any]) -> str:
+    if figures["low"] is None or figures["high"] is None:
+        return f"{figures['mean']:.3f}"
     return f"{figures['mean']:.3f} ± {(figures['high'] - figures['low']) / 2:.3f}"
 
 

@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from itertools import count
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from torch.nn import functional
@@ -16,11 +17,12 @@ from torch.utils.data import Subset
 
 import segflow as sf
 
+from ..fidelity.scoring import code_digest
 from ..setting import interleaved
 from .data import Data
-from .detect import RESULTS, write
+from .detect import write
 from .retrain import ONE_SIZE
-from .runs import BATCH, analyzer_of, cluster, features_of, groups_of, load_run, say
+from .runs import BATCH, analyzer_of, cluster, features_of, folder_of, groups_of, load_run, say
 from .settings import GROUPINGS, Setting
 
 QUERIES = 100
@@ -29,9 +31,9 @@ Works = dict[str, Callable[[], object]]
 
 
 def measure(setting: Setting) -> Path:
-    """Time the stages on the first noisy run; what {setting}-time.json holds already is not timed again."""
-    path = RESULTS / f"{setting.name}-time.json"
-    found: dict[str, Any] = json.loads(path.read_text())["times"] if path.exists() else {}
+    """Time the stages on the first noisy run; what this state of the code has timed already is not timed again."""
+    begun = folder_of(setting) / f"times-{code_digest()}.json"
+    found: dict[str, Any] = json.loads(begun.read_text()) if begun.exists() else {}
     epoch = plain_epoch(setting)
     with tempfile.TemporaryDirectory() as scratch:
         for contexts in _stages(setting, Path(scratch)):
@@ -42,9 +44,10 @@ def measure(setting: Setting) -> Path:
                 found[key] = {"seconds": figure.seconds("wall"), "epochs": figure.ratio("wall")}
                 found[key] |= {"epoch seconds": figure.epoch("wall"), "ratios": figure.ratios("wall")}
                 say(f"{setting.name}, {key}: {found[key]['seconds']:.2f} s, {found[key]['epochs']:.2f} epochs")
-            content = {"setting": setting.name, "batch": BATCH, "queries": QUERIES, "rounds": setting.rounds}
-            write(setting, "time", content | {"times": found})
-    return path
+            begun.write_text(json.dumps(found))
+    content = {"batch": BATCH, "queries": QUERIES, "rounds": setting.rounds}
+    content["epoch seconds"] = median(one["epoch seconds"] for one in found.values())
+    return write(setting, "time", content | {"figures": found})
 
 
 def plain_epoch(setting: Setting) -> Callable[[], None]:

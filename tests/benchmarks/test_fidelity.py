@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import segflow as sf
-from benchmarks.fidelity import data, methods, scoring, table, training
+from benchmarks.fidelity import data, explore, methods, scoring, table, training
 from benchmarks.fidelity.rows import ROWS, Row, margin_and_loss
 from segflow.evaluation import Bank
 
@@ -26,6 +26,8 @@ def row(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Row:
     monkeypatch.setattr(scoring, "RESULTS", tmp_path / "results")
     monkeypatch.setattr(table, "RESULTS", tmp_path / "results")
     monkeypatch.setattr(table, "DOCUMENT", tmp_path / "FIDELITY.md")
+    monkeypatch.setattr(table, "NOTES", tmp_path / "notes.md")
+    (tmp_path / "notes.md").write_text(f"TracIn: {{{{{DIGITS} | TracIn | one}}}}.\n")
     plain = ROWS[DIGITS]
     return replace(plain, recipes=(replace(plain.recipes[0], epochs=1),), extra=0)
 
@@ -120,21 +122,48 @@ def test_a_row_is_scored_compared_and_written(
     content = json.loads(scoring.evaluate(row).read_text())
     part: dict[str, Any] = content["parts"][""]
     assert list(part["methods"]) == [methods.REFERENCE, "damping 0.01", "damping 0.1", "TracIn", table.EMPIRICAL]
-    assert 0 < part["reliability"] < part["ceiling"] < 1
+    assert 0 < part["ceiling"]["reliability"] < part["ceiling"]["mean"] < 1
     figures = part["methods"]["TracIn"]
     assert len(figures["one"]["runs"]) == 2
-    assert figures["one"]["mean"] == pytest.approx(np.mean(figures["one"]["runs"]))
+    assert figures["one"]["mean"] == pytest.approx(np.mean(figures["one"]["runs"]), abs=1e-5)
     reference = part["methods"][methods.REFERENCE]["five"]["mean"]
-    assert figures["over_reference"]["mean"] == pytest.approx(figures["five"]["mean"] - reference)
+    assert figures["over_reference"]["mean"] == pytest.approx(figures["five"]["mean"] - reference, abs=1e-5)
     assert part["methods"][table.EMPIRICAL]["fitted_to"] == {"subsets": 15, "repetitions": 2}
 
     monkeypatch.setattr(scoring, "_score", None)  # everything is in the cache now
     assert json.loads(scoring.evaluate(row, only="TracIn").read_text()) == content
     text = table.write_table().read_text()
     assert f"| TracIn | {figures['one']['mean']:.3f} [" in text
+    assert f"\nTracIn: {figures['one']['mean']:.3f}.\n" in text
+    assert f"Made {content['made']['date']} with segflow {sf.__version__}." in text
     best = max(part["methods"][f"damping {d}"]["one"]["mean"] for d in (0.01, 0.1))
     assert f"{best:.3f} [" in text
     assert "| best: " in text
+
+
+def test_figures_of_other_retrainings_or_runs_are_not_kept_beside_new_ones(row: Row) -> None:
+    part = scoring.Part(row, "", "margin", np.zeros((0, 800)), np.arange(6.0).reshape(3, 2, 1))
+    kept = {"TracIn": {"one": {"mean": 0.5}}}
+    found = {"runs": 2, "parts": {"": {"retrainings": scoring._digest(part.measured), "methods": kept}}}
+    assert scoring._earlier(found, part, 2) == kept
+    assert scoring._earlier(found, part, 1) == {}
+    assert scoring._earlier(found, replace(part, measured=part.measured + 1), 2) == {}
+    del found["parts"][""]["retrainings"]  # as in what is read back
+    assert scoring._earlier(found, part, 2) == {}
+    assert scoring._earlier({}, part, 2) == {}
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_exploring_writes_a_result_of_each_variant_that_suits(
+    row: Row, optimizer: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(explore, "EXPLORED", tmp_path)
+    monkeypatch.setattr(explore, "agreement", lambda _, variant: variant.scale / 8)
+    row = replace(row, recipes=(replace(row.recipes[0], optimizer=optimizer),))
+    content = json.loads(explore.explore(row).read_text())
+    assert content["variants"]["lr_steps times 2"] == 0.25
+    assert ("each checkpoint's own P" in content["variants"]) == (optimizer == "adamw")
+    assert content["made"]["segflow"] == sf.__version__
 
 
 def test_scores_of_another_run_or_of_other_code_are_made_anew(row: Row, monkeypatch: pytest.MonkeyPatch) -> None:

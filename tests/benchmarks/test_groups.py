@@ -31,10 +31,12 @@ def setting(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Setting
     monkeypatch.setitem(settings.LOADERS, "toy", lambda: made)
     monkeypatch.setitem(settings.CLASSES, "toy", 2)
     monkeypatch.setattr(runs, "CACHE", tmp_path / "cache")
-    for module in (detect, retrain, timing, table, million):
+    for module in (detect, table, million):
         monkeypatch.setattr(module, "RESULTS", tmp_path / "results")
     monkeypatch.setattr(retrain, "ONE_SIZE", 16)
     monkeypatch.setattr(table, "DOCUMENT", tmp_path / "GROUPS.md")
+    monkeypatch.setattr(table, "NOTES", tmp_path / "notes.md")
+    (tmp_path / "notes.md").write_text("No notes.\n")
     toy = Setting(
         "toy", "toy", "MLP", partial(network, (6, 5, 2)), Recipe("sgd", 0.05, 1e-3, 16, 2), retrained=True,
         together=8, runs=2, repetitions=2, dimension=8, rounds=1,
@@ -71,11 +73,11 @@ def test_what_examples_get_from_summed_singles_is_what_real_group_scores_give(se
 @pytest.mark.slow
 def test_detection_writes_each_methods_area_by_grouping_and_size(setting: Setting) -> None:
     content = json.loads(detect.detect(setting).read_text())
-    assert set(content["methods"]) == set(setting.methods())
+    assert set(content["figures"]) == set(setting.methods())
     wrong = setting.load("noisy").wrong
     share = wrong.mean()
     for grouping, size in (("random", 1), ("raw", 4), ("representation", 16), ("gradient", 4)):
-        cell = content["methods"]["TracIn"][grouping][str(size)]
+        cell = content["figures"]["TracIn"][grouping][str(size)]
         for seed, value in enumerate(cell["values"]):
             groups = runs.groups_of(setting, "noisy", seed, grouping, size)
             scores = runs.shared_out(runs.singles_of(setting, "noisy", seed, "TracIn"), groups)
@@ -120,7 +122,8 @@ def test_removal_and_pruning_are_retrained_once_and_every_series_is_in_the_table
 ) -> None:
     paths = retrain.retrain(setting)
     assert [path.stem for path in paths] == ["toy-removal", "toy-pruning", "toy-pruning-accuracy"]
-    removal, pruning, accuracy = map(Table.load, paths)
+    tables = [runs.folder_of(setting) / f"{step}.json" for step in ("removal", "pruning", "pruning-accuracy")]
+    removal, pruning, accuracy = map(Table.load, tables)
     expected = ["single examples", "random, 4", "random, 16", "raw k-means, 16", "representation k-means, 16"]
     expected += ["gradient k-means, 4", "gradient k-means, 16", "weight gradient k-means, 16"]
     names = {row.series for row in removal.rows}
@@ -130,9 +133,12 @@ def test_removal_and_pruning_are_retrained_once_and_every_series_is_in_the_table
     assert len(removal.value("SOURCE, random, 4", 0.1).values) == setting.runs
     assert all(0 <= row.mean <= 1 for row in accuracy.rows)
     monkeypatch.setattr(BatchedTraining, "run", lambda *_: pytest.fail("trained again"))
-    assert [Table.load(path) for path in retrain.retrain(setting)] == [removal, pruning, accuracy]
+    results = [path.read_text() for path in paths]
+    assert [path.read_text() for path in retrain.retrain(setting)] == results
+    assert list(map(Table.load, tables)) == [removal, pruning, accuracy]
     text, row = table.write_table().read_text(), removal.value("SOURCE, gradient k-means, 4", 0.2)
     assert "| SOURCE | gradient k-means, 4 |" in text
+    assert table.figure("toy-removal", "SOURCE, gradient k-means, 4", "20%") == f"{row.mean:.3f}"
     assert f"{row.mean:.3f} [{row.low:.3f}, {row.high:.3f}] |" in text
     assert "nothing removed: " in text
     assert "20% removed" in text
@@ -154,17 +160,17 @@ def test_every_stage_is_timed_once_and_the_tables_show_what_was_found(
     setting: Setting, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(timing, "ONE_SIZE", 16)
-    times = json.loads(timing.measure(setting).read_text())["times"]
+    times = json.loads(timing.measure(setting).read_text())["figures"]
     expected = {"factors, SOURCE", "features, gradient", "clustering, raw, 16", "scoring, TracIn, random, 1"}
     expected |= {"scoring, SOURCE, gradient, 16", "scoring, SOURCE, random, 4"}
     assert expected <= set(times)
     assert "scoring, SOURCE, gradient, 4" not in times
     with monkeypatch.context() as patch:
         patch.setattr(timing, "interleaved", None)
-        assert json.loads(timing.measure(setting).read_text())["times"] == times
+        assert json.loads(timing.measure(setting).read_text())["figures"] == times
     content = json.loads(detect.detect(setting).read_text())
     text = table.write_table().read_text()
-    cell = content["methods"]["SOURCE"]["gradient"]["4"]
+    cell = content["figures"]["SOURCE"]["gradient"]["4"]
     assert "| SOURCE | gradient k-means |" in text
     assert f"{cell['mean']:.3f} ± {(cell['high'] - cell['low']) / 2:.3f}" in text
     assert f"| factors, SOURCE | {times['factors, SOURCE']['seconds']:.2f} (" in text

@@ -23,7 +23,7 @@ def benchmark(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     monkeypatch.syspath_prepend(str(FOLDER))
     monkeypatch.setattr(sys, "argv", ["mlp.py", "--threads", "1", "--examples", "64", "--queries", "2"])
     yield importlib.import_module("mlp")
-    for name in ("mlp", "setting"):
+    for name in ("mlp", "setting", "result_files"):
         del sys.modules[name]
 
 
@@ -71,6 +71,16 @@ def test_every_figure_of_the_table_is_measured(benchmark: ModuleType, capsys: py
     printed = capsys.readouterr().out
     assert all(title in printed for title in TITLES)
     assert set(figures) == set(_measured(benchmark))
+
+
+def test_rows_are_saved_by_title_for_each_thread_count(benchmark: ModuleType) -> None:
+    once = {name: benchmark.Figure.from_lists(lists) for name, lists in _measured(benchmark).items()}
+    slow = _measured(benchmark, covariance=2.0)
+    twice = {name: benchmark.Figure.from_lists(lists) for name, lists in slow.items()}
+    rows = benchmark.saved_rows({1: once, 2: twice})
+    assert len(rows) == len(benchmark.ROWS)
+    assert rows["covariance pass"] == [1.0, 2.0]
+    assert rows["groups of 64, all: the rest"] == [0.5, 0.5]
 
 
 @pytest.mark.slow
