@@ -37,7 +37,14 @@ _TRAINING = ("compute_train_loss", "get_attention_mask")
 _STARTING = ("__init__", "__new__", "__post_init__", "__setstate__")  # what they set is no change by running
 _ABOUT_CLASSES = {"__module__", "__doc__", "__dict__", "__weakref__", "__qualname__", "__annotations__", "__slots__"}
 _ABOUT_CLASSES |= {"__abstractmethods__", "_abc_impl", "__firstlineno__", "__static_attributes__", "__match_args__"}
-_ABOUT_CLASSES |= {"__dataclass_fields__", "__dataclass_params__", "__parameters__", "__orig_bases__", "__repr__"}
+_ABOUT_CLASSES |= {
+    "__slotnames__",
+    "__dataclass_fields__",
+    "__dataclass_params__",
+    "__parameters__",
+    "__orig_bases__",
+    "__repr__",
+}
 _LONGEST = 60  # of a plain value that an identity spells out
 
 

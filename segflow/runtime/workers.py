@@ -87,7 +87,7 @@ def _in_workers(function: Callable[..., Any], calls: Sequence[tuple[Any, ...]], 
             place += 1
         pool.shutdown()
     except BrokenProcessPool as problem:
-        text = f"a worker process ended ({problem}). Was there too little memory? Give fewer processes."
+        text = f"a worker process ended. Was there too little memory? Give fewer processes. ({problem})"
         raise WorkerError(text, place) from problem
     except Exception as problem:
         raise WorkerError(_told(problem), place) from problem

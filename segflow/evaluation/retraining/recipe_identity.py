@@ -6,6 +6,7 @@ Code tells what values cannot (a rate that a bank's few probes would not show), 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -34,20 +35,25 @@ class _Holder:
 
 def code_of(functions: Mapping[str, Any]) -> Callable[[], Reached]:
     """A function that reads what each of some functions, named, reaches as they are now."""
-    holders = {name: _Holder(function) for name, function in functions.items()}
+    subjects = {name: _subject(function) for name, function in functions.items()}
 
     def read() -> Reached:
         found, slots = Reached(), dict[Slot, Seen]()
-        for name, holder in holders.items():
-            of_function = reached(holder, ("held",))
-            found.update(
-                {f"{name} {entry.replace('self.held', '')}".rstrip(): word for entry, word in of_function.items()}
-            )
+        for name, (subject, method) in subjects.items():
+            of_function = reached(subject, (method,))
+            found.update({f"{name}: {entry.removeprefix('self.held')}": word for entry, word in of_function.items()})
             slots |= of_function.slots
         found.slots = slots
         return found
 
     return read
+
+
+def _subject(function: Any) -> tuple[Any, str]:
+    """The object, and the method of it, that a function is; of a method only what it names on its object counts."""
+    if isinstance(function, MethodType):
+        return function.__self__, function.__name__
+    return _Holder(function), "held"
 
 
 def batched_identity(training: BatchedTraining) -> dict[str, Any]:

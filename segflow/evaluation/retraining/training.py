@@ -70,7 +70,7 @@ class FunctionTraining:
 
     def settings(self) -> dict[str, Any]:
         """The fingerprint that was given, and what the function reaches."""
-        return {"function": dict(self.fingerprint), "code": dict(code_of({"": self.train_and_measure})())}
+        return {"function": dict(self.fingerprint), "code": dict(code_of({"function": self.train_and_measure})())}
 
     def batches(self, jobs: Sequence[Job]) -> list[list[int]]:
         """A few jobs for each process."""
@@ -84,7 +84,7 @@ class FunctionTraining:
             ScoreError: the function gives no numbers, or not always of one shape.
         """
         # What running the function changes in this process is no edit of it.
-        _, results = settled(code_of({"": self.train_and_measure}), partial(self._run, jobs), lambda: None)
+        _, results = settled(code_of({"function": self.train_and_measure}), partial(self._run, jobs), lambda: None)
         measured = [np.atleast_1d(of_job) for of_job in results]
         shapes = sorted({of_job.shape for of_job in measured})
         if len(shapes) > 1 or len(shapes[0]) > 2:
