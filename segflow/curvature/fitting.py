@@ -15,6 +15,7 @@ import numpy as np
 from torch import Tensor
 
 from ..data.batches import Batch, Indices, evenly_spaced, in_order
+from ..data.streams import stream
 from ..errors import FactorError
 from ..methods.plan import (
     Curvature,
@@ -87,7 +88,7 @@ class FactorFitter:
         self.view = context.loss_view("train", train)  # checked with labels that repeat themselves
         seed, last_step = context.settings.seed, context.trajectory.total_steps
         self.sample = replace(self.view, kind="sample", seed=seed, place=last_step)
-        self.drawn = np.random.default_rng(seed).permutation(len(train))[: context.settings.curvature_examples]
+        self.drawn = stream(seed, "curvature examples").permutation(len(train))[: context.settings.curvature_examples]
         self.train_from = training_identity(context, train, self.view)
         self.sampled_from = {
             **self.train_from,

@@ -15,6 +15,7 @@ from torch import Tensor
 from ..data.batches import Batch
 from ..data.readers import Reader
 from ..data.reading import Request
+from ..data.streams import stream
 from ..errors import MethodError
 from ..methods.plan import IterativeInverse
 from ..model.capture import requiring_grad
@@ -75,7 +76,7 @@ def lissa(
         raise MethodError("LiSSA differentiates twice, which a sharded model does not allow. Use InfluenceFunction.")
     if not len(next(iter(values.values()))):
         return values
-    draws = np.random.default_rng(operator.seed)
+    draws = stream(operator.seed, "LiSSA")
     draw = partial(_drawn, view, train, views, operator.sample_size, weights_N)
     scale = operator.scale or _MARGIN * _largest_eigenvalue(view, draw, operator)
     mean = {name: torch.zeros_like(value) for name, value in values.items()}
@@ -109,7 +110,7 @@ def _largest_eigenvalue(view: LossView, draw: _Draw, operator: IterativeInverse)
         name: torch.randn(1, *layer.shape, generator=generator, dtype=torch.float64).to(view.device, view.dtype)
         for name, layer in view.layers.items()
     }
-    draws, largest = np.random.default_rng(operator.seed), 0.0
+    draws, largest = stream(operator.seed, "LiSSA", "largest eigenvalue"), 0.0
     for batch in draw(draws, _POWER_ITERATIONS):
         norm = _norm(vector)
         vector = hessian_products(view, batch, {name: value / norm for name, value in vector.items()})

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from ..arguments import names, settle, shown, truth, whole_number
+from ..data.streams import stream
 from ..errors import GroupError
 from ..runtime.ranks import current
 from .columns import coded, combination_names
@@ -138,7 +139,7 @@ class Groups:
         """
         length = whole_number("length", length, GroupError, advice="It counts training examples.")
         size = whole_number("size", size, GroupError, 1, advice="It counts examples.")
-        shuffled = np.random.default_rng(whole_number("seed", seed, GroupError)).permutation(length)
+        shuffled = stream(whole_number("seed", seed, GroupError), "random groups").permutation(length)
         return cls.from_lists([np.sort(shuffled[start : start + size]) for start in range(0, length, size)], length)
 
     @classmethod
@@ -248,7 +249,7 @@ class Groups:
                 member = self.members[group]
                 count = -(-len(member) // size)
                 if rows is None:
-                    part_N[member] = random_parts(len(member), count, [how.seed, group])
+                    part_N[member] = random_parts(len(member), count, stream(how.seed, "random parts", group))
                 else:
                     part_N[member] = how.labels(rows.of(member), count)
             part_N = ranks.broadcast(torch.from_numpy(part_N) if ranks.main else None).numpy()

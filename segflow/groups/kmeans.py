@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..arguments import real_number, settle, whole_number
+from ..data.streams import stream
 from ..errors import GroupError
 from .whitening import Rows, Whitening, feature_rows
 
@@ -100,7 +101,7 @@ class KMeans:
         from sklearn.cluster import kmeans_plusplus
 
         size = min(len(rows), max(_SEEDED_ON, 10 * count))
-        sampled = np.random.default_rng(self.seed).choice(len(rows), size, replace=False)
+        sampled = stream(self.seed, "first centres").choice(len(rows), size, replace=False)
         sample_nR = rows.of(np.sort(sampled)).all()
         trials = 1 if count > _MANY else None  # None: several for each centre, of which the best is taken
         centres, _ = kmeans_plusplus(sample_nR.cpu().numpy(), count, random_state=self.seed, n_local_trials=trials)
@@ -132,7 +133,7 @@ class KMeans:
         size = max(K, min(max(_BATCH, 3 * K), self.memory // (8 * R)))
         options: dict[str, Any] = {"n_init": 1, "compute_labels": False, "random_state": self.seed}
         model = MiniBatchKMeans(K, init=centres_KR.numpy(), batch_size=size, reassignment_ratio=0, **options)
-        generator = np.random.default_rng(self.seed)
+        generator = stream(self.seed, "mini-batches")
         for _ in range(self.iterations):
             for chosen in _shuffled(len(rows), size, generator):
                 model.partial_fit(rows.of(chosen).all().numpy())

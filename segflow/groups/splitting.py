@@ -28,10 +28,10 @@ def places_of(name: str, given: Iterable[int | str], labels: Sequence[str], erro
     return places
 
 
-def random_parts(size: int, count: int, seed: Sequence[int]) -> np.ndarray:
+def random_parts(size: int, count: int, generator: np.random.Generator) -> np.ndarray:
     """[size]: the part that each of a group's examples falls into by chance; sizes of parts differ by one at most."""
     part = np.empty(size, dtype=np.int64)
-    for number, chosen in enumerate(np.array_split(np.random.default_rng(seed).permutation(size), count)):
+    for number, chosen in enumerate(np.array_split(generator.permutation(size), count)):
         part[chosen] = number
     return part
 

@@ -14,6 +14,7 @@ from torch import Tensor
 import segflow as sf
 from segflow.curvature import passes
 from segflow.curvature.projection import Probes, probes
+from segflow.data.streams import stream
 from segflow.errors import MethodError, SegflowError
 from segflow.methods.plan import Projection
 from segflow.runtime.ranks import current
@@ -39,7 +40,7 @@ from ..support.naive import (
 
 def _batched(rows: Tensor, batch: int, seed: int = 0) -> Tensor:
     """Sums over batches of rows in the drawn order."""
-    order = np.random.default_rng(seed).permutation(len(rows))
+    order = stream(seed, "curvature examples").permutation(len(rows))
     return torch.stack([rows[order[at : at + batch]].sum(0) for at in range(0, len(rows), batch)])
 
 
@@ -151,7 +152,7 @@ def test_the_error_of_batching_is_measured_on_some_of_the_examples(
     analyzer = analyzer_of(model, trajectory, tmp_path / "store", Margins(), method=method)
     analyzer.fit(train, batch_size=3)
     scores = analyzer.score(GROUPS, train, query)
-    order = np.random.default_rng(0).permutation(N)[:6]
+    order = stream(0, "curvature examples").permutation(N)[:6]
     exact, batched = rows[order], torch.stack([rows[order[:3]].sum(0), rows[order[3:]].sum(0)])
     error = _relative_error(batched.mT @ batched, exact.mT @ exact)
     assert scores.provenance["batching_error"] == [pytest.approx(error, rel=1e-6)]
@@ -186,7 +187,7 @@ def test_curvature_of_some_examples_is_theirs_and_groups_are_whole(tmp_path: Pat
     """With M of N examples the dense inverse of the M drawn ones meets gradients of all."""
     few, damping = 11, 0.05
     asked, real, sampled = (naive_gradients("mlp", of) for of in ("measurement", "train", "sample"))
-    drawn = np.sort(np.random.default_rng(0).permutation(N)[:few])
+    drawn = np.sort(stream(0, "curvature examples").permutation(N)[:few])
     model, train, _ = problem("mlp")
     model.load_state_dict(perturbed_states(model, 3)[2])
     loss = example_loss(model, train, Margins(), "sample")

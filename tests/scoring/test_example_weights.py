@@ -18,6 +18,7 @@ import segflow as sf
 from segflow.curvature.kronecker import Covariance
 from segflow.curvature.lissa import in_proportion
 from segflow.curvature.projection import probes
+from segflow.data.streams import stream
 from segflow.methods.plan import Point, Projection
 from segflow.model.tokens import Tokens
 from segflow.runtime.ranks import current
@@ -233,7 +234,7 @@ def test_kernels_are_those_of_the_drawn_examples(tmp_path: Path, method: Any, di
 
 def _batched(rows: Tensor, share: Tensor, batch: int) -> Tensor:
     """Sums over batches, in the drawn order, of rows times the root of their shares."""
-    order = np.random.default_rng(0).permutation(N)
+    order = stream(0, "curvature examples").permutation(N)
     rows = rows * share.sqrt().reshape(-1, *[1] * (rows.ndim - 1))
     return torch.stack([rows[order[start : start + batch]].sum(0) for start in range(0, N, batch)])
 
@@ -284,7 +285,7 @@ def test_lissas_draws_are_in_proportion_to_the_weights() -> None:
 
 def test_curvature_of_some_examples_is_weighted_among_them(tmp_path: Path) -> None:
     few = 9
-    chosen = np.sort(np.random.default_rng(0).permutation(N)[:few])
+    chosen = np.sort(stream(0, "curvature examples").permutation(N)[:few])
     some, every = Naive("mlp", 2, chosen), Naive("mlp", 2)
     some.real = every.real  # groups are scored with all of their examples
     for kind in ("ekfac", "kfac", "diagonal"):
@@ -293,7 +294,7 @@ def test_curvature_of_some_examples_is_weighted_among_them(tmp_path: Path) -> No
 
 
 def test_curvature_of_examples_that_were_never_drawn_is_refused(tmp_path: Path) -> None:
-    chosen = np.random.default_rng(0).permutation(N)[:4]
+    chosen = stream(0, "curvature examples").permutation(N)[:4]
     weights = np.ones(N)
     weights[chosen] = 0
     with pytest.raises(sf.FactorError, match=r"step 30: all of the 4 examples .* weight of 0.*curvature_examples="):
