@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..errors import ScoreError
 from ..groups.groups import Groups
-from ..results.scores import Scores
+from ..results.scores import GROUP_DIGEST, Scores
 from .arguments import as_measurements
 from .subsets import as_subsets
 
@@ -48,20 +48,22 @@ def empirical_influence(
     M, K = kept.shape
     if groups is not None and len(groups) != K:
         raise ScoreError(f"{len(groups)} groups for subsets of {K}. Give the groups that the subsets are about.")
+    groups = Groups.singletons(K) if groups is None else groups
     _check_kept_and_left_out(kept)
     values_MQ = values if values.ndim == 2 else values.mean(1)
     mean_without_KM, mean_with_KM = (side.T.astype(float) / side.sum(0)[:, None] for side in (~kept, kept))
     return Scores(
         torch.from_numpy(((mean_without_KM - mean_with_KM) @ values_MQ).T.copy()),
         tuple(map(str, range(values_MQ.shape[1]))),
-        tuple(map(str, range(K))) if groups is None else groups.labels,
-        (1,) * K if groups is None else tuple(groups.sizes.tolist()),
+        groups.labels,
+        tuple(groups.sizes.tolist()),
         {
             "method": "EmpiricalInfluence",
             "estimator": "mean without - mean with (arXiv 2008.03703)",
             "subsets": M,
             "repetitions": values.shape[1] if values.ndim == 3 else 1,
             "kept_share": float(kept.mean()),
+            GROUP_DIGEST: groups.digest,
         },
     )
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import chain
 from typing import Any
 
@@ -14,6 +15,7 @@ import numpy as np
 import torch
 
 from ..arguments import names, settle, shown, truth, whole_number
+from ..data.fingerprints import digest
 from ..errors import GroupError
 from ..runtime.ranks import current
 from .columns import coded, combination_names
@@ -99,9 +101,16 @@ class Groups:
     def membership(self) -> np.ndarray:
         """[length]: the group of each example, -1 where `partial` left it out."""
         group_N = np.full(self.length, -1)
-        for group, member in enumerate(self.members):
-            group_N[member] = group
+        group_N[np.concatenate(self.members)] = np.repeat(np.arange(len(self)), self.sizes)
         return group_N
+
+    @cached_property
+    def digest(self) -> str:
+        """What tells these groups from others: which group each example is in, and the order of the groups.
+
+        Labels do not count, nor the order within a group.
+        """
+        return membership_digest(self.membership())
 
     @classmethod
     def from_lists(
@@ -267,6 +276,11 @@ class Groups:
         members = [member[places] for member, cut in zip(self.members, parts, strict=True) for places in cut]
         labels = labels_of_parts(self.labels, [len(cut) for cut in parts])
         return Groups(tuple(members), tuple(chain.from_iterable(labels)), self.length, self.partial)
+
+
+def membership_digest(group_N: np.ndarray) -> str:
+    """`Groups.digest` of the groups in which each example [N] is in the group of this number, or in none at -1."""
+    return digest(group_N.astype(np.int64))
 
 
 def check_groups(groups: object, length: int) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import ScoreError
+from ..results.same_groups import check_single_examples
 from ..results.scores import Ranked, Scores
 
 
@@ -37,10 +38,10 @@ def influence_figure(
     """
     if not scores.by_term:
         raise ScoreError('influence_figure: the scores have no terms. Score with keep=("term",).')
-    if set(scores.group_sizes) != {1} or len(train_images) != len(scores.group_labels):
+    check_single_examples(scores, "influence_figure")
+    if len(train_images) != len(scores.group_labels):
         raise ScoreError(
-            f"influence_figure: {len(train_images)} images for {len(scores.group_labels)} groups of "
-            f"{min(scores.group_sizes)} to {max(scores.group_sizes)} examples. Score Groups.singletons, one image each."
+            f"influence_figure: {len(train_images)} images for {len(scores.group_labels)} examples: expected one each."
         )
     from matplotlib.figure import Figure
 

@@ -73,4 +73,5 @@ class GroupTree:
 
         Raises ScoreError if these are not the finest level's scores, or of a method whose scores do not add up.
         """
+        scores.check_groups(self.finest, "GroupTree.scores: the finest level")
         return (*(scores.rolled_up(self.finest, level) for level in self.levels[:-1]), scores)
