@@ -17,8 +17,10 @@ from torch.nn import functional
 from torch.utils.data import Subset
 
 from ..arguments import real_number, truth, whole_number
-from ..data.batches import Collate
+from ..data.batches import Collate, dataset_length
 from ..data.code_identity import measurement_fingerprint, task_fingerprint
+from ..data.indices import as_distinct_indices
+from ..data.labels import distinct_labels
 from ..errors import TaskError
 from ..tasks.ready_made import margins
 from ..tasks.task import check_task
@@ -118,17 +120,13 @@ class SliceMargin(_ClassificationProperty):
 
     Args:
         data: a map-style dataset.
-        slice_of: indices of the slice's examples; None takes all.
+        slice_of: the slice's examples, by index or as a mask with a boolean for each example; None takes all.
         options: as for `Property`.
     """
 
     def __init__(self, data: Any, slice_of: Sequence[int] | np.ndarray | None = None, **options: Any):
-        chosen = None if slice_of is None else np.asarray(slice_of)
-        if chosen is not None and (chosen.ndim != 1 or not np.issubdtype(chosen.dtype, np.integer)):
-            raise TaskError(f"slice_of: expected a list of indices, found {chosen.dtype} of shape {chosen.shape}.")
-        outside = [] if chosen is None else chosen[(chosen < 0) | (chosen >= len(data))].tolist()
-        if outside:
-            raise TaskError(f"slice_of names example {outside[0]}, but the data has 0..{len(data) - 1}.")
+        length = dataset_length(data, "SliceMargin's")
+        chosen = None if slice_of is None else as_distinct_indices("slice_of", slice_of, length, TaskError)
         super().__init__(data if chosen is None else Subset(data, chosen.tolist()), **options)
 
     def value(self, outputs: Tensor, targets: Tensor) -> Tensor:
@@ -170,21 +168,14 @@ class _RateGap(_ClassificationProperty):
 
     def __init__(self, data: Any, attribute: Sequence[Any] | np.ndarray | Tensor, positive: int = 1, **options: Any):
         super().__init__(data, **options)
-        given = attribute.cpu().numpy() if isinstance(attribute, Tensor) else np.asarray(attribute)
-        if given.shape != (len(self.data),):
-            raise TaskError(f"{self.name}: attribute {given.shape}: expected one value for each of {len(self.data)}.")
-        try:
-            values, codes = np.unique(given, return_inverse=True)
-        except TypeError:
-            raise TaskError(f"{self.name}: values of the attribute cannot be ordered. Give numbers, or text.") from None
-        if given.dtype.kind == "f" and np.isnan(given).any():
-            raise TaskError(
-                f"{self.name}: example {int(np.isnan(given).argmax())}'s attribute is NaN. Give it a value."
-            )
+        labels, codes = distinct_labels(f"{self.name}: attribute", attribute, TaskError)
+        if len(codes) != len(self.data):
+            raise TaskError(f"{self.name}: attribute: {len(codes)} values, expected one for each of {len(self.data)}.")
+        values = [label.text for label in labels]
         if len(values) < 2:
-            raise TaskError(f"{self.name}: the attribute is {values.tolist()} for every example: expected two or more.")
-        self.positive, self.attribute = self._class_number(positive), torch.from_numpy(codes.astype(np.int64))
-        self.values = values.tolist()
+            raise TaskError(f"{self.name}: the attribute is {values} for every example: expected two or more.")
+        self.positive, self.attribute = self._class_number(positive), torch.from_numpy(codes)
+        self.values = values
 
     def _rates(self, outputs: Tensor, chosen_N: Tensor, what: str) -> Tensor:
         """[V]: the mean probability of the positive class over the chosen examples with each value."""

@@ -18,6 +18,7 @@ from segflow.evaluation import (
     linear_datamodeling_difference,
     retraining_score,
 )
+from segflow.evaluation.series import named_runs
 from segflow.report import influence_figure
 
 from ..support.helpers import analyzer_of, mlp, perturbed_states, trajectory_of, vectors
@@ -132,12 +133,8 @@ MEETINGS: dict[str, Callable[[sf.Scores, Path], Any]] = {
     "a difference of two methods": lambda scores, _: linear_datamodeling_difference(
         scores, _influence(OTHER, 4), KEPT, MEASURED
     ),
-    "a table of several series": lambda scores, folder: leave_one_group_out(
-        {"a": scores, "b": _influence(OTHER, 4)}, GROUPS, TRAINING, folder, repetitions=2
-    ),
-    "the runs of one series": lambda scores, folder: leave_one_group_out(
-        {"a": [scores, _influence(OTHER, 4)]}, GROUPS, TRAINING, folder, repetitions=2
-    ),
+    "a table of several series": lambda scores, _: named_runs({"a": scores, "b": _influence(OTHER, 4)}),
+    "the runs of one series": lambda scores, _: named_runs({"a": [scores, _influence(OTHER, 4)]}),
 }
 
 
