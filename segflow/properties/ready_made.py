@@ -154,6 +154,7 @@ class SoftF1(_ClassificationProperty):
     def __init__(self, data: Any, positive: int | None = 1, **options: Any):
         super().__init__(data, **options)
         self.positive = None if positive is None else self._class_number(positive)
+        self._named_by(options.get("name"), positive=self.positive)
 
     def value(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """2 sum p y / (sum p + sum y), of one class or averaged over all."""
@@ -176,6 +177,7 @@ class _RateGap(_ClassificationProperty):
             raise TaskError(f"{self.name}: the attribute is {values} for every example: expected two or more.")
         self.positive, self.attribute = self._class_number(positive), torch.from_numpy(codes)
         self.values = values
+        self._named_by(options.get("name"), positive=self.positive)
 
     def _rates(self, outputs: Tensor, chosen_N: Tensor, what: str) -> Tensor:
         """[V]: the mean probability of the positive class over the chosen examples with each value."""
@@ -222,6 +224,7 @@ class EqualisedOddsGap(_RateGap):
     def __init__(self, data: Any, attribute: Any, positive: int = 1, worst: bool = False, **options: Any):
         super().__init__(data, attribute, positive, **options)
         self.worst = truth(f"{self.name}: worst", worst, TaskError)
+        self._named_by(options.get("name"), positive=self.positive, worst=self.worst)
 
     def value(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """The gap, 0 or more."""
@@ -249,6 +252,7 @@ class CalibrationError(_ClassificationProperty):
         super().__init__(data, **options)
         self.bins = whole_number(f"{self.name}: bins", bins, TaskError, 1)
         self.temperature = real_number(f"{self.name}: temperature", temperature, TaskError, above=0)
+        self._named_by(options.get("name"), bins=self.bins, temperature=self.temperature)
 
     def value(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """The error, 0 or more."""

@@ -85,7 +85,7 @@ CASES: dict[str, tuple[sf.properties.Property, Callable[[Tensor, list[int]], Ten
         lambda p, y: _margin(p, y, [2, 5, 11]),
     ),
     "margin of a mask": (
-        props.SliceMargin(DATA, np.isin(np.arange(17), [2, 5, 11])),
+        props.SliceMargin(DATA, np.isin(np.arange(17), [2, 5, 11]), name="of a mask"),
         lambda p, y: _margin(p, y, [2, 5, 11]),
     ),
     "accuracy": (props.SoftAccuracy(DATA), lambda p, y: sum(p[i, y[i]] for i in range(17)) / 17),
@@ -169,6 +169,44 @@ def test_properties_are_rows_of_one_score_call_by_name(tmp_path: Path) -> None:
         torch.testing.assert_close(together.values[row], analyzer.score(GROUPS, vectors(N), one).values[0])
     renamed = analyzer.score(GROUPS, vectors(N), asked, query_labels=["x", "y", "z"])
     assert renamed.query_labels == ("x", "y", "z")
+
+
+def test_properties_of_one_class_are_told_apart_by_their_options() -> None:
+    asked = [
+        *(props.SoftF1(DATA, positive=positive) for positive in (1, 0, None)),
+        *(props.EqualisedOddsGap(DATA, ATTRIBUTE, *options) for options in [(), (1, True), (2,), (2, True)]),
+        props.DemographicParityGap(DATA, ATTRIBUTE, 2),
+        props.CalibrationError(DATA),
+        props.CalibrationError(DATA, 4, temperature=0.2),
+        props.SoftF1(DATA, 2, name="mine"),
+    ]
+    assert [one.name for one in asked] == [
+        *("SoftF1", "SoftF1(positive=0)", "SoftF1(positive=None)"),
+        *("EqualisedOddsGap", "EqualisedOddsGap(worst=True)", "EqualisedOddsGap(positive=2)"),
+        "EqualisedOddsGap(positive=2, worst=True)",
+        "DemographicParityGap(positive=2)",
+        *("CalibrationError", "CalibrationError(bins=4, temperature=0.2)", "mine"),
+    ]
+
+
+class _NeverRead(list[Any]):
+    def __getitem__(self, index: Any) -> Any:
+        raise AssertionError("data was read before the queries' names were compared")
+
+
+def test_two_properties_of_one_name_are_refused_before_anything_is_read(tmp_path: Path) -> None:
+    analyzer, _ = _analyzer(tmp_path)
+    unread = _NeverRead([None] * 17)
+    alike = [props.SoftAccuracy(unread), props.SoftAccuracy(unread)]
+    for ask in (analyzer.score, analyzer.refine):
+        with pytest.raises(sf.ScoreError, match=r"two queries are called 'SoftAccuracy'\. .*or of properties as name="):
+            ask(GROUPS, _NeverRead([None] * N), alike)
+    with pytest.raises(sf.ScoreError, match="two queries are called '1'"):
+        analyzer.score(GROUPS, _NeverRead([None] * N), unread, query_labels=[1, "1", *range(2, 17)])
+    with pytest.raises(TaskError, match="SoftAccuracy: name=3: expected text"):
+        props.SoftAccuracy(DATA, name=3)  # type: ignore[arg-type]
+    both = [props.SoftAccuracy(DATA), props.SoftAccuracy(vectors(9))]
+    assert analyzer.score(GROUPS, vectors(N), both, query_labels=["a", "b"]).query_labels == ("a", "b")
 
 
 @pytest.mark.parametrize(
