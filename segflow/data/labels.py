@@ -93,9 +93,8 @@ def _labels(name: str, column: Any, error: type[Exception]) -> list[Label]:
 
 def _members(name: str, column: Any, error: type[Exception]) -> list[Any]:
     """The labels in a column, one for each example."""
-    expected = f"expected a list, with one label for each example. {_ADVICE}"
     if isinstance(column, str | bytes | Mapping | Set) or not isinstance(column, Iterable):
-        raise error(f"{name}={shown(column)}: {expected}")
+        raise error(f"{name}={shown(column)}: expected a list, with one label for each example.")
     if to_pylist := getattr(column, "to_pylist", None):  # of Arrow
         return list(to_pylist())
     if isinstance(column, Tensor):
