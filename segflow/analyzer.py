@@ -254,7 +254,10 @@ class Analyzer:
         if len(labels) != len(queries):
             raise ScoreError(f"{len(labels)} query labels for {len(queries)} queries: expected one for each.")
         if twice := [label for label, count in Counter(labels).items() if count > 1]:
-            raise ScoreError(f"two queries are called {twice[0]!r}. Give each a label of its own.")
+            raise ScoreError(
+                f"two queries are called {twice[0]!r}. Give each a name of its own: in query_labels, or of properties "
+                "as name=."
+            )
         of_runs: list[RunParts] = []
         with self._call("score", batch_size=batch_size, groups=len(groups), queries=len(queries)):
             self._guards.before_score(self.runs[0], trains, queries, place, batch_size)

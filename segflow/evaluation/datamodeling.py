@@ -21,6 +21,7 @@ from ..arguments import real_numbers, whole_number
 from ..errors import ScoreError
 from ..report.row import Row
 from ..report.table import Table
+from ..results.same_groups import check_same_groups
 from ..results.scores import Scores
 from .arguments import as_measurements
 from .retraining.pool import random_subsets
@@ -145,6 +146,7 @@ def linear_datamodeling_difference(
     bootstrap = Bootstrap(confidence, resamples, seed)
     predicted_first, measured = _predicted_and_measured(first, subsets, measurements)
     predicted_second, _ = _predicted_and_measured(second, subsets, measurements)
+    check_same_groups([("first", first), ("second", second)])
     differences = spearman(predicted_first, measured) - spearman(predicted_second, measured)
     means = resampled_correlations([predicted_first, predicted_second], measured, bootstrap)
     interval = quantile_interval(differences.mean(), means[0] - means[1], bootstrap.confidence)

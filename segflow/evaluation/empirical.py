@@ -22,7 +22,7 @@ from torch import Tensor
 from ..arguments import truth
 from ..errors import ScoreError
 from ..groups.groups import Groups
-from ..results.scores import Scores
+from ..results.scores import GROUP_DIGEST, Scores
 from .arguments import as_measurements
 from .subsets import Subsets, as_subsets
 
@@ -81,6 +81,7 @@ def empirical_influence(
             "whole= (measurements of retrainings on all of them), or subsets of several sizes, as by "
             "random_subsets(..., fixed=False); or ask for the effects less their mean: centred=True."
         )
+    groups = Groups.singletons(K) if groups is None else groups
     regression = len(fit.kept) >= _REGRESSION_FROM * K
     effects_KQ, error_Q = fit.by_regression() if regression else fit.by_means()
     known = {
@@ -91,16 +92,17 @@ def empirical_influence(
         "method": "EmpiricalInfluence",
         "estimator": "regression on the groups kept" if regression else "mean without - mean with (arXiv 2008.03703)",
         "subsets": len(fit.kept),
-        "repetitions": measured.shape[1] if np.ndim(measured) == 3 else 1,
+        "repetitions": np.shape(measured)[1] if np.ndim(measured) == 3 else 1,
         "kept_share": float(fit.kept.mean()),
         "centred": centred,
+        GROUP_DIGEST: groups.digest,
         **({"additive": False} if centred else known),
     }
     return Scores(
         torch.from_numpy((_less_mean(effects_KQ) if centred else effects_KQ).T.copy()),
         tuple(map(str, range(len(error_Q)))),
-        tuple(map(str, range(K))) if groups is None else groups.labels,
-        (1,) * K if groups is None else tuple(groups.sizes.tolist()),
+        groups.labels,
+        tuple(groups.sizes.tolist()),
         provenance,
     )
 

@@ -6,11 +6,13 @@ Axis letters: Q queries, N examples.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import chain
 
 import numpy as np
 
 from ..data.streams import stream
 from ..errors import ScoreError
+from ..results.same_groups import check_same_groups, check_single_examples
 from ..results.scores import Scores
 from .ties import precision, summed
 
@@ -23,7 +25,7 @@ def named_runs(scores: Series) -> dict[str, list[Scores]]:
     """The runs of each series, by its name; a bare Scores is called by its method's name.
 
     Raises:
-        ScoreError: there are none, they are about other columns, or one has a baseline's name.
+        ScoreError: there are none, they are not about the same groups, or one has a baseline's name.
     """
     if isinstance(scores, Scores):
         scores = {str(scores.provenance.get("method", "scores")): scores}
@@ -39,16 +41,10 @@ def named_runs(scores: Series) -> dict[str, list[Scores]]:
     for name in (RANDOM, PERFECT, CEILING):
         if name in series:
             raise ScoreError(f"scores: a series is called {name!r}, which the tables use. Give it another name.")
-    first = next(iter(series.values()))
     for name, runs in series.items():
         if not runs or not all(isinstance(run, Scores) for run in runs):
             raise ScoreError(f"scores of {name!r}: expected segflow.Scores, or a sequence of at least one.")
-        for run in runs:
-            if run.group_sizes != first[0].group_sizes:
-                raise ScoreError(
-                    f"scores of {name!r}: {len(run.group_sizes)} columns, those of {next(iter(series))!r} have "
-                    f"{len(first[0].group_sizes)}, or other sizes. Compare scores of the same examples."
-                )
+    check_same_groups((name, run) for name, runs in series.items() for run in runs)
     return series
 
 
@@ -66,13 +62,9 @@ def check_queries(series: Mapping[str, Sequence[Scores]], queries: int) -> None:
 def over_examples(scores: Series) -> tuple[dict[str, list[Scores]], int]:
     """The runs of each series, checked to be over single examples, and how many examples there are."""
     series = named_runs(scores)
-    sizes = next(iter(series.values()))[0].group_sizes
-    if set(sizes) != {1}:
-        raise ScoreError(
-            f"scores: {len(sizes)} groups of {min(sizes)} to {max(sizes)} examples, expected single examples. Use "
-            "scores.by_example(groups), or score Groups.singletons."
-        )
-    return series, len(sizes)
+    for run in chain.from_iterable(series.values()):
+        check_single_examples(run, "scores")
+    return series, len(run.group_sizes)
 
 
 def check_examples(training: object, examples: int) -> None:

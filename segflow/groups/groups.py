@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import chain
 from typing import Any
 
@@ -14,6 +15,8 @@ import numpy as np
 import torch
 
 from ..arguments import names, settle, shown, truth, whole_number
+from ..data.fingerprints import digest
+from ..data.indices import as_indices
 from ..data.streams import stream
 from ..errors import GroupError
 from ..runtime.ranks import current
@@ -28,7 +31,7 @@ class Groups:
     """Disjoint groups of training examples.
 
     Args:
-        members: one array of example indices for each group.
+        members: for each group an array of its examples' indices, or a mask with a boolean for each example.
         labels: a name for each group.
         length: the number of training examples that the indices are about.
         partial: True if the groups leave examples out on purpose.
@@ -47,7 +50,7 @@ class Groups:
     partial: bool = False
 
     def __post_init__(self) -> None:
-        settle(self, members=tuple(_indices(member) for member in self.members), labels=tuple(self.labels))
+        settle(self, members=tuple(self.members), labels=tuple(self.labels))
         settle(self, length=whole_number("length", self.length, GroupError, advice="It counts training examples."))
         settle(self, partial=truth("partial", self.partial, GroupError))
         if not self.members:
@@ -57,12 +60,14 @@ class Groups:
         if len(set(self.labels)) < len(self.labels):
             twice = next(label for label in self.labels if self.labels.count(label) > 1)
             raise GroupError(f"two groups are called {twice!r}. Give each a label of its own (as text).")
+        named = zip(self.labels, self.members, strict=True)
+        settle(
+            self,
+            members=tuple(as_indices(f"group {label!r}", given, self.length, GroupError) for label, given in named),
+        )
         for label, member in zip(self.labels, self.members, strict=True):
             if len(member) == 0:
                 raise GroupError(f"group {label!r} is empty. Leave it out.")
-            if member.min() < 0 or member.max() >= self.length:
-                wrong = member[(member < 0) | (member >= self.length)]
-                raise GroupError(f"group {label!r} names example {wrong[0]}, but the data has 0..{self.length - 1}.")
         self._check_partition()
 
     def _check_partition(self) -> None:
@@ -100,9 +105,16 @@ class Groups:
     def membership(self) -> np.ndarray:
         """[length]: the group of each example, -1 where `partial` left it out."""
         group_N = np.full(self.length, -1)
-        for group, member in enumerate(self.members):
-            group_N[member] = group
+        group_N[np.concatenate(self.members)] = np.repeat(np.arange(len(self)), self.sizes)
         return group_N
+
+    @cached_property
+    def digest(self) -> str:
+        """What tells these groups from others: which group each example is in, and the order of the groups.
+
+        Labels do not count, nor the order within a group.
+        """
+        return membership_digest(self.membership())
 
     @classmethod
     def from_lists(
@@ -112,10 +124,11 @@ class Groups:
         labels: Sequence[object] | None = None,
         partial: bool = False,
     ) -> Groups:
-        """Groups from lists of example indices; `length` is the size of the training set.
+        """Groups from lists of example indices, or from masks; `length` is the size of the training set.
 
-        Groups are called "group 0", "group 1", ... unless labels are given, which are taken as text; a mapping
-        {label: list}, such as pandas' `groupby(...).indices`, has its own. Raises GroupError as `Groups` does.
+        A mask has a boolean for each example of the training set, True for the group's. Groups are called "group 0",
+        "group 1", ... unless labels are given, which are taken as text; a mapping {label: list}, such as pandas'
+        `groupby(...).indices`, has its own. Raises GroupError as `Groups` does.
         """
         if isinstance(lists, Mapping):
             labels, lists = list(lists) if labels is None else labels, lists.values()
@@ -270,6 +283,11 @@ class Groups:
         return Groups(tuple(members), tuple(chain.from_iterable(labels)), self.length, self.partial)
 
 
+def membership_digest(group_N: np.ndarray) -> str:
+    """`Groups.digest` of the groups in which each example [N] is in the group of this number, or in none at -1."""
+    return digest(group_N.astype(np.int64))
+
+
 def check_groups(groups: object, length: int) -> None:
     """Raise GroupError unless these are groups of a dataset of that length."""
     if not isinstance(groups, Groups):
@@ -279,16 +297,6 @@ def check_groups(groups: object, length: int) -> None:
             f"the groups are about {groups.length} examples, the training data has {length}. "
             "Make the groups anew from this dataset."
         )
-
-
-def _indices(given: Any) -> np.ndarray:
-    try:
-        array = np.asarray(given.detach().cpu() if isinstance(given, torch.Tensor) else given)
-    except ValueError as problem:
-        raise GroupError(f"a group must be a list of example indices ({problem}).") from problem
-    if array.ndim != 1 or (array.size and not np.issubdtype(array.dtype, np.integer)):
-        raise GroupError(f"a group must be a list of example indices, found {array.dtype} of shape {array.shape}.")
-    return array.astype(np.int64)
 
 
 def _members(group_N: np.ndarray, count: int) -> list[np.ndarray]:

@@ -9,6 +9,7 @@ Axes: N examples of the property's data, B of a batch.
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -16,6 +17,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from ..arguments import shown
 from ..data.batch_faults import naming
 from ..data.batches import Batch, Collate, dataset_length, in_order
 from ..data.code_identity import reached
@@ -31,7 +33,7 @@ class Property(ABC):
 
     Args:
         data: a map-style dataset.
-        name: the query's label; by default the class's name.
+        name: the query's label; by default the class's name, and the built-in ones' options that are not the defaults.
         inputs, targets: the keys of a mapping batch.
         collate_fn: joins examples into a batch, as for a DataLoader; by default the analyzer's.
 
@@ -57,8 +59,20 @@ class Property(ABC):
         collate_fn: Collate | None = None,
     ):
         dataset_length(data, f"{type(self).__name__}'s")
+        if name is not None and not isinstance(name, str):
+            raise TaskError(f"{type(self).__name__}: name={shown(name)}: expected text.")
         self.data, self.name = data, name or type(self).__name__
         self.inputs, self.targets, self.collate_fn = inputs, targets, collate_fn
+
+    def _named_by(self, name: str | None, **options: object) -> None:
+        """Tell this property by its options where it has no name of its own: "SoftF1(positive=0)".
+
+        options: the values that are given, of which those that are the defaults are left out.
+        """
+        defaults = inspect.signature(type(self)).parameters
+        unusual = [f"{k}={v}" for k, v in options.items() if k in defaults and v != defaults[k].default]
+        if not name and unusual:
+            self.name = f"{type(self).__name__}({', '.join(unusual)})"
 
     def outputs(self, batch: Any, model: nn.Module) -> Tensor:
         """What the model says of each example, [B, ...]: by default its logits."""

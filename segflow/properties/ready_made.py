@@ -17,8 +17,10 @@ from torch.nn import functional
 from torch.utils.data import Subset
 
 from ..arguments import real_number, truth, whole_number
-from ..data.batches import Collate
+from ..data.batches import Collate, dataset_length
 from ..data.code_identity import measurement_fingerprint, task_fingerprint
+from ..data.indices import as_distinct_indices
+from ..data.labels import distinct_labels
 from ..errors import TaskError
 from ..tasks.ready_made import margins
 from ..tasks.task import check_task
@@ -118,17 +120,13 @@ class SliceMargin(_ClassificationProperty):
 
     Args:
         data: a map-style dataset.
-        slice_of: indices of the slice's examples; None takes all.
+        slice_of: the slice's examples, by index or as a mask with a boolean for each example; None takes all.
         options: as for `Property`.
     """
 
     def __init__(self, data: Any, slice_of: Sequence[int] | np.ndarray | None = None, **options: Any):
-        chosen = None if slice_of is None else np.asarray(slice_of)
-        if chosen is not None and (chosen.ndim != 1 or not np.issubdtype(chosen.dtype, np.integer)):
-            raise TaskError(f"slice_of: expected a list of indices, found {chosen.dtype} of shape {chosen.shape}.")
-        outside = [] if chosen is None else chosen[(chosen < 0) | (chosen >= len(data))].tolist()
-        if outside:
-            raise TaskError(f"slice_of names example {outside[0]}, but the data has 0..{len(data) - 1}.")
+        length = dataset_length(data, "SliceMargin's")
+        chosen = None if slice_of is None else as_distinct_indices("slice_of", slice_of, length, TaskError)
         super().__init__(data if chosen is None else Subset(data, chosen.tolist()), **options)
 
     def value(self, outputs: Tensor, targets: Tensor) -> Tensor:
@@ -156,6 +154,7 @@ class SoftF1(_ClassificationProperty):
     def __init__(self, data: Any, positive: int | None = 1, **options: Any):
         super().__init__(data, **options)
         self.positive = None if positive is None else self._class_number(positive)
+        self._named_by(options.get("name"), positive=self.positive)
 
     def value(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """2 sum p y / (sum p + sum y), of one class or averaged over all."""
@@ -170,21 +169,15 @@ class _RateGap(_ClassificationProperty):
 
     def __init__(self, data: Any, attribute: Sequence[Any] | np.ndarray | Tensor, positive: int = 1, **options: Any):
         super().__init__(data, **options)
-        given = attribute.cpu().numpy() if isinstance(attribute, Tensor) else np.asarray(attribute)
-        if given.shape != (len(self.data),):
-            raise TaskError(f"{self.name}: attribute {given.shape}: expected one value for each of {len(self.data)}.")
-        try:
-            values, codes = np.unique(given, return_inverse=True)
-        except TypeError:
-            raise TaskError(f"{self.name}: values of the attribute cannot be ordered. Give numbers, or text.") from None
-        if given.dtype.kind == "f" and np.isnan(given).any():
-            raise TaskError(
-                f"{self.name}: example {int(np.isnan(given).argmax())}'s attribute is NaN. Give it a value."
-            )
+        labels, codes = distinct_labels(f"{self.name}: attribute", attribute, TaskError)
+        if len(codes) != len(self.data):
+            raise TaskError(f"{self.name}: attribute: {len(codes)} values, expected one for each of {len(self.data)}.")
+        values = [label.text for label in labels]
         if len(values) < 2:
-            raise TaskError(f"{self.name}: the attribute is {values.tolist()} for every example: expected two or more.")
-        self.positive, self.attribute = self._class_number(positive), torch.from_numpy(codes.astype(np.int64))
-        self.values = values.tolist()
+            raise TaskError(f"{self.name}: the attribute is {values} for every example: expected two or more.")
+        self.positive, self.attribute = self._class_number(positive), torch.from_numpy(codes)
+        self.values = values
+        self._named_by(options.get("name"), positive=self.positive)
 
     def _rates(self, outputs: Tensor, chosen_N: Tensor, what: str) -> Tensor:
         """[V]: the mean probability of the positive class over the chosen examples with each value."""
@@ -231,6 +224,7 @@ class EqualisedOddsGap(_RateGap):
     def __init__(self, data: Any, attribute: Any, positive: int = 1, worst: bool = False, **options: Any):
         super().__init__(data, attribute, positive, **options)
         self.worst = truth(f"{self.name}: worst", worst, TaskError)
+        self._named_by(options.get("name"), positive=self.positive, worst=self.worst)
 
     def value(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """The gap, 0 or more."""
@@ -258,6 +252,7 @@ class CalibrationError(_ClassificationProperty):
         super().__init__(data, **options)
         self.bins = whole_number(f"{self.name}: bins", bins, TaskError, 1)
         self.temperature = real_number(f"{self.name}: temperature", temperature, TaskError, above=0)
+        self._named_by(options.get("name"), bins=self.bins, temperature=self.temperature)
 
     def value(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """The error, 0 or more."""

@@ -8,7 +8,9 @@ from typing import Any
 import numpy as np
 
 from ..errors import ScoreError
+from ..results.same_groups import check_single_examples
 from ..results.scores import Ranked, Scores
+from .plain_text import as_written
 
 
 def influence_figure(
@@ -37,10 +39,10 @@ def influence_figure(
     """
     if not scores.by_term:
         raise ScoreError('influence_figure: the scores have no terms. Score with keep=("term",).')
-    if set(scores.group_sizes) != {1} or len(train_images) != len(scores.group_labels):
+    check_single_examples(scores, "influence_figure")
+    if len(train_images) != len(scores.group_labels):
         raise ScoreError(
-            f"influence_figure: {len(train_images)} images for {len(scores.group_labels)} groups of "
-            f"{min(scores.group_sizes)} to {max(scores.group_sizes)} examples. Score Groups.singletons, one image each."
+            f"influence_figure: {len(train_images)} images for {len(scores.group_labels)} examples: expected one each."
         )
     from matplotlib.figure import Figure
 
@@ -65,13 +67,13 @@ def _image(axis: Any, image: np.ndarray, text: str) -> None:
     axis.imshow(image, cmap="gray_r")
     axis.set_xticks([])
     axis.set_yticks([])
-    axis.set_xlabel(text, fontsize=8)
+    axis.set_xlabel(as_written(text), fontsize=8)
 
 
 def _spread(axis: Any, scores: Scores, query: int) -> None:
     """Share of the absolute influence that falls in each term."""
     size = np.array([values[query].abs().sum().item() for values in scores.by_term.values()])
-    names = [label.replace(": ", "\n") for label in scores.by_term]
+    names = [as_written(label.replace(": ", "\n")) for label in scores.by_term]
     axis.bar(names, size / (size.sum() or 1.0), color="#4477aa")
     axis.set_ylabel("share of the query's absolute influence", fontsize=8)
     axis.set_ylim(0, 1)

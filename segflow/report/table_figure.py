@@ -7,9 +7,11 @@ from typing import Any
 
 import numpy as np
 
+from .plain_text import add_legend, as_written
 from .row import Row
 
 References = Mapping[str, tuple[float, float, float]]
+Drawn = list[tuple[Any, str]]  # what was drawn, and its name in the legend
 
 
 def table_figure(
@@ -25,19 +27,20 @@ def table_figure(
     figure: Any = Figure(figsize=(6.4, 4.2), layout="constrained")
     axes = figure.subplots()
     if kind == "bars":
-        _draw_bars(axes, rows)
+        drawn = _draw_bars(axes, rows)
     elif kind == "scatter":
-        _draw_scatter(axes, rows, notes)
+        drawn = _draw_scatter(axes, rows, notes)
     else:
-        _draw_lines(axes, rows, notes)
+        drawn = _draw_lines(axes, rows, notes)
         _keep_means_apart(axes, [*(row.mean for row in rows), *(ends[0] for ends in references.values())])
     for number, (name, ends) in enumerate(references.items()):
-        axes.axhline(ends[0], linestyle="--", color=str(0.35 + 0.2 * (number % 3)), label=name, linewidth=1)
-    axes.set_title(titles[0], fontsize=11)
-    axes.set_xlabel(titles[1])
-    axes.set_ylabel(titles[2])
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(fontsize=8)
+        line = axes.axhline(ends[0], linestyle="--", color=str(0.35 + 0.2 * (number % 3)), linewidth=1)
+        drawn.append((line, name))
+    title, x, y = map(as_written, titles)
+    axes.set_title(title, fontsize=11)
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    add_legend(axes, drawn)
     return figure
 
 
@@ -60,11 +63,14 @@ def _error_bars(columns: np.ndarray) -> np.ndarray:
     return np.maximum([mean - low, high - mean], 0.0)
 
 
-def _draw_lines(axes: Any, rows: Sequence[Row], notes: Mapping[str, str]) -> None:
+def _draw_lines(axes: Any, rows: Sequence[Row], notes: Mapping[str, str]) -> Drawn:
+    drawn = []
     for legend, of_series in _by_series(rows, notes):
         x, mean, low, high = _columns(sorted(of_series, key=lambda row: row.x))
-        (line,) = axes.plot(x, mean, "o-", markersize=3, label=legend)
+        (line,) = axes.plot(x, mean, "o-", markersize=3)
         axes.fill_between(x, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
+        drawn.append((line, legend))
+    return drawn
 
 
 def _keep_means_apart(axes: Any, means: Sequence[float]) -> None:
@@ -75,15 +81,20 @@ def _keep_means_apart(axes: Any, means: Sequence[float]) -> None:
         axes.set_ylim(max(bottom, min(means) - span), min(top, max(means) + span))
 
 
-def _draw_bars(axes: Any, rows: Sequence[Row]) -> None:
+def _draw_bars(axes: Any, rows: Sequence[Row]) -> Drawn:
+    """The bars, which the axis names: none is in the legend."""
     columns = _columns(rows)
     places = np.arange(len(rows))
     axes.bar(places, columns[1], yerr=_error_bars(columns), capsize=3, color="#4477aa")
-    axes.set_xticks(places, [row.series for row in rows], rotation=20, ha="right", fontsize=8)
+    axes.set_xticks(places, [as_written(row.series) for row in rows], rotation=20, ha="right", fontsize=8)
+    return []
 
 
-def _draw_scatter(axes: Any, rows: Sequence[Row], notes: Mapping[str, str]) -> None:
+def _draw_scatter(axes: Any, rows: Sequence[Row], notes: Mapping[str, str]) -> Drawn:
+    drawn: Drawn = []
     for legend, of_series in _by_series(rows, notes):
         columns = _columns(of_series)
-        axes.errorbar(*columns[:2], yerr=_error_bars(columns), fmt="o", markersize=4, capsize=2, label=legend)
-    axes.axline((0.0, 0.0), slope=1.0, linestyle=":", color="0.5", label="actual = predicted")
+        points = axes.errorbar(*columns[:2], yerr=_error_bars(columns), fmt="o", markersize=4, capsize=2)
+        drawn.append((points, legend))
+    line = axes.axline((0.0, 0.0), slope=1.0, linestyle=":", color="0.5")
+    return [*drawn, (line, "actual = predicted")]

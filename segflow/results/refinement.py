@@ -17,7 +17,7 @@ from ..arguments import real_number, shown, truth, whole_number, whole_numbers
 from ..errors import GroupError
 from ..groups.groups import Groups
 from ..groups.nesting import parents
-from .scores import Ranked, Scores, check_additive
+from .scores import GROUP_DIGEST, Ranked, Scores, check_additive
 
 
 class Level(NamedTuple):
@@ -148,5 +148,6 @@ def _replaced(scores: Scores, parts: Scores, split: Groups, parent_K: np.ndarray
         values=joined(scores.values, parts.values),
         group_labels=split.labels,
         group_sizes=tuple(split.sizes.tolist()),
+        provenance={**scores.provenance, GROUP_DIGEST: split.digest},
         spread=spread,
     )

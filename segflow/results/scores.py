@@ -17,12 +17,13 @@ from torch import Tensor
 
 from ..arguments import settle, shown, truth, whole_number, whole_numbers
 from ..errors import ScoreError
-from ..groups.groups import Groups
+from ..groups.groups import Groups, membership_digest
 from ..groups.nesting import parents
 from ..store.json_form import fitting, parse_json
 from .sealed import as_bytes, read_sealed, write_sealed
 
 FORMAT = 1
+GROUP_DIGEST = "group_digest"  # in the provenance: `Groups.digest` of the groups that were scored
 _KINDS = ("by_term", "by_layer", "by_run")
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _LABELS = {
@@ -51,7 +52,8 @@ class Scores:
         query_labels, group_labels: names of the rows and the columns.
         group_sizes: the number of examples in each group.
         provenance: the method, its options and terms, and what the scores were computed from; "additive" is False where
-            a group's score is not the sum of its parts' (see `segflow.methods.Method`).
+            a group's score is not the sum of its parts' (see `segflow.methods.Method`), and "group_digest" is
+            `Groups.digest` of the groups that were scored, by which they are known again.
         by_term: {term: [Q, K]}, which add up to `values`; empty unless asked for.
         by_layer: {layer: [Q, K]}, which add up to `values`; empty unless asked for.
         by_run: {run: [Q, K]} of an ensemble, whose mean is `values`; empty unless asked for.
@@ -143,7 +145,11 @@ class Scores:
             **self._mapped(lambda part: part[:, group_N] / sizes_N),
             group_labels=tuple(map(str, range(groups.length))),
             group_sizes=(1,) * groups.length,
-            provenance={**self.provenance, "shared_out_from": f"{len(groups)} groups"},
+            provenance={
+                **self.provenance,
+                "shared_out_from": f"{len(groups)} groups",
+                GROUP_DIGEST: membership_digest(np.arange(groups.length)),
+            },
             spread=None if self.spread is None else self.spread[:, group_N] / sizes_N,
         )
 
@@ -178,17 +184,34 @@ class Scores:
             **mapped,
             group_labels=coarse.labels,
             group_sizes=tuple(coarse.sizes.tolist()),
-            provenance={**self.provenance, "rolled_up_from": f"{len(fine)} groups"},
+            provenance={
+                **self.provenance,
+                "rolled_up_from": f"{len(fine)} groups",
+                GROUP_DIGEST: coarse.digest,
+            },
             spread=_spread(mapped["by_run"]),
         )
 
+    @property
+    def group_digest(self) -> str | None:
+        """`Groups.digest` of the groups that were scored; None where it is not known, as of scores made by hand."""
+        return self.provenance.get(GROUP_DIGEST)
+
     def check_groups(self, groups: Groups, where: str = "groups") -> None:
-        """Raise ScoreError, which says where, unless these are the groups that were scored."""
+        """Raise ScoreError, which says where, unless these are the groups that were scored.
+
+        They are known by their labels, their sizes, and their members where the provenance tells them.
+        """
         if (self.group_labels, self.group_sizes) != (groups.labels, tuple(groups.sizes.tolist())):
             raise ScoreError(
                 f"{where}: {groups!r}, labels {list(groups.labels[:4])}..., are not the groups of these scores: "
                 f"{len(self.group_labels)} groups of {sum(self.group_sizes)} examples, labels "
                 f"{list(self.group_labels[:4])}... Give the groups that were scored."
+            )
+        if self.group_digest not in (None, groups.digest):
+            raise ScoreError(
+                f"{where}: {groups!r} have the labels and sizes of the groups of these scores, but hold other examples "
+                "(made with another seed, or from data in another order?). Give the groups that were scored."
             )
 
     def _mapped(self, change: Callable[[Tensor], Tensor]) -> dict[str, Any]:
@@ -328,6 +351,8 @@ def _as_json(provenance: Mapping[str, Any]) -> dict[str, Any]:
     except (TypeError, ValueError, RecursionError) as problem:
         raise ScoreError(f"provenance: expected what JSON can hold ({problem}).") from problem
     truth("provenance: additive", plain.get("additive", True), ScoreError)
+    if not isinstance(plain.get(GROUP_DIGEST, ""), str):
+        raise ScoreError(f"provenance: {GROUP_DIGEST}={shown(plain[GROUP_DIGEST])}: expected text, a Groups.digest.")
     return plain
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -50,8 +50,9 @@ class GroupTree:
 
         Each column has one label for each example; see `Groups.by`.
         """
-        lists = [list(column) for given in columns for column in columns_of(given)]
-        return cls(tuple(Groups.by(*lists[:count]) for count in range(1, len(lists) + 1)))
+        flat = [column for given in columns for column in columns_of(given)]
+        again = [list(column) if isinstance(column, Iterator) else column for column in flat]
+        return cls(tuple(Groups.by(*again[:count]) for count in range(1, len(again) + 1)))
 
     @property
     def finest(self) -> Groups:
@@ -73,4 +74,5 @@ class GroupTree:
 
         Raises ScoreError if these are not the finest level's scores, or of a method whose scores do not add up.
         """
+        scores.check_groups(self.finest, "GroupTree.scores: the finest level")
         return (*(scores.rolled_up(self.finest, level) for level in self.levels[:-1]), scores)

@@ -21,7 +21,6 @@ from torch import Tensor
 from ..curvature.fitted_factors import FittedFactors
 from ..curvature.kronecker import weighted_mean
 from ..data.batches import in_order
-from ..data.fingerprints import digest
 from ..errors import ScoreError
 from ..groups.groups import Groups
 from ..methods.plan import Plan, Point, Term, curvatures
@@ -99,7 +98,7 @@ class _PlanWalk:
         self.request, self.context, self.fitted = request, request.context, request.fitted
         self.plan, self.groups = request.plan, request.groups
         context, batch_size = self.context, request.batch_size
-        members = digest([self.groups.members])
+        members = self.groups.digest
         context.ranks.agree("the groups (made with the same seed on every rank?)", members)
         context.ranks.agree("the method's plan", repr(self.plan))
         if request.per_layer and len({(term.side, term.layer) for term in self.plan}) > 1:

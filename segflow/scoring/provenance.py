@@ -14,7 +14,7 @@ from ..errors import ScoreError
 from ..groups.groups import Groups
 from ..methods.method import Cuts, Method, describe, is_additive, prefixed
 from ..methods.plan import Plan, Point, preconditioners
-from ..results.scores import Scores
+from ..results.scores import GROUP_DIGEST, Scores
 from ..stage.context import StageContext
 from ..version import __version__
 from .query_sets import QuerySet
@@ -64,7 +64,7 @@ def labelled_scores(
         labels,
         groups.labels,
         tuple(groups.sizes.tolist()),
-        _provenance(runs, method, stage, queries),
+        _provenance(runs, method, groups, stage, queries),
         by_term=dict(zip(terms, by_term, strict=True)) if "term" in keep else {},
         by_layer=dict(zip(layers, by_layer, strict=True)) if "layer" in keep else {},
         by_run={f"run {number}": part for number, part in enumerate(values_RQK, start=1)} if "run" in keep else {},
@@ -80,7 +80,9 @@ def _layers_of(run: RunParts, context: StageContext) -> list[str]:
     return list(dict.fromkeys(term.layer or tracked[-1] for term in run.plan))
 
 
-def _provenance(runs: Sequence[RunParts], method: Method, stage: int, queries: QuerySet) -> dict[str, Any]:
+def _provenance(
+    runs: Sequence[RunParts], method: Method, groups: Groups, stage: int, queries: QuerySet
+) -> dict[str, Any]:
     first = runs[0]
     context, last = first.contexts[stage], first.contexts[-1]
     provenance: dict[str, Any] = {
@@ -93,6 +95,7 @@ def _provenance(runs: Sequence[RunParts], method: Method, stage: int, queries: Q
         "task": {"class": type(context.task).__qualname__, "options": _training_options(context.task)},
         "measurement": queries.measurement(last.task),
         "segflow": __version__,
+        GROUP_DIGEST: groups.digest,
     }
     if not all(is_additive(method, run.plan) for run in runs):
         provenance["additive"] = False

@@ -184,10 +184,8 @@ class PropertyQueries(QuerySet):
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """The properties' names; the second of one name is called "name (2)", and so on."""
-        names = [prop.name for prop in self.properties]
-        before = [names[:place].count(name) for place, name in enumerate(names)]
-        return tuple(f"{name} ({count + 1})" if count else name for name, count in zip(names, before, strict=True))
+        """The properties' names."""
+        return tuple(prop.name for prop in self.properties)
 
     def measurement(self, task: Any) -> str:
         """Each query measures what its property says."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -21,6 +23,13 @@ def test_from_lists_keeps_members_labels_and_sizes() -> None:
     assert (len(groups), groups.length, groups.partial) == (4, 6, False)
     assert repr(groups) == "Groups(4 groups of 1 to 2 examples, 6 of 6 examples)"
     assert sf.Groups.from_lists([[0], [1]], 2).labels == ("group 0", "group 1")
+
+
+@pytest.mark.parametrize("kind", [np.asarray, torch.tensor, list], ids=["array", "tensor", "list"])
+def test_masks_are_the_examples_that_they_hold(kind: Any) -> None:
+    masks = [kind([True, False, False, True]), kind([False, True, True, False])]
+    groups = sf.Groups.from_lists(masks, 4)
+    assert [member.tolist() for member in groups.members] == [[0, 3], [1, 2]]
 
 
 def test_partial_leaves_examples_out_on_purpose() -> None:
@@ -63,7 +72,7 @@ def test_random_depends_on_the_seed_and_repeats_with_it() -> None:
         (np.array([1.5, -1.0, 1.5]), {"-1.0": [1], "1.5": [0, 2]}),
         (np.array(["é", "z"]), {"z": [1], "é": [0]}),
         ([torch.tensor(1), 1, np.int64(1), 0], {"0": [3], "1": [0, 1, 2]}),
-        (["web", 3, None, "web", 3], {"None": [2], "3": [1, 4], "web": [0, 3]}),
+        (["web", 3, "None", "web", 3], {"3": [1, 4], "None": [2], "web": [0, 3]}),
         ([("web", 1), ("book", 2), ("web", 1)], {"('book', 2)": [1], "('web', 1)": [0, 2]}),
     ],
 )
@@ -100,18 +109,20 @@ FAULTS = {
     "labels": (lambda: sf.Groups.from_lists([[0], [1]], 2, labels=["a"]), "1 labels for 2 groups: expected one for"),
     "floats": (
         lambda: sf.Groups.from_lists([[0.0, 1.0]], 2),
-        r"list of example indices, found float64 of shape \(2,\)",
+        r"list of example indices.*, found float64 of shape \(2,\)",
     ),
-    "booleans": (lambda: sf.Groups.from_lists([[True, False]], 2), "list of example indices, found bool"),
+    "mask": (lambda: sf.Groups.from_lists([[True, False]], 3), "group 'group 0' is a mask of 2, but the data has 3"),
+    "mask of nothing": (lambda: sf.Groups.from_lists([[True, True], [False, False]], 2), "group 'group 1' is empty"),
+    "booleans and numbers": (lambda: sf.Groups.from_lists([[True, 0]], 2), "found both booleans and numbers"),
     "nested": (
         lambda: sf.Groups.from_lists([[[0], [1]]], 2),
-        r"list of example indices, found int64 of shape \(2, 1\)",
+        r"list of example indices.*, found int64 of shape \(2, 1\)",
     ),
-    "ragged": (lambda: sf.Groups.from_lists([[[0], [1, 2]]], 3), "list of example indices .*inhomogeneous"),
-    "flat list": (lambda: sf.Groups.from_lists([0, 1], 2), r"list of example indices, found int64 of shape \(\)"),
+    "ragged": (lambda: sf.Groups.from_lists([[[0], [1, 2]]], 3), "list of example indices.*inhomogeneous"),
+    "flat list": (lambda: sf.Groups.from_lists([0, 1], 2), r"list of example indices.*, found int64 of shape \(\)"),
     "size": (lambda: sf.Groups.random(5, 0), "size=0: expected a whole number, at least 1"),
-    "one-hot labels": (lambda: sf.Groups.by(torch.eye(2)), "a label cannot name a group"),
-    "list labels": (lambda: sf.Groups.by([[1], [2]]), "a label cannot name a group .*unhashable"),
+    "one-hot labels": (lambda: sf.Groups.by(torch.eye(2)), "the column has the shape"),
+    "list labels": (lambda: sf.Groups.by([[1], [2]]), "example 0's label cannot be used .*unhashable"),
     "NaN label": (lambda: sf.Groups.by(np.array([1.0, np.nan])), "example 1's label is nan, which stands for none"),
     "batch size": (
         lambda: tiles(shares(sf.Groups.singletons(2), 1)[0], 0, 1),

@@ -44,7 +44,7 @@ def test_combinations_that_would_be_the_same_text_are_quoted_and_no_others() -> 
         ((), "no column"),
         ((SOURCES, [1, 2]), r"have \[6, 2\] labels"),
         ((SOURCES, [float("nan")] * 6), "example 0's label is nan"),
-        ((SOURCES, [[1]] * 6), "cannot name a group"),
+        ((SOURCES, [[1]] * 6), "labels of column 1: example 0's label cannot be used"),
         (([], []), "no groups"),
     ],
 )

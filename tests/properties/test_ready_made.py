@@ -84,6 +84,10 @@ CASES: dict[str, tuple[sf.properties.Property, Callable[[Tensor, list[int]], Ten
         props.SliceMargin(DATA, [2, 5, 11], name="of a slice"),
         lambda p, y: _margin(p, y, [2, 5, 11]),
     ),
+    "margin of a mask": (
+        props.SliceMargin(DATA, np.isin(np.arange(17), [2, 5, 11]), name="of a mask"),
+        lambda p, y: _margin(p, y, [2, 5, 11]),
+    ),
     "accuracy": (props.SoftAccuracy(DATA), lambda p, y: sum(p[i, y[i]] for i in range(17)) / 17),
     "F1 of 1": (props.SoftF1(DATA), lambda p, y: _f1(p, y, 1)),
     "F1 of 0": (props.SoftF1(DATA, positive=0), lambda p, y: _f1(p, y, 0)),
@@ -165,6 +169,44 @@ def test_properties_are_rows_of_one_score_call_by_name(tmp_path: Path) -> None:
         torch.testing.assert_close(together.values[row], analyzer.score(GROUPS, vectors(N), one).values[0])
     renamed = analyzer.score(GROUPS, vectors(N), asked, query_labels=["x", "y", "z"])
     assert renamed.query_labels == ("x", "y", "z")
+
+
+def test_properties_of_one_class_are_told_apart_by_their_options() -> None:
+    asked = [
+        *(props.SoftF1(DATA, positive=positive) for positive in (1, 0, None)),
+        *(props.EqualisedOddsGap(DATA, ATTRIBUTE, *options) for options in [(), (1, True), (2,), (2, True)]),
+        props.DemographicParityGap(DATA, ATTRIBUTE, 2),
+        props.CalibrationError(DATA),
+        props.CalibrationError(DATA, 4, temperature=0.2),
+        props.SoftF1(DATA, 2, name="mine"),
+    ]
+    assert [one.name for one in asked] == [
+        *("SoftF1", "SoftF1(positive=0)", "SoftF1(positive=None)"),
+        *("EqualisedOddsGap", "EqualisedOddsGap(worst=True)", "EqualisedOddsGap(positive=2)"),
+        "EqualisedOddsGap(positive=2, worst=True)",
+        "DemographicParityGap(positive=2)",
+        *("CalibrationError", "CalibrationError(bins=4, temperature=0.2)", "mine"),
+    ]
+
+
+class _NeverRead(list[Any]):
+    def __getitem__(self, index: Any) -> Any:
+        raise AssertionError("data was read before the queries' names were compared")
+
+
+def test_two_properties_of_one_name_are_refused_before_anything_is_read(tmp_path: Path) -> None:
+    analyzer, _ = _analyzer(tmp_path)
+    unread = _NeverRead([None] * 17)
+    alike = [props.SoftAccuracy(unread), props.SoftAccuracy(unread)]
+    for ask in (analyzer.score, analyzer.refine):
+        with pytest.raises(sf.ScoreError, match=r"two queries are called 'SoftAccuracy'\. .*or of properties as name="):
+            ask(GROUPS, _NeverRead([None] * N), alike)
+    with pytest.raises(sf.ScoreError, match="two queries are called '1'"):
+        analyzer.score(GROUPS, _NeverRead([None] * N), unread, query_labels=[1, "1", *range(2, 17)])
+    with pytest.raises(TaskError, match="SoftAccuracy: name=3: expected text"):
+        props.SoftAccuracy(DATA, name=3)  # type: ignore[arg-type]
+    both = [props.SoftAccuracy(DATA), props.SoftAccuracy(vectors(9))]
+    assert analyzer.score(GROUPS, vectors(N), both, query_labels=["a", "b"]).query_labels == ("a", "b")
 
 
 @pytest.mark.parametrize(
@@ -391,13 +433,19 @@ def _labelled(labels: list[Any]) -> TensorDataset:
         (lambda: _OneRow(DATA), TaskError, "expected 2 rows, one for each example"),
         (lambda: props.SoftF1(DATA, positive=7), TaskError, "positive=7, but the model has the classes 0..2"),
         (lambda: props.DemographicParityGap(DATA, [1] * 17), TaskError, "expected two or more"),
-        (lambda: props.DemographicParityGap(DATA, [0, 1]), TaskError, "one value for each of 17"),
+        (lambda: props.DemographicParityGap(DATA, [0, 1]), TaskError, "2 values, expected one for each of 17"),
         (
             lambda: props.EqualisedOddsGap(DATA, [0] * 16 + [1]),
             TaskError,
             "no example of value 1 is truly (positive|negative)",
         ),
-        (lambda: props.SliceMargin(DATA, [0.5]), TaskError, "slice_of: expected a list of indices"),
+        (lambda: props.SliceMargin(DATA, [0.5]), TaskError, "slice_of: expected a list of example indices.*float64"),
+        (lambda: props.SliceMargin(DATA, [[1], [2]]), TaskError, r"found int64 of shape \(2, 1\)"),
+        (lambda: props.SliceMargin(DATA, []), TaskError, "slice_of names no example"),
+        (lambda: props.SliceMargin(DATA, [False] * 17), TaskError, "slice_of names no example"),
+        (lambda: props.SliceMargin(DATA, [True] * 16), TaskError, "slice_of is a mask of 16, but the data has 17"),
+        (lambda: props.SliceMargin(DATA, [3, 1, 3]), TaskError, "example 3 more than once"),
+        (lambda: props.SliceMargin(DATA, [1, 0] * 8 + [0]), TaskError, "if it is a mask, give booleans"),
         (lambda: props.SliceMargin(DATA, [17]), TaskError, "slice_of names example 17, but the data has 0..16"),
         (lambda: props.SliceMargin(DATA, [5, -1]), TaskError, "slice_of names example -1, but the data has 0..16"),
         (lambda: props.SoftF1(_labelled([0, 3])), TaskError, "example 1 has the label 3, but .* classes 0..2"),
@@ -414,8 +462,16 @@ def _labelled(labels: list[Any]) -> TensorDataset:
             TaskError,
             "positive=None: expected a whole number",
         ),
-        (lambda: props.DemographicParityGap(DATA, ["a", None] * 8 + ["a"]), TaskError, "cannot be ordered"),
-        (lambda: props.DemographicParityGap(DATA, [0.0, float("nan")] * 8 + [1.0]), TaskError, "attribute is NaN"),
+        (
+            lambda: props.DemographicParityGap(DATA, ["a", None] * 8 + ["a"]),
+            TaskError,
+            "attribute: example 1's label is None",
+        ),
+        (
+            lambda: props.DemographicParityGap(DATA, [0.0, float("nan")] * 8 + [1.0]),
+            TaskError,
+            "example 1's label is nan",
+        ),
         (lambda: props.MeanLoss(DATA, sf.tasks.Classification), TaskError, "expected an object"),
         (lambda: props.CalibrationError(DATA, bins=2.7), TaskError, "bins=2.7"),
         (lambda: props.CalibrationError(DATA, bins=0), TaskError, "bins=0"),

@@ -73,9 +73,22 @@ def test_the_figure_of_scores_that_are_all_zero_can_be_drawn() -> None:
 def test_the_figure_refuses_scores_without_terms_or_of_other_groups() -> None:
     with pytest.raises(sf.ScoreError, match=r'the scores have no terms\. Score with keep=\("term",\)'):
         influence_figure(_scores(torch.zeros(1, 5)), 0, IMAGES[0], IMAGES)
-    with pytest.raises(sf.ScoreError, match=r"4 images for 5 groups of 1 to 1 examples\. Score Groups\.singletons"):
+    with pytest.raises(sf.ScoreError, match="4 images for 5 examples: expected one each"):
         influence_figure(_with_terms(), 0, IMAGES[0], IMAGES[:4])
     part = torch.zeros(1, 2)
     grouped = sf.Scores(part, ("q",), ("a", "b"), (1, 3), by_term={"t": part})
-    with pytest.raises(sf.ScoreError, match="2 images for 2 groups of 1 to 3 examples"):
+    with pytest.raises(sf.ScoreError, match="influence_figure: 2 groups of 1 to 3 examples, expected single examples"):
         influence_figure(grouped, 0, IMAGES[0], IMAGES[:2])
+
+
+def test_names_and_captions_are_drawn_as_they_are_written() -> None:
+    part = torch.ones(1, 5)
+    scores = sf.Scores(part, ("$q_$",), tuple("abcde"), (1,) * 5, by_term={r"$\frac$": part})
+    figure = influence_figure(
+        scores, 0, IMAGES[0], IMAGES, caption=lambda ranked: "$5 to $10_$", query_caption="$", k=1
+    )
+    figure.savefig(file := io.StringIO(), format="svg", metadata={"Date": None})
+    axes = _axes(figure)
+    drawn = [axes[0].get_xlabel(), axes[1].get_xlabel(), axes[-1].get_xticklabels()[0].get_text()]
+    assert [text.replace("\\$", "$") for text in drawn] == ["query $q_$\n$", "+1.000\n$5 to $10_$", r"$\frac$"]
+    assert file.getvalue().rstrip().endswith("</svg>")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -233,3 +235,38 @@ def test_points_are_drawn_with_error_bars_and_the_line_of_agreement(tmp_path: Pa
     segments = axes.containers[0].lines[2][0].get_segments()
     np.testing.assert_array_equal(segments[1], [[2, 2], [2, 6]])
     figure.savefig(tmp_path / "figure.png")
+
+
+NAMES = (
+    "costs $5",
+    "$5 to $10",
+    "$x_$",
+    r"a_b^c \alpha $\frac{$",
+    r"\$ and $",
+    "_mine",
+    "100 % of {braces} & #1",
+)
+
+
+def _texts_of_svg(figure: Any) -> set[str]:
+    """What is drawn, as text: mathematics would be drawn as paths or other letters."""
+    matplotlib = pytest.importorskip("matplotlib")
+    with matplotlib.rc_context({"svg.fonttype": "none"}):
+        figure.savefig(file := io.StringIO(), format="svg")
+    tree = ElementTree.fromstring(file.getvalue())
+    return {"".join(node.itertext()).strip() for node in tree.iter("{http://www.w3.org/2000/svg}text")}
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("kind", ["lines", "bars", "scatter"])
+def test_names_are_drawn_as_they_are_written(kind: str, name: str) -> None:
+    rows = (Row(name, 0.5, 1.0, 0.5, 1.5, label=name), Row("other", 0.5, 1.0, 0.5, 1.5))
+    title, x, y, note, line = (f"{what} {name}" for what in ("title", "x", "y", "note", "line"))
+    table = Table(title, x, y, rows, {line: (1, 1, 1)}, {"notes": {name: note}}, kind)
+    drawn = _texts_of_svg(table.plot())
+    expected = {title, y, line, name} | ({x} if kind != "bars" else set()) | ({note} if kind != "bars" else set())
+    assert expected <= drawn
+
+
+def test_a_reference_whose_name_begins_with_an_underscore_is_in_the_legend() -> None:
+    assert "_line" in _legend(replace(TABLE, references={"_line": (1, 1, 1)}).plot())

@@ -370,3 +370,12 @@ def test_scores_that_make_no_sense_are_refused(name: str) -> None:
 def test_parts_may_differ_from_the_values_by_rounding(scores: sf.Scores) -> None:
     off = {name: part * (1 + 1e-12) for name, part in scores.by_term.items()}
     assert replace(scores, by_term=off).values.equal(scores.values)
+
+
+def test_a_query_is_found_by_its_label_or_by_its_place_also_where_labels_are_numbers() -> None:
+    scores = sf.Scores(torch.tensor([[1.0, 2.0], [4.0, 3.0]]), ("1", "0"), ("a", "b"), (1, 1))
+    assert [scores.top(query, 1)[0].label for query in ("1", "0", 0, 1, -1, np.str_("0"))] == list("babaaa")
+    with pytest.raises(sf.ScoreError, match="no query '2'"):
+        scores.top("2")
+    assert scores.to_pandas().loc["1"].tolist() == [1.0, 2.0]
+    assert scores.to_xarray()["values"].sel(query="0", group="b").item() == 3.0
