@@ -94,7 +94,9 @@ class Values:
         return isinstance(value, partial | MethodType) or hasattr(value, "__wrapped__")
 
     def word(self, value: Any) -> str:
-        """16 characters that tell a value from others."""
+        """16 characters that tell a value from others; NumPy's numbers are what Python's are."""
+        if isinstance(value, np.bool_ | np.integer | np.floating):
+            value = value.item()
         if isinstance(value, _PLAIN) and not isinstance(value, Enum):
             return _hashed(f"{type(value).__name__} {value!r}")
         if id(value) in self._known:

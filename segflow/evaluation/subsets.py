@@ -18,12 +18,13 @@ Subsets = np.ndarray | Tensor | Sequence[Sequence[int] | np.ndarray]
 _ADVICE = "Expected [M, K] booleans (kept or not), or for each subset a list of the indices that it keeps."
 
 
-def as_subsets(given: Subsets, length: int | None = None) -> np.ndarray:
+def as_subsets(given: Subsets, length: int | None = None, guess: bool = True) -> np.ndarray:
     """[M, K] booleans: which examples or groups each retraining keeps.
 
     Args:
         given: booleans [M, K] (or 0 and 1), or for each subset a list of the indices that it keeps.
-        length: K, where it is known; without it, lists of indices are about as many as the largest of them says.
+        length: K, where it is known.
+        guess: without the length, take lists of indices to be about as many as the largest of them says; or refuse.
 
     Raises:
         ScoreError: there are no subsets, or rows are neither of these, of both kinds, of another length, or might be
@@ -42,6 +43,10 @@ def as_subsets(given: Subsets, length: int | None = None) -> np.ndarray:
         if length is None or any(len(row) == length for row in rows):
             raise ScoreError(f"subsets={shown(given)}: these may be masks or lists of indices. Give masks as booleans.")
         kinds = {"indices"}
+    if "indices" in kinds and length is None and not guess:
+        raise ScoreError(
+            f"subsets={shown(given)}: lists of indices, of an unknown number. Give booleans (kept or not)."
+        )
     return _from_indices(rows, length) if "indices" in kinds else _from_masks(rows, length)
 
 

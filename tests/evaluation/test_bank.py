@@ -260,7 +260,7 @@ def test_lists_of_indices_need_a_training_that_says_how_many_there_are(tmp_path:
     bank = Bank(tmp_path / "a", _training(), lists, 1)
     assert bank.subsets.shape == (2, 14)
     assert [np.flatnonzero(row).tolist() for row in bank.subsets] == lists
-    with pytest.raises(ScoreError, match="lists of indices, of how many examples the training does not say"):
+    with pytest.raises(ScoreError, match="lists of indices, of an unknown number"):
         Bank(tmp_path / "b", FunctionTraining(_sums, {}), lists, 1)
 
 

@@ -40,6 +40,12 @@ def test_rows_that_might_be_both_follow_from_the_others_or_from_the_length() -> 
     assert np.array_equal(as_subsets([[], [2]], 3), [[0, 0, 0], [0, 0, 1]])
 
 
+def test_lists_without_a_length_are_refused_where_nobody_guesses_it() -> None:
+    with pytest.raises(ScoreError, match="lists of indices, of an unknown number"):
+        as_subsets(LISTS, guess=False)
+    assert np.array_equal(as_subsets(KEPT, guess=False), KEPT)
+
+
 FAULTS: dict[str, tuple[Any, int | None, str]] = {
     "none": ([], None, "there are none"),
     "one row": (KEPT[0], None, r"a row is bool of shape \(\)"),

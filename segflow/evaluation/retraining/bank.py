@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ...arguments import settle, shown, truth, whole_number, whole_numbers
+from ...arguments import settle, truth, whole_number, whole_numbers
 from ...data.fingerprints import digest
 from ...errors import ScoreError
 from ...results.sealed import as_bytes, read_sealed, write_sealed
@@ -75,13 +75,7 @@ class Bank:
 
     def __post_init__(self) -> None:
         check_is_training(self.training)
-        examples = getattr(self.training, "examples", None)
-        kept = as_subsets(self.subsets, examples)
-        if examples is None and any(np.ndim(row) != 1 or len(row) != kept.shape[1] for row in self.subsets):
-            raise ScoreError(
-                f"bank: subsets {shown(self.subsets)} are lists of indices, of how many examples the training does not "
-                "say. Give booleans [M, K] (kept or not)."
-            )
+        kept = as_subsets(self.subsets, getattr(self.training, "examples", None), guess=False)
         settle(self, subsets=kept, seed=whole_number("seed", self.seed, ScoreError))
         settle(self, repetitions=whole_number("repetitions", self.repetitions, ScoreError, 1))
         object.__setattr__(self, "_path", Path(self.folder))

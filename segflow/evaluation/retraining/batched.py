@@ -93,7 +93,7 @@ class BatchedTraining:
 
         A loss, a measure, an optimizer and a schedule count by what their code reaches, and by numbers that they give.
         """
-        return batched_identity(self)
+        return batched_identity(self.build, self.stages, (self.query_inputs, self.query_targets), self.measure)
 
     def batches(self, jobs: Sequence[Job]) -> list[list[int]]:
         """Places of the jobs that are trained together: those that keep as many examples of each stage."""

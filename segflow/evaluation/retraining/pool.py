@@ -128,7 +128,10 @@ def workers_for(processes: int | None) -> int:
 
 def checked_processes(processes: object) -> int | None:
     """A number of processes, -1 and None being one for each core; ScoreError for another number below 1."""
-    if processes is None or plain(processes) == -1:
+    if processes is None:
+        return None
+    number = plain(processes)
+    if isinstance(number, int | float) and number == -1:
         return None
     return whole_number("processes", processes, ScoreError, 1, advice="None or -1 takes one for each core.")
 

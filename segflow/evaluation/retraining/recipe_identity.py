@@ -5,9 +5,10 @@ Code tells what values cannot (a rate that a bank's few probes would not show), 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from types import MethodType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +20,6 @@ from ...data.fingerprints import digest
 from ...store.comparison import PROBES
 from .random_state import all_seeded
 from .stage import Stage, optimizer_of
-
-if TYPE_CHECKING:
-    from .batched import BatchedTraining
 
 _PERTURBATION = 0.1  # of a parameter, relative to its root mean square (or 1, where it is 0)
 
@@ -56,10 +54,15 @@ def _subject(function: Any) -> tuple[Any, str]:
     return _Holder(function), "held"
 
 
-def batched_identity(training: BatchedTraining) -> dict[str, Any]:
-    """What the results of a batched training depend on, as JSON."""
-    functions = {"build": training.build, "measure": training.measure}
-    for number, stage in enumerate(training.stages):
+def batched_identity(
+    build: Callable[[], nn.Module],
+    stages: Sequence[Stage],
+    queries: tuple[Tensor, Tensor],
+    measure: Callable[[Any, Tensor], Tensor],
+) -> dict[str, Any]:
+    """What the results of a batched training depend on, as JSON; queries: their inputs and targets."""
+    functions = {"build": build, "measure": measure}
+    for number, stage in enumerate(stages):
         functions |= {
             f"stage {number} {name}": getattr(stage, name)
             for name in ("loss", "optimizer", "schedule")
@@ -67,24 +70,29 @@ def batched_identity(training: BatchedTraining) -> dict[str, Any]:
         }
 
     def run() -> dict[str, Any]:
-        return _computed(training)
+        return _computed(build, stages, queries, measure)
 
     code, computed = settled(code_of(functions), run, run)
     data = {
-        "queries": digest([training.query_inputs, training.query_targets]),
-        **{f"stage {k}": digest([stage.inputs, stage.targets]) for k, stage in enumerate(training.stages)},
+        "queries": digest(list(queries)),
+        **{f"stage {k}": digest([stage.inputs, stage.targets]) for k, stage in enumerate(stages)},
     }
-    plans = [{"epochs": stage.epochs, "batch_size": stage.batch_size} for stage in training.stages]
+    plans = [{"epochs": stage.epochs, "batch_size": stage.batch_size} for stage in stages]
     return {"code": dict(code), "data": data, "stages": plans, **computed}
 
 
-def _computed(training: BatchedTraining) -> dict[str, Any]:
+def _computed(
+    build: Callable[[], nn.Module],
+    stages: Sequence[Stage],
+    queries: tuple[Tensor, Tensor],
+    measure: Callable[[Any, Tensor], Tensor],
+) -> dict[str, Any]:
     """The model that seed 0 makes, each stage's optimizer for it, and numbers of its losses and measurements."""
     with all_seeded(0):
-        model = training.build().train()
-        optimizers = [_optimizer(stage, model) for stage in training.stages]
+        model = build().train()
+        optimizers = [_optimizer(stage, model) for stage in stages]
         initial = digest([[name, value] for name, value in model.state_dict().items()])
-        numbers = list(_numbers(training, model.eval()))
+        numbers = list(_numbers(partial(_at_these_parameters, stages, queries, measure), model.eval()))
     described = {"text": str(model), "initial": initial, "frozen": _frozen(model)}
     return {"model": described, "optimizers": optimizers, "computed": {PROBES: numbers}}
 
@@ -111,22 +119,27 @@ def as_text(option: Any) -> str:
     return str(tuple(map(plain, option)) if isinstance(option, tuple | list) else plain(option))
 
 
-def _numbers(training: BatchedTraining, model: nn.Module) -> Iterator[Any]:
+def _numbers(at: Callable[[nn.Module], Iterator[Any]], model: nn.Module) -> Iterator[Any]:
     """All measurements, the losses of all batches and gradients' sizes, at the initial and at other parameters."""
-    yield from _at_these_parameters(training, model)
+    yield from at(model)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
             scale = float(parameter.square().mean().sqrt()) if parameter.numel() else 0.0
             noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
             parameter.add_((_PERTURBATION * (scale or 1.0) * noise).to(parameter))
-    yield from _at_these_parameters(training, model)
+    yield from at(model)
 
 
-def _at_these_parameters(training: BatchedTraining, model: nn.Module) -> Iterator[Any]:
+def _at_these_parameters(
+    stages: Sequence[Stage],
+    queries: tuple[Tensor, Tensor],
+    measure: Callable[[Any, Tensor], Tensor],
+    model: nn.Module,
+) -> Iterator[Any]:
     with torch.no_grad():
-        yield from _plain_numbers(training.measure(model(training.query_inputs), training.query_targets))
-    for stage in training.stages:
+        yield from _plain_numbers(measure(model(queries[0]), queries[1]))
+    for stage in stages:
         with torch.no_grad():
             for inputs, targets in _batches(stage):
                 yield from _plain_numbers(stage.loss(model(inputs), targets))
