@@ -116,7 +116,7 @@ def explore(row: Row, name: str) -> str:
             analyzer = sf.Analyzer(model, task, trajectory, store=store, method=VARIANTS[name], progress=False)
             analyzer.fit(train, batch_size=256)
             scores = analyzer.score(sf.Groups.singletons(len(train)), train, query, batch_size=256)
-            found.append(linear_datamodeling_score(scores, part.subsets, part.measured.mean(1), resamples=1).mean)
+            found.append(linear_datamodeling_score(scores, part.subsets, part.measured.mean(1)).mean)
     return f"{row.name:40s} {name:40s} {np.mean(found):.3f}"
 
 
