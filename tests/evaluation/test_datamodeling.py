@@ -402,11 +402,17 @@ def test_each_option_of_the_curve_changes_the_result(tmp_path: Path) -> None:
 class _OneNeverMoves(Linear):
     """A training whose second query always measures the same."""
 
-    def run(self, *arguments: Any) -> Any:
-        for job, measured in super().run(*arguments):
-            measured = np.array(measured)
-            measured[..., 1] = 0.25
-            yield job, measured
+    def _measured(self, kept: np.ndarray, seed: int) -> np.ndarray:
+        return np.where(np.arange(Q) == 1, 0.25, super()._measured(kept, seed))
+
+
+def test_a_measurement_that_never_moves_is_left_out_of_every_series(tmp_path: Path) -> None:
+    options: Any = {"ratios": (0.5,), "subsets": 12, "resamples": 30, "progress": False, "repetitions": 1}
+    table = linear_datamodeling_curve(TRUE, _OneNeverMoves(noise=1.0), tmp_path / "flat", **options)
+    full = linear_datamodeling_curve(TRUE, Linear(noise=1.0), tmp_path / "full", **options)
+    assert table.settings["left_out"] == {name: {"0.5": ["q1"]} for name in ("Oracle", "random")}
+    for name in ("Oracle", "random"):
+        np.testing.assert_allclose(table.value(name).values, np.array(full.value(name).values)[[0, 2]])
 
 
 def test_a_query_that_never_moves_is_left_out_of_the_rows_by_name(tmp_path: Path) -> None:
