@@ -39,7 +39,7 @@ def table(entries: list[dict[str, Any]]) -> str:
     """A markdown table: the lowest, median and highest coverage of each interval over the worlds of one size."""
     found: dict[tuple[str, str, str, int], list[float]] = {}
     for entry in entries:
-        size = next(name for name in _SIZES if name in entry["world"])
+        size = next((name for name in _SIZES if name in entry["world"]), next(iter(entry["world"])))
         for measure, coverage in entry["coverage"].items():
             if measure != "none":
                 found.setdefault((entry["task"], measure, size, entry["world"][size]), []).append(coverage)
@@ -52,7 +52,7 @@ def table(entries: list[dict[str, Any]]) -> str:
 
 def written(document: str) -> str:
     """The document with the tables of the files between their markers."""
-    for name in NAMES:
+    for name in filter(lambda name: results(name).exists(), NAMES):
         begin, end = f"<!-- {name} -->\n", f"\n<!-- end of {name} -->"
         before, rest = document.split(begin)
         document = before + begin + table(json.loads(results(name).read_text())) + end + rest.split(end)[1]

@@ -15,7 +15,8 @@ import numpy as np
 
 from segflow.data.streams import stream
 from segflow.evaluation.rank_agreement import (
-    FEWEST_DRAWN,
+    FEWEST_QUERIES,
+    FEWEST_RUNS,
     FEWEST_SUBSETS,
     Correlations,
     correlations,
@@ -26,7 +27,7 @@ from segflow.report.row import Estimate
 
 from .coverage_tasks import Coverage
 
-_MOST_NUMBERS = 400_000  # subsets times queries times data sets, so that a world takes seconds
+_MOST_NUMBERS = 300_000  # subsets times queries times data sets, so that a world takes seconds
 _NOISE_IN_COMMON = 0.8  # of two methods that err alike
 _LOWER = 0.1  # the second of them, on Fisher's scale
 
@@ -47,7 +48,7 @@ def linear_datamodeling_scores(
     two = _correlations([_predicted(z_DQ - _LOWER, measured, worse)], measured)
     scores, differences = [], []
     for z_Q, first, second in zip(z_DQ, one, two, strict=True):
-        truth, lower = (_truth(z_Q, correlation, spread, by) for by in (0, _LOWER))
+        truth, lower = (_truth(z_Q, FEWEST_QUERIES, correlation, spread, by) for by in (0, _LOWER))
         scores.append(_held(mean_interval(first), truth))
         differences.append(_held(difference_interval(first - second), truth - lower))
     return {"score": float(np.mean(scores)), "difference": float(np.mean(differences))}
@@ -62,7 +63,9 @@ def several_runs(
     measured, *errors = (_normal(generator, (subsets, draws, queries), 0.0) for _ in range(runs + 1))
     predictions = [_predicted(z_D[:, None], measured, e) for z_D, e in zip(z_DR.T, errors, strict=True)]
     found = zip(z_DR, _correlations(predictions, measured), strict=True)
-    return {"row": float(np.mean([_held(mean_interval(f), _truth(z, correlation, spread)) for z, f in found]))}
+    return {
+        "row": float(np.mean([_held(mean_interval(f), _truth(z, FEWEST_RUNS, correlation, spread)) for z, f in found]))
+    }
 
 
 def random_scores(subsets: int, queries: int, examples: int, seed: int = 0) -> Coverage:
@@ -99,9 +102,9 @@ def _predicted(z: np.ndarray, measured: np.ndarray, error: np.ndarray) -> np.nda
     return predicted
 
 
-def _truth(z_X: np.ndarray, correlation: float, spread: float, lower: float = 0.0) -> float:
+def _truth(z_X: np.ndarray, fewest: int, correlation: float, spread: float, lower: float = 0.0) -> float:
     """The mean rank correlation over unlimited subsets: of all queries (or runs), or of these if they are few."""
-    if len(z_X) >= FEWEST_DRAWN:
+    if len(z_X) >= fewest:
         nodes, weights = np.polynomial.hermite_e.hermegauss(40)
         rank = _rank_correlation(np.arctanh(correlation) + spread * nodes - lower)
         return float((weights * rank).sum() / weights.sum())
@@ -120,7 +123,13 @@ def _held(interval: Estimate, truth: float) -> bool:
 
 def worlds() -> Iterator[tuple[Callable[..., Coverage], dict[str, Any]]]:
     """Each task with the parameters that the results are for."""
-    sizes = [*product((FEWEST_SUBSETS, 20, 40, 100), (1, 2, 5, 20)), (FEWEST_SUBSETS, 100), (20, 100)]
+    sizes = [
+        *product((FEWEST_SUBSETS, 20, 40), (1, 2, 5, 10, 20)),
+        (FEWEST_SUBSETS, 100),
+        (20, 100),
+        (100, 1),
+        (100, 20),
+    ]
     for (subsets, queries), correlation in product(sizes, (0.0, 0.1, 0.5, 0.9)):
         world = {"subsets": subsets, "queries": queries, "correlation": correlation}
         yield linear_datamodeling_scores, world

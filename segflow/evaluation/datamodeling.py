@@ -25,7 +25,7 @@ from ..report.row import Estimate, Row
 from ..report.table import Table
 from ..results.scores import Scores
 from .arguments import as_measurements
-from .rank_agreement import FEWEST_DRAWN, Correlations, correlations, difference_interval, mean_interval
+from .rank_agreement import FEWEST_QUERIES, FEWEST_RUNS, Correlations, correlations, difference_interval, mean_interval
 from .retraining.pool import random_subsets
 from .retraining.reuse import RetrainingOptions, Retrainings
 from .retraining.training import Training
@@ -41,9 +41,9 @@ _RANDOM_SERIES = 10  # series of random scores, averaged
 _SPLITS = 10  # of the repetitions, in each resample of the noise ceiling
 _FEWEST_RANKED = 3  # two subsets agree or disagree, and nothing between
 _INTERVAL = (
-    f"Intervals: 95%, for other subsets, and for other queries and runs where there are {FEWEST_DRAWN} or more, by the "
-    "jackknife and Student's t; of the noise ceiling, the quantiles of a bootstrap. A row's values are those of the "
-    "queries."
+    f"Intervals: 95%, for other subsets, and for other queries and runs where there are {FEWEST_QUERIES} and "
+    f"{FEWEST_RUNS} or more, by the jackknife and Student's t; of the noise ceiling, the quantiles of a bootstrap. A "
+    "row's values are those of the queries."
 )
 
 # ---- of retrainings that are there ----
@@ -93,7 +93,7 @@ def linear_datamodeling_score(
     """Rank agreement between predicted and retrained measurements over random subsets (Park et al. 2023).
 
     Predictions that differ by rounding alone are ties. The interval is for other subsets and other queries of the same
-    kinds; with fewer than five queries it is for other subsets and the same queries. Its method: `mean_interval` of
+    kinds; with fewer than ten queries it is for other subsets and the same queries. Its method: `mean_interval` of
     segflow.evaluation.rank_agreement; how often it holds: docs/STATISTICS.md.
 
     Args:

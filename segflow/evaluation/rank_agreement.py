@@ -17,7 +17,8 @@ from .intervals import unknown
 from .statistics import CONFIDENCE, pearson
 
 FEWEST_SUBSETS = 10  # with fewer, what is simulated is too wide (.99) or, of differences, too narrow (.84)
-FEWEST_DRAWN = 5  # queries or runs; with fewer, what their choice adds is hardly known: simulated with two, .86
+FEWEST_QUERIES = 10  # with fewer, what their choice adds is hardly known: simulated with five, .90, with two, .86
+FEWEST_RUNS = 5  # runs differ less than queries do
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,8 @@ def mean_interval(found: Correlations, confidence: float = CONFIDENCE) -> Estima
 
     Fisher's transformation of the jackknife's mean, with Student's t. The standard error is that of crossed factors,
     and at least that of independent queries by the formula of Bonett and Wright (2000), so that agreement by chance
-    has no interval of width 0. With fewer than `FEWEST_DRAWN` queries or runs it speaks of these ones.
+    has no interval of width 0. With fewer than `FEWEST_QUERIES` queries, or `FEWEST_RUNS` runs, it speaks of
+    these ones.
     """
     R, M, Q = found.left_out.shape
     mean = float(found.of_all.mean())
@@ -121,8 +123,8 @@ def _variance_and_t(pseudo_RMQ: np.ndarray, confidence: float) -> tuple[float, f
 
     M = pseudo_RMQ.shape[1]
     parts = [(float(np.var(pseudo_RMQ.mean((0, 2)), ddof=1)) / M, M - 1)]
-    for by_MX in (pseudo_RMQ.mean(0), pseudo_RMQ.mean(2).T):
-        if by_MX.shape[1] >= FEWEST_DRAWN:
+    for by_MX, fewest in ((pseudo_RMQ.mean(0), FEWEST_QUERIES), (pseudo_RMQ.mean(2).T, FEWEST_RUNS)):
+        if by_MX.shape[1] >= fewest:
             parts.append((_added(by_MX), by_MX.shape[1] - 1))
     variances, freedoms = np.array(parts).T
     quantiles = stats.t.ppf((1 + confidence) / 2, freedoms)
