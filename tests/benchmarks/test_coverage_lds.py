@@ -11,7 +11,7 @@ from benchmarks.coverage import results
 from benchmarks.coverage_lds import linear_datamodeling_scores, worlds
 
 FOUND = json.loads(results("lds").read_text())
-LEAST = 0.90  # of 200 to 1000 data sets, whose share errs by up to .015: .92 less that
+LEAST = 0.905  # of 200 to 1000 data sets, whose share errs by up to .015: .92 less that
 
 
 def test_the_results_are_of_every_world() -> None:
