@@ -2,14 +2,12 @@
 
 Each draws data sets from a world whose truth is known, or is the mean over many data sets of the same size, and counts
 the intervals of nominally 95% that hold it. "none" is the share of data sets for which no interval is given; it does
-not count. `python -m benchmarks.coverage_tasks` writes `coverage_tasks.json`.
+not count. `python -m benchmarks.coverage tasks` writes `coverage_tasks.json`.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,7 +21,6 @@ from segflow.evaluation.statistics import pearson, spearman, student_interval, u
 from segflow.report.row import Estimate
 
 Coverage = dict[str, float]
-RESULTS = Path(__file__).with_name("coverage_tasks.json")
 _SHARES = (0.1, 0.2, 0.5)
 _DATA_SETS_FOR_THE_TRUTH = 8  # for each that is counted
 
@@ -243,16 +240,3 @@ def _of_retrainings() -> Iterator[tuple[Callable[..., Coverage], dict[str, Any]]
         for correlation in (0.0, 0.5, 0.9, 0.99):
             yield correlations_over_groups, {"groups": groups, "correlation": correlation}
             yield correlations_over_groups, {"groups": groups, "correlation": correlation, "freedom": 4}
-
-
-def main() -> None:
-    results = []
-    for task, world in worlds():
-        found = {name: round(value, 3) for name, value in task(**world).items() if np.isfinite(value)}
-        results.append({"task": task.__name__, "world": world, "coverage": found})
-        print(task.__name__, world, found, flush=True)
-    RESULTS.write_text(json.dumps(results, indent=1) + "\n")
-
-
-if __name__ == "__main__":
-    main()

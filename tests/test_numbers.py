@@ -236,11 +236,6 @@ WHOLE = {
     "refine seed": _refined("seed", 5),
     "refine sizes": Door("sizes", 2, lambda n, folder: _refined("sizes", None).result([n, 1], folder)),
     "found_among_lowest": _evaluated("count", 5, lambda n: found_among_lowest(np.arange(20), WRONG, n)),
-    "linear_datamodeling_score": _evaluated("seed", 5, lambda n: linear_datamodeling_score(*LINEAR, seed=n)),
-    "its resamples": _evaluated("resamples", 5, lambda n: linear_datamodeling_score(*LINEAR, resamples=n)),
-    "linear_datamodeling_difference": _evaluated(
-        "resamples", 5, lambda n: linear_datamodeling_difference(TRUE, *LINEAR, resamples=n)
-    ),
     "noise_ceiling splits": _evaluated("splits", 5, lambda n: noise_ceiling(MEASURED, splits=n)),
     "noise_ceiling seed": _evaluated("seed", 5, lambda n: noise_ceiling(MEASURED, seed=n)),
     "random_subsets count": _evaluated("count", 5, lambda n: random_subsets(n, 6)),
@@ -355,6 +350,9 @@ REAL = {
     "kmeans tolerance": _groups("tolerance", 0.5, lambda x: sf.Groups.kmeans(FEATURES, count=3, tolerance=x)),
     "refine keep": _refined("keep", 0.5),
     "confidence": _evaluated("confidence", 0.5, lambda x: linear_datamodeling_score(*LINEAR, confidence=x)),
+    "its difference's": _evaluated(
+        "confidence", 0.5, lambda x: linear_datamodeling_difference(TRUE, *LINEAR, confidence=x)
+    ),
     "fraction": _evaluated("fraction", 0.5, lambda x: random_subsets(3, 6, x)),
     "retraining_score shares": Door(
         "shares", 0.5, lambda x, folder: _removed("shares", None).result([0.25, x], folder)
@@ -536,3 +534,5 @@ def test_subsets_may_be_of_any_kind(tmp_path: Path, given: Any) -> None:
     assert bank.fingerprint == Bank(tmp_path, bank.training, KEPT, repetitions=1).fingerprint
     with pytest.raises(sf.ScoreError, match="other numbers than 0 and 1"):
         retrain(_kept, np.array([[0.0, 5.0]]), processes=1)
+    indices = [np.flatnonzero(row).tolist() for row in KEPT]
+    assert told(retrain(_kept, indices, processes=1, progress=False)) == told(plain)

@@ -131,7 +131,7 @@ def agreement(row: Row, variant: Variant) -> float:
             analyzer = sf.Analyzer(model, task, trajectory, store=store, method=variant, progress=False)
             analyzer.fit(train, batch_size=256)
             scores = analyzer.score(sf.Groups.singletons(len(train)), train, query, batch_size=256)
-            found.append(linear_datamodeling_score(scores, part.subsets, part.measured.mean(1), resamples=1).mean)
+            found.append(linear_datamodeling_score(scores, part.subsets, part.measured.mean(1)).mean)
     return float(np.mean(found))
 
 

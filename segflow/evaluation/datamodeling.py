@@ -9,36 +9,42 @@ Axis letters: M subsets, K groups, N examples, R repetitions, Q queries.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from itertools import product
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..arguments import real_numbers, whole_number
+from ..arguments import real_number, real_numbers, whole_number
+from ..data.streams import stream, stream_seed
 from ..errors import ScoreError
-from ..report.row import Row
+from ..report.row import Estimate, Row
 from ..report.table import Table
 from ..results.same_groups import check_same_groups
 from ..results.scores import Scores
 from .arguments import as_measurements
+from .rank_agreement import FEWEST_QUERIES, FEWEST_RUNS, Correlations, correlations, difference_interval, mean_interval
 from .retraining.pool import random_subsets
 from .retraining.reuse import RetrainingOptions, Retrainings
 from .retraining.training import Training
 from .series import CEILING, RANDOM, Series, check_examples, over_examples, values_of
-from .statistics import CONFIDENCE, Bootstrap, noise_ceiling, quantile_interval, resampled_correlations, spearman
+from .statistics import CONFIDENCE, Bootstrap, exactly, noise_ceiling, quantile_interval
 from .subsets import as_subsets
+from .ties import merged, precision, rounding
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 _RANDOM_SERIES = 10  # series of random scores, averaged
 _SPLITS = 10  # of the repetitions, in each resample of the noise ceiling
+_FEWEST_RANKED = 3  # two subsets agree or disagree, and nothing between
 _INTERVAL = (
-    "Intervals: 95%, the quantiles of a bootstrap that draws subsets and queries, the same ones for each series (of "
-    "the mean over the runs, where a series has several). A row's values are those of the queries."
+    f"Intervals: 95%, for other subsets, and for other queries and runs where there are {FEWEST_QUERIES} and "
+    f"{FEWEST_RUNS} or more, by the jackknife and Student's t; of the noise ceiling, the quantiles of a bootstrap. A "
+    "row's values are those of the queries."
 )
 
 # ---- of retrainings that are there ----
@@ -46,71 +52,86 @@ _INTERVAL = (
 
 @dataclass(frozen=True)
 class _WithInterval:
-    """A number for each query, and their mean with its interval."""
+    """A number for each query, and their mean with its interval.
+
+    per_query: [Q], not a number where a query is left out; mean: over the others; low, high: the interval of
+    `confidence`, infinite where there is none from so few `subsets`; left_out: the labels of queries whose prediction
+    or measurement is the same in every subset.
+    """
 
     per_query: np.ndarray
     mean: float
     low: float
     high: float
     confidence: float
+    subsets: int
+    left_out: tuple[str, ...]
+
+    def _shown(self, sign: str) -> str:
+        interval = f"[{self.low:{sign}.3f}, {self.high:{sign}.3f}]"
+        if np.isinf(self.low):
+            interval = f"(no interval from {self.subsets} subsets)"
+        without = f", without {', '.join(self.left_out)}" if self.left_out else ""
+        return f"{self.mean:{sign}.3f} {interval}{without}"
 
 
 @dataclass(frozen=True)
 class LinearDatamodelingScore(_WithInterval):
-    """Spearman correlations over subsets, one for each query, with the mean and its bootstrap interval.
+    """Spearman correlations over subsets, one for each query, with the mean and its interval.
 
-    per_query: [Q]; mean: over queries; low, high: the interval of `confidence`, from resampling subsets and queries.
+    per_query: [Q], not a number where a query is left out; mean: over the other queries; low, high: the interval of
+    `confidence`, infinite with fewer than ten subsets; subsets: how many; left_out: labels of the queries whose
+    prediction or measurement is the same in every subset.
     """
 
     def __str__(self) -> str:
-        return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}]"
+        return self._shown("")
 
 
 def linear_datamodeling_score(
-    scores: Scores,
-    subsets: np.ndarray | Tensor,
-    measurements: np.ndarray | Tensor,
-    *,
-    confidence: float = 0.95,
-    resamples: int = 200,
-    seed: int = 0,
+    scores: Scores, subsets: np.ndarray | Tensor, measurements: np.ndarray | Tensor, *, confidence: float = CONFIDENCE
 ) -> LinearDatamodelingScore:
     """Rank agreement between predicted and retrained measurements over random subsets (Park et al. 2023).
 
+    Predictions that differ by rounding alone are ties. The interval is for other subsets and other queries of the same
+    kinds; with fewer than ten queries it is for other subsets and the same queries. Its method: `mean_interval` of
+    segflow.evaluation.rank_agreement; how often it holds: docs/STATISTICS.md.
+
     Args:
         scores: over groups; for subsets of single examples, scores of `Groups.singletons`.
-        subsets: [M, K] booleans, which groups each retraining kept.
+        subsets: [M, K] booleans, which groups each retraining kept; or a list of index lists.
         measurements: [M, Q], each query's measurement after each retraining (averaged over its repetitions).
-        confidence, resamples, seed: of the bootstrap interval.
+        confidence: of the interval.
 
     Raises:
-        ScoreError: shapes do not fit, a number is not finite, or a query's measurement is the same in every subset.
+        ScoreError: shapes do not fit, a number is not finite, or no query's prediction and measurement vary.
 
     Example:
         >>> import torch
         >>> scores = Scores(torch.tensor([[1.0, 2.0, 4.0]]), ("q",), ("a", "b", "c"), (1, 1, 1))
         >>> kept = np.array([[1, 1, 0], [1, 0, 1], [0, 1, 1], [1, 0, 0]], dtype=bool)
-        >>> linear_datamodeling_score(scores, kept, [[4.0], [2.0], [1.0], [6.0]]).mean
-        1.0
+        >>> print(linear_datamodeling_score(scores, kept, [[4.0], [2.0], [1.0], [6.0]]))
+        1.000 (no interval from 4 subsets)
     """
-    bootstrap = Bootstrap(confidence, resamples, seed)
-    predicted, measured = _predicted_and_measured(scores, subsets, measurements)
-    correlations = spearman(predicted, measured)
-    (means,) = resampled_correlations([predicted], measured, bootstrap)
-    interval = quantile_interval(correlations.mean(), means, bootstrap.confidence)
-    return LinearDatamodelingScore(correlations, *interval, bootstrap.confidence)
+    confidence = _as_confidence(confidence)
+    given = _Given.of(subsets, measurements, scores)
+    predicted = _predicted(scores, given.kept_MK)
+    used = _used([predicted], given.measured_MQ, scores)
+    found = _correlations([predicted], given.measured_MQ, used)
+    numbers = _over_queries(found, mean_interval(found, confidence), used, scores)
+    return LinearDatamodelingScore(confidence=confidence, subsets=len(given.kept_MK), **numbers)
 
 
 @dataclass(frozen=True)
 class LinearDatamodelingDifference(_WithInterval):
-    """By how much the first linear datamodeling score exceeds the second, with its paired bootstrap interval.
+    """By how much the first linear datamodeling score exceeds the second, with its paired interval.
 
-    per_query: [Q]; mean: over queries; low, high: the interval of `confidence`. One that excludes 0 says that the two
-    differ by more than the choice of subsets and queries explains.
+    per_query, mean, low, high, subsets, left_out: as of a `LinearDatamodelingScore`, of the differences. An interval
+    that excludes 0 says that the two differ by more than the choice of subsets and queries explains.
     """
 
     def __str__(self) -> str:
-        return f"{self.mean:+.3f} [{self.low:+.3f}, {self.high:+.3f}]"
+        return self._shown("+")
 
 
 def linear_datamodeling_difference(
@@ -119,18 +140,17 @@ def linear_datamodeling_difference(
     subsets: np.ndarray | Tensor,
     measurements: np.ndarray | Tensor,
     *,
-    confidence: float = 0.95,
-    resamples: int = 200,
-    seed: int = 0,
+    confidence: float = CONFIDENCE,
 ) -> LinearDatamodelingDifference:
-    """Compare two methods on the same retrainings: each resample draws its subsets and queries for both.
+    """Compare two methods on the same retrainings, query by query and subset by subset.
 
-    Two methods' scores rise and fall together from draw to draw, so this interval is narrower than the two methods' own
-    intervals suggest.
+    Two methods' scores rise and fall together from subset to subset, so this interval is narrower than the two methods'
+    own intervals suggest. It is for other subsets and queries of the same kinds, as that of the score. A query that is
+    left out of one score is left out of both.
 
     Args:
         first, second: scores of the same queries and groups.
-        subsets, measurements, confidence, resamples, seed: as for `linear_datamodeling_score`.
+        subsets, measurements, confidence: as for `linear_datamodeling_score`.
 
     Raises:
         ScoreError: as for `linear_datamodeling_score`.
@@ -143,52 +163,102 @@ def linear_datamodeling_difference(
         >>> linear_datamodeling_difference(good, bad, kept, [[4.0], [2.0], [1.0], [6.0]]).mean
         2.0
     """
-    bootstrap = Bootstrap(confidence, resamples, seed)
-    predicted_first, measured = _predicted_and_measured(first, subsets, measurements)
-    predicted_second, _ = _predicted_and_measured(second, subsets, measurements)
-    check_same_groups([("first", first), ("second", second)])
-    differences = spearman(predicted_first, measured) - spearman(predicted_second, measured)
-    means = resampled_correlations([predicted_first, predicted_second], measured, bootstrap)
-    interval = quantile_interval(differences.mean(), means[0] - means[1], bootstrap.confidence)
-    return LinearDatamodelingDifference(differences, *interval, bootstrap.confidence)
+    confidence = _as_confidence(confidence)
+    given = _Given.of(subsets, measurements, first, second)
+    one, other = (_predicted(scores, given.kept_MK) for scores in (first, second))
+    used = _used([one, other], given.measured_MQ, first)
+    found = _correlations([one], given.measured_MQ, used) - _correlations([other], given.measured_MQ, used)
+    same = np.array_equal(one, other)  # their difference is known without error
+    numbers = _over_queries(found, exactly(0.0) if same else difference_interval(found, confidence), used, first)
+    return LinearDatamodelingDifference(confidence=confidence, subsets=len(given.kept_MK), **numbers)
 
 
-def _predicted_and_measured(
-    scores: Scores, subsets: np.ndarray | Tensor, measurements: np.ndarray | Tensor
-) -> tuple[np.ndarray, np.ndarray]:
-    """The predicted change from leaving groups out and the measurement, each [M, Q], checked to have ranks."""
-    kept_MK, measured_MQ, values_QK = (
-        as_subsets(subsets, len(scores.group_labels)),
-        as_measurements(measurements),
-        values_of(scores),
-    )
-    _check_shapes(kept_MK, measured_MQ, values_QK)
-    predicted_MQ = (~kept_MK).astype(float) @ values_QK.T
-    _check_varying("predicted change", predicted_MQ)
-    _check_varying("measurement", measured_MQ)
-    return predicted_MQ, measured_MQ
+@dataclass(frozen=True)
+class _Given:
+    """Retrainings that are there, checked to fit the scores: kept_MK and measured_MQ, whose ties are merged."""
+
+    kept_MK: np.ndarray
+    measured_MQ: np.ndarray
+
+    @classmethod
+    def of(cls, subsets: np.ndarray | Tensor, measurements: np.ndarray | Tensor, *compared: Scores) -> _Given:
+        kept_MK, measured_MQ = as_subsets(subsets, len(compared[0].group_labels)), as_measurements(measurements)
+        for scores in compared:
+            _check_shapes(kept_MK, measured_MQ, scores)
+        check_same_groups(zip(("first", "second"), compared, strict=False))
+        return cls(kept_MK, _measured(measured_MQ))
 
 
-def _check_shapes(kept_MK: np.ndarray, measured_MQ: np.ndarray, values_QK: np.ndarray) -> None:
-    Q, K = values_QK.shape
+def _measured(measured_MQ: np.ndarray) -> np.ndarray:
+    """The measurements, where those that differ by rounding alone (of a mean over repetitions) are equal."""
+    return merged(measured_MQ, 5e-15 * np.abs(measured_MQ))
+
+
+def _predicted(scores: Scores, kept_MK: np.ndarray) -> np.ndarray:
+    """[M, Q]: the predicted change from leaving groups out; those that differ by rounding alone are equal."""
+    values_QK = values_of(scores)
+    if not np.isfinite(values_QK).all():
+        raise ScoreError("scores: a number is not finite. Score again, or leave the method out.")
+    return merged((~kept_MK).astype(float) @ values_QK.T, _slack(values_QK, precision(scores.values)))
+
+
+def _slack(values_QK: np.ndarray, held: float) -> np.ndarray:
+    """[Q]: how far rounding may move the sum of any of the values.
+
+    Examples of one group have one value, whose rounding is the same for all of them: it counts as one term.
+    """
+    of_terms = [np.multiply(*np.unique(row, return_counts=True))[:, None] for row in values_QK]
+    of_the_sum = values_QK.shape[1] * np.finfo(float).eps * np.abs(values_QK).sum(1)
+    slack: np.ndarray = np.concatenate([rounding(terms, held) for terms in of_terms]) + of_the_sum
+    return slack
+
+
+def _varies(values_MQ: np.ndarray) -> np.ndarray:
+    varies: np.ndarray = np.ptp(values_MQ, axis=0) > 0
+    return varies
+
+
+def _used(predictions: Sequence[np.ndarray], measured_MQ: np.ndarray | None, scores: Scores) -> np.ndarray:
+    """[Q] booleans: the queries whose predictions and measurement vary; ScoreError if there are none."""
+    predicted_Q = np.all([_varies(predicted_MQ) for predicted_MQ in predictions], axis=0)
+    used = predicted_Q if measured_MQ is None else predicted_Q & _varies(measured_MQ)
+    if not used.any():
+        label, what = scores.query_labels[0], "measurement" if predicted_Q[0] else "predicted change"
+        raise ScoreError(
+            f"query {label!r}: the {what} is the same for every subset, so there is no rank, and the other queries "
+            f"({len(used) - 1}) have none either. Vary the subsets, or leave the method out."
+        )
+    return used
+
+
+def _correlations(predictions: Sequence[np.ndarray], measured_MQ: np.ndarray, used: np.ndarray) -> Correlations:
+    return correlations([predicted_MQ[:, used] for predicted_MQ in predictions], measured_MQ[:, used])
+
+
+def _over_queries(found: Correlations, interval: Estimate, used: np.ndarray, scores: Scores) -> dict[str, Any]:
+    """What a result says of its queries."""
+    per_query = np.full(len(used), np.nan)
+    per_query[used] = found.per_query
+    return {"per_query": per_query, "left_out": _left_out(used, scores), **interval._asdict()}
+
+
+def _left_out(used: np.ndarray, scores: Scores) -> tuple[str, ...]:
+    return tuple(label for label, is_used in zip(scores.query_labels, used, strict=True) if not is_used)
+
+
+def _as_confidence(given: float) -> float:
+    return real_number("confidence", given, ScoreError, above=0, below=1)
+
+
+def _check_shapes(kept_MK: np.ndarray, measured_MQ: np.ndarray, scores: Scores) -> None:
+    Q, K = scores.values.shape
     if kept_MK.ndim != 2 or kept_MK.shape[1] != K or measured_MQ.shape != (len(kept_MK), Q):
         raise ScoreError(
             f"subsets {kept_MK.shape} and measurements {measured_MQ.shape}: expected [M, {K}] and [M, {Q}] for these "
             "scores."
         )
-    if len(kept_MK) < 3:
-        raise ScoreError(f"{len(kept_MK)} subsets: expected at least 3 to rank.")
-    if not np.isfinite(values_QK).all():
-        raise ScoreError("scores: a number is not finite. Score again, or leave the method out.")
-
-
-def _check_varying(name: str, values_MQ: np.ndarray) -> None:
-    spread, size = np.ptp(values_MQ, axis=0), np.abs(values_MQ).max(0)
-    constant = np.flatnonzero(spread <= 1e-14 * size)
-    if len(constant):
-        raise ScoreError(
-            f"query {constant[0]}: the {name} is the same for every subset, so there is no rank. Vary the subsets."
-        )
+    if len(kept_MK) < _FEWEST_RANKED:
+        raise ScoreError(f"{len(kept_MK)} subsets: expected at least {_FEWEST_RANKED} to rank.")
 
 
 # ---- with retrainings of its own ----
@@ -215,7 +285,9 @@ def linear_datamodeling_curve(
             ratio.
         ratios: shares of the examples that each subset keeps.
         subsets: random subsets of each ratio.
-        resamples: of the bootstrap.
+        resamples: of the noise ceiling's bootstrap.
+
+    A query that never moves, or whose prediction never does, is left out of a row by name (`settings["left_out"]`).
 
     Returns:
         A Table with a row for each series and ratio. "random" is the mean of ten series of random numbers; "noise
@@ -228,17 +300,22 @@ def linear_datamodeling_curve(
     retrainings = Retrainings(training, folder, **options)
     check_examples(training, N)
     _check_ratios(ratios := real_numbers("ratios", ratios, ScoreError), N)
-    subsets = whole_number("subsets", subsets, ScoreError, 3, advice="It counts retrained subsets, to rank.")
-    like = next(iter(series.values()))[0]
-    seed = retrainings.seed
+    subsets = whole_number("subsets", subsets, ScoreError, _FEWEST_RANKED, advice="It counts retrained subsets.")
+    like, seed = next(iter(series.values()))[0], retrainings.seed
     bootstrap = Bootstrap(CONFIDENCE, resamples, seed)
-    random_scores = [_random_scores(like, [seed, draw]) for draw in range(_RANDOM_SERIES)]
-    rows: dict[str, list[Row]] = {name: [] for name in (*series, RANDOM, CEILING)}
-    for place, ratio in enumerate(ratios):
-        kept = random_subsets(subsets, N, ratio, seed * len(ratios) + place)
+    every_series = {**series, RANDOM: [_random_scores(like, seed, draw) for draw in range(_RANDOM_SERIES)]}
+    drawn = {ratio: random_subsets(subsets, N, ratio, _seed_of(seed, ratio, N)) for ratio in ratios}
+    for runs, kept in product(every_series.values(), drawn.values()):
+        _used([_predicted(run, kept) for run in runs], None, like)  # refused before anything is trained
+    rows: dict[str, list[Row]] = {name: [] for name in (*every_series, CEILING)}
+    left_out: dict[str, dict[str, tuple[str, ...]]] = {}
+    for ratio, kept in drawn.items():
         measured_MRQ = retrainings.measured(kept)
-        for name, runs in {**series, RANDOM: random_scores}.items():
-            rows[name].append(_row(name, ratio, runs, kept, measured_MRQ.mean(1), bootstrap))
+        for name, runs in every_series.items():
+            row, without = _row(name, ratio, runs, kept, measured_MRQ.mean(1))
+            rows[name].append(row)
+            if without:
+                left_out.setdefault(name, {})[f"{ratio:g}"] = without
         if retrainings.repetitions > 1:
             rows[CEILING].append(_ceiling_row(ratio, measured_MRQ, bootstrap))
     settings = {
@@ -249,6 +326,8 @@ def linear_datamodeling_curve(
         "subsets": subsets,
         "random_draws": _RANDOM_SERIES,
         "resamples": bootstrap.resamples,
+        "left_out": left_out,
+        "notes": {name: _note(of_series) for name, of_series in left_out.items()},
     }
     return Table(
         "Linear datamodeling score",
@@ -257,6 +336,17 @@ def linear_datamodeling_curve(
         tuple(row for of_series in rows.values() for row in of_series),
         settings=settings,
     )
+
+
+def _seed_of(seed: int, ratio: float, examples: int) -> int:
+    """Of a ratio's subsets, by how many examples they keep."""
+    return stream_seed(seed, "subsets of the linear datamodeling curve", round(ratio * examples))
+
+
+def _note(left_out: Mapping[str, tuple[str, ...]]) -> str:
+    """In words: which queries are left out at which ratios."""
+    places = [f"{', '.join(labels)} (at {ratio})" for ratio, labels in left_out.items()]
+    return f"without queries that never move: {'; '.join(places)}"
 
 
 def _check_ratios(ratios: tuple[float, ...], examples: int) -> None:
@@ -270,18 +360,14 @@ def _check_ratios(ratios: tuple[float, ...], examples: int) -> None:
 
 
 def _row(
-    name: str,
-    ratio: float,
-    runs: Sequence[Scores],
-    kept: np.ndarray,
-    measured_MQ: np.ndarray,
-    bootstrap: Bootstrap,
-) -> Row:
-    """The score of one series at one ratio, averaged over its runs."""
-    predictions = [_predicted_and_measured(run, kept, measured_MQ)[0] for run in runs]
-    score_Q = np.mean([spearman(predicted_MQ, measured_MQ) for predicted_MQ in predictions], axis=0)
-    means = resampled_correlations(predictions, measured_MQ, bootstrap).mean(0)
-    return Row(name, ratio, *quantile_interval(float(score_Q.mean()), means), tuple(score_Q))
+    name: str, ratio: float, runs: Sequence[Scores], kept: np.ndarray, measured_MQ: np.ndarray
+) -> tuple[Row, tuple[str, ...]]:
+    """The score of one series at one ratio, averaged over its runs, and the queries that are left out."""
+    given = _Given.of(kept, measured_MQ, *runs)
+    predictions = [_predicted(run, kept) for run in runs]
+    used = _used(predictions, given.measured_MQ, runs[0])
+    found = _correlations(predictions, given.measured_MQ, used)
+    return Row(name, ratio, *mean_interval(found), tuple(found.per_query)), _left_out(used, runs[0])
 
 
 def _ceiling_row(ratio: float, measured_MRQ: np.ndarray, bootstrap: Bootstrap) -> Row:
@@ -298,6 +384,6 @@ def _ceiling_row(ratio: float, measured_MRQ: np.ndarray, bootstrap: Bootstrap) -
     return Row(CEILING, ratio, *quantile_interval(ceiling.ceiling, np.array(draws)), tuple(ceiling_Q))
 
 
-def _random_scores(like: Scores, seed: Sequence[int]) -> Scores:
-    values = np.random.default_rng(seed).normal(size=tuple(like.values.shape))
+def _random_scores(like: Scores, seed: int, draw: int) -> Scores:
+    values = stream(seed, "random scores", draw).normal(size=tuple(like.values.shape))
     return Scores(torch.from_numpy(values), like.query_labels, like.group_labels, like.group_sizes)

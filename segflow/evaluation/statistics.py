@@ -79,7 +79,7 @@ def quantile_interval(value: float, draws: np.ndarray, confidence: float = CONFI
     return Estimate(float(value), float(low), float(high))
 
 
-# ---- correlations, and what resampling makes of them ----
+# ---- correlations ----
 
 
 def spearman(first: np.ndarray, second: np.ndarray) -> np.ndarray:
@@ -117,32 +117,6 @@ class Bootstrap:
             resamples=whole_number("resamples", self.resamples, ScoreError, 1),
             seed=whole_number("seed", self.seed, ScoreError),
         )
-
-
-def resampled_correlations(predictions: list[np.ndarray], measured: np.ndarray, bootstrap: Bootstrap) -> np.ndarray:
-    """[predictions, resamples]: mean Spearman correlations with what was measured, on the same draws for all.
-
-    Each draw is of both subsets and queries, which scipy's `bootstrap` does not do.
-
-    Args:
-        predictions: each [M, Q]; measured: [M, Q].
-
-    Raises:
-        ScoreError: no draw has ranks.
-    """
-    resamples, generator = bootstrap.resamples, np.random.default_rng(bootstrap.seed)
-    M, Q = measured.shape
-    means = np.full((len(predictions), resamples), np.nan)
-    for number in range(resamples):
-        rows, columns = generator.integers(0, M, M), generator.integers(0, Q, Q)
-        drawn = measured[rows][:, columns]
-        correlations = np.stack([spearman(side[rows][:, columns], drawn) for side in predictions])
-        ranked = np.isfinite(correlations).all(0)  # a draw of one subset over and over has no ranks
-        if ranked.any():
-            means[:, number] = correlations[:, ranked].mean(1)
-    if not np.isfinite(means).any():
-        raise ScoreError(f"no interval from {resamples} resamples of {M} subsets. Give more of either.")
-    return means
 
 
 # ---- how reliable a ground truth is ----

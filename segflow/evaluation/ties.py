@@ -8,15 +8,28 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from .arguments import as_array
+
 _EPSILON = float(np.finfo(np.float64).eps)  # of sums, which are all in float64
 
 
 def precision(given: object) -> float:
-    """The gap between 1 and the next number in the type that the numbers are held in; 0 where they are whole."""
+    """The gap between 1 and the next number in the type that the numbers are held in; 0 where they are whole.
+
+    Numbers in double precision that are all of single precision, and not all whole, came from there.
+    """
     dtype = getattr(given, "dtype", np.dtype(np.float64))
+    if dtype in (torch.float64, np.float64) and _are_single(as_array(given)):
+        dtype = torch.float32
     if isinstance(dtype, torch.dtype):
         return torch.finfo(dtype).eps if dtype.is_floating_point else 0.0
     return float(np.finfo(dtype).eps) if dtype.kind == "f" else 0.0
+
+
+def _are_single(values: np.ndarray) -> bool:
+    with np.errstate(over="ignore"):
+        single = bool((values.astype(np.float32) == values).all())
+    return single and not bool((values == np.round(values)).all())
 
 
 def rounding(terms: np.ndarray, held: float = _EPSILON) -> np.ndarray:

@@ -7,9 +7,10 @@ import math
 
 import pytest
 
-from benchmarks.coverage_tasks import RESULTS, correlations_over_groups, worlds
+from benchmarks.coverage import results
+from benchmarks.coverage_tasks import correlations_over_groups, worlds
 
-FOUND = json.loads(RESULTS.read_text())
+FOUND = json.loads(results("tasks").read_text())
 
 
 def test_the_results_are_of_every_world() -> None:

@@ -87,7 +87,7 @@ def test_reliability_and_ceiling_are_those_of_the_simulation(R: int, noise: floa
     expected = 1 / (1 + noise**2 / R)
     assert found.reliability == pytest.approx(expected, abs=0.03)
     assert found.ceiling == pytest.approx(expected**0.5, abs=0.02)
-    perfect = linear_datamodeling_score(scores_of(values), subsets, measured.mean(1), resamples=1)
+    perfect = linear_datamodeling_score(scores_of(values), subsets, measured.mean(1))
     assert found.ceiling == pytest.approx(perfect.mean, abs=0.02)
     assert found.per_query.shape == (40,)
     assert str(found) == f"{found.ceiling:.3f} (reliability {found.reliability:.3f})"

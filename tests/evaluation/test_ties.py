@@ -52,3 +52,10 @@ def test_precision_is_that_of_the_type_and_whole_numbers_are_exact() -> None:
     assert precision(torch.zeros(1)) == np.finfo(np.float32).eps == precision(np.zeros(1, np.float32))
     assert precision(np.zeros(1)) == precision([1.0]) == np.finfo(np.float64).eps
     assert precision(torch.arange(3)) == precision(np.arange(3)) == 0
+
+
+def test_doubles_that_came_from_single_precision_are_as_precise_as_that() -> None:
+    single = torch.tensor([0.1, 0.2])
+    assert precision(single.double()) == precision(single) == 2.0**-23
+    assert precision(torch.tensor([0.1, 0.2], dtype=torch.float64)) == 2.0**-52
+    assert precision(torch.tensor([1e7 + 1, 1e7 + 2], dtype=torch.float64)) == 2.0**-52, "whole numbers are exact"
