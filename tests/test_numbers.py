@@ -191,7 +191,7 @@ class _Wide(nn.Linear):
 
 
 GROUPS = sf.Groups.by(LABELS)
-MEASURED = np.random.default_rng(1).normal(size=(6, 2, 3))
+MEASURED = np.random.default_rng(1).normal(size=(8, 2, 3))
 KEPT = np.random.default_rng(2).random((6, 20)) < 0.5
 LINEAR = (TRUE, KEPT, np.random.default_rng(3).normal(size=(6, len(EFFECTS))))
 MODEL = nn.Linear(4, 3)
@@ -241,8 +241,6 @@ WHOLE = {
     "linear_datamodeling_difference": _evaluated(
         "resamples", 5, lambda n: linear_datamodeling_difference(TRUE, *LINEAR, resamples=n)
     ),
-    "noise_ceiling splits": _evaluated("splits", 5, lambda n: noise_ceiling(MEASURED, splits=n)),
-    "noise_ceiling seed": _evaluated("seed", 5, lambda n: noise_ceiling(MEASURED, seed=n)),
     "random_subsets count": _evaluated("count", 5, lambda n: random_subsets(n, 6)),
     "random_subsets groups": _evaluated("groups", 6, lambda n: random_subsets(3, n)),
     "random_subsets seed": _evaluated("seed", 6, lambda n: random_subsets(3, 6, seed=n)),
@@ -356,6 +354,7 @@ REAL = {
     "kmeans tolerance": _groups("tolerance", 0.5, lambda x: sf.Groups.kmeans(FEATURES, count=3, tolerance=x)),
     "refine keep": _refined("keep", 0.5),
     "confidence": _evaluated("confidence", 0.5, lambda x: linear_datamodeling_score(*LINEAR, confidence=x)),
+    "noise_ceiling confidence": _evaluated("confidence", 0.5, lambda x: noise_ceiling(MEASURED, confidence=x)),
     "fraction": _evaluated("fraction", 0.5, lambda x: random_subsets(3, 6, x)),
     "retraining_score shares": Door(
         "shares", 0.5, lambda x, folder: _removed("shares", None).result([0.25, x], folder)

@@ -23,18 +23,18 @@ from ..report.row import Row
 from ..report.table import Table
 from ..results.scores import Scores
 from .arguments import as_measurements
+from .noise import noise_ceiling, perfect_score
 from .retraining.pool import random_subsets
 from .retraining.reuse import RetrainingOptions, Retrainings
 from .retraining.training import Training
 from .series import CEILING, RANDOM, Series, check_examples, over_examples, values_of
-from .statistics import CONFIDENCE, Bootstrap, noise_ceiling, quantile_interval, resampled_correlations, spearman
+from .statistics import CONFIDENCE, Bootstrap, quantile_interval, resampled_correlations, spearman
 from .subsets import as_subsets
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 _RANDOM_SERIES = 10  # series of random scores, averaged
-_SPLITS = 10  # of the repetitions, in each resample of the noise ceiling
 _INTERVAL = (
     "Intervals: 95%, the quantiles of a bootstrap that draws subsets and queries, the same ones for each series (of "
     "the mean over the runs, where a series has several). A row's values are those of the queries."
@@ -283,17 +283,9 @@ def _row(
 
 
 def _ceiling_row(ratio: float, measured_MRQ: np.ndarray, bootstrap: Bootstrap) -> Row:
-    M, _, Q = measured_MRQ.shape
-    ceiling = noise_ceiling(measured_MRQ, seed=bootstrap.seed)
-    generator = np.random.default_rng(bootstrap.seed)
-    draws = [
-        noise_ceiling(
-            measured_MRQ[generator.integers(0, M, M)][:, :, generator.integers(0, Q, Q)], splits=_SPLITS
-        ).ceiling
-        for _ in range(bootstrap.resamples)
-    ]
-    ceiling_Q = np.sqrt(np.clip(ceiling.per_query, 0, None))
-    return Row(CEILING, ratio, *quantile_interval(ceiling.ceiling, np.array(draws)), tuple(ceiling_Q))
+    found = noise_ceiling(measured_MRQ, confidence=bootstrap.confidence)
+    of_queries = perfect_score(found.per_query[np.isfinite(found.per_query)], len(measured_MRQ))
+    return Row(CEILING, ratio, found.ceiling, found.low, found.high, tuple(of_queries))
 
 
 def _random_scores(like: Scores, seed: Sequence[int]) -> Scores:

@@ -20,6 +20,7 @@ from segflow.evaluation import (
     random_subsets,
     read_bank,
 )
+from segflow.evaluation.noise import perfect_score
 
 from .closed_form import EFFECTS, TRUE, Linear, N, Q, noisy_truth, scores_of
 
@@ -229,7 +230,8 @@ def test_each_ratios_score_is_that_of_its_own_bank(tmp_path: Path) -> None:
         ceiling = noise_ceiling(measured)
         row = table.value("noise ceiling", ratio)
         assert row.mean == pytest.approx(ceiling.ceiling)
-        np.testing.assert_allclose(row.values, np.sqrt(np.clip(ceiling.per_query, 0, None)))
+        np.testing.assert_allclose(row.values, perfect_score(ceiling.per_query, 12))
+        assert (row.low, row.high) == (ceiling.low, ceiling.high)
         assert row.low <= row.mean <= row.high
         assert abs(table.value("random", ratio).mean) < 0.35
 
