@@ -23,11 +23,11 @@ from segflow.evaluation.statistics import spearman
 Coverage = dict[str, float]
 RESULTS = Path(__file__).with_name("coverage_noise.json")
 SIGNALS = (0.0, 0.1, 0.5, 0.9)
-_DRAWS = {40: 150, 100: 60}  # of many subsets fewer, as they take long; else 300
+_DRAWS = {40: 80, 100: 40}  # of many subsets fewer, as they take long; else 200
 
 
 def alike(
-    subsets: int, repetitions: int, queries: int, signal: float, common: float = 0.3, draws: int = 300, seed: int = 0
+    subsets: int, repetitions: int, queries: int, signal: float, common: float = 0.3, draws: int = 200, seed: int = 0
 ) -> Coverage:
     """Queries of one reliability: `signal` is the part of the variance of one retraining that is between subsets.
 
@@ -37,7 +37,7 @@ def alike(
 
 
 def different(
-    subsets: int, repetitions: int, queries: int, signal: float, common: float = 0.3, draws: int = 300, seed: int = 0
+    subsets: int, repetitions: int, queries: int, signal: float, common: float = 0.3, draws: int = 200, seed: int = 0
 ) -> Coverage:
     """Queries whose signals are drawn evenly between 0 and twice `signal`, others in each data set.
 
@@ -47,14 +47,14 @@ def different(
     return _coverage(subsets, repetitions, lambda: generator.uniform(0, 2 * signal, queries), common, draws, generator)
 
 
-def skewed(subsets: int, repetitions: int, queries: int, signal: float, draws: int = 300, seed: int = 0) -> Coverage:
+def skewed(subsets: int, repetitions: int, queries: int, signal: float, draws: int = 200, seed: int = 0) -> Coverage:
     """As `alike`, of what is measured the exponential: a long tail on one side, of signal and noise."""
     signals = np.full(queries, signal)
     return _coverage(subsets, repetitions, signals, 0.3, draws, stream(seed, "skewed"), np.exp)
 
 
 def heavy_tails(
-    subsets: int, repetitions: int, queries: int, signal: float, freedom: int = 3, draws: int = 300, seed: int = 0
+    subsets: int, repetitions: int, queries: int, signal: float, freedom: int = 3, draws: int = 200, seed: int = 0
 ) -> Coverage:
     """Noise with the tails of Student's t, of the variance that `alike` has."""
     generator = stream(seed, "heavy tails")

@@ -137,12 +137,10 @@ def _estimates(values_MRQ: np.ndarray) -> np.ndarray:
 
 
 def _corrected(estimate: np.ndarray | float, M: int, R: int) -> np.ndarray:
-    """The reliability at which normal measurements give such an estimate on average; below 0 by the slope at 0."""
+    """The reliability at which normal measurements give such an estimate on average; below 0 in proportion."""
     theory = _theory(M, R)
-    slope = theory.reliability_G[20] / theory.estimate_G[20]
-    return np.where(
-        np.less(estimate, 0), slope * estimate, np.interp(estimate, theory.estimate_G, theory.reliability_G)
-    )
+    above = np.interp(estimate, theory.estimate_G, theory.reliability_G)
+    return np.where(np.less(estimate, 0), theory.slope * np.asarray(estimate), above)
 
 
 def _chance(M: int, R: int) -> float:
@@ -161,7 +159,8 @@ class _Theory:
     """What normal measurements give on average, over a grid of reliabilities from 0 to 1.
 
     ranks_G, values_G: the share of the variance that is between subsets, of ranks and of the numbers themselves;
-    estimate_G: the estimate, 1 - factor * noise to signal.
+    estimate_G: the estimate, 1 - factor * noise to signal; slope: of what is below 0, such that a query's corrected
+    estimate is still 0 on average without signal.
     """
 
     reliability_G: np.ndarray
@@ -169,6 +168,7 @@ class _Theory:
     values_G: np.ndarray
     estimate_G: np.ndarray
     factor: float
+    slope: float
 
 
 @lru_cache(64)
@@ -179,9 +179,13 @@ def _theory(M: int, R: int) -> _Theory:
     ratio_G = (1 - icc_G) / (1 + (R - 1) * icc_G)  # 1 - reliability
     nodes = betaincinv((M - 1) / 2, M * (R - 1) / 2, (np.arange(_NODES) + 0.5) / _NODES)  # shares, without signal
     shares = nodes / (nodes + ratio_G[:, None] * (1 - nodes))
-    noise = _noise_to_signal(shares, M, R).mean(1)
+    noise = _noise_to_signal(shares, M, R)
+    factor = 1 / noise[0].mean()
+    estimate_G, unsignalled = 1 - factor * noise.mean(1), 1 - factor * noise[0]
+    slope = np.interp(unsignalled, estimate_G, 1 - ratio_G).mean() / -np.minimum(unsignalled, 0).mean()
     values_G = shares.mean(1) + (1 - icc_G) * (_chance(M, R) - shares[0].mean())  # without the error of the nodes
-    return _Theory(1 - ratio_G, _share_of_ranks(icc_G, M, R), values_G, 1 - noise / noise[0], float(1 / noise[0]))
+    ranks_G = _share_of_ranks(icc_G, M, R)
+    return _Theory(1 - ratio_G, ranks_G, values_G, estimate_G, float(factor), float(slope))
 
 
 def _share_of_ranks(icc: np.ndarray, M: int, R: int) -> np.ndarray:
