@@ -151,7 +151,7 @@ def _removed(option: str, value: Any, task: Callable[..., Any] = retraining_scor
 
 
 def _curve(option: str, value: Any) -> Door:
-    return _retrained(option, value, linear_datamodeling_curve, repetitions=1, subsets=8, resamples=5)
+    return _retrained(option, value, linear_datamodeling_curve, repetitions=1, subsets=8)
 
 
 def _retrained(option: str, value: Any, task: Callable[..., Any], **others: Any) -> Door:
@@ -191,7 +191,7 @@ class _Wide(nn.Linear):
 
 
 GROUPS = sf.Groups.by(LABELS)
-MEASURED = np.random.default_rng(1).normal(size=(6, 2, 3))
+MEASURED = np.random.default_rng(1).normal(size=(8, 2, 3))
 KEPT = np.random.default_rng(2).random((6, 20)) < 0.5
 LINEAR = (TRUE, KEPT, np.random.default_rng(3).normal(size=(6, len(EFFECTS))))
 MODEL = nn.Linear(4, 3)
@@ -236,8 +236,6 @@ WHOLE = {
     "refine seed": _refined("seed", 5),
     "refine sizes": Door("sizes", 2, lambda n, folder: _refined("sizes", None).result([n, 1], folder)),
     "found_among_lowest": _evaluated("count", 5, lambda n: found_among_lowest(np.arange(20), WRONG, n)),
-    "noise_ceiling splits": _evaluated("splits", 5, lambda n: noise_ceiling(MEASURED, splits=n)),
-    "noise_ceiling seed": _evaluated("seed", 5, lambda n: noise_ceiling(MEASURED, seed=n)),
     "random_subsets count": _evaluated("count", 5, lambda n: random_subsets(n, 6)),
     "random_subsets groups": _evaluated("groups", 6, lambda n: random_subsets(3, n)),
     "random_subsets seed": _evaluated("seed", 6, lambda n: random_subsets(3, 6, seed=n)),
@@ -259,7 +257,6 @@ WHOLE = {
     "retraining_score seed": _removed("seed", 2),
     "retraining_score measurement": _removed("measurement", 0),
     "curve subsets": _curve("subsets", 8),
-    "curve resamples": _curve("resamples", 4),
     "detection resamples": _evaluated(
         "resamples", 4, lambda n: asdict(noisy_label_detection(TRUE, WRONG, resamples=n))
     ),
@@ -353,6 +350,7 @@ REAL = {
     "its difference's": _evaluated(
         "confidence", 0.5, lambda x: linear_datamodeling_difference(TRUE, *LINEAR, confidence=x)
     ),
+    "noise_ceiling confidence": _evaluated("confidence", 0.5, lambda x: noise_ceiling(MEASURED, confidence=x)),
     "fraction": _evaluated("fraction", 0.5, lambda x: random_subsets(3, 6, x)),
     "retraining_score shares": Door(
         "shares", 0.5, lambda x, folder: _removed("shares", None).result([0.25, x], folder)

@@ -23,6 +23,7 @@ from .datamodeling import (
 from .detection import Detection, detection_auc, found_among_lowest, noisy_label_detection
 from .empirical import empirical_influence
 from .leave_out import leave_one_group_out
+from .noise import NoiseCeiling, noise_ceiling
 from .removal import dataset_pruning, removal_order, retraining_score
 from .retraining import (
     Bank,
@@ -34,7 +35,6 @@ from .retraining import (
     read_bank,
     retrain,
 )
-from .statistics import NoiseCeiling, noise_ceiling
 
 __all__ = [
     "Bank",

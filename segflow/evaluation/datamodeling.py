@@ -26,12 +26,13 @@ from ..report.table import Table
 from ..results.same_groups import check_same_groups
 from ..results.scores import Scores
 from .arguments import as_measurements
+from .noise import noise_ceiling, perfect_score
 from .rank_agreement import FEWEST_QUERIES, FEWEST_RUNS, Correlations, correlations, difference_interval, mean_interval
 from .retraining.pool import random_subsets
 from .retraining.reuse import RetrainingOptions, Retrainings
 from .retraining.training import Training
 from .series import CEILING, RANDOM, Series, check_examples, over_examples, values_of
-from .statistics import CONFIDENCE, Bootstrap, exactly, noise_ceiling, quantile_interval
+from .statistics import CONFIDENCE, exactly
 from .subsets import as_subsets
 from .ties import merged, precision, rounding
 
@@ -39,11 +40,10 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 _RANDOM_SERIES = 10  # series of random scores, averaged
-_SPLITS = 10  # of the repetitions, in each resample of the noise ceiling
 _FEWEST_RANKED = 3  # two subsets agree or disagree, and nothing between
 _INTERVAL = (
     f"Intervals: 95%, for other subsets, and for other queries and runs where there are {FEWEST_QUERIES} and "
-    f"{FEWEST_RUNS} or more, by the jackknife and Student's t; of the noise ceiling, the quantiles of a bootstrap. A "
+    f"{FEWEST_RUNS} or more, by the jackknife and Student's t. A "
     "row's values are those of the queries."
 )
 
@@ -271,7 +271,6 @@ def linear_datamodeling_curve(
     *,
     ratios: Sequence[float] = (0.25, 0.5, 0.75),
     subsets: int = 50,
-    resamples: int = 200,
     **options: Unpack[RetrainingOptions],
 ) -> Table:
     """Retrain on random subsets of several sizes: the linear datamodeling score of each series over the share kept.
@@ -285,7 +284,6 @@ def linear_datamodeling_curve(
             ratio.
         ratios: shares of the examples that each subset keeps.
         subsets: random subsets of each ratio.
-        resamples: of the noise ceiling's bootstrap.
 
     A query that never moves, or whose prediction never does, is left out of a row by name (`settings["left_out"]`).
 
@@ -302,7 +300,6 @@ def linear_datamodeling_curve(
     _check_ratios(ratios := real_numbers("ratios", ratios, ScoreError), N)
     subsets = whole_number("subsets", subsets, ScoreError, _FEWEST_RANKED, advice="It counts retrained subsets.")
     like, seed = next(iter(series.values()))[0], retrainings.seed
-    bootstrap = Bootstrap(CONFIDENCE, resamples, seed)
     every_series = {**series, RANDOM: [_random_scores(like, seed, draw) for draw in range(_RANDOM_SERIES)]}
     drawn = {ratio: random_subsets(subsets, N, ratio, _seed_of(seed, ratio, N)) for ratio in ratios}
     for runs, kept in product(every_series.values(), drawn.values()):
@@ -317,7 +314,7 @@ def linear_datamodeling_curve(
             if without:
                 left_out.setdefault(name, {})[f"{ratio:g}"] = without
         if retrainings.repetitions > 1:
-            rows[CEILING].append(_ceiling_row(ratio, measured_MRQ, bootstrap))
+            rows[CEILING].append(_ceiling_row(ratio, measured_MRQ))
     settings = {
         **retrainings.settings(series),
         "interval": _INTERVAL,
@@ -325,7 +322,6 @@ def linear_datamodeling_curve(
         "queries": len(like.query_labels),
         "subsets": subsets,
         "random_draws": _RANDOM_SERIES,
-        "resamples": bootstrap.resamples,
         "left_out": left_out,
         "notes": {name: _note(of_series) for name, of_series in left_out.items()},
     }
@@ -370,18 +366,10 @@ def _row(
     return Row(name, ratio, *mean_interval(found), tuple(found.per_query)), _left_out(used, runs[0])
 
 
-def _ceiling_row(ratio: float, measured_MRQ: np.ndarray, bootstrap: Bootstrap) -> Row:
-    M, _, Q = measured_MRQ.shape
-    ceiling = noise_ceiling(measured_MRQ, seed=bootstrap.seed)
-    generator = np.random.default_rng(bootstrap.seed)
-    draws = [
-        noise_ceiling(
-            measured_MRQ[generator.integers(0, M, M)][:, :, generator.integers(0, Q, Q)], splits=_SPLITS
-        ).ceiling
-        for _ in range(bootstrap.resamples)
-    ]
-    ceiling_Q = np.sqrt(np.clip(ceiling.per_query, 0, None))
-    return Row(CEILING, ratio, *quantile_interval(ceiling.ceiling, np.array(draws)), tuple(ceiling_Q))
+def _ceiling_row(ratio: float, measured_MRQ: np.ndarray) -> Row:
+    found = noise_ceiling(measured_MRQ)
+    of_queries = perfect_score(found.per_query[np.isfinite(found.per_query)], len(measured_MRQ))
+    return Row(CEILING, ratio, found.ceiling, found.low, found.high, tuple(of_queries))
 
 
 def _random_scores(like: Scores, seed: int, draw: int) -> Scores:

@@ -20,6 +20,7 @@ from segflow.evaluation import (
     random_subsets,
     read_bank,
 )
+from segflow.evaluation.noise import perfect_score
 
 from .closed_form import EFFECTS, TRUE, Linear, N, Q, noisy_truth, scores_of
 
@@ -333,7 +334,7 @@ TOTAL = TRUE.total()
 
 
 def _curve(folder: Path, scores: Any = TRUE, noise: float = 1.0, **options: Any) -> Table:
-    plain: dict[str, Any] = {"ratios": (0.25, 0.5), "subsets": 12, "resamples": 30, "progress": False}
+    plain: dict[str, Any] = {"ratios": (0.25, 0.5), "subsets": 12, "progress": False}
     return linear_datamodeling_curve(scores, Linear(noise=noise), folder, **(plain | options))
 
 
@@ -358,7 +359,8 @@ def test_each_ratios_score_is_that_of_its_own_bank(tmp_path: Path) -> None:
         ceiling = noise_ceiling(measured)
         row = table.value("noise ceiling", ratio)
         assert row.mean == pytest.approx(ceiling.ceiling)
-        np.testing.assert_allclose(row.values, np.sqrt(np.clip(ceiling.per_query, 0, None)))
+        np.testing.assert_allclose(row.values, perfect_score(ceiling.per_query, 12))
+        assert (row.low, row.high) == pytest.approx((ceiling.low, ceiling.high))
         assert row.low <= row.mean <= row.high
         assert abs(table.value("random", ratio).mean) < 0.35
 
@@ -394,9 +396,6 @@ def test_each_option_of_the_curve_changes_the_result(tmp_path: Path) -> None:
     assert _curve(tmp_path / "plain") == plain
     for name, options in enumerate(({"subsets": 9}, {"seed": 1}, {"repetitions": 2})):
         assert _curve(tmp_path / str(name), **options).value("Oracle", 0.5).mean != plain.value("Oracle", 0.5).mean
-    other = _curve(tmp_path / "plain", resamples=31)
-    assert other.value("Oracle", 0.5) == plain.value("Oracle", 0.5)
-    assert other.value("noise ceiling", 0.5).low != plain.value("noise ceiling", 0.5).low
 
 
 class _OneNeverMoves(Linear):
@@ -407,7 +406,7 @@ class _OneNeverMoves(Linear):
 
 
 def test_a_measurement_that_never_moves_is_left_out_of_every_series(tmp_path: Path) -> None:
-    options: Any = {"ratios": (0.5,), "subsets": 12, "resamples": 30, "progress": False, "repetitions": 1}
+    options: Any = {"ratios": (0.5,), "subsets": 12, "progress": False, "repetitions": 1}
     table = linear_datamodeling_curve(TRUE, _OneNeverMoves(noise=1.0), tmp_path / "flat", **options)
     full = linear_datamodeling_curve(TRUE, Linear(noise=1.0), tmp_path / "full", **options)
     assert table.settings["left_out"] == {name: {"0.5": ["q1"]} for name in ("Oracle", "random")}
@@ -437,7 +436,6 @@ def test_each_ratio_has_its_own_subsets_which_other_ratios_do_not_move(tmp_path:
         ({"ratios": ()}, "expected a ratio"),
         ({"scores": scores_of(np.ones((Q, N)))}, "query 'q0': the predicted change is the same for every subset"),
         ({"subsets": 2}, "subsets=2: expected a whole number, at least 3"),
-        ({"resamples": 0}, "resamples=0"),
         ({"ratios": (0.5, 0.51)}, "no two of them as many"),
         ({"ratios": (0.5, np.nan)}, "finite"),
         ({"ratios": 0.5}, "ratios=0.5: expected a sequence"),

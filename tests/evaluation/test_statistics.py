@@ -1,12 +1,10 @@
-"""Intervals against scipy, and noise ceilings against simulation."""
+"""Intervals against scipy."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 
-from segflow.errors import ScoreError
-from segflow.evaluation import linear_datamodeling_score, noise_ceiling
 from segflow.evaluation.statistics import (
     exactly,
     quantile_interval,
@@ -14,8 +12,6 @@ from segflow.evaluation.statistics import (
     unchanged_interval,
     welch_interval,
 )
-
-from .closed_form import noisy_truth, scores_of
 
 INF = float("inf")
 
@@ -74,63 +70,3 @@ def test_quantiles_leave_out_what_is_no_number() -> None:
     np.testing.assert_allclose(quantile_interval(0.4, np.append(draws, np.nan)), (0.4, 0.025, 0.975))
     assert quantile_interval(0.4, np.full(3, np.nan)) == (0.4, -INF, INF)
     assert exactly(0.5) == (0.5, 0.5, 0.5)
-
-
-# ---- the noise ceiling ----
-
-
-@pytest.mark.parametrize("R", [2, 4, 5])
-@pytest.mark.parametrize("noise", [0.5, 1.0, 2.0])
-def test_reliability_and_ceiling_are_those_of_the_simulation(R: int, noise: float) -> None:
-    values, subsets, measured = noisy_truth(M=400, R=R, noise=noise)
-    found = noise_ceiling(measured)
-    expected = 1 / (1 + noise**2 / R)
-    assert found.reliability == pytest.approx(expected, abs=0.03)
-    assert found.ceiling == pytest.approx(expected**0.5, abs=0.02)
-    perfect = linear_datamodeling_score(scores_of(values), subsets, measured.mean(1))
-    assert found.ceiling == pytest.approx(perfect.mean, abs=0.02)
-    assert found.per_query.shape == (40,)
-    assert str(found) == f"{found.ceiling:.3f} (reliability {found.reliability:.3f})"
-
-
-def test_two_repetitions_have_one_split_which_scipy_confirms() -> None:
-    from scipy.stats import spearmanr
-
-    measured = noisy_truth(R=2, Q=3)[2]
-    r = np.array([spearmanr(measured[:, 0, q], measured[:, 1, q]).statistic for q in range(3)])
-    np.testing.assert_allclose(noise_ceiling(measured).per_query, 2 * r / (1 + r))
-
-
-def test_all_splits_of_five_are_taken_once_and_an_odd_one_is_left_out() -> None:
-    measured = noisy_truth(R=5)[2]
-    every, few = noise_ceiling(measured, seed=0), noise_ceiling(measured, splits=3, seed=0)
-    assert every.reliability == noise_ceiling(measured, seed=1).reliability  # 15 ways: nothing is drawn
-    assert few.reliability != noise_ceiling(measured, splits=3, seed=1).reliability
-    assert few.reliability == pytest.approx(every.reliability, abs=0.1)
-
-
-def test_repetitions_without_noise_are_reliable_and_mere_noise_is_not() -> None:
-    measured = noisy_truth(M=400, noise=0.0)[2]
-    assert noise_ceiling(measured).ceiling == pytest.approx(1.0)
-    noise = np.random.default_rng(0).normal(size=measured.shape)
-    assert abs(noise_ceiling(noise).reliability) < 0.05
-
-
-def test_a_query_that_does_not_vary_counts_as_unreliable() -> None:
-    measured = noisy_truth(Q=2, noise=0.0)[2]
-    measured[:, :, 1] = 3.0
-    np.testing.assert_allclose(noise_ceiling(measured).per_query, [1.0, 0.0], atol=1e-12)
-
-
-@pytest.mark.parametrize(
-    ("measured", "message"),
-    [
-        (np.zeros((4, 3)), r"Do not average"),
-        (np.zeros((4, 1, 3)), r"2 repetitions"),
-        (np.zeros((2, 4, 3)), r"3 subsets"),
-        (np.full((4, 4, 3), np.nan), r"not finite"),
-    ],
-)
-def test_what_has_no_reliability_is_refused(measured: np.ndarray, message: str) -> None:
-    with pytest.raises(ScoreError, match=message):
-        noise_ceiling(measured)

@@ -1,0 +1,44 @@
+"""The committed coverages of noise ceilings are those of the worlds that the file lists, and say what the docs say."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from benchmarks.coverage_noise import RESULTS, alike, worlds
+from segflow.evaluation.noise import FEWEST_SUBSETS
+
+FOUND = json.loads(RESULTS.read_text())
+
+
+def test_the_results_are_of_every_world() -> None:
+    expected = [(function.__name__, world) for function, world in worlds()]
+    assert [(entry["function"], entry["world"]) for entry in FOUND] == expected
+
+
+def test_without_signal_the_reliability_is_zero_within_the_error_of_simulation() -> None:
+    ratios = [e["coverage"]["bias"] / e["coverage"]["error of the bias"] for e in FOUND if not e["world"]["signal"]]
+    assert max(map(abs, ratios)) < 4
+    assert abs(sum(ratios)) / len(ratios) < 0.5
+
+
+def test_normal_queries_intervals_hold_the_truth_as_often_as_they_say() -> None:
+    held = [
+        e["coverage"]["interval holds"] for e in FOUND if "interval holds" in e["coverage"] and e["function"] == "alike"
+    ]
+    assert min(held) >= 0.89  # of 60 to 300 data sets each
+    assert 0.95 <= sum(held) / len(held) <= 0.99
+
+
+def test_few_subsets_have_no_interval() -> None:
+    for entry in FOUND:
+        assert ("interval holds" in entry["coverage"]) == (entry["world"]["subsets"] >= FEWEST_SUBSETS)
+
+
+def test_a_result_can_be_made_again() -> None:
+    world = {"subsets": 3, "repetitions": 2, "queries": 5, "signal": 0.5}
+    entry = next(e for e in FOUND if e["world"] == world)
+    found = alike(**world)
+    for name, value in entry["coverage"].items():
+        assert found[name] == pytest.approx(value, abs=1e-4)
