@@ -76,6 +76,12 @@ def test_the_reliability_of_mere_noise_is_zero_on_average(M: int, R: int, common
     assert np.std(found) < 1
 
 
+@pytest.mark.parametrize(("M", "R"), [(5, 3), (8, 2), (10, 5)])
+def test_the_reliability_of_a_single_query_of_mere_noise_is_zero_on_average(M: int, R: int) -> None:
+    found = _corrected(_estimates(_world(M, R, 4000, 0.0, 0)), M, R)
+    assert abs(found.mean()) < 3.5 * found.std() / 4000**0.5
+
+
 @pytest.mark.parametrize("signal", [0.1, 0.5, 0.9])
 @pytest.mark.parametrize(("M", "R"), [(5, 2), (10, 5), (40, 3)])
 def test_the_reliability_is_that_of_the_simulation(M: int, R: int, signal: float) -> None:
