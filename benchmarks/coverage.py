@@ -17,6 +17,7 @@ import numpy as np
 HERE = Path(__file__).parent
 DOCUMENT = HERE.parent / "docs" / "STATISTICS.md"
 NAMES = tuple(name for name in ("tasks", "lds", "noise") if (HERE / f"coverage_{name}.py").exists())
+_BESIDE = ("none", "reliability", "bias", "error of the bias", "ceiling", "reached", "estimate")  # no coverages
 _SIZES = ("wrongs", "groups", "subsets", "count", "queries")  # the first that a world has is how many cases there are
 
 
@@ -29,7 +30,7 @@ def simulate(name: str) -> None:
     """Write the coverages of every world of one simulation."""
     found = []
     for task, world in import_module(f"benchmarks.coverage_{name}").worlds():
-        coverage = {key: round(value, 3) for key, value in task(**world).items() if np.isfinite(value)}
+        coverage = {key: round(value, 4) for key, value in task(**world).items() if np.isfinite(value)}
         found.append({"task": task.__name__, "world": world, "coverage": coverage})
         print(task.__name__, world, coverage, flush=True)
     results(name).write_text(json.dumps(found, indent=1) + "\n")
@@ -41,7 +42,7 @@ def table(entries: list[dict[str, Any]]) -> str:
     for entry in entries:
         size = next((name for name in _SIZES if name in entry["world"]), next(iter(entry["world"])))
         for measure, coverage in entry["coverage"].items():
-            if measure != "none":
+            if measure not in _BESIDE:
                 found.setdefault((entry["task"], measure, size, entry["world"][size]), []).append(coverage)
     lines = ["| simulation | interval | cases | worlds | lowest | median | highest |", "|---|---|---|---|---|---|---|"]
     for (task, measure, size, count), all_of in sorted(found.items()):

@@ -3,14 +3,12 @@
 Each draws measurements whose reliability is known, most of them normal. "ceiling" is the score of a perfect predictor
 in normal worlds of that reliability, "reached" the mean Spearman correlation of the measurements' averages with what
 they would be without noise in this world; "bias" is that of the reliability, with its Monte Carlo error.
-`python -m benchmarks.coverage_noise` writes `coverage_noise.json`.
+`python -m benchmarks.coverage noise` writes `coverage_noise.json`.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,7 +19,6 @@ from segflow.evaluation.noise import FEWEST_SUBSETS, perfect_score
 from segflow.evaluation.statistics import spearman
 
 Coverage = dict[str, float]
-RESULTS = Path(__file__).with_name("coverage_noise.json")
 SIGNALS = (0.0, 0.1, 0.5, 0.9)
 _DRAWS = {40: 80, 100: 40}  # of many subsets fewer, as they take long; else 200
 
@@ -141,16 +138,3 @@ def worlds() -> Iterator[tuple[Callable[..., Coverage], dict[str, Any]]]:
 
 def _draws(subsets: int) -> dict[str, int]:
     return {"draws": _DRAWS[subsets]} if subsets in _DRAWS else {}
-
-
-def main() -> None:
-    results = []
-    for function, world in worlds():
-        found = {name: round(value, 4) for name, value in function(**world).items() if np.isfinite(value)}
-        results.append({"function": function.__name__, "world": world, "coverage": found})
-        print(function.__name__, world, found, flush=True)
-    RESULTS.write_text(json.dumps(results, indent=1) + "\n")
-
-
-if __name__ == "__main__":
-    main()

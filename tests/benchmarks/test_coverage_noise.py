@@ -6,15 +6,16 @@ import json
 
 import pytest
 
-from benchmarks.coverage_noise import RESULTS, alike, worlds
+from benchmarks.coverage import results
+from benchmarks.coverage_noise import alike, worlds
 from segflow.evaluation.noise import FEWEST_SUBSETS
 
-FOUND = json.loads(RESULTS.read_text())
+FOUND = json.loads(results("noise").read_text())
 
 
 def test_the_results_are_of_every_world() -> None:
     expected = [(function.__name__, world) for function, world in worlds()]
-    assert [(entry["function"], entry["world"]) for entry in FOUND] == expected
+    assert [(entry["task"], entry["world"]) for entry in FOUND] == expected
 
 
 def test_without_signal_the_reliability_is_zero_within_the_error_of_simulation() -> None:
@@ -24,7 +25,7 @@ def test_without_signal_the_reliability_is_zero_within_the_error_of_simulation()
 
 
 def test_normal_queries_intervals_hold_the_truth_as_often_as_they_say() -> None:
-    alike = [entry for entry in FOUND if entry["function"] == "alike" and "interval holds" in entry["coverage"]]
+    alike = [entry for entry in FOUND if entry["task"] == "alike" and "interval holds" in entry["coverage"]]
     for entry in alike:
         error = (0.95 * 0.05 / entry["world"].get("draws", 200)) ** 0.5
         assert entry["coverage"]["interval holds"] >= 0.94 - 3 * error, entry
