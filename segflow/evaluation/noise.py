@@ -60,8 +60,9 @@ def noise_ceiling(measured: np.ndarray | Tensor, *, confidence: float = 0.95) ->
 
     The interval is Student's, of -log(1 - reliability). Its standard error is from a jackknife over subsets and queries
     (a bootstrap of both at once would count thrice what is theirs together), and at least that of independent normal
-    queries. `benchmarks/coverage_noise.py` simulates it: the 95% hold in .92 to 1, more often where there is little
-    signal.
+    queries. `benchmarks/coverage_noise.py` simulates it. Of normal measurements with some signal it holds in .98 of
+    data sets of 8 subsets, .94 of those of 100; without signal, in nearly all. Where the noise has heavy tails, ranks
+    show more than averages do: the ceiling comes out too high, by up to .05, and its interval may hold far less often.
 
     Args:
         measured: [M, R, Q], each query's measurement after each of R retrainings of each of M subsets.

@@ -32,6 +32,19 @@ def test_normal_queries_intervals_hold_the_truth_as_often_as_they_say() -> None:
     assert 0.95 <= sum(entry["coverage"]["interval holds"] for entry in alike) / len(alike) <= 0.98
 
 
+def test_the_docstrings_numbers_are_those_of_the_file() -> None:
+    for subsets, expected in ((8, 0.98), (100, 0.94)):
+        held = [
+            entry["coverage"]["interval holds"]
+            for entry in FOUND
+            if entry["function"] == "alike" and entry["world"]["subsets"] == subsets and entry["world"]["signal"]
+        ]
+        assert sum(held) / len(held) == pytest.approx(expected, abs=0.005)
+    heavy = [e["coverage"] for e in FOUND if e["function"] == "heavy_tails" and e["world"]["signal"]]
+    assert max(found["estimate"] - found["reached"] for found in heavy) == pytest.approx(0.05, abs=0.005)
+    assert min(found["interval holds what is reached"] for found in heavy) < 0.7
+
+
 def test_few_subsets_have_no_interval() -> None:
     for entry in FOUND:
         assert ("interval holds" in entry["coverage"]) == (entry["world"]["subsets"] >= FEWEST_SUBSETS)
