@@ -174,7 +174,7 @@ def test_only_categories_that_occur_make_groups() -> None:
         ([frozenset("a"), frozenset("b")], "example 0's label cannot be used .a frozenset has no order"),
         ([1, np.array([2])], "example 1's label cannot be used"),
         (np.array([1], dtype="timedelta64[Y]"), "no whole number of microseconds"),
-        ({"a", "b"}, "expected a list, with one label for each example"),
+        ({"a"}, "expected a list, with one label for each example"),
         ("abab", "expected a list, with one label for each example"),
         (torch.tensor(1), r"has the shape \(\), expected one dimension"),
         (3, "expected a list"),
