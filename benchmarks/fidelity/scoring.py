@@ -29,7 +29,7 @@ from .rows import RUNS, STAGE_NAMES, Row
 from .training import bank_names, folder_of, ground_truth, load_run, run_folder
 
 RESULTS = FOLDER / "fidelity"
-CEILING = "intraclass correlation of the retrainings, pooled over the queries"  # what `noise_ceiling` is, in words; say it anew where that changes
+CEILING = "intraclass correlation of the retrainings, pooled over the queries"  # what `noise_ceiling` is, in words
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,13 @@ def _compare(part: Part, only: list[str], reuse: bool, earlier: dict[str, Any], 
 def _ceiling(part: Part) -> dict[str, Any]:
     """The noise ceiling, with what estimates it; no interval is given of it."""
     found = noise_ceiling(part.measured)
-    return {"of": CEILING, "mean": found.ceiling, "low": found.low, "high": found.high, "reliability": found.reliability}
+    return {
+        "of": CEILING,
+        "mean": found.ceiling,
+        "low": found.low,
+        "high": found.high,
+        "reliability": found.reliability,
+    }
 
 
 def _figures(part: Part, runs: list[sf.Scores], reference: sf.Scores | None) -> dict[str, Any]:

@@ -27,8 +27,8 @@ _HEAD = f"""# How faithful is each method?
 
 Linear datamodeling scores: the rank correlation, over {SUBSETS} random halves of the training examples, between what
 a method predicts and what retraining on the half gives ({REPETITIONS} retrainings of each half, averaged), averaged
-over the queries. In brackets: 95% intervals, for other halves and queries (`docs/STATISTICS.md`; in rows that were read back by a
-bootstrap of both). Written by
+over the queries. In brackets: 95% intervals, for other halves and queries (`docs/STATISTICS.md`; in rows that were read
+back by a bootstrap of both). Written by
 `python -m benchmarks.fidelity table` from the results of `python -m benchmarks.fidelity all`; do not edit.
 
 - **one run**: scores from one recorded training run of all examples; the mean over {RUNS} runs of different seeds, of

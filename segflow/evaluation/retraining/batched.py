@@ -20,7 +20,7 @@ from .alone import trained_alone
 from .carry import refusal
 from .pool import Job
 from .random_state import all_seeded, nothing_drawn
-from .recipe_identity import batched_identity
+from .recipe_identity import Recipe, batched_identity
 from .stacked import StackedModels
 from .stage import Stage
 
@@ -93,7 +93,8 @@ class BatchedTraining:
 
         A loss, a measure, an optimizer and a schedule count by what their code reaches, and by numbers that they give.
         """
-        return batched_identity(self.build, self.stages, (self.query_inputs, self.query_targets), self.measure)
+        queries = (self.query_inputs, self.query_targets)
+        return batched_identity(Recipe(self.build, self.stages, queries, self.measure))
 
     def batches(self, jobs: Sequence[Job]) -> list[list[int]]:
         """Places of the jobs that are trained together: those that keep as many examples of each stage."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from types import MethodType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -54,45 +54,37 @@ def _subject(function: Any) -> tuple[Any, str]:
     return _Holder(function), "held"
 
 
-def batched_identity(
-    build: Callable[[], nn.Module],
-    stages: Sequence[Stage],
-    queries: tuple[Tensor, Tensor],
-    measure: Callable[[Any, Tensor], Tensor],
-) -> dict[str, Any]:
-    """What the results of a batched training depend on, as JSON; queries: their inputs and targets."""
-    functions = {"build": build, "measure": measure}
-    for number, stage in enumerate(stages):
-        functions |= {
-            f"stage {number} {name}": getattr(stage, name)
-            for name in ("loss", "optimizer", "schedule")
-            if hasattr(stage, name)
-        }
+class Recipe(NamedTuple):
+    """What `BatchedTraining` is made of; queries: their inputs and targets."""
 
-    def run() -> dict[str, Any]:
-        return _computed(build, stages, queries, measure)
+    build: Callable[[], nn.Module]
+    stages: Sequence[Stage]
+    queries: tuple[Tensor, Tensor]
+    measure: Callable[[Any, Tensor], Tensor]
 
+
+def batched_identity(recipe: Recipe) -> dict[str, Any]:
+    """What the results of a batched training depend on, as JSON."""
+    functions = {"build": recipe.build, "measure": recipe.measure}
+    for number, stage in enumerate(recipe.stages):
+        functions |= {f"stage {number} {name}": getattr(stage, name) for name in ("loss", "optimizer", "schedule")}
+    run = partial(_computed, recipe)
     code, computed = settled(code_of(functions), run, run)
     data = {
-        "queries": digest(list(queries)),
-        **{f"stage {k}": digest([stage.inputs, stage.targets]) for k, stage in enumerate(stages)},
+        "queries": digest(list(recipe.queries)),
+        **{f"stage {k}": digest([stage.inputs, stage.targets]) for k, stage in enumerate(recipe.stages)},
     }
-    plans = [{"epochs": stage.epochs, "batch_size": stage.batch_size} for stage in stages]
+    plans = [{"epochs": stage.epochs, "batch_size": stage.batch_size} for stage in recipe.stages]
     return {"code": dict(code), "data": data, "stages": plans, **computed}
 
 
-def _computed(
-    build: Callable[[], nn.Module],
-    stages: Sequence[Stage],
-    queries: tuple[Tensor, Tensor],
-    measure: Callable[[Any, Tensor], Tensor],
-) -> dict[str, Any]:
+def _computed(recipe: Recipe) -> dict[str, Any]:
     """The model that seed 0 makes, each stage's optimizer for it, and numbers of its losses and measurements."""
     with all_seeded(0):
-        model = build().train()
-        optimizers = [_optimizer(stage, model) for stage in stages]
+        model = recipe.build().train()
+        optimizers = [_optimizer(stage, model) for stage in recipe.stages]
         initial = digest([[name, value] for name, value in model.state_dict().items()])
-        numbers = list(_numbers(partial(_at_these_parameters, stages, queries, measure), model.eval()))
+        numbers = list(_numbers(recipe, model.eval()))
     described = {"text": str(model), "initial": initial, "frozen": _frozen(model)}
     return {"model": described, "optimizers": optimizers, "computed": {PROBES: numbers}}
 
@@ -119,27 +111,22 @@ def as_text(option: Any) -> str:
     return str(tuple(map(plain, option)) if isinstance(option, tuple | list) else plain(option))
 
 
-def _numbers(at: Callable[[nn.Module], Iterator[Any]], model: nn.Module) -> Iterator[Any]:
+def _numbers(recipe: Recipe, model: nn.Module) -> Iterator[Any]:
     """All measurements, the losses of all batches and gradients' sizes, at the initial and at other parameters."""
-    yield from at(model)
+    yield from _at_these_parameters(recipe, model)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
             scale = float(parameter.square().mean().sqrt()) if parameter.numel() else 0.0
             noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
             parameter.add_((_PERTURBATION * (scale or 1.0) * noise).to(parameter))
-    yield from at(model)
+    yield from _at_these_parameters(recipe, model)
 
 
-def _at_these_parameters(
-    stages: Sequence[Stage],
-    queries: tuple[Tensor, Tensor],
-    measure: Callable[[Any, Tensor], Tensor],
-    model: nn.Module,
-) -> Iterator[Any]:
+def _at_these_parameters(recipe: Recipe, model: nn.Module) -> Iterator[Any]:
     with torch.no_grad():
-        yield from _plain_numbers(measure(model(queries[0]), queries[1]))
-    for stage in stages:
+        yield from _plain_numbers(recipe.measure(model(recipe.queries[0]), recipe.queries[1]))
+    for stage in recipe.stages:
         with torch.no_grad():
             for inputs, targets in _batches(stage):
                 yield from _plain_numbers(stage.loss(model(inputs), targets))
