@@ -34,7 +34,7 @@ from .retraining.training import Training
 from .series import CEILING, RANDOM, Series, check_examples, over_examples, values_of
 from .statistics import CONFIDENCE, exactly
 from .subsets import as_subsets
-from .ties import merged, precision, rounding
+from .ties import merged, precision
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -199,18 +199,26 @@ def _predicted(scores: Scores, kept_MK: np.ndarray) -> np.ndarray:
     values_QK = values_of(scores)
     if not np.isfinite(values_QK).all():
         raise ScoreError("scores: a number is not finite. Score again, or leave the method out.")
-    return merged((~kept_MK).astype(float) @ values_QK.T, _slack(values_QK, precision(scores.values)))
+    predicted_MQ = (~kept_MK).astype(float) @ values_QK.T
+    steps = values_QK.shape[1] * np.finfo(float).eps * np.abs(values_QK).sum(1)  # of the sums
+    held, summed_MQ = precision(scores.values), merged(predicted_MQ, steps)
+    columns = (_as_held(*pair, kept_MK, held) for pair in zip(summed_MQ.T, values_QK, strict=True))
+    return np.stack(list(columns), axis=1)
 
 
-def _slack(values_QK: np.ndarray, held: float) -> np.ndarray:
-    """[Q]: how far rounding may move the sum of any of the values.
+def _as_held(predicted_M: np.ndarray, values_K: np.ndarray, kept_MK: np.ndarray, held: float) -> np.ndarray:
+    """The predictions, where those that differ by how their terms are held alone are equal.
 
-    Examples of one group have one value, whose rounding is the same for all of them: it counts as one term.
+    held: the precision of the terms. Terms that two subsets share are rounded alike, and do not count.
     """
-    of_terms = [np.multiply(*np.unique(row, return_counts=True))[:, None] for row in values_QK]
-    of_the_sum = values_QK.shape[1] * np.finfo(float).eps * np.abs(values_QK).sum(1)
-    slack: np.ndarray = np.concatenate([rounding(terms, held) for terms in of_terms]) + of_the_sum
-    return slack
+    size_K, lowest, equal_M = held * np.abs(values_K), int(predicted_M.argmin()), predicted_M.copy()
+    most = size_K.sum()
+    for subset in np.argsort(predicted_M, kind="stable"):
+        gap = predicted_M[subset] - predicted_M[lowest]
+        if gap > most or gap > size_K[kept_MK[subset] != kept_MK[lowest]].sum():
+            lowest = subset
+        equal_M[subset] = predicted_M[lowest]
+    return equal_M
 
 
 def _varies(values_MQ: np.ndarray) -> np.ndarray:

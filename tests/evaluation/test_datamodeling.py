@@ -451,3 +451,17 @@ def test_a_curve_that_makes_no_sense_is_refused(tmp_path: Path, options: Any, me
     with pytest.raises(sf.ScoreError, match=message):
         _curve(tmp_path, **options)
     assert not list(tmp_path.iterdir()) or options.get("scores") is TOTAL, "nothing was trained"
+
+
+def test_a_large_score_in_single_precision_makes_no_ties_among_the_others() -> None:
+    """Two subsets that both leave it out, or both keep it, differ by the small ones alone."""
+    from scipy.stats import spearmanr
+
+    generator = np.random.default_rng(0)
+    values = (1e-3 * generator.normal(size=(1, 300))).astype(np.float32)
+    values[0, 7] = 1e4
+    subsets, measured = random_subsets(60, 300, seed=1), generator.normal(size=(60, 1))
+    predicted = (~subsets).astype(float) @ values.astype(float).T
+    found = linear_datamodeling_score(scores_of(torch.from_numpy(values)), subsets, measured)
+    assert len(np.unique(predicted)) == 60
+    assert found.mean == pytest.approx(spearmanr(predicted[:, 0], measured[:, 0]).statistic, abs=1e-12)
