@@ -125,6 +125,18 @@ def settled(identity: Callable[[], Reached], run: Callable[[], Any], again: Call
     return after, result
 
 
+@contextmanager
+def running(identity: Callable[[], Reached]) -> Iterator[None]:
+    """What the functions of an identity change inside, where they run, is no edit of them, also if they fail."""
+    before = identity()
+    try:
+        yield
+    finally:
+        after = identity()
+        for slot in _differences(before.slots, after.slots):
+            _change(slot, before.slots.get(slot), after.slots[slot], after.slots[slot])
+
+
 def _differences(before: dict[Slot, Seen], after: dict[Slot, Seen]) -> list[Slot]:
     """The slots that hold something else, and those that are new in what was there before."""
     holders = {holder for holder, _ in before}

@@ -10,7 +10,7 @@ import struct
 import sys
 import sysconfig
 import weakref
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from enum import Enum
 from functools import cached_property, lru_cache, partial, partialmethod
@@ -144,7 +144,7 @@ class Values:
         if (spelled := _plainly(value)) is not None:
             return f"{_type_name(value)} {spelled}"
         if isinstance(value, Mapping) and not isinstance(value, _BY_TYPE):
-            words = sorted(self._pairs(value))
+            words = list(self._pairs(value)) if isinstance(value, OrderedDict) else sorted(self._pairs(value))
         elif isinstance(value, set | frozenset):
             words = sorted(self._elements(value))
         elif isinstance(value, list | tuple | deque):
@@ -192,7 +192,10 @@ class Values:
         like = f"{_type_name(value)} {value.dtype} {tuple(value.shape)}"
         if isinstance(value, Tensor):
             spread = hasattr(value, "full_tensor") or value.is_meta or _storage(value) in self.own.storages
-            return like if spread else f"{like} {digest_once(value, _version(value), digest)}"
+            frozen = " frozen" if isinstance(value, nn.Parameter) and not value.requires_grad else ""
+            return like if spread else f"{like}{frozen} {digest_once(value, _version(value), digest)}"
+        if isinstance(value, np.ma.MaskedArray):
+            like = f"{like} {digest(np.ma.getmaskarray(value))}"
         return f"{like} {self.word(value.tolist()) if value.dtype.hasobject else digest(value)}"
 
     def _callable(self, value: Any) -> str | None:

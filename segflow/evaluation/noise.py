@@ -211,14 +211,14 @@ def _interval(values_MRQ: np.ndarray, estimate: float, confidence: float) -> tup
     """The ceiling's interval, from Student's of -log(1 - estimate)."""
     from scipy import stats
 
-    M, R, _ = values_MRQ.shape
-    if estimate >= 1:  # no repetition differs from another
-        return 1.0, 1.0
+    M, R, Q = values_MRQ.shape
+    most = 1.0 if estimate >= 1 else 0.0
+    estimate = min(estimate, 1 - 1 / (M * R * Q))  # few repetitions, or rounded ones, may be all alike by chance
     error = _standard_error(values_MRQ, estimate)
     half = float(stats.t.ppf((1 + confidence) / 2, min(M, _BLOCKS) - 1)) * error
-    ends = 1 - (1 - estimate) * np.exp([half, -half])
-    low, high = perfect_score(_corrected(ends, M, R), M)
-    return float(low), float(high)
+    lower, upper = 1 - (1 - estimate) * np.exp(half), 1 - (1 - max(estimate, 0.0)) * np.exp(-half)
+    low, high = perfect_score(_corrected(np.array([lower, upper]), M, R), M)
+    return float(low), max(float(high), most)
 
 
 def _standard_error(values_MRQ: np.ndarray, estimate: float) -> float:

@@ -72,7 +72,7 @@ def _here(function: Callable[..., Any], calls: Sequence[tuple[Any, ...]]) -> Ite
         try:
             with one_thread():
                 result = function(*call)
-        except Exception as problem:
+        except (Exception, SystemExit) as problem:
             raise WorkerError(_told(problem), place) from problem
         yield result
 
@@ -89,13 +89,13 @@ def _in_workers(function: Callable[..., Any], calls: Sequence[tuple[Any, ...]], 
     except BrokenProcessPool as problem:
         text = f"a worker process ended. Was there too little memory? Give fewer processes. ({problem})"
         raise WorkerError(text, place) from problem
-    except Exception as problem:
+    except (Exception, SystemExit) as problem:
         raise WorkerError(_told(problem), place) from problem
     finally:
         pool.shutdown(kill_workers=True)
 
 
-def _told(problem: Exception) -> str:
+def _told(problem: BaseException) -> str:
     """An error as text; our own ones say it all."""
     return str(problem) if isinstance(problem, SegflowError) else f"{type(problem).__name__}: {problem}"
 
@@ -133,4 +133,17 @@ def _call(arguments: tuple[Any, ...]) -> Any:
     if _function is None:
         _function = pickle.loads(_pickled)  # noqa: S301  # what this process's own parent sent
     with one_thread():
-        return _function(*arguments)
+        try:
+            return _function(*arguments)
+        except (Exception, SystemExit) as problem:
+            if _returns(problem):
+                raise
+            raise RuntimeError(f"{type(problem).__name__}: {problem}") from None
+
+
+def _returns(problem: BaseException) -> bool:
+    """Whether an error arrives in the parent as it is."""
+    try:
+        return type(pickle.loads(cloudpickle.dumps(problem))) is type(problem)  # noqa: S301
+    except Exception:  # noqa: BLE001
+        return False

@@ -37,10 +37,10 @@ def test_the_docstrings_numbers_are_those_of_the_file() -> None:
         held = [
             entry["coverage"]["interval holds"]
             for entry in FOUND
-            if entry["function"] == "alike" and entry["world"]["subsets"] == subsets and entry["world"]["signal"]
+            if entry["task"] == "alike" and entry["world"]["subsets"] == subsets and entry["world"]["signal"]
         ]
         assert sum(held) / len(held) == pytest.approx(expected, abs=0.005)
-    heavy = [e["coverage"] for e in FOUND if e["function"] == "heavy_tails" and e["world"]["signal"]]
+    heavy = [e["coverage"] for e in FOUND if e["task"] == "heavy_tails" and e["world"]["signal"]]
     assert max(found["estimate"] - found["reached"] for found in heavy) == pytest.approx(0.05, abs=0.005)
     assert min(found["interval holds what is reached"] for found in heavy) < 0.7
 

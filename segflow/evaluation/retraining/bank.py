@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from ...store.files import TensorFile, read_json, write_json, write_tensors
 from ..subsets import as_subsets
 from .pool import Job, JobError
 from .seeds import training_seeds
-from .training import Training, check_is_training
+from .training import FunctionTraining, Training, check_is_training, stacked
 
 FORMAT = 2
 _NOTE = "bank.json"  # the file that says what the bank is
@@ -84,6 +85,7 @@ class Bank:
     def fingerprint(self) -> dict[str, Any]:
         """What the bank's numbers depend on, as it is now."""
         content = {"format": FORMAT, "subsets": _described(self.subsets), "seed": self.seed}
+        content["default dtype"] = str(torch.get_default_dtype())
         as_read_back: dict[str, Any] = json.loads(json.dumps(content | {"training": self.training.settings()}))
         return as_read_back
 
@@ -107,12 +109,15 @@ class Bank:
             raise ScoreError("a bank is filled by one process. Start it without a launcher, or use `retrain`.")
         last = len(self.subsets) - 1
         wanted = list(range(last + 1) if rows is None else whole_numbers("rows", rows, ScoreError, 0, last))
+        if not wanted:
+            raise ScoreError("rows: none was given. Expected one subset or more, or None for all.")
         chosen, fingerprint = set(wanted), self.fingerprint
         bank = self._bound(fingerprint)
         pairs = [(r, m) for r, m in self._missing(bank) if m in chosen]
-        if not (self._path / _NOTE).exists():
+        if not (self._path / "subsets.safetensors").exists():
             subsets = {"subsets": torch.from_numpy(self.subsets)}
             write_tensors(self._path / "subsets.safetensors", subsets, None, ScoreError)
+        if not (self._path / _NOTE).exists():
             write_json(self._path / _NOTE, fingerprint, ScoreError)
         self._train(pairs, bank, progress)
         return _collected(_committed(self._path, bank), wanted, self.repetitions, self._path)
@@ -122,8 +127,8 @@ class Bank:
         seeds_MR = training_seeds(self.subsets, self.repetitions, self.seed)
         jobs = [(np.flatnonzero(self.subsets[m]), int(seeds_MR[m, r])) for r, m in pairs]
         diverged: list[int] = []
-        for places in track(self.training.batches(jobs), "retraining", enabled=progress):
-            measured = self._measured([pairs[place] for place in places], [jobs[place] for place in places])
+        batches = self.training.batches(jobs)
+        for places, measured in track(self._results(pairs, jobs, batches), "retraining", len(batches), progress):
             finite = np.isfinite(measured.reshape(len(places), -1)).all(1)
             diverged += [place for place, whole in zip(places, finite, strict=True) if not whole]
             self._commit([pairs[place] for place in np.array(places)[finite]], measured[finite], bank)
@@ -137,12 +142,22 @@ class Bank:
                 "learning rate. What did not diverge is kept."
             )
 
-    def _measured(self, pairs: Sequence[tuple[int, int]], jobs: Sequence[Job]) -> np.ndarray:
+    def _results(
+        self, pairs: Sequence[tuple[int, int]], jobs: Sequence[Job], batches: Sequence[Sequence[int]]
+    ) -> Iterator[tuple[Sequence[int], np.ndarray]]:
+        """The places of the jobs of each batch, and their measurements."""
         try:
-            measured = np.asarray(self.training.run(jobs), dtype=np.float64)
+            if isinstance(self.training, FunctionTraining):  # whose processes stay for all batches
+                results = self.training.results(jobs)
+                yield from ((places, stacked(list(islice(results, len(places))))) for places in batches)
+            else:
+                yield from ((places, self._measured([jobs[place] for place in places])) for places in batches)
         except JobError as failure:
             repetition, subset = pairs[failure.place]
             raise failure.of(subset, repetition) from failure.__cause__
+
+    def _measured(self, jobs: Sequence[Job]) -> np.ndarray:
+        measured = np.asarray(self.training.run(jobs), dtype=np.float64)
         if len(measured) != len(jobs):
             raise ScoreError(f"bank: {len(measured)} results of {len(jobs)} trainings. Return one for each.")
         return measured

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -89,11 +89,14 @@ def retrain(
     kept_MK, ranks = as_subsets(subsets), current()
     pairs = [(subset, repetition) for subset in range(len(kept_MK)) for repetition in range(repetitions)]
     seeds_MR = training_seeds(kept_MK, repetitions, seed)
+    if not kept_MK.any(1).all():
+        raise ScoreError(f"subset {int(np.argmin(kept_MK.any(1)))} keeps nothing, so that nothing can be trained.")
     jobs = [(np.flatnonzero(kept_MK[subset]), int(seeds_MR[subset, repetition])) for subset, repetition in pairs]
     with ranks.together("retrain"):
         own = ranks.share(list(range(len(jobs))))
         try:
-            by_this_rank = run_jobs(train_and_measure, [jobs[job] for job in own], processes, progress, finite=True)
+            results = each_job(train_and_measure, [jobs[job] for job in own], processes, finite=True)
+            by_this_rank = list(track(results, "retraining", total=len(own), enabled=progress))
         except JobError as failure:
             raise failure.of(*pairs[own[failure.place]]) from failure.__cause__
         by_rank = ranks.gather([measured.ravel().tolist() for measured in by_this_rank])
@@ -136,20 +139,15 @@ def checked_processes(processes: object) -> int | None:
     return whole_number("processes", processes, ScoreError, 1, advice="None or -1 takes one for each core.")
 
 
-def run_jobs(
-    train_and_measure: TrainAndMeasure,
-    jobs: Sequence[Job],
-    processes: int | None,
-    progress: bool | None,
-    finite: bool = False,
-) -> list[np.ndarray]:
+def each_job(
+    train_and_measure: TrainAndMeasure, jobs: Sequence[Job], processes: int | None, finite: bool = False
+) -> Iterator[np.ndarray]:
     """The measurements of each job as they are shaped, in parallel where more than one process is asked for.
 
     finite: whether a measurement that is not finite is an error. Raises JobError.
     """
-    results = each_call(partial(_measured, train_and_measure, finite), jobs, workers_for(processes))
     try:
-        return list(track(results, "retraining", total=len(jobs), enabled=progress))
+        yield from each_call(partial(_measured, train_and_measure, finite), jobs, workers_for(processes))
     except WorkerError as failure:
         raise JobError(failure.place, jobs[failure.place], str(failure)) from failure.__cause__
 
@@ -172,7 +170,12 @@ def _as_numbers(given: Any) -> np.ndarray:
             raise TypeError("nothing was returned")
         if isinstance(given, list | tuple):
             given = [row.tolist() if isinstance(row, torch.Tensor | np.ndarray) else row for row in given]
-        return as_array(given).astype(np.float64)
+        array = as_array(given)
+        if array.dtype.kind == "c":
+            raise TypeError("complex numbers, of which the imaginary part would be lost")
+        if array.size == 0:
+            raise ValueError("no measurement")
+        return array.astype(np.float64)
     except (TypeError, ValueError) as problem:
         raise ScoreError(
             f"train_and_measure gave {type(given).__name__}: {problem}. Return numbers [Q], or rows of equal length "

@@ -6,6 +6,8 @@ Code tells what values cannot (a rate that a bank's few probes would not show), 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import replace
 from functools import partial
 from types import MethodType
 from typing import Any, NamedTuple
@@ -19,7 +21,7 @@ from ...data.code_identity import reached
 from ...data.fingerprints import digest
 from ...store.comparison import PROBES
 from .random_state import all_seeded
-from .stage import Stage, optimizer_of
+from .stage import Stage, loss_of, optimizer_of
 
 _PERTURBATION = 0.1  # of a parameter, relative to its root mean square (or 1, where it is 0)
 
@@ -79,7 +81,13 @@ def batched_identity(recipe: Recipe) -> dict[str, Any]:
 
 
 def _computed(recipe: Recipe) -> dict[str, Any]:
-    """The model that seed 0 makes, each stage's optimizer for it, and numbers of its losses and measurements."""
+    """The model that seed 0 makes, each stage's optimizer for it, and numbers of its losses and measurements.
+
+    Losses and the measure are copied, as for each training, so that what they keep from call to call stays as it is.
+    """
+    losses = [loss_of(stage) for stage in recipe.stages]
+    stages = [replace(stage, loss=loss) for stage, loss in zip(recipe.stages, losses, strict=True)]
+    recipe = recipe._replace(stages=stages, measure=_copied(recipe.measure))
     with all_seeded(0):
         model = recipe.build().train()
         optimizers = [_optimizer(stage, model) for stage in recipe.stages]
@@ -87,6 +95,14 @@ def _computed(recipe: Recipe) -> dict[str, Any]:
         numbers = list(_numbers(recipe, model.eval()))
     described = {"text": str(model), "initial": initial, "frozen": _frozen(model)}
     return {"model": described, "optimizers": optimizers, "computed": {PROBES: numbers}}
+
+
+def _copied(measure: Callable[[Any, Tensor], Tensor]) -> Callable[[Any, Tensor], Tensor]:
+    """A copy, or what cannot be copied itself."""
+    try:
+        return deepcopy(measure)
+    except (TypeError, RuntimeError, NotImplementedError):
+        return measure
 
 
 def _frozen(model: nn.Module) -> list[str]:

@@ -6,17 +6,17 @@ Axis letters: J jobs, Q queries, P measurements of each query.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
 
 from ...arguments import plain, settle, shown, whole_number
-from ...data.changing import settled
+from ...data.changing import running
 from ...errors import ScoreError
-from .pool import Job, TrainAndMeasure, checked_processes, run_jobs, workers_for
+from .pool import Job, TrainAndMeasure, checked_processes, each_job, workers_for
 from .recipe_identity import code_of
 
 
@@ -65,6 +65,8 @@ class FunctionTraining:
     each: int = 4
 
     def __post_init__(self) -> None:
+        if not callable(self.train_and_measure):
+            raise ScoreError(f"train_and_measure={shown(self.train_and_measure)}: expected a function.")
         settle(self, fingerprint=_plain_json(self.fingerprint), each=whole_number("each", self.each, ScoreError, 1))
         settle(self, processes=checked_processes(self.processes))
 
@@ -83,18 +85,29 @@ class FunctionTraining:
         Raises:
             ScoreError: the function gives no numbers, or not always of one shape.
         """
-        # What running the function changes in this process is no edit of it.
-        _, results = settled(code_of({"function": self.train_and_measure}), partial(self._run, jobs), lambda: None)
-        measured = [np.atleast_1d(of_job) for of_job in results]
-        shapes = sorted({of_job.shape for of_job in measured})
-        if len(shapes) > 1 or len(shapes[0]) > 2:
-            raise ScoreError(
-                f"train_and_measure gave measurements of shapes {shapes}: expected [Q] or [P, Q], the same each time."
-            )
-        return np.stack(measured)
+        return stacked(list(self.results(jobs)))
 
-    def _run(self, jobs: Sequence[Job]) -> list[np.ndarray]:
-        return run_jobs(self.train_and_measure, jobs, self.processes, False)
+    def results(self, jobs: Sequence[Job]) -> Iterator[np.ndarray]:
+        """What `run` gives for each job, one after the other, from processes that stay for all of them."""
+        with ExitStack() as stack:
+            if workers_for(self.processes) == 1 or len(jobs) == 1:  # in this process
+                stack.enter_context(running(code_of({"function": self.train_and_measure})))
+            for measured in each_job(self.train_and_measure, jobs, self.processes):
+                if measured.ndim > 2:
+                    raise ScoreError(
+                        f"train_and_measure gave measurements of shapes [{measured.shape}]: expected [Q] or [P, Q]."
+                    )
+                yield np.atleast_1d(measured)
+
+
+def stacked(measured: Sequence[np.ndarray]) -> np.ndarray:
+    """The measurements of several jobs as one array; ScoreError unless they are of one shape."""
+    shapes = sorted({of_job.shape for of_job in measured})
+    if len(shapes) > 1:
+        raise ScoreError(
+            f"train_and_measure gave measurements of shapes {shapes}: expected [Q] or [P, Q], the same each time."
+        )
+    return np.stack(measured)
 
 
 def _plain_json(fingerprint: Mapping[str, Any]) -> dict[str, Any]:
