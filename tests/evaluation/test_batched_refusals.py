@@ -189,11 +189,79 @@ def _frozen_by_seed() -> nn.Module:
     return model
 
 
-def _rows() -> nn.Module:
-    places = lambda m, x: (x * 2).long().clamp(0, 3)  # noqa: E731
-    model = Changed(places)
-    model.net = nn.Sequential(nn.Embedding(4, 4, sparse=True), nn.Flatten(), nn.Linear(12, 4)).double()
+def _places(module: Any, inputs: Tensor) -> Tensor:
+    return (inputs * 2).long().clamp(0, 3)
+
+
+def _rows(**options: Any) -> nn.Module:
+    model = Changed(_places)
+    model.net = nn.Sequential(nn.Embedding(4, 4, **options), nn.Flatten(), nn.Linear(12, 4)).double()
     return model
+
+
+def _bags() -> nn.Module:
+    model = Changed(_places)
+    model.net = nn.Sequential(nn.EmbeddingBag(4, 4, padding_idx=0), nn.Linear(4, 4)).double()
+    return model
+
+
+def _called_rows(call: Callable[[Tensor, Tensor], Tensor]) -> Callable[[], nn.Module]:
+    def build() -> nn.Module:
+        model = Changed(lambda m, x: call(_places(m, x), m.table)[:, 0])
+        model.table = nn.Parameter(torch.randn(4, 3, dtype=torch.float64))
+        return model
+
+    return build
+
+
+def _lazy() -> nn.Module:
+    return nn.Sequential(nn.LazyLinear(8), nn.Tanh(), nn.Linear(8, 4)).double()
+
+
+def _limited() -> nn.Module:
+    return Changed(lambda m, x: x.clamp(max=100 * m.limits["high"]), limits={"high": float(1.2 + torch.rand(()))})
+
+
+def _smoothed(logits: Tensor, labels: Tensor) -> Tensor:
+    weights = torch.arange(1.0, 5.0, dtype=logits.dtype)
+    return functional.cross_entropy(logits, labels, weight=weights, label_smoothing=0.1)
+
+
+class ByDimensions(lr_scheduler.LRScheduler):
+    """A rate that follows from a parameter's shape."""
+
+    def get_lr(self) -> list[float]:
+        return [0.1 / group["params"][0].ndim for group in self.optimizer.param_groups]
+
+
+def _by_dimensions(optimizer: optim.Optimizer) -> Any:
+    return lr_scheduler.LambdaLR(optimizer, lambda step: 1 / optimizer.param_groups[0]["params"][0].ndim)
+
+
+def _by_first_values(optimizer: optim.Optimizer) -> Any:
+    values = optimizer.param_groups[0]["params"][0].detach()
+    return lr_scheduler.LambdaLR(optimizer, lambda step: float(values.norm()) if step else 1.0)
+
+
+def _projecting(optimizer: optim.Optimizer) -> Any:
+    def project(step: int) -> float:
+        with torch.no_grad():
+            for parameter in optimizer.param_groups[0]["params"] if step else ():
+                parameter.clamp_(-0.5, 0.5)
+        return 1.0
+
+    return lr_scheduler.LambdaLR(optimizer, project)
+
+
+def _own_in_sequence(optimizer: optim.Optimizer) -> Any:
+    parts: list[Any] = [lr_scheduler.ConstantLR(optimizer), ByDimensions(optimizer)]
+    return lr_scheduler.SequentialLR(optimizer, parts, [2])
+
+
+def _replaced_schedule(optimizer: optim.Optimizer) -> Any:
+    schedule = lr_scheduler.ConstantLR(optimizer)
+    schedule.step = lambda *args: _clip(optimizer)  # type: ignore[method-assign]
+    return schedule
 
 
 def _recurrent() -> nn.Module:
@@ -237,10 +305,30 @@ REFUSED: dict[str, tuple[BatchedTraining, str]] = {
     "layers by seed": (_of(_by_seed), "differ in module '1': (ReLU and Tanh|Tanh and ReLU)"),
     "widths by seed": (_of(_wide_by_seed), "differ in parameter 0.weight"),
     "frozen by seed": (_of(_frozen_by_seed), "differ in parameter 0.weight.*(trained.*frozen|frozen.*trained)"),
-    "a tensor by seed": (_of(_hidden), "more than its registered parameters"),
+    "a tensor by seed": (_of(_hidden), "differ in attribute mixing of module ''"),
     "parameters in a list": (_of(_unregistered), "more than its registered parameters"),
     "control flow": (_of(lambda: Changed(after=_where_positive)), "torch cannot stack.*control flow"),
-    "sparse gradients": (_of(_rows, optimizer=partial(optim.SGD, lr=0.1)), "sparse"),
+    "sparse gradients": (
+        _of(partial(_rows, sparse=True), optimizer=partial(optim.SGD, lr=0.1)), "embedding with sparse=True",
+    ),
+    "padding": (_of(partial(_rows, padding_idx=0)), "embedding with padding_idx=0"),
+    "rows of a largest norm": (_of(partial(_rows, max_norm=1.0)), "embedding with max_norm=1.0"),
+    "rows by frequency": (_of(partial(_rows, scale_grad_by_freq=True)), "embedding with scale_grad_by_freq=True"),
+    "padding of bags": (_of(_bags), "embedding_bag with padding_idx=0"),
+    "a call with padding": (
+        _of(_called_rows(lambda i, w: functional.embedding(i, w, padding_idx=0))),
+        "embedding with padding_idx=0",
+    ),
+    "torch's call with padding": (_of(_called_rows(lambda i, w: torch.embedding(w, i, 0))), "with padding_idx=0"),
+    "a schedule of one's own": (_of(schedule=ByDimensions), "schedule ByDimensions"),
+    "a schedule of one's own in another": (_of(schedule=_own_in_sequence), "schedule ByDimensions"),
+    "a schedule by shapes": (_of(schedule=_by_dimensions), "the schedule reads or changes a parameter"),
+    "a schedule by first values": (_of(schedule=_by_first_values), "the schedule reads or changes a parameter"),
+    "a schedule that projects": (_of(schedule=_projecting), "the schedule reads or changes a parameter"),
+    "another step of the schedule": (_of(schedule=_replaced_schedule), "ConstantLR: its `step` was replaced"),
+    "a number by seed": (_of(_limited), r"differ in attribute limits of module ''\['high'\]"),
+    "lazy": (_of(_lazy), "parameter 0.weight has no shape"),
+    "weighted label smoothing": (_of(loss=_smoothed), "torch cannot stack|another gradient"),
     "recurrent": (_of(_recurrent), "torch cannot stack"),
     "a count of calls, when evaluated": (_of(lambda: Changed(after=_counting, calls=0)), "a count of its calls"),
 }  # fmt: skip

@@ -17,6 +17,14 @@ from .stage import Stage, loss_of
 
 Gradients = Mapping[str, Tensor | None]
 _HIDDEN = "it depends on more than its registered parameters, such as tensors, numbers or code that differ by seed"
+_EMBEDDING_OPTIONS = ("padding_idx", "max_norm", "scale_grad_by_freq", "sparse")
+_EMBEDDING: dict[Any, tuple[str, ...]] = {  # the order in which torch's own functions take them; -1 is no padding
+    torch.embedding: ("weight", "indices", "padding_idx", "scale_grad_by_freq", "sparse"),
+    torch.embedding_bag: (
+        *("weight", "indices", "offsets", "scale_grad_by_freq", "mode", "sparse"),
+        *("per_sample_weights", "include_last_offset", "padding_idx"),
+    ),
+}
 
 
 def gradients_alone(models: Sequence[nn.Module], stage: Stage, batch_JB: Tensor) -> list[Gradients]:
@@ -24,7 +32,7 @@ def gradients_alone(models: Sequence[nn.Module], stage: Stage, batch_JB: Tensor)
     found: list[Gradients] = []
     for model, batch_B in zip(models, batch_JB, strict=True):
         trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-        with _NoTensorHooks():
+        with OnlyStackable():
             loss = loss_of(stage)(model(stage.inputs[batch_B]), stage.targets[batch_B])
         gradients = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
         found.append(dict(zip(trained, gradients, strict=True)))
@@ -104,10 +112,41 @@ def _tensors_of(outputs: Any) -> list[Tensor]:
     return [tensor for part in parts for tensor in _tensors_of(part)]
 
 
-class _NoTensorHooks(TorchFunctionMode):
-    """Inside, a hook that is put on a tensor, such as an activation, is refused."""
+class OnlyStackable(TorchFunctionMode):
+    """Inside, what does otherwise for stacked parameters without an error is refused.
+
+    That is a hook put on a tensor, such as an activation, and options of embeddings: torch.func.vmap honours
+    `padding_idx` in the first model only.
+    """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if getattr(func, "__name__", "") in ("register_hook", "register_post_accumulate_grad_hook"):
+        name, kwargs = getattr(func, "__name__", ""), kwargs or {}
+        if name in ("register_hook", "register_post_accumulate_grad_hook"):
             raise refusal("the model or the loss puts a hook on a tensor")
-        return func(*args, **(kwargs or {}))
+        if name in ("embedding", "embedding_bag"):
+            options = dict(zip(_EMBEDDING.get(func, ()), args, strict=False)) | kwargs
+            if func in _EMBEDDING and options.get("padding_idx") == -1:
+                del options["padding_idx"]
+            for option in _EMBEDDING_OPTIONS:
+                value = options.get(option)
+                if value is not None and value is not False:
+                    raise refusal(f"the model or the loss calls {name} with {option}={value}")
+        return func(*args, **kwargs)
+
+
+class Untouched(TorchFunctionMode):
+    """Inside, whatever reads or changes one of the tensors, or another view of its memory, is refused."""
+
+    def __init__(self, what: str, tensors: Iterable[Tensor]):
+        super().__init__()
+        self._what, self._places = what, {_place(tensor) for tensor in tensors if tensor.numel()}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if any(_place(tensor) in self._places for tensor in _tensors_of([args, kwargs])):
+            raise refusal(f"{self._what} reads or changes a parameter ({getattr(func, '__name__', func)})")
+        return func(*args, **kwargs)
+
+
+def _place(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()

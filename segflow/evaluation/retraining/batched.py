@@ -43,9 +43,12 @@ class BatchedTraining:
     refused by name, in the same way for one job as for many. The optimizer is made for a single model, so that groups
     by shape, attributes of parameters, options of groups and frozen parameters are carried over. Refused are: buffers
     (batch normalisation); random draws in the model, the loss, the measure or the recipe (dropout); optimizers that do
-    not treat each number by itself, such as Muon, Adafactor or one's own; hooks on steps, parameters, tensors or
-    backward passes; groups, options or structure that differ from seed to seed; sparse gradients; tensors that follow
-    the seed but are no parameters; control flow that depends on data, and whatever else `torch.func.vmap` cannot do.
+    not treat each number by itself, such as Muon, Adafactor or one's own, subclasses of torch's among them; schedules
+    of one's own, or that look at parameters; hooks on steps, parameters, tensors or backward passes; groups, options
+    or structure that differ from seed to seed; embeddings with `padding_idx`, `max_norm`, `scale_grad_by_freq` or
+    `sparse`; lazy modules; recurrent layers; label smoothing together with weights of classes; numbers, texts and
+    tensors that follow the seed but are no parameters; control flow that depends on data, and whatever else
+    `torch.func.vmap` cannot do.
     Not noticed is what a model or a loss begins to do otherwise than at a stage's first step by a count of its own.
 
     Args:

@@ -9,13 +9,13 @@ Axis letter: J models.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch.optim import Optimizer, lr_scheduler
 from torch.optim import optimizer as torch_optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -32,6 +32,10 @@ def refusal(what: str) -> ScoreError:
 
 def check_models(models: Sequence[nn.Module], seeds: Sequence[int]) -> None:
     """ScoreError unless all models have the same parameters, and nothing that stacked parameters cannot stand for."""
+    for model in models:
+        for name, parameter in model.named_parameters():
+            if nn.parameter.is_lazy(parameter):
+                raise refusal(f"parameter {name} has no shape before the first call, as in a lazy module")
     described = [_parameters_of(model) for model in models]
     for seed, of_one in zip(seeds, described, strict=True):
         if what := _difference(described[0], of_one):
@@ -47,6 +51,14 @@ def check_models(models: Sequence[nn.Module], seeds: Sequence[int]) -> None:
                 raise refusal(f"parameter {name} has a hook")
 
 
+def check_attributes(models: Sequence[nn.Module], seeds: Sequence[int]) -> None:
+    """ScoreError if the modules of freshly made models differ in a number, a text or a tensor that they keep."""
+    described = [_attributes_of(model) for model in models]
+    for seed, of_one in zip(seeds, described, strict=True):
+        if what := _difference(described[0], of_one):
+            raise refusal(f"the models of seeds {seeds[0]} and {seed} differ in {what}")
+
+
 def check_optimizer(optimizer: Optimizer) -> None:
     """ScoreError unless the optimizer is one of torch's that treat each number by itself, and steps as they do."""
     kind = type(optimizer)
@@ -55,6 +67,19 @@ def check_optimizer(optimizer: Optimizer) -> None:
         raise refusal(f"optimizer {kind.__name__}: expected one that treats each number by itself ({known})")
     if "step" in vars(optimizer):
         raise refusal(f"optimizer {kind.__name__}: its `step` was replaced. Give a scheduler as Stage(schedule=...)")
+
+
+def check_schedule(schedule: LRScheduler | None) -> None:
+    """ScoreError unless the scheduler, and those that it is made of, are torch's own and step as they do."""
+    if schedule is None:
+        return
+    kind = type(schedule)
+    if getattr(lr_scheduler, kind.__name__, None) is not kind:
+        raise refusal(f"schedule {kind.__name__}: expected a class of torch.optim.lr_scheduler itself")
+    if "step" in vars(schedule):
+        raise refusal(f"schedule {kind.__name__}: its `step` was replaced")
+    for part in getattr(schedule, "_schedulers", ()):
+        check_schedule(part)
 
 
 def check_hooks(optimizer: Optimizer) -> None:
@@ -106,6 +131,33 @@ def _parameters_of(model: nn.Module) -> dict[str, object]:
     return kinds
 
 
+def _attributes_of(model: nn.Module) -> dict[str, object]:
+    """The plain attributes of all modules, by a name that tells which; what torch itself keeps there is left out."""
+    own = vars(nn.Module())
+    return {
+        f"attribute {key} of module {name!r}{place}": value
+        for name, module in model.named_modules()
+        for key, attribute in vars(module).items()
+        if key not in own
+        for place, value in _plain_in(attribute)
+    }
+
+
+def _plain_in(value: Any, place: str = "") -> Iterator[tuple[str, object]]:
+    """Numbers, texts and tensors, also inside lists and dictionaries; not parameters, nor what is computed of them."""
+    if isinstance(value, Mapping):
+        for key, part in value.items():
+            yield from _plain_in(part, f"{place}[{key!r}]")
+    elif isinstance(value, list | tuple):
+        for number, part in enumerate(value):
+            yield from _plain_in(part, f"{place}[{number}]")
+    elif isinstance(value, Tensor):
+        if not isinstance(value, nn.Parameter) and value.grad_fn is None:
+            yield place, value
+    elif value is None or isinstance(value, int | float | complex | str | bytes | np.generic | np.ndarray):
+        yield place, value
+
+
 def _groups_of(optimizer: Optimizer, names: Mapping[int, str]) -> dict[str, object]:
     """Every option of each group by a name that tells which, and the names of its parameters."""
     described: dict[str, object] = {"the number of groups": len(optimizer.param_groups)}
@@ -146,11 +198,12 @@ def _numbers_of(schedule: object) -> dict[str, object]:
 
 
 def _difference(first: Mapping[str, object], other: Mapping[str, object]) -> str | None:
-    """What differs between two descriptions, with both values; None if nothing does."""
+    """What differs between two descriptions, with both values if they are short; None if nothing does."""
     for key in [*first, *(key for key in other if key not in first)]:
         a, b = first.get(key), other.get(key)
         if not _same(a, b):
-            return f"{key}: {a} and {b}"
+            long = [isinstance(v, Tensor | np.ndarray) and v.ndim for v in (a, b)]
+            return f"{key}: {a} and {b}" if not any(long) else key
     return None
 
 
@@ -162,4 +215,4 @@ def _same(a: Any, b: Any) -> bool:
         return a.dtype == b.dtype and torch.equal(a, b)
     if isinstance(a, np.ndarray) or isinstance(b, np.ndarray):
         return bool(np.array_equal(a, b))
-    return a is b or bool(type(a) is type(b) and a == b)
+    return a is b or bool(type(a) is type(b) and (a == b or str(a) == str(b) == "nan"))

@@ -21,8 +21,17 @@ from torch.func import functional_call, vmap
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from .agreement import check_gradients, check_outputs, gradients_alone
-from .carry import carry, check_alike, check_hooks, check_models, check_optimizer, refusal
+from .agreement import OnlyStackable, Untouched, check_gradients, check_outputs, gradients_alone
+from .carry import (
+    carry,
+    check_alike,
+    check_attributes,
+    check_hooks,
+    check_models,
+    check_optimizer,
+    check_schedule,
+    refusal,
+)
 from .random_state import nothing_drawn
 from .stage import Stage, batches_of, initialised, loss_of, optimizer_of, schedule_of
 
@@ -44,6 +53,7 @@ class StackedModels:
         self._all = [initialised(build, seed) for seed in self._all_seeds]
         *self.models, self.skeleton = self._all
         check_models(self._all, self._all_seeds)
+        check_attributes(self._all, self._all_seeds)
         self.parameters: dict[str, Tensor] = {}
         self._generators = [torch.Generator().manual_seed(seed) for seed in seeds]
 
@@ -51,6 +61,8 @@ class StackedModels:
         """Train all models through one more stage, each on its own kept examples, which are as many for each."""
         first, stage = not self.parameters, replace(stage, loss=loss_of(stage))
         optimizer, schedule = self._prepared(stage)
+        real = [parameter for model in self._all for parameter in model.parameters()]
+        untouched = Untouched("the schedule", [*self.parameters.values(), *real])
         with _nothing_drawn("the model or the loss"):
             orders = [batches_of(stage, *pair) for pair in zip(kept, self._generators, strict=True)]
             for number, batch_of_each in enumerate(zip(*orders, strict=True)):
@@ -62,14 +74,15 @@ class StackedModels:
                     self._checked_backward(stage, batch_JB, every=first)
                 optimizer.step()
                 if schedule is not None:
-                    schedule.step()
+                    with untouched:
+                        schedule.step()
         self._unstack()
 
     def outputs(self, inputs: Tensor) -> list[Any]:
         """What each model, in evaluation mode, says of the inputs [Q, ...]: [J] times its outputs [Q, ...]."""
         self.skeleton.eval()
         with torch.no_grad():
-            with _nothing_drawn("the model in evaluation mode"):
+            with _nothing_drawn("the model in evaluation mode"), OnlyStackable():
                 alone = [model.eval()(inputs) for model in self.models]
             with _stacking():
                 stacked = vmap(lambda of_one: functional_call(self.skeleton, of_one, (inputs,)))(self.parameters)
@@ -88,6 +101,7 @@ class StackedModels:
                 optimizer = optimizer_of(stage, model)
                 check_optimizer(optimizer)
                 schedules.append(schedule_of(stage, optimizer))
+                check_schedule(schedules[-1])
                 check_hooks(optimizer)
                 optimizers.append(optimizer)
         check_models(models, seeds)  # once more: `optimizer` may have frozen parameters
@@ -126,7 +140,8 @@ class StackedModels:
             return stage.loss(functional_call(self.skeleton, dict(parameters), (inputs,)), targets)
 
         with _stacking():
-            losses_J = vmap(loss)(self.parameters, stage.inputs[batch_JB], stage.targets[batch_JB])
+            with OnlyStackable():
+                losses_J = vmap(loss)(self.parameters, stage.inputs[batch_JB], stage.targets[batch_JB])
             losses_J.sum().backward()
 
 
