@@ -143,8 +143,8 @@ def test_lissa_on_small_batches_averages_towards_the_inverse_and_every_option_co
     hessian, asked, rows = exact_hessian()
     damping = 1.0 + max(0.0, -torch.linalg.eigvalsh(hessian).min().item())
     expected = oracles.influence_scores(asked, hessian, damping, grouped_rows(rows), N)
-    base = {"damping": damping, "steps": 25, "sample_size": 5, "repetitions": 1, "scale": 8.0}
-    changes = [{}, {"steps": 20}, {"sample_size": 6}, {"seed": 1}, {"scale": 9.0}, {"repetitions": 12}]
+    base = {"damping": damping, "steps": 60, "sample_size": 2, "repetitions": 1, "scale": 8.0}
+    changes = [{}, {"steps": 40}, {"sample_size": 3}, {"seed": 1}, {"scale": 9.0}, {"repetitions": 30}]
     found = [scored(tmp_path / f"{p}", sf.LiSSA(**{**base, **c})).values for p, c in enumerate(changes)]
     for place, first in enumerate(found):
         assert not any(torch.allclose(first, second, rtol=1e-6, atol=0) for second in found[:place])
