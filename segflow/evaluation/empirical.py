@@ -163,10 +163,7 @@ class _Fit:
         design = root * np.column_stack([np.ones(rows), self.rows])
         inverse = np.linalg.pinv(design)
         if round(float(np.trace(inverse @ design))) < K + self.sizes_vary:
-            raise ScoreError(
-                f"the effects of {K} groups cannot be told apart by these {len(self.kept)} subsets: some are always "
-                "kept together, or one in place of the other. Draw subsets at random, or make such groups one."
-            )
+            raise self._not_told_apart()
         level_and_effects = inverse @ (root * self.values)
         squares_Q = ((root * self.values - design @ level_and_effects) ** 2).sum(0)
         error_Q = np.linalg.norm(inverse[1:].mean(0)) * _spread(squares_Q, rows - K - 1)
@@ -179,11 +176,28 @@ class _Fit:
         from the mean correlation of being kept, which the variance of the sizes gives.
         """
         M, K = self.kept.shape
+        self._check_told_apart()
         mean_Q, error_Q, rest = self._mean_effect()
         without_KM, with_KM = (side.T.astype(float) / side.sum(0)[:, None] for side in (~self.kept, self.kept))
         independent = K * self.kept.mean() * (1 - self.kept.mean())
         together = (self.kept.sum(1).var() / independent - 1) / max(1, K - 1)
         return _less_mean((without_KM - with_KM) @ rest[:M]) / (1 - together) + mean_Q, error_Q
+
+    def _check_told_apart(self) -> None:
+        """ScoreError if two groups are always kept together, or one in place of the other.
+
+        Two that are all there is may be kept in place of each other, as may any beside retrainings on everything.
+        """
+        columns = [column.tobytes() for column in self.rows.T.astype(bool)]
+        others = {column.tobytes() for column in ~self.rows.T.astype(bool)} if len(columns) > 2 else set()
+        if len(set(columns)) < len(columns) or others.intersection(columns):
+            raise self._not_told_apart()
+
+    def _not_told_apart(self) -> ScoreError:
+        return ScoreError(
+            f"the effects of {self.kept.shape[1]} groups cannot be told apart by these {len(self.kept)} subsets: some "
+            "are always kept together, or one in place of the other. Draw subsets at random, or make such groups one."
+        )
 
     def _mean_effect(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Of measurements over sizes: minus the slope [Q] (0 for one size), its error, and what is left [rows, Q]."""

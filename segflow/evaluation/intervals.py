@@ -87,11 +87,12 @@ def correlation_interval(value: float, draws: np.ndarray, cases: int, ranks: boo
     normal numbers (Fisher 1921; for ranks Bonett and Wright 2000), as a bootstrap of few cases is too narrow. Where
     numbers have heavy tails, the interval of a correlation that is not of ranks holds less often (simulated: .90).
     """
-    step = 6 / (cases * (cases**2 - 1)) if ranks else 1e-12  # half the distance to the next lower rank correlation
+    half_step = 6 / (cases * (cases**2 - 1))  # half the distance from 1 to the next lower rank correlation
+    step, drawn_step = (half_step, half_step) if ranks else (1e-12, 1e-3 / cases)
     centre = float(np.arctanh(np.clip(value, step - 1, 1 - step)))
     error = np.sqrt((1 + (value**2 / 2 if ranks else 0)) / (cases - 3)) if cases > 3 else np.inf
     drawn = draws[np.isfinite(draws)]
     if len(drawn) > 1:
-        error = max(error, float(np.arctanh(np.clip(drawn, 1e-3 / cases - 1, 1 - 1e-3 / cases)).std()))
+        error = max(error, float(np.arctanh(np.clip(drawn, drawn_step - 1, 1 - drawn_step)).std()))
     half = NormalDist().inv_cdf(UPPER) * error
     return Estimate(float(value), min(value, float(np.tanh(centre - half))), max(value, float(np.tanh(centre + half))))

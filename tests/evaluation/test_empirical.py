@@ -184,7 +184,7 @@ def test_it_carries_labels_sizes_and_provenance() -> None:
 
 
 def test_an_error_of_the_mean_effect_that_cannot_be_known_is_none() -> None:
-    found = empirical_influence([[0, 1], [2]], np.array([[1.0], [2.0]]), sf.Groups.singletons(3))
+    found = empirical_influence(np.array([[True], [False]]), np.array([[1.0], [2.0]]))
     assert found.provenance["mean_effect_error"] is None
 
 
@@ -193,6 +193,18 @@ def test_groups_that_are_always_kept_together_are_told_apart_or_refused() -> Non
     kept[:, 4] = kept[:, 3]
     with pytest.raises(ScoreError, match="effects of 5 groups cannot be told apart by these 200 subsets"):
         empirical_influence(kept, np.zeros((200, 1)))
+
+
+@pytest.mark.parametrize("other", [False, True])
+def test_few_subsets_that_keep_two_groups_alike_are_refused(other: bool) -> None:
+    kept = random_subsets(12, K, seed=0, fixed=False)
+    kept[:, 4] = kept[:, 3] ^ other
+    with pytest.raises(ScoreError, match="effects of 20 groups cannot be told apart by these 12 subsets"):
+        empirical_influence(kept, _measured(kept))
+    if other:  # everything keeps both
+        empirical_influence(kept, _measured(kept), whole=WHOLE)
+    pair = np.array([[True, False], [False, True]])
+    np.testing.assert_allclose(empirical_influence(pair, [[1.0], [3.0]], centred=True).values, [[1.0, -1.0]])
 
 
 def test_what_it_cannot_tell_is_refused() -> None:

@@ -127,3 +127,9 @@ def test_correlations_over_groups_hold_the_truth() -> None:
         for correlation in (0.0, 0.9):
             found = correlations_over_groups(groups, correlation, draws=60)
             assert min(found.values()) > 0.88
+
+
+def test_a_few_draws_of_perfect_ranks_do_not_widen_the_interval_to_nothing() -> None:
+    draws = np.array([1.0] * 20 + [0.9] * 80 + [0.7] * 100)
+    found = correlation_interval(0.9, draws, 10, True)
+    assert found.low > 0.4, found

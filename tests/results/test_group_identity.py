@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import segflow as sf
+from segflow.errors import ScoreError
 from segflow.evaluation import (
     FunctionTraining,
     empirical_influence,
@@ -189,3 +190,24 @@ def test_groups_of_one_example_in_another_order_do_not_count_as_the_examples(
 def test_a_digest_that_is_no_text_is_refused() -> None:
     with pytest.raises(sf.ScoreError, match="group_digest=3: expected text"):
         sf.Scores(torch.ones(1, 1), ("q",), ("g",), (1,), {"group_digest": 3})
+
+
+# ---- the same queries ----
+
+
+def _of_queries(*labels: str) -> sf.Scores:
+    return sf.Scores(torch.randn(len(labels), 3), labels, ("a", "b", "c"), (1, 1, 1))
+
+
+@pytest.mark.parametrize("labels", [("b", "a", "c"), ("c", "a", "b"), ("x", "a", "c")])
+def test_queries_in_another_order_are_not_paired_by_their_places(labels: tuple[str, ...]) -> None:
+    first, second = _of_queries("a", "b", "c"), _of_queries(*labels)
+    with pytest.raises(ScoreError, match=r"scores of 'B': query '.' is in row \d, of 'A' in row \d"):
+        named_runs({"A": first, "B": second})
+    kept = np.array([[1, 1, 0], [1, 0, 1], [0, 1, 1]], dtype=bool)
+    with pytest.raises(ScoreError, match="scores of 'second': query"):
+        linear_datamodeling_difference(first, second, kept, np.random.default_rng(0).normal(size=(3, 3)))
+
+
+def test_queries_may_have_other_names() -> None:
+    assert len(named_runs({"A": _of_queries("a", "b"), "B": [_of_queries("0", "1"), _of_queries("a", "b")]})) == 2
