@@ -237,7 +237,7 @@ def _committed(path: Path, bank: str) -> dict[tuple[int, int], np.ndarray]:
                 f"{file}: pairs {tuple(pairs.shape)} {pairs.dtype} and measurements {tuple(measured.shape)} "
                 f"{measured.dtype} make no sense. Delete it and run the bank again."
             )
-        if not torch.equal(tensors["bank"], as_bytes(bank)):
+        if tensors["bank"].dtype != torch.uint8 or tensors["bank"].tolist() != as_bytes(bank).tolist():
             raise ScoreError(
                 f"{file}: these measurements were made for another bank (other training, data, subsets or seed). "
                 "Delete the file, or use another folder."
