@@ -68,6 +68,13 @@ def distinct_labels(name: str, column: Any, error: type[Exception]) -> tuple[lis
     return ordered, np.array([place[label.key] for label in labels], dtype=np.int64)
 
 
+def check_none_missing(name: str, labels: Iterable[Any], error: type[Exception]) -> None:
+    """Raise `error`, with its place, for a label of a group that stands for none (None, NaN, NaT)."""
+    for place, member in enumerate(labels):
+        if _is_missing(raw := _scalar(member)):
+            raise error(f"{name}: group {place}'s label is {raw}, which stands for none. Give it a label of its own.")
+
+
 def _labels(name: str, column: Any, error: type[Exception]) -> list[Label]:
     """Each example's label; `error` by its index for one that is missing or cannot be used."""
     labels, seen = [], dict[tuple[type, Any], Label]()

@@ -293,14 +293,16 @@ def linear_datamodeling_curve(
         ratios: shares of the examples that each subset keeps.
         subsets: random subsets of each ratio.
 
-    A query that never moves, or whose prediction never does, is left out of a row by name (`settings["left_out"]`).
+    A query that never moves, or whose prediction never does, is left out of a row by name (`settings["left_out"]`); a
+    ratio at which all queries are left out has no row.
 
     Returns:
         A Table with a row for each series and ratio. "random" is the mean of ten series of random numbers; "noise
         ceiling" is what a perfect predictor would reach (see `noise_ceiling`), where there are two or more repetitions.
 
     Raises:
-        ScoreError: scores or training do not fit, a ratio keeps none or all, or the folder holds something else.
+        ScoreError: scores or training do not fit, a ratio keeps none or all, the folder holds something else, or
+            no series has a row.
     """
     series, N = over_examples(scores)
     retrainings = Retrainings(training, folder, **options)
@@ -317,12 +319,18 @@ def linear_datamodeling_curve(
     for ratio, kept in drawn.items():
         measured_MRQ = retrainings.measured(kept)
         for name, runs in every_series.items():
-            row, without = _row(name, ratio, runs, kept, measured_MRQ.mean(1))
-            rows[name].append(row)
-            if without:
-                left_out.setdefault(name, {})[f"{ratio:g}"] = without
+            found = _row(name, ratio, runs, kept, measured_MRQ.mean(1))
+            _note_row(found, f"{ratio:g}", rows[name], left_out.setdefault(name, {}))
         if retrainings.repetitions > 1:
-            rows[CEILING].append(_ceiling_row(ratio, measured_MRQ))
+            found = _ceiling_row(ratio, measured_MRQ, like)
+            _note_row(found, f"{ratio:g}", rows[CEILING], left_out.setdefault(CEILING, {}))
+    left_out = {name: places for name, places in left_out.items() if places}
+    if not any(rows[name] for name in every_series):
+        raise ScoreError(
+            f"query {like.query_labels[0]!r}: at none of the ratios {ratios} does the measurement vary from subset to "
+            "subset where a prediction does, and so it is with every query. Measure something else, or take other "
+            "ratios."
+        )
     settings = {
         **retrainings.settings(series),
         "interval": _INTERVAL,
@@ -363,21 +371,37 @@ def _check_ratios(ratios: tuple[float, ...], examples: int) -> None:
         )
 
 
-def _row(
-    name: str, ratio: float, runs: Sequence[Scores], kept: np.ndarray, measured_MQ: np.ndarray
-) -> tuple[Row, tuple[str, ...]]:
+_Found = tuple[Row | None, tuple[str, ...]]  # no row where every query is left out; the labels of those that are
+
+
+def _row(name: str, ratio: float, runs: Sequence[Scores], kept: np.ndarray, measured_MQ: np.ndarray) -> _Found:
     """The score of one series at one ratio, averaged over its runs, and the queries that are left out."""
     given = _Given.of(kept, measured_MQ, *runs)
     predictions = [_predicted(run, kept) for run in runs]
-    used = _used(predictions, given.measured_MQ, runs[0])
+    used = np.all([_varies(values_MQ) for values_MQ in (*predictions, given.measured_MQ)], axis=0)
+    if not used.any():
+        return None, runs[0].query_labels
     found = _correlations(predictions, given.measured_MQ, used)
     return Row(name, ratio, *mean_interval(found), tuple(found.per_query)), _left_out(used, runs[0])
 
 
-def _ceiling_row(ratio: float, measured_MRQ: np.ndarray) -> Row:
+def _ceiling_row(ratio: float, measured_MRQ: np.ndarray, like: Scores) -> _Found:
+    """The noise ceiling at one ratio, and the queries that never move."""
+    if not (np.ptp(measured_MRQ, axis=(0, 1)) > 1e-14 * np.abs(measured_MRQ).max((0, 1))).any():  # as noise_ceiling
+        return None, like.query_labels
     found = noise_ceiling(measured_MRQ)
-    of_queries = perfect_score(found.per_query[np.isfinite(found.per_query)], len(measured_MRQ))
-    return Row(CEILING, ratio, found.ceiling, found.low, found.high, tuple(of_queries))
+    used = np.isfinite(found.per_query)
+    of_queries = tuple(perfect_score(found.per_query[used], len(measured_MRQ)))
+    return Row(CEILING, ratio, found.ceiling, found.low, found.high, of_queries), _left_out(used, like)
+
+
+def _note_row(found: _Found, ratio: str, rows: list[Row], left_out: dict[str, tuple[str, ...]]) -> None:
+    """Take in a row, if there is one, and what is left out of it, if anything is."""
+    row, without = found
+    if row is not None:
+        rows.append(row)
+    if without:
+        left_out[ratio] = without
 
 
 def _random_scores(like: Scores, seed: int, draw: int) -> Scores:

@@ -22,11 +22,10 @@ from ..errors import ScoreError
 from ..report.row import Estimate, Row
 from ..report.table import Table
 from ..results.scores import Scores
-from .arguments import as_array, as_booleans
+from .arguments import as_booleans, as_numbers
 from .intervals import FEWEST_CASES, over_cases_and_runs
 from .series import PERFECT, RANDOM, Series, over_examples, summed_over_queries, values_of
 from .statistics import exactly
-from .ties import merged, precision, rounding
 
 _GRID = tuple(round(0.05 * step, 2) for step in range(1, 21))
 _INTERVAL = (
@@ -45,7 +44,7 @@ def found_among_lowest(ranking: np.ndarray | Tensor, wrong: np.ndarray | Tensor,
     """How many of the `count` examples with the lowest `ranking` are wrong (count: as many as are wrong).
 
     Of ties, such as the members of one group, not all may be among the lowest: each then counts by the share of them
-    that is, as it would on average over random orders.
+    that is, as it would on average over random orders. Only equal numbers tie.
 
     ranking: [N], low where an example is suspected, such as the predicted change of its own loss on its removal;
     wrong: [N] booleans.
@@ -69,6 +68,8 @@ def found_among_lowest(ranking: np.ndarray | Tensor, wrong: np.ndarray | Tensor,
 def detection_auc(ranking: np.ndarray | Tensor, wrong: np.ndarray | Tensor) -> float:
     """Probability that a wrong example ranks below a right one (area under the ROC curve; 0.5 is chance).
 
+    Only equal numbers tie; a tie counts as one half.
+
     Example:
         >>> detection_auc(np.array([0.3, -2.0, 0.1, 5.0]), np.array([False, True, True, False]))
         1.0
@@ -84,13 +85,13 @@ def detection_auc(ranking: np.ndarray | Tensor, wrong: np.ndarray | Tensor) -> f
 
 
 def _checked_pair(ranking: np.ndarray | Tensor, wrong: np.ndarray | Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """Both as arrays [N], of numbers (those alike but for rounding as one) and of booleans; ScoreError if unfit."""
-    ranked, is_wrong = as_array(ranking).astype(float), as_booleans("wrong", wrong, "[N]")
+    """Both as arrays [N], of numbers and of booleans; ScoreError if unfit."""
+    ranked, is_wrong = as_numbers("ranking", ranking), as_booleans("wrong", wrong, "[N]")
     if ranked.ndim != 1 or ranked.shape != is_wrong.shape:
         raise ScoreError(f"ranking {ranked.shape} and wrong {is_wrong.shape}: expected [N] and [N].")
     if not np.isfinite(ranked).all():
         raise ScoreError(f"ranking: example {np.flatnonzero(~np.isfinite(ranked))[0]} has a number that is not finite.")
-    return merged(ranked, rounding(ranked[None], 2 * precision(ranking))), is_wrong
+    return ranked, is_wrong
 
 
 # ---- series of scores, with intervals ----

@@ -17,6 +17,7 @@ import torch
 from ..arguments import names, settle, shown, truth, whole_number
 from ..data.fingerprints import digest
 from ..data.indices import as_indices
+from ..data.labels import check_none_missing
 from ..data.streams import stream
 from ..errors import GroupError
 from ..runtime.ranks import current
@@ -135,8 +136,9 @@ class Groups:
         if isinstance(lists, str) or not isinstance(lists, Iterable):
             raise GroupError(f"lists={shown(lists)}: expected a list of example indices for each group.")
         members = tuple(lists)
-        called = [f"group {k}" for k in range(len(members))] if labels is None else labels
-        return cls(members, names("labels", list(called), GroupError), length, partial)  # type: ignore[arg-type]
+        called = list([f"group {k}" for k in range(len(members))] if labels is None else labels)
+        check_none_missing("labels", called, GroupError)
+        return cls(members, names("labels", called, GroupError), length, partial)  # type: ignore[arg-type]
 
     @classmethod
     def singletons(cls, length: int) -> Groups:

@@ -277,9 +277,8 @@ class Scores:
         )
 
     def numpy(self) -> np.ndarray:
-        """The values as a NumPy array [Q, K]."""
-        array: np.ndarray = self.values.cpu().numpy()
-        return array
+        """The values as a NumPy array [Q, K]; those in bfloat16, which NumPy lacks, in single precision."""
+        return _as_numpy(self.values)
 
     def to_pandas(self) -> Any:
         """A pandas DataFrame: one row for each query, one column for each group."""
@@ -296,13 +295,18 @@ class Scores:
         data: dict[str, Any] = {"values": (("query", "group"), self.numpy())}
         data["group_size"] = (("group",), np.array(self.group_sizes))
         if self.spread is not None:
-            data["spread"] = (("query", "group"), self.spread.cpu().numpy())
+            data["spread"] = (("query", "group"), _as_numpy(self.spread))
         for kind in _KINDS:
             parts, axis = getattr(self, kind), kind.removeprefix("by_")
             if parts:
                 coords[axis] = list(parts)
-                data[kind] = ((axis, "query", "group"), np.stack([part.cpu().numpy() for part in parts.values()]))
+                data[kind] = ((axis, "query", "group"), np.stack([_as_numpy(part) for part in parts.values()]))
         return xarray.Dataset(data, coords, attrs={"provenance": json.dumps(self.provenance)})
+
+
+def _as_numpy(part: Tensor) -> np.ndarray:
+    array: np.ndarray = (part.float() if part.dtype == torch.bfloat16 else part).detach().cpu().numpy()
+    return array
 
 
 def _distinct_labels(name: str, given: Any) -> tuple[str, ...]:

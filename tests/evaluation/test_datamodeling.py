@@ -465,3 +465,40 @@ def test_a_large_score_in_single_precision_makes_no_ties_among_the_others() -> N
     found = linear_datamodeling_score(scores_of(torch.from_numpy(values)), subsets, measured)
     assert len(np.unique(predicted)) == 60
     assert found.mean == pytest.approx(spearmanr(predicted[:, 0], measured[:, 0]).statistic, abs=1e-12)
+
+
+class _FewNeverMove(Linear):
+    """Measures nothing where few examples are kept."""
+
+    def _measured(self, kept: np.ndarray, seed: int) -> np.ndarray:
+        return np.zeros(Q) if len(kept) < N // 2 else super()._measured(kept, seed)
+
+
+def test_a_ratio_at_which_nothing_moves_has_no_row_and_the_others_have(tmp_path: Path) -> None:
+    options: Any = {"subsets": 12, "progress": False, "repetitions": 2}
+    table = linear_datamodeling_curve(TRUE, _FewNeverMove(noise=1.0), tmp_path, ratios=(0.25, 0.5), **options)
+    names = ("Oracle", "random", "noise ceiling")
+    assert {name: [row.x for row in table.of(name)] for name in names} == {name: [0.5] for name in names}
+    assert table.settings["left_out"] == {name: {"0.25": ["q0", "q1", "q2"]} for name in names}
+    assert "without queries that never move: q0, q1, q2 (at 0.25)" in str(table)
+    table.plot()
+    with pytest.raises(sf.ScoreError, match="query 'q0': at none of the ratios"):
+        linear_datamodeling_curve(TRUE, _FewNeverMove(), tmp_path, ratios=(0.25,), **options)
+
+
+def test_the_ceiling_notes_the_queries_that_never_move(tmp_path: Path) -> None:
+    options: Any = {"ratios": (0.5,), "subsets": 12, "progress": False, "repetitions": 2}
+    table = linear_datamodeling_curve(TRUE, _OneNeverMoves(noise=1.0), tmp_path, **options)
+    assert table.settings["left_out"]["noise ceiling"] == {"0.5": ["q1"]}
+
+
+@pytest.mark.parametrize(
+    ("measured", "text"), [([[1.0], [1.0, 2.0]], "inhomogeneous"), ([["a"]] * 4, "<U1"), ([[1j]] * 4, "complex128")]
+)
+def test_measurements_that_are_no_numbers_are_refused(measured: Any, text: str) -> None:
+    scores = sf.Scores(torch.tensor([[1.0, 2.0, 4.0]]), ("q",), ("a", "b", "c"), (1, 1, 1))
+    kept = np.array([[1, 1, 0], [1, 0, 1], [0, 1, 1], [1, 0, 0]], dtype=bool)
+    with pytest.raises(sf.ScoreError, match=f"measurements: .*{text}"):
+        linear_datamodeling_score(scores, kept, measured)
+    found = linear_datamodeling_score(scores, kept, torch.tensor([[4.0], [2.0], [1.0], [6.0]], dtype=torch.bfloat16))
+    assert found.mean == 1.0

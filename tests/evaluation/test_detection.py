@@ -277,25 +277,37 @@ def test_a_group_that_holds_the_wrong_labels_and_as_many_right_ones_finds_half_o
     assert 15 * curve.value("S", 0.15).mean == pytest.approx(7.5)
 
 
-def test_ties_within_rounding_are_ties_in_every_measure() -> None:
+def test_sums_that_tie_within_rounding_are_ties_in_every_measure() -> None:
     columns = np.array([[0.1, 0.2, 0.3], [0.3, 0.2, 0.1], [0.2, 0.3, 0.1], [0.3, 0.1, 0.2]] * 10).T
     assert len(set(columns.sum(0))) > 1
     wrong = np.arange(40) % 4 == int(np.argmin(columns.sum(0)[:4]))
-    assert detection_auc(columns.sum(0), wrong) == 0.5
-    assert found_among_lowest(columns.sum(0), wrong) == pytest.approx(wrong.sum() * wrong.mean())
     found = noisy_label_detection(scores_of(columns, method="S"), wrong)
     assert found.roc_auc.value("S").mean == 0.5
     assert found.curve.value("S", 0.25).mean == pytest.approx(0.25)
     sizes = np.arange(1, 41, dtype=np.float32)
     shares = torch.from_numpy(np.float32(0.1) * sizes / sizes)[None]
     assert len(shares.unique()) > 1
-    assert detection_auc(shares[0], wrong) == 0.5
     assert noisy_label_detection(scores_of(shares, method="S"), wrong).roc_auc.value("S").mean == 0.5
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_only_equal_numbers_of_a_ranking_that_is_given_tie(dtype: torch.dtype) -> None:
+    step = torch.finfo(dtype).eps
+    ranking = 1 + step * torch.tensor([2.0, 0.0, 1.0, 3.0], dtype=torch.float64)
+    wrong = np.array([False, True, True, False])
+    assert detection_auc(ranking.to(dtype), wrong) == 1.0
+    assert found_among_lowest(ranking.to(dtype), wrong) == 2.0
+    assert detection_auc(torch.ones(4, dtype=dtype), wrong) == 0.5
 
 
 @pytest.mark.parametrize(
     ("call", "text"),
     [
+        (lambda: detection_auc([[1.0], [1.0, 2.0]], [True, False]), "ranking: .*inhomogeneous"),
+        (lambda: detection_auc(["a", "b"], [True, False]), "ranking: expected real numbers, found .*U1"),
+        (lambda: detection_auc([1j, 2.0], [True, False]), "ranking: expected real numbers, found complex128"),
+        (lambda: detection_auc([None, 2.0], [True, False]), "ranking: expected real numbers, found object"),
+        (lambda: detection_auc([1.0, 2.0], [[True], [True, False]]), "wrong: .*inhomogeneous"),
         (lambda: detection_auc(np.zeros(3), np.zeros(4, bool)), r"ranking \(3,\) and wrong \(4,\): expected \[N\] and"),
         (lambda: found_among_lowest(np.zeros((2, 2)), np.zeros((2, 2), bool)), r"ranking \(2, 2\)"),
         (lambda: detection_auc(np.zeros(3), np.zeros(3, bool)), "needs both wrong and right examples"),

@@ -140,3 +140,11 @@ def test_faulty_groups_are_refused_with_what_is_wrong(fault: str) -> None:
     make, text = FAULTS[fault]
     with pytest.raises(sf.GroupError, match=text):
         make()
+
+
+@pytest.mark.parametrize("missing", [None, float("nan"), np.float32("nan"), np.datetime64("NaT")])
+def test_a_missing_label_of_a_list_is_refused(missing: object) -> None:
+    with pytest.raises(sf.GroupError, match=r"labels: group 1's label is .*, which stands for none"):
+        sf.Groups.from_lists([[0, 2], [1]], 3, labels=["a", missing])
+    with pytest.raises(sf.GroupError, match=r"labels: group 0's label"):
+        sf.Groups.from_lists({missing: [0, 2], "b": [1]}, 3)

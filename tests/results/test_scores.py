@@ -379,3 +379,11 @@ def test_a_query_is_found_by_its_label_or_by_its_place_also_where_labels_are_num
         scores.top("2")
     assert scores.to_pandas().loc["1"].tolist() == [1.0, 2.0]
     assert scores.to_xarray()["values"].sel(query="0", group="b").item() == 3.0
+
+
+def test_scores_in_bfloat16_come_out_in_single_precision() -> None:
+    values = torch.tensor([[1.5, -2.0]], dtype=torch.bfloat16)
+    scores = sf.Scores(values, ("q",), ("a", "b"), (1, 1), by_term={"t": values}, spread=values.abs())
+    assert scores.numpy().dtype == np.float32
+    assert scores.to_pandas().loc["q"].tolist() == [1.5, -2.0]
+    assert scores.to_xarray()["by_term"].values.tolist() == [[[1.5, -2.0]]]
