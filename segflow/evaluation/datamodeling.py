@@ -317,19 +317,19 @@ def linear_datamodeling_curve(
     rows: dict[str, list[Row]] = {name: [] for name in (*every_series, CEILING)}
     left_out: dict[str, dict[str, tuple[str, ...]]] = {}
     for ratio, kept in drawn.items():
-        measured_MRQ = retrainings.measured(kept)
+        measured_MRQ, found = retrainings.measured(kept), dict[str, _Found]()
         for name, runs in every_series.items():
-            found = _row(name, ratio, runs, kept, measured_MRQ.mean(1))
-            _note_row(found, f"{ratio:g}", rows[name], left_out.setdefault(name, {}))
+            found[name] = _row(name, ratio, runs, kept, measured_MRQ.mean(1))
         if retrainings.repetitions > 1:
-            found = _ceiling_row(ratio, measured_MRQ, like)
-            _note_row(found, f"{ratio:g}", rows[CEILING], left_out.setdefault(CEILING, {}))
-    left_out = {name: places for name, places in left_out.items() if places}
+            found[CEILING] = _ceiling_row(ratio, measured_MRQ, like)
+        for name, (row, without) in found.items():
+            rows[name] += [row] if row else []
+            if without:
+                left_out.setdefault(name, {})[f"{ratio:g}"] = without
     if not any(rows[name] for name in every_series):
         raise ScoreError(
-            f"query {like.query_labels[0]!r}: at none of the ratios {ratios} does the measurement vary from subset to "
-            "subset where a prediction does, and so it is with every query. Measure something else, or take other "
-            "ratios."
+            f"query {like.query_labels[0]!r}: at none of the ratios {ratios} does its measurement, or any other "
+            "query's, vary from subset to subset. Measure something else, or take other ratios."
         )
     settings = {
         **retrainings.settings(series),
@@ -393,15 +393,6 @@ def _ceiling_row(ratio: float, measured_MRQ: np.ndarray, like: Scores) -> _Found
     used = np.isfinite(found.per_query)
     of_queries = tuple(perfect_score(found.per_query[used], len(measured_MRQ)))
     return Row(CEILING, ratio, found.ceiling, found.low, found.high, of_queries), _left_out(used, like)
-
-
-def _note_row(found: _Found, ratio: str, rows: list[Row], left_out: dict[str, tuple[str, ...]]) -> None:
-    """Take in a row, if there is one, and what is left out of it, if anything is."""
-    row, without = found
-    if row is not None:
-        rows.append(row)
-    if without:
-        left_out[ratio] = without
 
 
 def _random_scores(like: Scores, seed: int, draw: int) -> Scores:
