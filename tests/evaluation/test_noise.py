@@ -23,6 +23,7 @@ from segflow.evaluation.noise import (
     _variance,
     perfect_score,
 )
+from segflow.evaluation.statistics import spearman
 
 from .closed_form import noisy_truth, scores_of
 
