@@ -105,11 +105,17 @@ def _sendable(function: Callable[..., Any]) -> bytes:
         sendable: bytes = cloudpickle.dumps(function)
     except Exception as problem:
         raise WorkerError(
-            f"{function!r} cannot be sent to other processes ({type(problem).__name__}: {problem}). Use processes=1, "
-            "or make what it holds (a lock, an open file, a generator, a connection) inside the function.",
+            f"{_innermost(function)!r} cannot be sent to other processes ({type(problem).__name__}: {problem}). Use "
+            "processes=1, or make what it holds (a lock, an open file, a generator, a connection) inside the function.",
             0,
         ) from problem
     return sendable
+
+
+def _innermost(function: Callable[..., Any]) -> Any:
+    """The function that a partial of another one is given, as it is the user's."""
+    given = [one for one in getattr(function, "args", ()) if callable(one)]
+    return given[0] if given else function
 
 
 def _begin(sent: bytes, parent: int) -> None:

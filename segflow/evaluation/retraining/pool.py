@@ -77,7 +77,8 @@ def retrain(
         progress: show a bar; None: where there is a terminal.
 
     Returns:
-        [M, repetitions, Q] in float64; average over the second axis for the linear datamodeling score.
+        [M, repetitions, Q] in float64 (of several measurements [P, Q] all P Q, row after row); average over the second
+        axis for the linear datamodeling score.
 
     Raises:
         ScoreError: there is nothing to train; a retraining failed, gave no numbers, other than finite ones, or not as

@@ -53,8 +53,9 @@ class FunctionTraining:
         train_and_measure: as for `retrain`: (indices of the kept examples or groups, seed) -> the measurements [Q], or
             several of each query [P, Q].
         fingerprint: JSON that names what the function depends on (data, recipe). A bank is bound to it, and to what
-            the function reaches: its code, closure, defaults, globals and what these hold. Files that it reads, and
-            what installed packages do, are seen by nobody: name them here.
+            the function reaches: its code, closure, defaults, globals and what these hold. Files that it reads,
+            environment variables, names made up as it runs (`globals()[...]`, `eval`), where generators stand, the order
+            of a dict, and what installed packages do are seen by nobody: name them here.
         processes: how many at a time; None and -1: as many as there are cores.
         each: trainings of one process that are committed together.
     """
