@@ -54,8 +54,8 @@ class FunctionTraining:
             several of each query [P, Q].
         fingerprint: JSON that names what the function depends on (data, recipe). A bank is bound to it, and to what
             the function reaches: its code, closure, defaults, globals and what these hold. Files that it reads,
-            environment variables, names made up as it runs (`globals()[...]`, `eval`), where generators stand, the order
-            of a dict, and what installed packages do are seen by nobody: name them here.
+            environment variables, names made up as it runs (`globals()[...]`, `eval`), where generators stand, the
+            order of a dict, and what installed packages do are seen by nobody: name them here.
         processes: how many at a time; None and -1: as many as there are cores.
         each: trainings of one process that are committed together.
     """
