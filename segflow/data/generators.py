@@ -45,11 +45,11 @@ class Generators:
         self._torch = [torch.default_generator, *(g for g in own if isinstance(g, torch.Generator))]
 
     def seed(self, number: int) -> None:
-        """Have each of them begin anew at a number in [0, 2^32)."""
+        """Have each of them begin anew at a number, of which NumPy's older ones take 32 bits."""
         for of_python in self._python:
             of_python.seed(number)
         for of_numpy in self._numpy:
-            of_numpy.seed(number)
+            of_numpy.seed(number % 2**32)
         for bits in self._bits:
             bits.state = type(bits)(number).state
         for of_torch in self._torch:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..arguments import real_number
 from ..errors import ScoreError
 
 
@@ -48,6 +49,11 @@ def as_booleans(name: str, given: np.ndarray | Tensor, shape: str, meaning: str 
     if array.dtype.kind not in "biuf" or not np.isin(array, (0, 1)).all():
         raise ScoreError(f"{name}: expected {shape} booleans{meaning}, found other numbers. Are they indices?")
     return array.astype(bool)
+
+
+def as_confidence(given: float) -> float:
+    """The confidence of an interval, between 0 and 1; ScoreError for another number."""
+    return real_number("confidence", given, ScoreError, above=0, below=1)
 
 
 def as_measurements(given: np.ndarray | Tensor) -> np.ndarray:

@@ -18,15 +18,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..arguments import real_number, real_numbers, whole_number
+from ..arguments import real_numbers, whole_number
 from ..data.streams import stream, stream_seed
 from ..errors import ScoreError
 from ..report.row import Estimate, Row
 from ..report.table import Table
 from ..results.same_groups import check_same_groups
 from ..results.scores import Scores
-from .arguments import as_measurements
-from .noise import noise_ceiling, perfect_score
+from .arguments import as_confidence, as_measurements
+from .noise import moves, noise_ceiling, perfect_score
 from .rank_agreement import FEWEST_QUERIES, FEWEST_RUNS, Correlations, correlations, difference_interval, mean_interval
 from .retraining.pool import random_subsets
 from .retraining.reuse import RetrainingOptions, Retrainings
@@ -113,7 +113,7 @@ def linear_datamodeling_score(
         >>> print(linear_datamodeling_score(scores, kept, [[4.0], [2.0], [1.0], [6.0]]))
         1.000 (no interval from 4 subsets)
     """
-    confidence = _as_confidence(confidence)
+    confidence = as_confidence(confidence)
     given = _Given.of(subsets, measurements, scores)
     predicted = _predicted(scores, given.kept_MK)
     used = _used([predicted], given.measured_MQ, scores)
@@ -163,7 +163,7 @@ def linear_datamodeling_difference(
         >>> linear_datamodeling_difference(good, bad, kept, [[4.0], [2.0], [1.0], [6.0]]).mean
         2.0
     """
-    confidence = _as_confidence(confidence)
+    confidence = as_confidence(confidence)
     given = _Given.of(subsets, measurements, first, second)
     one, other = (_predicted(scores, given.kept_MK) for scores in (first, second))
     used = _used([one, other], given.measured_MQ, first)
@@ -252,10 +252,6 @@ def _over_queries(found: Correlations, interval: Estimate, used: np.ndarray, sco
 
 def _left_out(used: np.ndarray, scores: Scores) -> tuple[str, ...]:
     return tuple(label for label, is_used in zip(scores.query_labels, used, strict=True) if not is_used)
-
-
-def _as_confidence(given: float) -> float:
-    return real_number("confidence", given, ScoreError, above=0, below=1)
 
 
 def _check_shapes(kept_MK: np.ndarray, measured_MQ: np.ndarray, scores: Scores) -> None:
@@ -387,7 +383,7 @@ def _row(name: str, ratio: float, runs: Sequence[Scores], kept: np.ndarray, meas
 
 def _ceiling_row(ratio: float, measured_MRQ: np.ndarray, like: Scores) -> _Found:
     """The noise ceiling at one ratio, and the queries that never move."""
-    if not (np.ptp(measured_MRQ, axis=(0, 1)) > 1e-14 * np.abs(measured_MRQ).max((0, 1))).any():  # as noise_ceiling
+    if not moves(measured_MRQ).any():
         return None, like.query_labels
     found = noise_ceiling(measured_MRQ)
     used = np.isfinite(found.per_query)

@@ -15,9 +15,9 @@ from functools import lru_cache
 import numpy as np
 from torch import Tensor
 
-from ..arguments import real_number
 from ..errors import ScoreError
-from .arguments import as_measurements
+from .arguments import as_confidence, as_measurements
+from .statistics import variance_added
 
 FEWEST_SUBSETS = 8  # with 6 the interval of 95% holds in .90 of simulations, and mostly it is of nearly 0 to 1
 _BLOCKS = 40  # of subsets, each left out once: more hardly change how well the standard error is known
@@ -78,7 +78,7 @@ def noise_ceiling(measured: np.ndarray | Tensor, *, confidence: float = 0.95) ->
         >>> bool(abs(ceiling.reliability - 4 / 5) < 0.02), bool(ceiling.low < perfect_score(4 / 5, 400) < ceiling.high)
         (True, True)
     """
-    confidence = real_number("confidence", confidence, ScoreError, above=0, below=1)
+    confidence = as_confidence(confidence)
     values_MRQ, varies_Q = _varying(measured)
     M, R, _ = values_MRQ.shape
     estimates_Q = _estimates(values_MRQ)
@@ -104,6 +104,12 @@ def perfect_score(reliability: float | np.ndarray, subsets: int) -> np.ndarray:
     return 6 / (np.pi * (subsets + 1)) * score
 
 
+def moves(values_MRQ: np.ndarray) -> np.ndarray:
+    """[Q] booleans: the queries whose measurements differ by more than rounding in some retraining."""
+    different: np.ndarray = np.ptp(values_MRQ, axis=(0, 1)) > 1e-14 * np.abs(values_MRQ).max((0, 1))
+    return different
+
+
 def _varying(measured: np.ndarray | Tensor) -> tuple[np.ndarray, np.ndarray]:
     """The queries that vary, [M, R, queries that do], and which of all they are, [Q]."""
     values_MRQ = as_measurements(measured)
@@ -112,7 +118,7 @@ def _varying(measured: np.ndarray | Tensor) -> tuple[np.ndarray, np.ndarray]:
             f"measured {values_MRQ.shape}: expected [M, R, Q] of at least 3 subsets and 2 repetitions. Do not average "
             "over the repetitions."
         )
-    varies_Q = np.ptp(values_MRQ, axis=(0, 1)) > 1e-14 * np.abs(values_MRQ).max((0, 1))
+    varies_Q = moves(values_MRQ)
     if not varies_Q.any():
         raise ScoreError(
             f"measured {values_MRQ.shape}: each of the {len(varies_Q)} queries has one measurement in all retrainings: "
@@ -242,10 +248,5 @@ def _pseudo_values(values_MRQ: np.ndarray) -> np.ndarray:
 def _variance(pseudo_BQ: np.ndarray) -> float:
     """Of the mean, for other subsets and other queries: both vary, and what is theirs together counts once."""
     B, Q = pseudo_BQ.shape
-    of_subsets = pseudo_BQ.mean(1).var(ddof=1) / B
-    if Q == 1:
-        return float(of_subsets)
-    of_queries = pseudo_BQ.mean(0).var(ddof=1) / Q
-    together_BQ = pseudo_BQ - pseudo_BQ.mean(1, keepdims=True) - pseudo_BQ.mean(0) + pseudo_BQ.mean()
-    of_both = (together_BQ**2).sum() / ((B - 1) * (Q - 1)) / (B * Q)
-    return float(of_subsets + max(of_queries - of_both, 0.0))
+    of_subsets = float(pseudo_BQ.mean(1).var(ddof=1)) / B
+    return of_subsets + (variance_added(pseudo_BQ) if Q > 1 else 0.0)

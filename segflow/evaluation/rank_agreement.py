@@ -14,7 +14,7 @@ import numpy as np
 
 from ..report.row import Estimate
 from .intervals import unknown
-from .statistics import CONFIDENCE, pearson
+from .statistics import CONFIDENCE, pearson, variance_added
 
 FEWEST_SUBSETS = 10  # with fewer, what is simulated is too wide (.99) or, of differences, too narrow (.84)
 FEWEST_QUERIES = 10  # with fewer, what their choice adds is hardly known: simulated with five, .90, with two, .86
@@ -125,17 +125,9 @@ def _variance_and_t(pseudo_RMQ: np.ndarray, confidence: float) -> tuple[float, f
     parts = [(float(np.var(pseudo_RMQ.mean((0, 2)), ddof=1)) / M, M - 1)]
     for by_MX, fewest in ((pseudo_RMQ.mean(0), FEWEST_QUERIES), (pseudo_RMQ.mean(2).T, FEWEST_RUNS)):
         if by_MX.shape[1] >= fewest:
-            parts.append((_added(by_MX), by_MX.shape[1] - 1))
+            parts.append((variance_added(by_MX), by_MX.shape[1] - 1))
     variances, freedoms = np.array(parts).T
     quantiles = stats.t.ppf((1 + confidence) / 2, freedoms)
     total = float(variances.sum())
     t = np.sqrt((variances * quantiles**2).sum() / total) if total > 0 else quantiles[0]
     return total, float(t)
-
-
-def _added(by_MX: np.ndarray) -> float:
-    """What the choice of the columns adds to the variance of the mean, beyond what the rows' choice explains."""
-    M, X = by_MX.shape
-    means_X = by_MX.mean(0)
-    rest = by_MX - by_MX.mean(1, keepdims=True) - means_X + by_MX.mean()
-    return max(0.0, float(np.var(means_X, ddof=1)) / X - float((rest**2).sum()) / ((M - 1) * (X - 1) * M * X))

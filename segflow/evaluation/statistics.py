@@ -2,7 +2,7 @@
 
 scipy.stats takes about a second to import, so the functions that need it import it, and `import segflow` does not.
 
-Axis letters: M subsets, Q queries.
+Axis letters: M subsets, X queries or runs.
 """
 
 from __future__ import annotations
@@ -65,11 +65,11 @@ def unchanged_interval(values: np.ndarray | Sequence[float]) -> Estimate:
     return Estimate(0.0, 0.0 - half, half)  # no -0
 
 
-def quantile_interval(value: float, draws: np.ndarray, confidence: float = CONFIDENCE) -> Estimate:
+def quantile_interval(value: float, draws: np.ndarray) -> Estimate:
     """A number with the quantiles of what resampling gave; draws that are not numbers do not count."""
     if not np.isfinite(draws).any():
         return Estimate(float(value), -np.inf, np.inf)
-    low, high = np.nanquantile(draws, [(1 - confidence) / 2, (1 + confidence) / 2])
+    low, high = np.nanquantile(draws, [1 - UPPER, UPPER])
     return Estimate(float(value), float(low), float(high))
 
 
@@ -94,3 +94,14 @@ def pearson(first: np.ndarray, second: np.ndarray) -> np.ndarray:
         correlations: np.ndarray = (centred[0] * centred[1]).sum(0) / np.sqrt(squares[0] * squares[1])
     constant = (np.ptp(first, axis=0) == 0) | (np.ptp(second, axis=0) == 0)  # its mean may be rounded
     return np.where(constant, np.nan, correlations)
+
+
+# ---- crossed factors ----
+
+
+def variance_added(by_MX: np.ndarray) -> float:
+    """What the columns' choice adds to the variance of the mean of all, beyond what the rows' choice explains."""
+    M, X = by_MX.shape
+    means_X = by_MX.mean(0)
+    rest = by_MX - by_MX.mean(1, keepdims=True) - means_X + by_MX.mean()
+    return max(0.0, float(np.var(means_X, ddof=1)) / X - float((rest**2).sum()) / ((M - 1) * (X - 1) * M * X))

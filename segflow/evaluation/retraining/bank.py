@@ -92,10 +92,9 @@ class Bank:
     @property
     def missing(self) -> list[tuple[int, int]]:
         """The (repetition, subset) pairs that are still to be trained."""
-        return self._missing(self._bound(self.fingerprint))
+        return self._missing(_committed(self._path, self._bound(self.fingerprint)))
 
-    def _missing(self, bank: str) -> list[tuple[int, int]]:
-        committed = _committed(self._path, bank)
+    def _missing(self, committed: Mapping[tuple[int, int], np.ndarray]) -> list[tuple[int, int]]:
         pairs = [(r, m) for r in range(self.repetitions) for m in range(len(self.subsets))]
         return [pair for pair in pairs if pair not in committed]
 
@@ -113,14 +112,17 @@ class Bank:
             raise ScoreError("rows: none was given. Expected one subset or more, or None for all.")
         chosen, fingerprint = set(wanted), self.fingerprint
         bank = self._bound(fingerprint)
-        pairs = [(r, m) for r, m in self._missing(bank) if m in chosen]
+        committed = _committed(self._path, bank)
+        pairs = [(r, m) for r, m in self._missing(committed) if m in chosen]
         if not (self._path / "subsets.safetensors").exists():
             subsets = {"subsets": torch.from_numpy(self.subsets)}
             write_tensors(self._path / "subsets.safetensors", subsets, None, ScoreError)
         if not (self._path / _NOTE).exists():
             write_json(self._path / _NOTE, fingerprint, ScoreError)
-        self._train(pairs, bank, progress)
-        return _collected(_committed(self._path, bank), wanted, self.repetitions, self._path)
+        if pairs:
+            self._train(pairs, bank, progress)
+            committed = _committed(self._path, bank)
+        return _collected(committed, wanted, self.repetitions, self._path)
 
     def _train(self, pairs: list[tuple[int, int]], bank: str, progress: bool | None) -> None:
         """Train what is missing, and commit it batch by batch; those that diverge are told when the others are done."""

@@ -36,10 +36,7 @@ def check_models(models: Sequence[nn.Module], seeds: Sequence[int]) -> None:
         for name, parameter in model.named_parameters():
             if nn.parameter.is_lazy(parameter):
                 raise refusal(f"parameter {name} has no shape before the first call, as in a lazy module")
-    described = [_parameters_of(model) for model in models]
-    for seed, of_one in zip(seeds, described, strict=True):
-        if what := _difference(described[0], of_one):
-            raise refusal(f"the models of seeds {seeds[0]} and {seed} differ in {what}")
+    _require_alike("models", [_parameters_of(model) for model in models], seeds)
     for model in models:
         for name, _ in model.named_buffers():
             raise refusal(f"the model has buffers ({name}), which training may change")
@@ -53,10 +50,7 @@ def check_models(models: Sequence[nn.Module], seeds: Sequence[int]) -> None:
 
 def check_attributes(models: Sequence[nn.Module], seeds: Sequence[int]) -> None:
     """ScoreError if the modules of freshly made models differ in a number, a text or a tensor that they keep."""
-    described = [_attributes_of(model) for model in models]
-    for seed, of_one in zip(seeds, described, strict=True):
-        if what := _difference(described[0], of_one):
-            raise refusal(f"the models of seeds {seeds[0]} and {seed} differ in {what}")
+    _require_alike("models", [_attributes_of(model) for model in models], seeds)
 
 
 def check_optimizer(optimizer: Optimizer) -> None:
@@ -99,9 +93,14 @@ def check_alike(
     """ScoreError if the models' optimizers differ in an option or a group, or their schedulers in a number."""
     described = [_groups_of(*pair) for pair in zip(optimizers, map(_names_of, models), strict=True)]
     described = [groups | _numbers_of(schedule) for groups, schedule in zip(described, schedules, strict=True)]
+    _require_alike("optimizers", described, seeds)
+
+
+def _require_alike(what: str, described: Sequence[Mapping[str, object]], seeds: Sequence[int]) -> None:
+    """ScoreError if the description of one seed's model or optimizer differs from the first one's."""
     for seed, of_one in zip(seeds, described, strict=True):
-        if what := _difference(described[0], of_one):
-            raise refusal(f"the optimizers of seeds {seeds[0]} and {seed} differ in {what}")
+        if differing := _difference(described[0], of_one):
+            raise refusal(f"the {what} of seeds {seeds[0]} and {seed} differ in {differing}")
 
 
 def carry(optimizers: Sequence[Optimizer], models: Sequence[nn.Module], stacked: Mapping[str, Tensor]) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from ...data.draws import seeded
+from ...data.generators import Generators
 
 
 @contextmanager
@@ -18,15 +19,14 @@ def all_seeded(seed: int) -> Iterator[None]:
 
     NumPy takes 32 bits of a seed, so it gets `seed % 2**32`.
     """
-    of_numpy, of_python = np.random.get_state(), random.getstate()  # noqa: NPY002 - what users' code draws from
-    try:
-        np.random.seed(seed % 2**32)  # noqa: NPY002
-        random.seed(seed)
-        with seeded(seed):
+    generators = Generators()
+    states = generators.states()
+    with seeded(seed):
+        generators.seed(seed)
+        try:
             yield
-    finally:
-        np.random.set_state(of_numpy)  # noqa: NPY002
-        random.setstate(of_python)
+        finally:
+            generators.restore(states)
 
 
 @contextmanager

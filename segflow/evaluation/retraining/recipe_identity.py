@@ -115,14 +115,14 @@ def _optimizer(stage: Stage, model: nn.Module) -> dict[str, Any]:
     optimizer = optimizer_of(stage, model)
     groups = [
         {"parameters": [names.get(parameter, "another") for parameter in group["params"]]}
-        | {key: as_text(value) for key, value in group.items() if key != "params"}
+        | {key: _as_text(value) for key, value in group.items() if key != "params"}
         for group in optimizer.param_groups
     ]
     state = {names.get(parameter, "another"): digest(dict(of_it)) for parameter, of_it in optimizer.state.items()}
     return {"name": type(optimizer).__qualname__, "groups": groups, "state": state}
 
 
-def as_text(option: Any) -> str:
+def _as_text(option: Any) -> str:
     """An optimizer's option, whose text does not depend on the kind of its numbers."""
     return str(tuple(map(plain, option)) if isinstance(option, tuple | list) else plain(option))
 
