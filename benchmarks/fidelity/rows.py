@@ -16,6 +16,7 @@ from .data import LOADERS, Data
 
 Function = Callable[[Tensor, Tensor], Tensor]
 SUBSETS, REPETITIONS, RUNS, CHECKPOINTS = 100, 5, 5, 6
+REMOVED = {"tenth": 0.1, "hundredth": 0.01}  # shares of the examples that banks of small groups leave out
 STAGE_NAMES = ("pretrain", "finetune")  # of a row of two stages
 
 
@@ -43,7 +44,9 @@ class Row:
 
     data, noisy: the loader's name and the share of wrong targets; widths: of the ReLU network; recipes: one for each
     stage; together: models that are retrained at a time; extra: subsets of a second bank, for the estimator that is
-    fitted to retrainings (0: it is fitted to half of the first bank's subsets, and compared on the others).
+    fitted to retrainings (0: it is fitted to half of the first bank's subsets, and compared on the others);
+    repetitions: retrainings of each half; runs: recorded runs; removals: (subsets, retrainings of each) of the banks
+    that leave out a tenth, or a hundredth, of the examples.
     """
 
     name: str
@@ -53,6 +56,9 @@ class Row:
     recipes: tuple[Recipe, ...]
     together: int = 100
     extra: int = 0
+    repetitions: int = REPETITIONS
+    runs: int = RUNS
+    removals: tuple[int, int] = (100, 5)
 
     @property
     def is_regression(self) -> bool:
@@ -120,10 +126,14 @@ def _digits(optimizer: str, epochs: int, noisy: float, ending: str) -> Row:
 
 
 def _fashion_mnist(name: str, noisy: float, recipe: Recipe) -> Row:
-    return Row(name, "fashion-mnist", noisy, (784, 512, 256, 128, 10), (recipe,), together=1)
+    widths = (784, 512, 256, 128, 10)
+    return Row(name, "fashion-mnist", noisy, widths, (recipe,), 1, repetitions=10, runs=2, removals=(50, 4))
 
 
 _CONCRETE = (Recipe("sgd", 3e-2, 1e-5, 32, 20),)
+
+# What looks at agreement with retraining to choose SOURCE's defaults looks at the rows of digits, and at no others.
+TUNING = "digits-"
 
 ROWS: dict[str, Row] = {
     row.name: row
@@ -148,5 +158,6 @@ ROWS: dict[str, Row] = {
         ),
         _fashion_mnist("fashion-mnist-noisy", 0.3, Recipe("sgd", 1e-2, 3e-5, 64, 3)),
         _fashion_mnist("fashion-mnist", 0.0, Recipe("sgd", 3e-2, 1e-3, 64, 20)),
+        _fashion_mnist("fashion-mnist-adamw", 0.0, Recipe("adamw", 1e-3, 1e-2, 64, 20)),
     )
 }

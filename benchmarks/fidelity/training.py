@@ -14,7 +14,7 @@ import segflow as sf
 from segflow.evaluation import Bank, BatchedTraining, Stage, random_subsets, read_bank
 
 from ..downloads import CACHE
-from .rows import CHECKPOINTS, REPETITIONS, RUNS, STAGE_NAMES, SUBSETS, Row
+from .rows import CHECKPOINTS, REMOVED, STAGE_NAMES, SUBSETS, Row, network
 
 _BANK_SEED = 1000  # retrainings share no initialisation with the full runs, whose seeds are 0, 1, ...
 
@@ -25,29 +25,31 @@ def folder_of(row: Row) -> Path:
 
 
 def bank_names(row: Row) -> tuple[str, ...]:
-    """One bank for each stage, and one for the estimator that is fitted to retrainings, if the row has it."""
-    banks = ("bank",) if len(row.recipes) == 1 else tuple(f"bank-{name}" for name in STAGE_NAMES)
+    """The row's banks: halves, and small groups, of each stage; and one for the estimator fitted to retrainings."""
+    stages = ("",) if len(row.recipes) == 1 else tuple(f"-{name}" for name in STAGE_NAMES)
+    banks = tuple(f"{kind}{stage}" for kind in ("bank", *REMOVED) for stage in stages)
     return (*banks, "extra") if row.extra else banks
 
 
 def bank_of(row: Row, name: str) -> Bank:
-    """A bank of the row: half-subsets of one stage's examples; those of other stages stay whole."""
+    """A bank of the row: subsets of one stage's examples; those of other stages stay whole."""
+    kind, _, stage = name.partition("-")
+    count, repetitions = {"bank": (SUBSETS, row.repetitions), "extra": (row.extra, 1)}.get(kind, row.removals)
     sizes = [len(inputs) for inputs, _ in row.load().stages]
-    columns = np.ones((row.extra if name == "extra" else SUBSETS, sum(sizes)), dtype=bool)
-    varied = STAGE_NAMES.index(name.removeprefix("bank-")) if name.startswith("bank-") else 0
-    start = sum(sizes[:varied])
-    seed = 1 if name == "extra" else 0
-    columns[:, start : start + sizes[varied]] = random_subsets(len(columns), sizes[varied], seed=seed)
-    repetitions = 1 if name == "extra" else REPETITIONS
+    columns = np.ones((count, sum(sizes)), dtype=bool)
+    varied = STAGE_NAMES.index(stage) if stage else 0
+    start, seed = sum(sizes[:varied]), ("bank", "extra", *REMOVED).index(kind)
+    kept = 1 - REMOVED.get(kind, 0.5)
+    columns[:, start : start + sizes[varied]] = random_subsets(count, sizes[varied], kept, seed=seed)
     return Bank(folder_of(row) / name, _training(row), columns, repetitions, _BANK_SEED * (1 + 100 * seed))
 
 
 def fill(row: Row) -> None:
     """Retrain what is missing of the row's banks, and run what is missing of its full runs."""
+    for seed in range(row.runs):
+        record_run(row, seed)
     for name in bank_names(row):
         bank_of(row, name).run()
-    for seed in range(RUNS):
-        record_run(row, seed)
 
 
 def ground_truth(row: Row, bank: str | None = None, measurement: str | None = None) -> tuple[np.ndarray, np.ndarray]:
@@ -97,4 +99,4 @@ def _training(row: Row) -> BatchedTraining:
         Stage(inputs, targets, row.loss, partial(recipe.make, fused=True), recipe.epochs, recipe.batch_size)
         for recipe, (inputs, targets) in zip(row.recipes, data.stages, strict=True)
     ]
-    return BatchedTraining(row.build, stages, *data.query, row.measure, row.together)
+    return BatchedTraining(partial(network, row.widths), stages, *data.query, row.measure, row.together)
