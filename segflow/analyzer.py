@@ -267,7 +267,8 @@ class Analyzer:
                 cuts = self._cuts(contexts, {p: fitted.train_from(p) for p in given}) if self._automatic else None
                 plan = plan_for(self.method, contexts, place, cuts)
                 request = ScoringRequest(fitted, place, plan, groups, queries, batch_size, "layer" in keep)
-                of_runs.append(RunParts(contexts, plan, cuts, score_parts(request), fitted.batching_error(plan)))
+                parts, error, shares = score_parts(request), fitted.batching_error(plan), fitted.told_trace_shares(plan)
+                of_runs.append(RunParts(contexts, plan, cuts, parts, error, shares))
             return labelled_scores(of_runs, self.method, groups, place, labels, keep, queries)
 
     def features(

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from ..errors import FactorError, StoreError
+from ..methods.operators import HEURISTIC_SHARE
 from ..methods.plan import (
-    HEURISTIC_SHARE,
     Curvature,
     IterativeInverse,
     Operator,
@@ -27,9 +27,11 @@ from ..methods.plan import (
     ProjectedInverse,
     Spectral,
     Term,
+    TraceShares,
     curvatures,
     projected,
     spectral,
+    trace_shares,
 )
 from ..methods.spectra import damped_inverse
 from ..model.loss_view import LossView
@@ -39,7 +41,7 @@ from ..store.shared_store import StoredUnit
 from ..store.store import MadeFrom
 from ..training.segments import Weight, for_group
 from .kronecker import Eigenbasis, Gradients, KroneckerBlock, weighted_mean
-from .layer_shares import capped_layers, check_shares, stored_shares
+from .layer_shares import capped_layers, check_shares, stored_shares, trace_shares_of
 from .lissa import lissa
 from .passes import BATCHING_ERROR
 from .preconditioner import PreconditionerBlock
@@ -114,17 +116,26 @@ class StoredCurvature(Mapping[str, KroneckerBlock]):
             return self._in_memory[name]
         if name not in self.view.layers:
             raise KeyError(name)
+        mean_POI = self._eigenvalues(name)
+        basis = None if self._basis is None else stored_basis(self._basis, name, self.view)
+        block = KroneckerBlock(basis, mean_POI)
+        if self.fits:
+            self._in_memory[name] = block
+        return block
+
+    def _eigenvalues(self, name: str) -> Tensor:
+        """A layer's eigenvalues [P, O, I]."""
         shape, device = self.view.layers[name].shape, self.view.device
         weights = for_group(self._weights, self._parameter_groups[name])
         at_points = [unit.tensor(name, shape, device, "nonnegative") for unit in self.eigenvalue_units]
         mean_POI = weighted_mean(at_points, weights)
         if self._preconditioner is not None and self._basis is None:
             mean_POI = mean_POI * self._preconditioner[name].exact_POI
-        basis = None if self._basis is None else stored_basis(self._basis, name, self.view)
-        block = KroneckerBlock(basis, mean_POI)
-        if self.fits:
-            self._in_memory[name] = block
-        return block
+        return mean_POI
+
+    def traces(self) -> dict[str, float]:
+        """Each layer's trace, in float64; every rank must ask."""
+        return {name: self._eigenvalues(name).double().sum().item() for name in self.view.layers}
 
     def __contains__(self, name: object) -> bool:
         return name in self.view.layers
@@ -208,6 +219,7 @@ class FittedFactors:
         self.preconditioner = lru_cache(4)(self._preconditioner)
         self.kernel = lru_cache(1)(self._kernel)
         self.shares = lru_cache(None)(self._shares)
+        self.trace_shares = lru_cache(None)(self._trace_shares)
 
     def _loss_view(self, stage: int) -> LossView:
         """A stage's model seen through its training loss."""
@@ -243,6 +255,31 @@ class FittedFactors:
         shares = self.shares(operator.stage)
         check_shares(context, shares, [layer])
         return shares[layer]
+
+    def _trace_shares(self, operator: Spectral) -> dict[str, float]:
+        """Each layer's share of rate * trace, for an operator whose eigenvalues are divided by a power of it."""
+        shares = operator.trace_shares
+        if shares is None:
+            return {}
+        groups = self.contexts[operator.stage].parameter_groups
+        amounts = {}
+        for name, trace in self.curvature(shares.curvature).traces().items():
+            group = groups[name]
+            amounts[name] = operator.counts(group, self.share(operator, name)) * shares.rates[group] * trace
+        return trace_shares_of(amounts)
+
+    def told_trace_shares(self, plan: Plan) -> dict[str, dict[str, float]]:
+        """The layers' shares of rate * trace that a plan uses, for provenance: for each curvature in words."""
+        return {
+            self._in_words(operator.trace_shares.curvature): self.trace_shares(operator)
+            for operator in trace_shares(plan)
+            if operator.trace_shares is not None
+        }
+
+    def _in_words(self, curvature: Curvature) -> str:
+        """Where a curvature was fitted."""
+        context = self.contexts[curvature.stage]
+        return "; ".join(context.where(point) for point in curvature.points)
 
     def _kernel_unit(self, inverse: ProjectedInverse) -> StoredUnit:
         stage = inverse.stage
@@ -281,15 +318,23 @@ class FittedFactors:
         if isinstance(operator, Spectral) and (capped := sorted(capped_layers(context, [operator]))):
             described["shares"] = [self.shares(operator.stage)[layer] for layer in capped]
         for name, value in vars(operator).items():
-            if isinstance(value, Curvature):
-                described[name] |= {"points": [checkpoint_digest(context, point) for point in value.points]}
-                if value.scaled is not None:
-                    described[name]["scaled"] = preconditioner_from(self.contexts[value.stage], value.scaled)
-            elif isinstance(value, Preconditioner):
-                described[name] = preconditioner_from(self.contexts[value.stage], value)
-            elif isinstance(value, Point):
-                described[name] = checkpoint_digest(context, value)
+            described[name] = self._by_contents(described.get(name), value)
         return described
+
+    def _by_contents(self, written: Any, part: Any) -> Any:
+        """A part of an operator as it is written down, where its checkpoints are told by their contents."""
+        context = self.contexts[getattr(part, "stage", -1)]
+        if isinstance(part, Curvature):
+            written |= {"points": [checkpoint_digest(context, point) for point in part.points]}
+            if part.scaled is not None:
+                written["scaled"] = preconditioner_from(context, part.scaled)
+        elif isinstance(part, TraceShares):
+            written["curvature"] = self._by_contents(written["curvature"], part.curvature)
+        elif isinstance(part, Preconditioner):
+            written = preconditioner_from(context, part)
+        elif isinstance(part, Point):
+            written = checkpoint_digest(context, part)
+        return written
 
     def parameter_group(self, stage: int, layer: str) -> int | None:
         """The optimizer's parameter group of a layer in a stage; None if the stage did not train the layer."""

@@ -1,11 +1,13 @@
-"""The share of a stage's training examples that reach each layer, where training's batches may have left layers out.
+"""Layers' shares: of a stage's training examples, where training's batches may have left layers out; of its curvature.
 
 A layer that was moved only by batches of its own data is moved in fewer steps, and the mean over all N examples has the
-others' zeros already; its rate is then that of its own steps times min(1 / share, ceiling), see `Spectral`.
+others' zeros already; its rate is then that of its own steps times min(1 / share, ceiling), see `Spectral`. For shares
+of the curvature see `TraceShares`.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 
 import torch
@@ -65,6 +67,17 @@ def stored_shares(context: StageContext, train_from: MadeFrom) -> dict[str, floa
     point = shares_point(context)
     unit = context.store.open(shares_unit(context), at_point(train_from, context, point))
     return {name: unit.tensor(name, (), kind="nonnegative").item() for name in context.layers.tracked}
+
+
+def trace_shares_of(amounts: Mapping[str, float]) -> dict[str, float]:
+    """Each layer's share of all layers' rate * trace; they sum to 1. Where there is none in all, each has 1.
+
+    Example:
+        >>> trace_shares_of({"first": 3.0, "second": 1.0, "frozen": 0.0})
+        {'first': 0.75, 'second': 0.25, 'frozen': 0.0}
+    """
+    total = math.fsum(amounts.values())
+    return {name: amount / total if total else 1.0 for name, amount in amounts.items()}
 
 
 def check_shares(context: StageContext, shares: Mapping[str, float], capped: Iterable[str]) -> None:

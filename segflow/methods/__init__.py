@@ -42,6 +42,7 @@ from .plan import (
     Scale,
     Spectral,
     Term,
+    TraceShares,
     UnitNorm,
 )
 from .projected import TRAK, ProjectedFisher
@@ -72,6 +73,7 @@ __all__ = [
     "Spectral",
     "Term",
     "TracIn",
+    "TraceShares",
     "UnitNorm",
     "final_point",
     "segmentation",

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 from ..arguments import settle
 from ..errors import MethodError, check_choice
 from .method import batch_of_fisher, damping_amount, damping_option, final_plan, final_point, stage_place
-from .plan import HEURISTIC_SHARE, Curvature, IterativeInverse, Plan, Point, Spectral
+from .operators import HEURISTIC_SHARE
+from .plan import Curvature, IterativeInverse, Plan, Point, Spectral
 
 if TYPE_CHECKING:
     from ..training.trajectory import Trajectory

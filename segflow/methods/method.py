@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..arguments import real_number, truth, whole_number
 from ..errors import MethodError, check_choice
-from ..training.segments import Segmentation
+from ..training.segments import Segmentation, cut
 from .plan import Operator, Plan, Point, Term, adds_up
 
 if TYPE_CHECKING:
@@ -97,6 +97,18 @@ def stage_place(trajectory: Trajectory, stage: int) -> int:
 def final_point(trajectory: Trajectory) -> Point:
     """The end of training."""
     return Point.at(len(trajectory.stages) - 1, len(trajectory) - 1)
+
+
+def run_points(trajectory: Trajectory, weighting: str = "nearest") -> tuple[tuple[Point, ...], tuple[float, ...]]:
+    """The last stage's checkpoints, and the share of its steps that each stands for; none without a share.
+
+    weighting: see `segflow.training.segments.cut`.
+    """
+    last, stage = trajectory.stages[-1], len(trajectory.stages) - 1
+    [whole] = cut(last, 1, weighting)
+    pairs = [pair for pair in zip(whole.checkpoints, whole.overall, strict=True) if pair[1]]
+    points, weights = zip(*pairs, strict=True)
+    return tuple(Point.at(stage, checkpoint) for checkpoint in points), weights
 
 
 def ceilings(trajectory: Trajectory) -> tuple[float, ...]:

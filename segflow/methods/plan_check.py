@@ -6,7 +6,18 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from ..errors import MethodError
-from .plan import Curvature, IterativeInverse, Operator, Plan, Point, Preconditioner, ProjectedInverse, Spectral, Term
+from .plan import (
+    Curvature,
+    IterativeInverse,
+    Operator,
+    Plan,
+    Point,
+    Preconditioner,
+    ProjectedInverse,
+    Spectral,
+    Term,
+    TraceShares,
+)
 
 
 class StageFacts(NamedTuple):
@@ -37,7 +48,7 @@ def _check_term(term: Term, stage: int, stages: Sequence[StageFacts]) -> None:
             "give terms of that stage; segflow.methods.stage_place counts a negative one from the front."
         )
     facts = stages[stage]
-    for point in (term.query, *term.train):
+    for point in (*term.query_points, *term.train):
         _check_point(where, point, stages)
     _check_counts(f"{where}: weights", term.weights, facts)
     if term.layer is not None and term.layer not in facts.layers:
@@ -71,18 +82,22 @@ def _check_operator(where: str, operator: Operator, stage: int, stages: Sequence
         _check_part(where, part, stages)
 
 
-def _parts(operator: Operator) -> Iterator[Curvature | Preconditioner]:
-    """The curvatures and preconditioners that an operator names, also those within others."""
+def _parts(operator: Operator) -> Iterator[Curvature | Preconditioner | TraceShares]:
+    """The curvatures, preconditioners and shares that an operator names, also those within others."""
     waiting = list(vars(operator).values())
     for part in waiting:
-        if isinstance(part, Curvature | Preconditioner):
+        if isinstance(part, Curvature | Preconditioner | TraceShares):
             yield part
             waiting.extend(vars(part).values())
 
 
-def _check_part(where: str, part: Curvature | Preconditioner, stages: Sequence[StageFacts]) -> None:
-    """Raise MethodError unless a curvature or a preconditioner is at points of the run, with its groups' weights."""
+def _check_part(where: str, part: Curvature | Preconditioner | TraceShares, stages: Sequence[StageFacts]) -> None:
+    """Raise MethodError unless a part of an operator is at points of the run, with numbers for its parameter groups."""
     facts, named = stages[part.stage], f"{where}: {type(part).__name__}"
+    if isinstance(part, TraceShares):
+        if len(part.rates) != facts.parameter_groups:
+            raise MethodError(_wrong_count(f"{named}: rates", part.rates, facts))
+        return
     if isinstance(part, Curvature):
         for point in part.points:
             _check_point(named, point, stages)

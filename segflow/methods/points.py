@@ -1,13 +1,13 @@
-"""Where a plan looks: at parameters, at the optimizer's P over checkpoints, at the curvature of an objective."""
+"""Where a plan looks: at parameters, at the optimizer's P over checkpoints, at a curvature, at its layers' shares."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..arguments import settle, truth, whole_number
+from ..arguments import real_number, settle, truth, whole_number
 from ..errors import MethodError, check_choice
 from ..training.segments import Weight
-from .plan_numbers import all_of, checked_weights, indexed_weights
+from .plan_numbers import all_of, checked_amounts, checked_weights, indexed_weights
 
 Weights = tuple[tuple[int, float], ...]  # (index of a checkpoint within its stage, weight); the weights sum to 1
 
@@ -96,12 +96,46 @@ class Curvature:
         settle(self, stage=stage, points=points, weights=weights, batch=batch)
 
 
-def check_same_stage(where: str, stage: int, **parts: Curvature | Preconditioner | None) -> None:
-    """Raise MethodError, which says where, unless what is given is of the stage, a Curvature or a Preconditioner."""
+@dataclass(frozen=True, kw_only=True)
+class TraceShares:
+    """Each layer's share of the whole curvature, c_l = rate_l trace_l / sum over layers of rate * trace.
+
+    An operator that has them takes lambda_l / c_l in place of a layer's eigenvalues lambda_l. Block-diagonal curvature
+    lets every layer make the whole correction by itself, so that saturated directions count once for each layer; so
+    divided, the layers share one correction. Where their tangent kernels are proportional, K_l = c_l K, that is a
+    function of the whole matrix, exactly, and for any shares blockdiag(F_l / c_l) dominates F.
+
+    Args:
+        stage: of training.
+        curvature: whose traces, that of P^1/2 F P^1/2 where the optimizer has a P.
+        rates: one for each parameter group. A layer without a rate or a trace has no share, and is not divided.
+        power: of the shares; they sum to 1 at power 1.
+
+    Raises:
+        MethodError: the curvature is of another stage, a rate is below 0, or the power is not above 0.
+    """
+
+    stage: int
+    curvature: Curvature
+    rates: tuple[float, ...]
+    power: float = 1.0
+
+    def __post_init__(self) -> None:
+        stage = whole_number("stage", self.stage, MethodError, advice="It is a stage's place, counted from 0.")
+        where = f"TraceShares(stage={stage})"
+        all_of(f"{where}: curvature", (self.curvature,), Curvature)
+        check_same_stage(where, stage, curvature=self.curvature)
+        power = real_number(f"{where}: power", self.power, MethodError, above=0)
+        settle(self, stage=stage, rates=checked_amounts(where, "rates", self.rates, 0.0), power=power)
+
+
+def check_same_stage(where: str, stage: int, **parts: Curvature | Preconditioner | TraceShares | None) -> None:
+    """Raise MethodError, which says where, unless each part that is given is of its kind, and of the stage."""
+    kinds: dict[str, type] = {"curvature": Curvature, "trace_shares": TraceShares}
     for name, part in parts.items():
         if part is None:
             continue
-        all_of(f"{where}: {name}", (part,), Curvature if name == "curvature" else Preconditioner)
+        all_of(f"{where}: {name}", (part,), kinds.get(name, Preconditioner))
         if part.stage != stage:
             raise MethodError(
                 f"{where}: {name} is of stage {part.stage}, expected stage {stage}, whose layers and parameter groups "

@@ -12,8 +12,8 @@ from torch import Tensor
 from ..arguments import plain, real_number, settle, truth, whole_number, whole_numbers
 from ..errors import MethodError, check_choice
 from ..training.segments import WEIGHTINGS, Segment, Segmentation, Weight, cut, segmentation
-from .method import Cuts, batch_of_fisher, ceilings, final_point, stage_place
-from .plan import Curvature, Operator, Plan, Point, Preconditioner, Scale, Spectral, Term
+from .method import Cuts, batch_of_fisher, ceilings, final_point, run_points, stage_place
+from .plan import Curvature, Operator, Plan, Point, Preconditioner, Scale, Spectral, Term, TraceShares
 
 if TYPE_CHECKING:
     from ..training.trajectory import Trajectory
@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Source:
-    """SOURCE: the final query gradient walked back through training (Bae et al. 2024, arXiv 2405.12186).
+    """SOURCE: a query gradient walked back through training (Bae et al. 2024, arXiv 2405.12186).
+
+    The paper's own is `Source(segments=3, checkpoint_weights="equal", layers="apart", query_points="final")`.
 
     Args:
         segments: how many segments (the paper takes three; see docs/FIDELITY.md for why the default is one), the steps
@@ -40,6 +42,16 @@ class Source:
         fisher_batch: square sums of so many examples' pseudo-gradients for EK-FAC's eigenvalues, not each one's (GGDA's
             batched Fisher): cheaper for layers with many positions. Unbiased, as pseudo-gradients have mean zero; the
             scores' provenance tells by how much it differs on some examples.
+        layers: "coupled": eigenvalues are divided by their layer's share of rate * trace in the segment, so that the
+            layers share one correction (see `TraceShares`; the scores' provenance tells the shares). "apart": every
+            layer makes the whole correction by itself, as in the paper.
+        query_points: "run": a smoothed query gradient, the mean of the measurement's gradients at the last stage's
+            checkpoints, by the steps that each stands for: one query pass for each. "final": the gradient at the end,
+            as in the paper.
+        shares_power: of the layers' shares; 2 brings sizes of predictions nearer to those of retraining on converged
+            runs, and costs agreement on runs that stopped early (docs/FIDELITY.md).
+        lr_steps_scale: how many of the run's steps count. Retraining a part of the data for the same epochs takes
+            fewer steps: 0.5 suits halves of a run that stopped early.
 
     Example:
         >>> Source(segments=3).segments
@@ -52,12 +64,25 @@ class Source:
     checkpoint_weights: str = "nearest"
     penalty: float = 0.1
     fisher_batch: int = 1
+    layers: str = "coupled"
+    query_points: str = "run"
+    shares_power: float = 1.0
+    lr_steps_scale: float = 1.0
 
     def __post_init__(self) -> None:
         settle(self, fast=truth("fast", self.fast, MethodError), fisher_batch=batch_of_fisher(self.fisher_batch))
         check_choice("preconditioner", self.preconditioner, ("kronecker", "diagonal", "none"), MethodError)
         check_choice("checkpoint_weights", self.checkpoint_weights, WEIGHTINGS, MethodError)
+        check_choice("layers", self.layers, ("coupled", "apart"), MethodError)
+        check_choice("query_points", self.query_points, ("run", "final"), MethodError)
         settle(self, penalty=real_number("penalty", self.penalty, MethodError, 0))
+        for name in ("shares_power", "lr_steps_scale"):
+            settle(self, **{name: real_number(name, getattr(self, name), MethodError, above=0)})
+        if self.layers == "apart" and self.shares_power != 1:
+            raise MethodError(
+                f"shares_power={self.shares_power} with layers='apart', which have no shares, would be ignored. Leave "
+                "it out, or give layers='coupled'."
+            )
         if not self.automatic:
             settle(self, segments=_count_or_cuts(plain(self.segments)))
 
@@ -77,6 +102,7 @@ class Source:
         cuts: needed where segments="auto". MethodError if a cut does not fit the trajectory.
         """
         stage, last = stage_place(trajectory, stage), len(trajectory.stages) - 1
+        at, at_weights = self._query(trajectory)
         walked: tuple[Operator, ...] = ()  # what later segments have done to the query gradient
         terms: list[Term] = []
         for place in range(last, stage - 1, -1):
@@ -88,7 +114,8 @@ class Source:
                     term = Term(
                         label=f"segment {number}: steps {segment.start + 1}-{segment.end}",
                         stage=stage,
-                        query=final_point(trajectory),
+                        query=at,
+                        query_weights=at_weights,
                         operators=(*walked, *learn),
                         train=points,
                         weights=weights,
@@ -107,7 +134,29 @@ class Source:
             raise MethodError(
                 f"segments={list(asked)}: the run has {len(trajectory.stages)} stages. Give a count, or 'auto'."
             )
-        return cut(trajectory.stages[place], asked, self.checkpoint_weights)
+        segments = cut(trajectory.stages[place], asked, self.checkpoint_weights)
+        return tuple(self._scaled(segment) for segment in segments)
+
+    def _scaled(self, segment: Segment) -> Segment:
+        """The segment with as many steps as count."""
+        rates, decay = (
+            tuple(self.lr_steps_scale * amount for amount in amounts)
+            for amounts in (segment.lr_steps, segment.decay_steps)
+        )
+        return replace(segment, lr_steps=rates, decay_steps=decay)
+
+    def _query(self, trajectory: Trajectory) -> tuple[tuple[Point, ...], tuple[float, ...]]:
+        """Where query gradients are taken, and how the points weigh."""
+        if self.query_points == "final":
+            return (final_point(trajectory),), (1.0,)
+        return run_points(trajectory, self.checkpoint_weights)
+
+    def _shares(self, curvature: Curvature, segment: Segment) -> TraceShares | None:
+        """The layers' shares of a segment's curvature; None for layers apart."""
+        if self.layers == "apart":
+            return None
+        rates, power = segment.lr_steps, self.shares_power
+        return TraceShares(stage=curvature.stage, curvature=curvature, rates=rates, power=power)
 
     def _points(self, stage: int, segment: Segment) -> tuple[tuple[Point, ...], tuple[Weight, ...]]:
         """Where a segment's gradients and curvature are taken, and how the points weigh."""
@@ -123,13 +172,15 @@ class Source:
         capped = partial(Spectral, stage=stage, ceilings=ceilings(trajectory))
         function = partial(capped, amount=segment.lr_steps, shift=segment.decay_steps)
         if not trajectory.preconditioned or self.preconditioner == "none":
-            return (function(kind="response", curvature=plain),), (function(kind="decay", curvature=plain),)
+            function = partial(function, curvature=plain, trace_shares=self._shares(plain, segment))
+            return (function(kind="response"),), (function(kind="decay"),)
         beside_P, through_P = _divided(segment.decay_steps, trajectory.coupled)
         moved = tuple(any(through) for through in zip(segment.lr_steps, through_P, strict=True))
         P = Preconditioner(stage, tuple(zip(segment.checkpoints, segment.weights, strict=True)), moved)
         kind = "ekfac" if self.preconditioner == "kronecker" else "diagonal"
         scaled = replace(plain, kind=kind, scaled=P)
-        function = partial(function, curvature=scaled, shift=beside_P)
+        shares = self._shares(scaled, segment)
+        function = partial(function, curvature=scaled, shift=beside_P, trace_shares=shares)
         if any(trajectory.coupled):
             function = partial(function, coupled=through_P, shifted_by=P)
         if self.preconditioner == "kronecker":  # P^1/2 f(rate * P^1/2 H P^1/2 + decay) P^+-1/2
@@ -138,7 +189,7 @@ class Source:
         # (1 - exp(-(rate * P diag(H) + decay))), then H^-1: Bae et al. 2024, Appendix C
         heuristic = (None,) * len(segment.lr_steps)
         per_rate = tuple(shift / rate if rate else 0.0 for shift, rate in zip(through_P, segment.lr_steps, strict=True))
-        inverse = capped(kind="damped_inverse", curvature=plain, amount=heuristic, shift=per_rate)
+        inverse = capped(kind="damped_inverse", curvature=plain, amount=heuristic, shift=per_rate, trace_shares=shares)
         return (function(kind="saturation"), inverse), (function(kind="decay"),)
 
 

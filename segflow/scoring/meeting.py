@@ -16,7 +16,7 @@ from ..curvature.kronecker import Eigenbasis
 from ..methods.plan import Curvature, IterativeInverse, Operator, Plan, ProjectedInverse, Scale, Spectral
 from ..model.loss_view import LossView
 from ..runtime.ranks import Ranks
-from .outer_products import OuterProducts, Stack, Stacks, formed, together
+from .outer_products import OuterProducts, Stack, Stacks, fewer_factored, formed, together
 from .query_operators import basis_of
 
 
@@ -92,13 +92,16 @@ def met_queries(
     return MetQueries(met, token_bases, holders, ranks, sum_bases)
 
 
-def outer_layers(plan: Plan, view: LossView, fits: bool) -> set[str]:
-    """The layers whose queries stay outer products all the way: those of one token, if every operator allows it.
+def outer_layers(plan: Plan, view: LossView, fits: bool) -> dict[str, int]:
+    """The layers whose queries stay outer products all the way (of one token, if every operator allows), and how many.
 
     fits: whether eigenbases fit the memory, so that queries need not leave them.
     """
-    all_stay = all(_stays_outer(term.operators, fits) for term in plan)
-    return {name for name in view.layers if all_stay and view.positions(name) == 1}
+    rank = max(len(term.query_points) for term in plan)
+    if not all(_stays_outer(term.operators, fits) for term in plan):
+        return {}
+    sizes = {name: layer.shape[1:] for name, layer in view.layers.items() if view.positions(name) == 1}
+    return {name: rank for name, size in sizes.items() if fewer_factored(rank, *size)}
 
 
 def _stays_outer(operators: Sequence[Operator], fits: bool) -> bool:
@@ -121,9 +124,9 @@ def _from_rank(stack: Stack, source: int, ranks: Ranks) -> Stack:
     is_source = source == ranks.index
     if isinstance(stack, OuterProducts):
         g, a = (
-            ranks.broadcast(side if is_source else None, source, side.device) for side in (stack.g_PQO, stack.a_PQI)
+            ranks.broadcast(side if is_source else None, source, side.device) for side in (stack.g_PQRO, stack.a_PQRI)
         )
-        return replace(stack, g_PQO=g, a_PQI=a)
+        return replace(stack, g_PQRO=g, a_PQRI=a)
     return ranks.broadcast(stack if is_source else None, source, stack.device)
 
 

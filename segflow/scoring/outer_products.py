@@ -1,13 +1,15 @@
-"""Gradients of one token each, kept as outer products: O + I numbers each instead of O times I.
+"""Gradients of few tokens each, kept as sums of outer products: O + I numbers a token instead of O times I.
 
-A query whose example is one token has the gradient g a^T in every layer. Operators that are elementwise in one basis
-only scale it, alike for all queries, and it meets summed training gradients without ever being formed.
-Axes: Q queries, K groups, P parts, O outputs, I inputs.
+A query whose example is one token has the gradient g a^T in every layer, and R of them where it is taken at R points.
+Operators that are elementwise in one basis only scale it, alike for all queries, and it meets summed training gradients
+without being formed (R = 1), or formed for a block of queries at a time.
+Axes: Q queries, R outer products of a query, K groups, P parts, O outputs, I inputs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -21,73 +23,94 @@ _QUICK = 8 << 20  # bytes of temporaries that stay in a processor's caches
 
 @dataclass(frozen=True)
 class OuterProducts:
-    """Gradients scale * (g a^T), [Q, P, O, I]; scale_POI: a factor that all queries share, None for 1."""
+    """Gradients scale * (sum_r g_r a_r^T), [Q, P, O, I]; scale_POI: a factor that all queries share, None for 1."""
 
-    g_PQO: Tensor
-    a_PQI: Tensor
+    g_PQRO: Tensor
+    a_PQRI: Tensor
     scale_POI: Tensor | None = None
 
     @classmethod
     def of(cls, tokens: Tokens, basis: Eigenbasis | None) -> OuterProducts:
         """The gradients of examples of one token each, in a basis where one is given."""
         a, g = tokens if basis is None else basis.rotate_tokens(tokens)
-        return cls(g.squeeze(2), a.squeeze(2))
+        return cls(g, a)
 
     @classmethod
     def zeros(cls, count: int, shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -> OuterProducts:
         """Gradients that are zero."""
         P, O, I = shape
-        sides = (torch.zeros(P, count, D, dtype=dtype, device=device) for D in (O, I))
+        sides = (torch.zeros(P, count, 1, D, dtype=dtype, device=device) for D in (O, I))
         return cls(*sides)
 
     def rotated(self, basis: Eigenbasis) -> OuterProducts:
         """The same gradients in an eigenbasis; only where nothing is scaled yet."""
-        return OuterProducts.of(Tokens(self.a_PQI[:, :, None], self.g_PQO[:, :, None]), basis)
+        return OuterProducts.of(Tokens(self.a_PQRI, self.g_PQRO), basis)
 
     def __len__(self) -> int:
         """How many queries, Q."""
-        return self.g_PQO.shape[1]
+        return self.g_PQRO.shape[1]
+
+    @property
+    def rank(self) -> int:
+        """How many outer products make a query's gradient, R."""
+        return self.g_PQRO.shape[2]
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
         """Of the formed gradients: Q, P, O, I."""
-        P, Q, O = self.g_PQO.shape
-        return Q, P, O, self.a_PQI.shape[2]
+        P, Q, _, O = self.g_PQRO.shape
+        return Q, P, O, self.a_PQRI.shape[3]
 
     def __mul__(self, factor: Tensor) -> OuterProducts:
         """Times a factor that all queries share, elementwise, or times a number for each query, [Q, 1, 1, 1]."""
         if factor.ndim == 4:
-            return replace(self, g_PQO=self.g_PQO * factor[None, :, 0, 0])
+            return replace(self, g_PQRO=self.g_PQRO * factor[None, :, 0])
         return replace(self, scale_POI=factor if self.scale_POI is None else self.scale_POI * factor)
 
     def rows(self, start: int, stop: int) -> OuterProducts:
         """The queries from `start` to `stop`."""
-        return replace(self, g_PQO=self.g_PQO[:, start:stop], a_PQI=self.a_PQI[:, start:stop])
+        return replace(self, g_PQRO=self.g_PQRO[:, start:stop], a_PQRI=self.a_PQRI[:, start:stop])
 
     def formed(self) -> Tensor:
         """The gradients as a tensor [Q, P, O, I]."""
-        formed_QPOI = torch.einsum("pqo,pqi->qpoi", self.g_PQO, self.a_PQI)
+        formed_QPOI = torch.einsum("pqro,pqri->qpoi", self.g_PQRO, self.a_PQRI)
         return formed_QPOI if self.scale_POI is None else formed_QPOI.mul_(self.scale_POI)
 
     def squared_norms(self) -> Tensor:
         """Each gradient's squared norm, [Q]."""
-        g, a = self.g_PQO.square(), self.a_PQI.square()
+        if self.rank > 1:
+            return torch.cat([block.flatten(1).square().sum(1) for block in self._formed_blocks(_QUICK)])
+        g, a = self.g_PQRO.squeeze(2).square(), self.a_PQRI.squeeze(2).square()
         if self.scale_POI is None:
             return (g.sum(2) * a.sum(2)).sum(0)
         scale_POI = self.scale_POI.expand(len(g), g.shape[2], a.shape[2])
         return (torch.bmm(g, scale_POI.square()) * a).sum((0, 2))
 
+    def _formed_blocks(self, budget: int) -> Iterator[Tensor]:
+        """The gradients, so many queries at a time that they take at most `budget` bytes, or one."""
+        _, *shape = self.shape
+        step = max(1, budget // (math.prod(shape) * self.g_PQRO.element_size()))
+        for start in range(0, max(1, len(self)), step):
+            yield self.rows(start, start + step).formed()
+
     def products(self, sums_KPOI: Tensor, budget: int) -> Tensor:
-        """[Q, K]: <query, sum>, group by group in blocks whose temporaries take at most `budget` bytes."""
-        Q, I = len(self), self.a_PQI.shape[2]
+        """[Q, K]: <query, sum>, group by group in blocks whose temporaries take at most `budget` bytes.
+
+        Of several outer products the gradient is formed, of some queries at a time: meeting each by itself would take
+        as many times the multiplications.
+        """
+        if self.rank > 1:
+            sums_KD, room = sums_KPOI.flatten(1), _quick(budget, sums_KPOI)
+            return torch.cat([block.flatten(1) @ sums_KD.mT for block in self._formed_blocks(room)])
+        Q, I = len(self), self.a_PQRI.shape[3]
         step = max(1, _quick(budget, sums_KPOI) // max(1, Q * I * sums_KPOI.element_size()))
-        products_KQ = self.g_PQO.new_empty(len(sums_KPOI), Q)
+        products_KQ = self.g_PQRO.new_empty(len(sums_KPOI), Q)
         for start in range(0, len(sums_KPOI), step):
             block_KPOI = sums_KPOI[start : start + step]
             block_KPOI = block_KPOI if self.scale_POI is None else block_KPOI * self.scale_POI
             totals = [
                 torch.einsum("kqi,qi->kq", torch.matmul(g_QO, block_KPOI[:, part]), a_QI)
-                for part, (g_QO, a_QI) in enumerate(zip(self.g_PQO, self.a_PQI, strict=True))
+                for part, (g_QO, a_QI) in enumerate(zip(self.g_PQRO.squeeze(2), self.a_PQRI.squeeze(2), strict=True))
             ]
             products_KQ[start : start + step] = torch.stack(totals).sum(0)
         return products_KQ.mT
@@ -104,7 +127,7 @@ Stacks = dict[str, Stack]  # by layer
 
 def reference(stack: Stack) -> Tensor:
     """A tensor of the stack's precision on its device."""
-    return stack.g_PQO if isinstance(stack, OuterProducts) else stack
+    return stack.g_PQRO if isinstance(stack, OuterProducts) else stack
 
 
 def formed(stack: Stack) -> Tensor:
@@ -129,7 +152,9 @@ def token_products(stack: Stack, tokens: Tokens, budget: int) -> Tensor:
     P, B, S, _ = tokens.a_PBSI.shape
     a_PTI, g_PTO = tokens.a_PBSI.flatten(1, 2), tokens.g_PBSO.flatten(1, 2)
     if isinstance(stack, OuterProducts) and stack.scale_POI is None:
-        products_QT = (torch.bmm(stack.g_PQO, g_PTO.mT) * torch.bmm(stack.a_PQI, a_PTI.mT)).sum(0)
+        sides = ((stack.g_PQRO, g_PTO), (stack.a_PQRI, a_PTI))
+        with_g, with_a = (torch.bmm(side.flatten(1, 2), tokens_PTD.mT) for side, tokens_PTD in sides)
+        products_QT = (with_g * with_a).sum(0).unflatten(0, (-1, stack.rank)).sum(1)
         return products_QT.unflatten(1, (B, S)).sum(2)
     O, room = g_PTO.shape[2], _quick(budget, g_PTO) // g_PTO.element_size()
     products_QT = g_PTO.new_empty(len(stack), B * S)
@@ -152,7 +177,7 @@ def _formed_rows(stack: Stack, start: int, stop: int) -> Tensor:
 def token_cost(stack: Stack) -> int:
     """Multiplications that one training token costs in `token_products`."""
     Q, _, O, I = stack.shape
-    return Q * (O + I if isinstance(stack, OuterProducts) and stack.scale_POI is None else O * I)
+    return Q * (stack.rank * (O + I) if isinstance(stack, OuterProducts) and stack.scale_POI is None else O * I)
 
 
 def together(stacks: Sequence[Stack], form: bool) -> Stack:
@@ -160,4 +185,31 @@ def together(stacks: Sequence[Stack], form: bool) -> Stack:
     if form:
         return torch.cat([formed(stack) for stack in stacks if len(stack)] or [formed(stacks[0])])
     outer = [stack for stack in stacks if isinstance(stack, OuterProducts)]
-    return OuterProducts(torch.cat([stack.g_PQO for stack in outer], 1), torch.cat([stack.a_PQI for stack in outer], 1))
+    return _joined(outer, 1)
+
+
+def plus(first: Stack, second: Stack) -> Stack:
+    """The sum of the same queries' gradients, which must have no scale.
+
+    It stays a sum of outer products where both are, as long as these take fewer numbers than the formed gradient.
+    """
+    outer = [stack for stack in (first, second) if isinstance(stack, OuterProducts)]
+    if len(outer) == 2 and fewer_factored(sum(stack.rank for stack in outer), *first.shape[2:]):
+        return _joined(outer, 2)
+    return formed(first) + formed(second)
+
+
+def times(stack: Stack, weight: float) -> Stack:
+    """Gradients times a number."""
+    return stack if weight == 1 else stack * reference(stack).new_full((1, 1, 1, 1), weight)
+
+
+def fewer_factored(rank: int, O: int, I: int) -> bool:
+    """Whether so many outer products take fewer numbers than the gradient that is their sum."""
+    return rank == 1 or rank * (O + I) < O * I
+
+
+def _joined(stacks: Sequence[OuterProducts], axis: int) -> OuterProducts:
+    """Along the queries (1) or their outer products (2)."""
+    g, a = (torch.cat(sides, axis) for sides in zip(*((s.g_PQRO, s.a_PQRI) for s in stacks), strict=True))
+    return OuterProducts(g, a)

@@ -126,9 +126,9 @@ class _PlanWalk:
     def query_bytes(self) -> int:
         """Bytes of one query's gradient: of a layer where it stays an outer product, its two sides only."""
         fits = all(self.fitted.curvature(curvature).fits for curvature in curvatures(self.plan))
-        outer = outer_layers(self.plan, self.view, fits) if self.request.queries.made_of_tokens else set()
+        outer = outer_layers(self.plan, self.view, fits) if self.request.queries.made_of_tokens else {}
         sizes = {name: (layer.shape, layer.size) for name, layer in self.view.layers.items()}
-        numbers = sum(P * (O + I) if name in outer else size for name, ((P, O, I), size) in sizes.items())
+        numbers = sum(P * outer[name] * (O + I) if name in outer else size for name, ((P, O, I), size) in sizes.items())
         return numbers * self.view.dtype.itemsize
 
     def scores(self, blocks: Sequence[range]) -> Tensor:

@@ -24,6 +24,7 @@ class RunParts(NamedTuple):
     """One run's stage contexts, plan, automatic cuts, and scores [T, L, Q, K].
 
     batching_error: of the plan's batched second moments (see passes.BATCHING_ERROR); None where nothing is batched.
+    trace_shares: the layers' shares of each curvature whose eigenvalues the plan divides by them.
     """
 
     contexts: Sequence[StageContext]
@@ -31,6 +32,7 @@ class RunParts(NamedTuple):
     cuts: Cuts | None
     parts_TLQK: Tensor
     batching_error: float | None
+    trace_shares: dict[str, dict[str, float]]
 
 
 def labelled_scores(
@@ -103,6 +105,8 @@ def _provenance(
         provenance["curvature_examples"] = min(context.settings.curvature_examples, context.trajectory.dataset_size)
     if first.batching_error is not None:
         provenance["batching_error"] = [run.batching_error for run in runs]
+    if first.trace_shares:
+        provenance["trace_shares"] = [run.trace_shares for run in runs]
     if len(first.contexts) > 1:
         provenance["stage"] = context.trajectory.stage
     if len(runs) > 1:

@@ -7,7 +7,7 @@ Axes: Q queries, P parts, O outputs, I inputs; a block of gradients is [Q, P, O,
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache, singledispatchmethod
 from typing import Any, NamedTuple
@@ -27,7 +27,7 @@ from ..methods.plan import (
     Term,
     UnitNorm,
 )
-from .outer_products import OuterProducts, Stack, Stacks, formed, reference, squared_norms
+from .outer_products import OuterProducts, Stack, Stacks, formed, plus, reference, squared_norms, times
 from .query_sets import QueryShare
 
 
@@ -48,9 +48,13 @@ def basis_of(curvature: Curvature | None) -> Curvature | None:
 
 
 class Start(NamedTuple):
-    """What a term applies its operators to: the queries' gradients at a point, or a layer's representations there."""
+    """What a term applies its operators to: the mean of the queries' gradients at points, or a layer's representations.
 
-    point: Point
+    weights: of the points.
+    """
+
+    points: tuple[Point, ...]
+    weights: tuple[float, ...]
     layer: str | None = None
     normalized: bool = False
 
@@ -58,13 +62,14 @@ class Start(NamedTuple):
     def of(cls, term: Term, last_layer: str) -> Start:
         """A term's start; last_layer: whose representations are taken where the term names none."""
         if term.side != "representation":
-            return cls(term.query)
-        return cls(term.query, term.layer or last_layer, term.normalized)
+            return cls(term.query_points, term.query_weights)
+        return cls(term.query_points, term.query_weights, term.layer or last_layer, term.normalized)
 
     @property
     def order(self) -> tuple[Any, ...]:
         """A sort key: terms of one start follow one another."""
-        return self.point.stage, self.point.weights, self.layer or "", self.normalized
+        at = [(point.stage, point.weights) for point in self.points]
+        return at, self.weights, self.layer or "", self.normalized
 
 
 class QueryOperators:
@@ -113,17 +118,26 @@ class QueryOperators:
         return self._kept[start, operators]
 
     def _start(self, start: Start, basis: Curvature | None) -> Queries:
-        """This rank's query gradients at a point, in a curvature's eigenbasis if that fits; or representations."""
+        """This rank's query gradients, in a curvature's eigenbasis if that fits; or representations."""
+        blocks = self.fitted.curvature(basis) if basis and self.share.queries.made_of_tokens else None
+        if blocks is None or not blocks.fits or start.layer is not None:
+            blocks = basis = None
+        bases = {name: block.basis for name, block in blocks.items() if block.basis} if blocks is not None else {}
+        values: Stacks = {}
+        for point, weight in zip(start.points, start.weights, strict=True):
+            for name, stack in self._at(point, start, bases).items():
+                weighted = times(stack, weight)
+                values[name] = plus(values[name], weighted) if name in values else weighted
+        return Queries(values, basis)
+
+    def _at(self, point: Point, start: Start, bases: Mapping[str, Eigenbasis]) -> Stacks:
+        """This rank's query gradients at one point, in bases where they are given; or representations."""
         context, queries = self.fitted.contexts[-1], self.share.queries
-        where = context.where(start.point)
-        context.load(start.point)
+        where = context.where(point)
+        context.load(point)
         if start.layer is not None:
-            return Queries(queries.representations(self.share, context, start.layer, start.normalized, where), None)
-        blocks = self.fitted.curvature(basis) if basis and queries.made_of_tokens else None
-        if blocks is None or not blocks.fits:
-            return Queries(queries.gradients(self.share, context, {}, where), None)
-        bases = {name: block.basis for name, block in blocks.items() if block.basis}
-        return Queries(queries.gradients(self.share, context, bases, where), basis)
+            return queries.representations(self.share, context, start.layer, start.normalized, where)
+        return queries.gradients(self.share, context, bases, where)
 
     @singledispatchmethod
     def _apply(self, operator: Any, before: Queries) -> Queries:
@@ -136,7 +150,7 @@ class QueryOperators:
         """The queries times a function of the eigenvalues; a layer that the stage did not train stays as it is."""
         blocks = self.fitted.curvature(operator.curvature) if operator.curvature else None
         shifts = self.fitted.preconditioner(operator.shifted_by) if operator.shifted_by else None
-        scaled = {}
+        trace_shares, scaled = self.fitted.trace_shares(operator), {}
         for name, values_QPOI in before.values.items():
             group = self.fitted.parameter_group(operator.stage, name)
             if group is None:
@@ -149,7 +163,7 @@ class QueryOperators:
                 exact_POI = shifts[name].exact_POI
                 P = exact_POI if block is None or block.basis is None else block.basis.diagonal(exact_POI)
             share = self.fitted.share(operator, name)
-            scaled[name] = values_QPOI * operator.on(eigenvalues, group, P, share)
+            scaled[name] = values_QPOI * operator.on(eigenvalues, group, P, share, trace_shares.get(name, 1.0))
         return replace(before, values=scaled)
 
     @_apply.register

@@ -39,8 +39,10 @@ def term_identity(fitted: FittedFactors, context: StageContext, term: Term, laye
     """What a term's units are made of besides; layers: those in which its queries have values."""
     identity: dict[str, Any] = {
         "operators": [fitted.described(operator) for operator in term.operators],
-        "query checkpoint": checkpoint_digest(context, term.query),
+        "query checkpoints": [checkpoint_digest(context, point) for point in term.query_points],
     }
+    if len(term.query_points) > 1:
+        identity["query weights"] = list(term.query_weights)
     if term.side != "gradient" or term.normalized:
         identity["side"] = [term.side, term.normalized, *layers]
     return identity

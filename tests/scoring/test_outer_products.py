@@ -28,12 +28,14 @@ def _random(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def _outer(scale: tuple[int, ...] | None) -> OuterProducts:
-    return OuterProducts(_random(P, Q, O), _random(P, Q, I, seed=1), None if scale is None else _random(*scale, seed=2))
+def _outer(scale: tuple[int, ...] | None, rank: int = 1) -> OuterProducts:
+    scale_POI = None if scale is None else _random(*scale, seed=2)
+    return OuterProducts(_random(P, Q, rank, O), _random(P, Q, rank, I, seed=1), scale_POI)
 
 
 def _naive(stack: OuterProducts) -> Tensor:
-    rows = [[torch.outer(stack.g_PQO[p, q], stack.a_PQI[p, q]) for p in range(P)] for q in range(Q)]
+    pairs = [[zip(stack.g_PQRO[p, q], stack.a_PQRI[p, q], strict=True) for p in range(P)] for q in range(Q)]
+    rows = [[sum(torch.outer(g, a) for g, a in of_part) for of_part in of_query] for of_query in pairs]
     plain = torch.stack([torch.stack(row) for row in rows])
     return plain if stack.scale_POI is None else plain * stack.scale_POI
 

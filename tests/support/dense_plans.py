@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from segflow.methods import Curvature, Plan, Point, Preconditioner, Scale, Spectral, Term, UnitNorm
+from segflow.methods import Curvature, Plan, Point, Preconditioner, Scale, Spectral, Term, TraceShares, UnitNorm
 
 from . import oracles
 from .helpers import mlp
@@ -42,8 +42,11 @@ class DensePlans:
         return int(self.course.stages[place].factor(layer) < 1)
 
     def _term(self, term: Term, place: int) -> Tensor:
-        asked = self.at(None, term.query).gradients("measurement")
-        queries = {layer: asked[layer].flatten(1) for layer in LAYERS}
+        asked = [self.at(None, point).gradients("measurement") for point in term.query_points]
+        queries = {
+            layer: sum(w * rows[layer].flatten(1) for w, rows in zip(term.query_weights, asked, strict=True))
+            for layer in LAYERS
+        }
         for operator in term.operators:
             queries = self._applied(operator, queries)
         stage, total = self.course.stages[place], torch.zeros((), dtype=torch.float64)
@@ -74,12 +77,20 @@ class DensePlans:
         sigma, U = torch.zeros(D, dtype=torch.float64), torch.eye(D, dtype=torch.float64)
         if operator.curvature is not None:
             sigma, U = self.eigen(operator.curvature, layer)
+        if operator.trace_shares is not None:
+            sigma = sigma / self.trace_shares(operator.trace_shares)[layer] ** operator.trace_shares.power
         shift = torch.full_like(sigma, operator.shift[group])
         if operator.shifted_by is not None:
             shift = shift + operator.coupled[group] * (
                 U.square().T @ self.preconditioner(operator.shifted_by, layer).flatten()
             )
         return U @ torch.diag(_values(operator.kind, operator.amount[group], sigma, shift)) @ U.T
+
+    def trace_shares(self, shares: TraceShares) -> dict[str, float]:
+        """Each layer's share of rate * trace."""
+        rates = {layer: shares.rates[self._group(shares.stage, layer)] for layer in LAYERS}
+        amounts = {layer: rates[layer] * float(self.eigen(shares.curvature, layer)[0].sum()) for layer in LAYERS}
+        return {layer: amount / sum(amounts.values()) for layer, amount in amounts.items()}
 
     def eigen(self, curvature: Curvature, layer: str) -> tuple[Tensor, Tensor]:
         """Eigenvalues [D] and eigenvectors [D, D] of a layer's curvature."""
