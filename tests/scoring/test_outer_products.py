@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +17,16 @@ from segflow.model.tokens import Tokens
 from segflow.scoring import outer_products as outer
 from segflow.scoring import query_gradients
 from segflow.scoring.meeting import outer_layers
-from segflow.scoring.outer_products import OuterProducts, formed, products, squared_norms, together, token_products
+from segflow.scoring.outer_products import (
+    OuterProducts,
+    formed,
+    plus,
+    products,
+    squared_norms,
+    times,
+    together,
+    token_products,
+)
 
 from ..support.helpers import ConvNet, analyzer_of, images, mlp, perturbed_states, trajectory_of, vectors
 
@@ -42,8 +52,9 @@ def _naive(stack: OuterProducts) -> Tensor:
 
 @pytest.mark.parametrize("scale", [None, (P, O, I), ()], ids=["plain", "scaled", "by a number"])
 @pytest.mark.parametrize("budget", [1, 1 << 20])
-def test_products_and_norms_are_those_of_formed_gradients(scale: Any, budget: int) -> None:
-    stack = _outer(scale)
+@pytest.mark.parametrize("rank", [1, 2])
+def test_products_and_norms_are_those_of_formed_gradients(scale: Any, budget: int, rank: int) -> None:
+    stack = _outer(scale, rank)
     naive = _naive(stack)
     torch.testing.assert_close(stack.formed(), naive)
     assert len(stack) == Q and stack.shape == tuple(naive.shape)
@@ -77,20 +88,34 @@ def test_stacks_are_put_together_formed_or_not() -> None:
     assert formed(together([none], form=True)).shape == (0, P, O, I)
 
 
+def test_a_sum_stays_factored_while_that_takes_fewer_numbers() -> None:
+    """Of 3 x 6 numbers: one outer product takes 9 of them, two would take as many."""
+    tall = OuterProducts(_random(P, Q, 1, 9), _random(P, Q, 1, 9, seed=1))
+    total: Any = times(tall, 0.25)
+    for count, stays in ((2, True), (3, True), (4, True), (5, False)):
+        total = plus(total, times(tall, 0.5))
+        assert isinstance(total, OuterProducts) is stays, count
+        torch.testing.assert_close(formed(total), (0.25 + 0.5 * (count - 1)) * formed(tall))
+    assert isinstance(plus(_outer(None), _outer(None)), Tensor)
+    mixed = plus(_outer(None), _naive(_outer(None)))
+    torch.testing.assert_close(mixed, 2 * _naive(_outer(None)))
+
+
 def test_a_basis_turns_the_two_sides() -> None:
     basis = Eigenbasis(torch.linalg.qr(_random(P, I, I))[0], torch.linalg.qr(_random(P, O, O))[0])
     stack = _outer(None)
     torch.testing.assert_close(formed(stack.rotated(basis)), basis.rotate(_naive(stack)))
 
 
-METHODS: dict[str, tuple[Any, bool]] = {  # and whether queries stay outer products all the way
-    "one segment": (sf.Source(), True),
-    "two segments": (sf.Source(segments=2), False),
-    "influence": (sf.InfluenceFunction(), True),
-    "diagonal": (sf.InfluenceFunction(curvature="diagonal"), True),
-    "tracin": (sf.TracIn(), True),
-    "cosine": (sf.GradientCosine(), True),
-    "trak": (sf.TRAK(6, 0.02), False),
+METHODS: dict[str, tuple[Any, int]] = {  # and how many outer products queries stay all the way, 0 where they do not
+    "one segment": (sf.Source(query_points="final"), 1),
+    "queries along the run": (sf.Source(), 2),
+    "two segments": (sf.Source(segments=2), 0),
+    "influence": (sf.InfluenceFunction(), 1),
+    "diagonal": (sf.InfluenceFunction(curvature="diagonal"), 1),
+    "tracin": (sf.TracIn(), 1),
+    "cosine": (sf.GradientCosine(), 1),
+    "trak": (sf.TRAK(6, 0.02), 0),
 }
 
 
@@ -102,8 +127,9 @@ def test_scores_do_not_depend_on_whether_queries_are_formed(
     model, (method, stays) = mlp(), METHODS[name]
     trajectory = trajectory_of(tmp_path / "run", perturbed_states(model, 2), N, lr=0.3)
     plan = method.plan(trajectory)
-    view: Any = type("view", (), {"layers": {"0": None}, "positions": lambda _self, _name: 1})()
-    assert (outer_layers(plan, view, fits=True) == {"0"}) is stays
+    layers = {"wide": SimpleNamespace(shape=(1, 9, 9)), "narrow": SimpleNamespace(shape=(1, 2, 3))}
+    view: Any = SimpleNamespace(layers=layers, positions=lambda _name: 1)
+    assert outer_layers(plan, view, fits=True) == {0: {}, 1: {"wide": 1, "narrow": 1}, 2: {"wide": 2}}[stays]
     values, forms = [], []
     for force in (False, True):
         with monkeypatch.context() as patched:
@@ -116,7 +142,7 @@ def test_scores_do_not_depend_on_whether_queries_are_formed(
             groups = sf.Groups.random(N, size)
             forms.clear()
             values.append(analyzer.score(groups, vectors(N), vectors(30, seed=3)).values)
-            if stays and not force and size > 1:
+            if stays == 1 and not force and size > 1:
                 assert not any(forms), "a query's gradient was formed"
     torch.testing.assert_close(values[0], values[1], rtol=1e-9, atol=1e-12)
 
@@ -127,7 +153,7 @@ def test_more_queries_fit_the_memory_as_outer_products(tmp_path: Path, monkeypat
     wide = nn.Sequential(nn.Linear(5, 40), nn.Tanh(), nn.Linear(40, 3)).double()
     trajectory = trajectory_of(tmp_path / "run", perturbed_states(wide, 2), N, lr=0.3)
     walks = []
-    for method in (sf.Source(), sf.Source(segments=2)):
+    for method in (sf.Source(query_points="final"), sf.Source(segments=2)):
         analyzer = analyzer_of(wide, trajectory, tmp_path / str(method.segments), method=method, memory=400_000)
         analyzer.fit(vectors(N))
         analyzer.score(sf.Groups.random(N, 6), vectors(N), vectors(60, seed=3))

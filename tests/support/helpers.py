@@ -145,6 +145,11 @@ def analyzer_of(
     return sf.Analyzer(model, task or FixedLabels(), trajectory, store=store, **options)
 
 
+def apart(segments: Any = 1, *, query_points: str = "final", **options: Any) -> sf.Source:
+    """SOURCE as the paper's formulas have it: each layer by itself, and the final query gradient."""
+    return sf.Source(segments, layers="apart", query_points=query_points, **options)
+
+
 def example_loss(model: nn.Module, data: TensorDataset, task: Any, kind: str = "train") -> Callable[[int], Tensor]:
     """loss_of_example for the oracles: one example's "train", "sample" or "measurement" loss."""
 
