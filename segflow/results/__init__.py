@@ -2,6 +2,7 @@
 
 from .refinement import Refinement
 from .scores import Scores
+from .slope import Slope
 from .tree import GroupTree
 
-__all__ = ["GroupTree", "Refinement", "Scores"]
+__all__ = ["GroupTree", "Refinement", "Scores", "Slope"]
