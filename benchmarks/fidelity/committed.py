@@ -10,6 +10,7 @@ halves.predicted    [S, M, Q], float32: the change that the reference predicts i
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,11 @@ def commit(path: Path, part: Part, reference: Sequence[sf.Scores]) -> None:
     assert size < LARGEST, f"{path}: {size:,} bytes, expected less than {LARGEST:,}. Give the row fewer retrainings."
 
 
+def digest(measured: np.ndarray) -> str:
+    """What tells retrainings from others: of float32, as they are committed."""
+    return hashlib.sha256(np.ascontiguousarray(measured, dtype=np.float32).tobytes()).hexdigest()[:16]
+
+
 def figures_of(path: Path) -> dict[str, Any]:
     """What follows from a part's file: the ceiling, and the reference's agreement and slope for halves."""
     arrays = load_file(path)
@@ -55,6 +61,7 @@ def figures_of(path: Path) -> dict[str, Any]:
         ~np.eye(len(measured), dtype=bool),
     )
     return {
+        "retrainings": digest(arrays[f"{HALVES}.measured"]),
         "ceiling": ceiling(measured),
         **agreement(runs, alone, measured),
         "slope": slope(runs, alone, measured),

@@ -17,7 +17,7 @@ import numpy as np
 import segflow as sf
 
 from ..result_files import FOLDER, made, read_result, write_result
-from .committed import commit, committed_path
+from .committed import commit, committed_path, digest
 from .figures import agreement, ceiling, empirical, over_reference, slopes
 from .methods import METHODS, REFERENCE, SIZED, Entry
 from .parts import Part, parts_of
@@ -58,16 +58,11 @@ def evaluate(row: Row, only: str = "", measurement: str = "", reuse: bool = Fals
 def _earlier(found: dict[str, Any], part: Part, runs: int) -> dict[str, Any]:
     """What an earlier evaluation found on the same retrainings and as many runs: figures of others do not compare."""
     earlier = found.get("parts", {}).get(part.stage, {})
-    if found.get("runs") == runs and earlier.get("retrainings") == _digest(part.measured):
+    if found.get("runs") == runs and earlier.get("retrainings") == digest(part.measured):
         return dict(earlier["methods"])
     if earlier:
         print("  the figures that are there are of other retrainings or runs, and are not kept", flush=True)
     return {}
-
-
-def _digest(values: np.ndarray) -> str:
-    """What tells retrainings from others: of float32, as they are committed."""
-    return hashlib.sha256(np.ascontiguousarray(values, dtype=np.float32).tobytes()).hexdigest()[:16]
 
 
 def _comparable(earlier: dict[str, Any], runs: list[float]) -> dict[str, Any]:
@@ -96,7 +91,7 @@ def _compare(
         methods[EMPIRICAL] = empirical(part)
     about: dict[str, Any] = {**_counts(part.measured)}
     about["left_out"] = {what: _counts(part.left_out(what)[1]) for what in REMOVED}
-    about |= {"retrainings": _digest(part.measured), "ceiling": ceiling(part.measured), "reference": REFERENCE}
+    about |= {"retrainings": digest(part.measured), "ceiling": ceiling(part.measured), "reference": REFERENCE}
     return about | {"methods": methods}
 
 

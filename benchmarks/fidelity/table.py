@@ -13,12 +13,13 @@ from .explore import EXPLORED, VARIANTS
 from .methods import BEST, METHODS, REFERENCE, SIZED
 from .parts import BANKS
 from .rows import ROWS, SUBSETS, TUNING
-from .scoring import EMPIRICAL, RESULTS
+from .scoring import EMPIRICAL
 from .verdicts import verdict_table
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "FIDELITY.md"
 NOTES = Path(__file__).parent / "notes.md"
 
+_DAMPINGS = sum(entry.best_of == BEST for entry in METHODS)
 _HEAD = f"""# How faithful is each method?
 
 Linear datamodeling scores: the rank correlation, over {SUBSETS} random halves of the training examples, between what
@@ -40,8 +41,8 @@ not edit.
 - **made**: rows that say "read back" were made before results were kept as files, by an earlier way of counting
   learning rates (`CHANGELOG.md`); their figures are those of the table of that day, to its digits. All that is named
   SOURCE there has layers apart and the final query, as the default of that day had.
-- *best damping (upper bound)*: the best of {sum(entry.best_of == BEST for entry in METHODS)} dampings, chosen on this
-  evaluation itself, for one run and for all separately: what tuning could reach at most.
+- *best damping (upper bound)*: the best of {_DAMPINGS} dampings, chosen on this evaluation itself, for one run and for
+  all separately: what tuning could reach at most.
 - *empirical influence*: fitted to retrainings, not to a run: the mean measurement without an example minus the mean
   with it. It is compared on halves that it was not fitted to.
 - Measured: the margin log p - log(1 - p) of the true class; for concrete the squared error.
@@ -59,7 +60,7 @@ _LEFT_OUT = dict(zip(BANKS, ("halves", "a tenth", "a hundredth"), strict=True))
 def write_table() -> Path:
     """Write docs/FIDELITY.md from the results that are there."""
     found = blocks()
-    assert found, f"no results in {RESULTS}. Run `python -m benchmarks.fidelity all` first."
+    assert found, "there are no results. Run `python -m benchmarks.fidelity all` first."
     lines = [_HEAD, "## All rows, one run", "", *_overview(found, "one"), ""]
     lines += ["## All rows, all runs averaged", "", *_overview(found, "all"), ""]
     lines += ["## Ahead, level or behind", "", _VERDICTS, "", *verdict_table(found), ""]
@@ -166,15 +167,17 @@ def _overview(found: Sequence[Block], kind: str) -> Iterator[str]:
 
 def _sizes(found: Sequence[Block]) -> Iterator[str]:
     """Blocks and methods down; what is left out across, for one run and for all."""
+    sized = [(block, name) for block in found for name in SIZED if "slopes" in block.methods.get(name, {})]
+    if not sized:
+        yield "No row has been compared in this way yet."
+        return
     heads = [f"{words}, {'one run' if kind == 'one' else 'all runs'}" for kind in KINDS for words in _LEFT_OUT.values()]
     yield f"| | method | {' | '.join(heads)} |"
     yield "|---" * (len(heads) + 2) + "|"
-    for block in found:
-        for name in SIZED:
-            slopes = block.methods.get(name, {}).get("slopes")
-            if slopes:
-                cells = [shown_estimate(slopes[what][kind]) for kind in KINDS for what in _LEFT_OUT]
-                yield f"| {block.title} | {name} | {' | '.join(cells)} |"
+    for block, name in sized:
+        slopes = block.methods[name]["slopes"]
+        cells = [shown_estimate(slopes[what][kind]) for kind in KINDS for what in _LEFT_OUT]
+        yield f"| {block.title} | {name} | {' | '.join(cells)} |"
 
 
 def _explored() -> Iterator[str]:
