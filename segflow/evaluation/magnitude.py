@@ -79,19 +79,17 @@ def pooled_slope(predicted_MQ: np.ndarray, measured_MQ: np.ndarray) -> Estimate:
     slope = float((x_MQ * y_MQ).sum() / (x_MQ**2).sum())
     errors_MQ = x_MQ * (y_MQ - slope * x_MQ) / (x_MQ**2).mean()  # whose mean is the slope's error
     weights_M, weights_Q = weights_MQ.sum(1), weights_MQ.sum(0)
-    of_subsets_M = errors_MQ.mean(1) * _left_out(weights_M * M / (M - 1))  # the means move without a subset
+    of_subsets_M = errors_MQ.mean(1) / _rest(weights_M * M / (M - 1))  # without a subset the means move, too
     squared = float(np.var(of_subsets_M, ddof=1)) / M * _squared_t(weights_M)
     if Q >= FEWEST_QUERIES:
-        squared += variance_added(errors_MQ * _left_out(weights_Q)) * _squared_t(weights_Q)
+        squared += variance_added(errors_MQ * (1 - 1 / Q) / _rest(weights_Q)) * _squared_t(weights_Q)
     half = squared**0.5
     return Estimate(slope, slope - half, slope + half)
 
 
-def _left_out(weights_X: np.ndarray) -> np.ndarray:
-    """[X]: by how much an error grows when its subset (or query) is left out of the fit; 1 where all weigh alike."""
-    rest_X = np.maximum(1 - weights_X, 1e-9)  # the error of what alone decides is 0
-    grown: np.ndarray = (1 - 1 / len(weights_X)) / rest_X
-    return grown
+def _rest(weights_X: np.ndarray) -> np.ndarray:
+    """[X]: the weight of all others; not 0 where one alone decides, whose error is 0."""
+    return np.maximum(1 - weights_X, 1e-9)
 
 
 def _squared_t(weights_X: np.ndarray) -> float:

@@ -1,4 +1,4 @@
-"""The answer: labelled scores, scores of nested groups, and coarse groups refined to single examples."""
+"""The answer: labelled scores, also of nested and refined groups, and the slope of real changes on them."""
 
 from .refinement import Refinement
 from .scores import Scores
