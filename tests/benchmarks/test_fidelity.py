@@ -132,7 +132,7 @@ def _small(monkeypatch: pytest.MonkeyPatch, row: Row) -> Row:
 
     def few(row: Row, name: str) -> Bank:
         bank = plain(row, name)
-        return replace(bank, subsets=bank.subsets[: 60 if name == "bank" else 20], repetitions=2)
+        return replace(bank, subsets=bank.subsets[: 60 if name.startswith("bank") else 20], repetitions=2)
 
     monkeypatch.setattr(training, "bank_of", few)
     row = replace(row, runs=2)
@@ -178,6 +178,25 @@ def test_a_row_is_scored_compared_and_written(
     best = max(part["methods"][f"damping {d}"]["one"]["mean"] for d in (0.01, 0.1))
     assert f"{best:.3f} [" in text
     assert "| best: " in text
+
+
+@pytest.mark.slow
+def test_a_row_of_two_stages_is_scored_part_by_part(row: Row, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = data.digits()
+    inputs, targets = whole.stages[0]
+    halved = replace(whole, stages=((inputs[:500], targets[:500]), (inputs[500:], targets[500:])))
+    monkeypatch.setitem(data.LOADERS, "two digits", lambda: halved)
+    row = replace(row, data="two digits", noisy=0.0, recipes=row.recipes * 2)
+    content = json.loads(scoring.evaluate(_small(monkeypatch, row)).read_text())
+    assert list(content["parts"]) == ["pretrain", "finetune"]
+    for stage, part in content["parts"].items():
+        assert list(part["methods"]) == [methods.REFERENCE, "damping 0.01", "damping 0.1", "TracIn"]
+        assert list(part["methods"][methods.REFERENCE]["slopes"]) == ["halves", "tenth", "hundredth"]
+        follow(committed_path(scoring.RESULTS, row.name, stage), part)
+    assert len({part["retrainings"] for part in content["parts"].values()}) == 2
+    table.NOTES.write_text(f"{{{{{row.name}, pretrain data | SOURCE | tenth}}}}")
+    text = table.write_table().read_text()
+    assert all(f"| {row.name}, {stage} data | SOURCE |" in text for stage in content["parts"])
 
 
 def follow(path: Path, part: dict[str, Any]) -> None:

@@ -160,10 +160,10 @@ def test_the_best_of_a_family_brings_its_own_differences() -> None:
         for name, means in {"a": (0.3, 0.4), "b": (0.2, 0.5), "c": (0.1, 0.1)}.items()
     }
     for name, found in family.items():
-        found |= {f"over_{kind}": {"mean": name} for kind in KINDS}
+        found |= {f"over_{kind}": {"mean": f"{name}, {kind}"} for kind in KINDS}
     best = shown_methods({"methods": family})["best"]
     assert [best[kind]["chosen"] for kind in KINDS] == ["a", "b"]
-    assert [best[f"over_{kind}"]["mean"] for kind in KINDS] == ["damping a", "damping b"]
+    assert [best[f"over_{kind}"]["mean"] for kind in KINDS] == ["damping a, one", "damping b, all"]
     assert table._note(best) == ": a, b"
 
 
