@@ -97,4 +97,4 @@ def _squared_t(weights_X: np.ndarray) -> float:
     from scipy import stats
 
     worth = 1 / float((weights_X**2).sum())
-    return float(stats.t.ppf(UPPER, max(worth - 1, 1.0))) ** 2
+    return float(stats.t.ppf(UPPER, max(worth - 1, 1.0))) ** 2  # of one degree at least

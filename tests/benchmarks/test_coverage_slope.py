@@ -30,6 +30,6 @@ def test_intervals_hold_in_95_of_100_cases_on_the_whole() -> None:
 
 
 def test_a_result_can_be_made_again() -> None:
-    world = {"subsets": 10, "queries": 1, "removed": 0.5, "agreement": 0.5}
+    world = {"subsets": 10, "queries": 20, "removed": 0.5, "agreement": 0.7, "spread": 0.3, "sizes": 0.5}
     entry = next(e for e in FOUND if e["world"] == world)
     assert slopes(**world) == pytest.approx(entry["coverage"], abs=3e-3)  # type: ignore[arg-type]

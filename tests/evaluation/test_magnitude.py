@@ -139,6 +139,19 @@ def test_queries_of_other_slopes_count_from_ten_on() -> None:
     assert same_queries.high - same_queries.mean < 0.25 * error
 
 
+def test_the_queries_part_of_the_interval_is_that_of_refits_without_each_query_in_turn() -> None:
+    generator, count = np.random.default_rng(3), FEWEST_QUERIES
+    sizes, slopes = np.exp(0.3 * generator.normal(size=count)), generator.normal(size=count)
+    x = np.array([1, -1] * 4)[:, None] * sizes  # subsets that are all alike, and no noise: queries alone differ
+    found = pooled_slope(x, slopes * x)
+    others = [np.arange(count) != query for query in range(count)]
+    refits = np.array([np.average(slopes[kept], weights=sizes[kept] ** 2) for kept in others])
+    weights = sizes**2 / (sizes**2).sum()
+    variance = (count - 1) ** 2 / count * refits.var(ddof=1)
+    half = stats.t.ppf(0.975, 1 / (weights**2).sum() - 1) * variance**0.5
+    np.testing.assert_allclose([found.mean, found.high - found.mean], [(weights * slopes).sum(), half], rtol=1e-9)
+
+
 def test_one_large_prediction_that_decides_alone_makes_the_interval_wide() -> None:
     x, noise = np.random.default_rng(2).normal(size=(2, 20, 1))
     spiked = x.copy()
