@@ -127,7 +127,7 @@ def _digits(optimizer: str, epochs: int, noisy: float, ending: str) -> Row:
 
 def _fashion_mnist(name: str, noisy: float, recipe: Recipe) -> Row:
     widths = (784, 512, 256, 128, 10)
-    return Row(name, "fashion-mnist", noisy, widths, (recipe,), 1, repetitions=10, runs=2, removals=(50, 4))
+    return Row(name, "fashion-mnist", noisy, widths, (recipe,), 1, repetitions=10, runs=2, removals=(30, 3))
 
 
 _CONCRETE = (Recipe("sgd", 3e-2, 1e-5, 32, 20),)

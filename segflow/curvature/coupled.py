@@ -126,15 +126,19 @@ def applied(
     return result
 
 
-def sampled_at(fisher: SampledFisher, drawn: np.ndarray, views: int) -> tuple[list[np.ndarray], int]:
-    """The examples whose pseudo-gradients are taken at each point, and how many of each, within what is wanted in all.
+def sampled_at(fisher: SampledFisher, drawn: np.ndarray, views: int) -> list[np.ndarray]:
+    """The examples whose pseudo-gradients are taken at each point, in all no more than are wanted.
 
     drawn: the examples that curvature is fitted to, in a random order; where not all are taken, each point has others.
     """
-    at_point = max(1, fisher.most // (len(fisher.points) * views))
-    count, places = min(len(drawn), at_point), range(len(fisher.points))
-    examples = [np.take(drawn, range(place * count, (place + 1) * count), mode="wrap") for place in places]
-    return examples, max(1, at_point // count)
+    count = sample_size(fisher, len(drawn), views)
+    starts = (place * count for place in range(len(fisher.points)))
+    return [np.take(drawn, range(start, start + count), mode="wrap") for start in starts]
+
+
+def sample_size(fisher: SampledFisher, examples: int, views: int) -> int:
+    """How many of so many examples are taken at each point."""
+    return min(examples, max(1, fisher.most // (len(fisher.points) * views)))
 
 
 def on_main(tokens: Tokens, factor: float, ranks: Ranks) -> list[Tokens]:

@@ -15,7 +15,7 @@ import numpy as np
 from torch import Tensor
 
 from ..data.batches import Batch, Indices, evenly_spaced, in_order
-from ..data.streams import stream, stream_seed
+from ..data.streams import stream
 from ..errors import FactorError
 from ..methods.plan import (
     Curvature,
@@ -264,18 +264,16 @@ class FactorFitter:
     def _make_coupled(self, fisher: SampledFisher) -> Tensors:
         """Each layer's tokens of the pseudo-gradients, `<layer>.a` and `.g`, and the spectrum of G^T M G; on rank 0."""
         context, views = self.context, self.context.settings.views
-        chosen, draws = sampled_at(fisher, self.drawn, views)
+        chosen = sampled_at(fisher, self.drawn, views)
         tokens: dict[str, list[Tokens]] = {name: [] for name in self.view.layers}
         for place, (point, examples) in enumerate(zip(fisher.points, chosen, strict=True)):
             lists = [np.sort(examples)[part.start : part.stop] for part in in_order(len(examples), self.batch_size)]
             weights_N, here = self._weights(point, examples), context.ranks.share(lists)
-            for draw in range(draws):
-                drawing = replace(self.sample, seed=stream_seed(self.sample.seed, "pseudo-labels", draw))
-                view, data, where = self._walked(point, drawing, "pseudo-gradients", here, weights_N, views)
-                for name, of_layer in pseudo_gradients(view, data, where, context.ranks).items():
-                    weight = for_group((fisher.weights[place],), context.parameter_groups[name])[0]
-                    factor = (weight / (draws * views * len(examples))) ** 0.5
-                    tokens[name] += on_main(of_layer, factor, context.ranks)
+            view, data, where = self._walked(point, self.sample, "pseudo-gradients", here, weights_N, views)
+            for name, of_layer in pseudo_gradients(view, data, where, context.ranks).items():
+                weight = for_group((fisher.weights[place],), context.parameter_groups[name])[0]
+                factor = (weight / (views * len(examples))) ** 0.5
+                tokens[name] += on_main(of_layer, factor, context.ranks)
         P = None if fisher.scaled is None else self.preconditioner(fisher.scaled)
         where = ", ".join(context.where(point) for point in fisher.points)
         metric = metric_of(self.view, fisher.rates, context.parameter_groups, P)

@@ -8,12 +8,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..curvature.coupled import sample_size
 from ..curvature.saved_moments import unsaved
 from ..data.code_identity import plain_options
 from ..errors import ScoreError
 from ..groups.groups import Groups
 from ..methods.method import Cuts, Method, describe, is_additive, prefixed
-from ..methods.plan import Plan, Point, preconditioners
+from ..methods.plan import Plan, Point, SampledFisher, fishers, preconditioners
 from ..results.scores import GROUP_DIGEST, Scores
 from ..results.slope import CALIBRATION
 from ..stage.context import StageContext
@@ -106,6 +107,8 @@ def _provenance(
         provenance["curvature_examples"] = min(context.settings.curvature_examples, context.trajectory.dataset_size)
     if first.batching_error is not None:
         provenance["batching_error"] = [run.batching_error for run in runs]
+    if sampled := fishers(first.plan):
+        provenance["coupled_curvature"] = [_sampled(first.contexts[fisher.stage], fisher) for fisher in sampled]
     if first.trace_shares:
         provenance["trace_shares"] = [run.trace_shares for run in runs]
     if len(first.contexts) > 1:
@@ -123,6 +126,17 @@ def _provenance(
             for run in runs
         ]
     return prefixed(describe(method), {*provenance, CALIBRATION}) | provenance
+
+
+def _sampled(context: StageContext, fisher: SampledFisher) -> dict[str, int]:
+    """How many pseudo-gradients a curvature of all layers together is made of, and of how many examples."""
+    views, data = context.settings.views, context.trajectory.dataset_size
+    count = sample_size(fisher, min(data, context.settings.curvature_examples or data), views)
+    return {
+        "pseudo_gradients": len(fisher.points) * count * views,
+        "examples_at_each_point": count,
+        "of_examples": data,
+    }
 
 
 def _training_options(task: Any) -> dict[str, str]:

@@ -109,7 +109,7 @@ def test_it_converges_to_unrolled_training_where_layers_apart_do_not(tmp_path: P
     parts = start.chunk(len(SCALES))
     state = {f"layers.{place}.weight": part[None, :-1] for place, part in enumerate(parts)}
     state |= {f"layers.{place}.bias": part[-1:] for place, part in enumerate(parts)}
-    errors: dict[str, list[float]] = {"coupled": [], "apart": []}
+    errors: dict[str, list[float]] = {"coupled": [], "apart": [], "exactly coupled": []}
     for steps in (100, 200, 400):
         lr = 0.4 / steps
         gradient = oracles.weighted_gradient(lambda theta: losses(whole(theta)))
@@ -120,14 +120,15 @@ def test_it_converges_to_unrolled_training_where_layers_apart_do_not(tmp_path: P
         for layers, found in errors.items():
             folder, options = tmp_path / f"{layers}-{steps}", {"lr": lr, "weight_decay": weight_decay}
             trajectory = trajectory_of(folder, [state, state], N, steps=[steps // 2, steps], **options)
-            analyzer = analyzer_of(
-                Parallel(1), trajectory, folder / "store", task=Linear(), method=sf.Source(layers=layers)
-            )
+            exactly = layers.startswith("exactly")
+            method = sf.Source(curvature="coupled") if exactly else sf.Source(layers=layers)
+            analyzer = analyzer_of(Parallel(1), trajectory, folder / "store", task=Linear(), method=method)
             analyzer.fit(TRAIN)
             values = analyzer.score(GROUPS, TRAIN, QUERY).values
             found.append(((values - expected).abs().max() / expected.abs().max()).item())
-    assert errors["coupled"][2] < 0.02
-    assert errors["coupled"][2] < 0.6 * errors["coupled"][1] < 0.36 * errors["coupled"][0]
+    for found in (errors["coupled"], errors["exactly coupled"]):
+        assert found[2] < 0.02
+        assert found[2] < 0.6 * found[1] < 0.36 * found[0]
     assert errors["apart"][2] > 0.1
 
 
