@@ -20,10 +20,9 @@ import torch
 
 import segflow as sf
 from segflow.evaluation import linear_datamodeling_score
-from segflow.methods.plan import Curvature, Operator, Plan, Scale, Spectral, Term
+from segflow.methods.plan import Curvature, Operator, Plan, Scale, Spectral, Term, TraceShares
 
 from ..result_files import made, write_result
-from .methods import made as made_method
 from .parts import parts_of
 from .rows import ROWS, TUNING, Row
 from .scoring import RESULTS
@@ -37,23 +36,22 @@ EXPLORED = RESULTS.parent / "explored"
 class Variant:
     """SOURCE with some of its parts taken from the run as a whole, or from its end.
 
-    source: with what it has options for; None where this segflow does not have them; gradients: "own" (each segment's),
+    source: with what it has options for; gradients: "own" (each segment's),
     "run" (pooled over the whole run) or "last" (the last checkpoint's); curvature likewise; apart: a term for each
     checkpoint, with that checkpoint's preconditioner where the response leaves.
     """
 
-    source: sf.Source | None
+    source: sf.Source
     gradients: str = "own"
     curvature: str = "own"
     apart: bool = False
 
     def suits(self, row: Row) -> bool:
-        """Whether it can be made, and differs on the row from what is made anyway."""
-        return self.source is not None and (row.recipes[-1].optimizer == "adamw" or not self.apart)
+        """Whether it differs on the row from what is made anyway."""
+        return row.recipes[-1].optimizer == "adamw" or not self.apart
 
     def plan(self, trajectory: sf.Trajectory, stage: int = -1) -> Plan:
         """SOURCE's plan, changed."""
-        assert self.source is not None
         own = self.source.plan(trajectory, stage)
         [run] = replace(self.source, segments=1).plan(trajectory, stage)
         changed = [self._changed(term, run) for term in own]
@@ -79,11 +77,42 @@ class Variant:
         return op
 
 
+@dataclass(frozen=True)
+class Other:
+    """Another method with what SOURCE has: queries along the run, or layers coupled by the shares of their traces."""
+
+    method: Any
+    along: bool = False
+    coupled: bool = False
+
+    def suits(self, row: Row) -> bool:
+        """On every row."""
+        return True
+
+    def plan(self, trajectory: sf.Trajectory, stage: int = -1) -> Plan:
+        """The method's plan, changed."""
+        [source] = sf.Source().plan(trajectory, stage)
+        ones = (1.0,) * trajectory.learning_rates.shape[1]
+        terms: Plan = self.method.plan(trajectory, stage)
+        if self.along:
+            terms = tuple(replace(t, query=source.query, query_weights=source.query_weights) for t in terms)
+        return tuple(
+            replace(term, operators=tuple(_shared(op, ones) if self.coupled else op for op in term.operators))
+            for term in terms
+        )
+
+
+def _shared(op: Operator, rates: tuple[float, ...]) -> Operator:
+    """A function of blocks, whose eigenvalues are divided by their layers' shares."""
+    if not isinstance(op, Spectral) or op.curvature is None:
+        return op
+    return replace(op, trace_shares=TraceShares(stage=op.stage, curvature=op.curvature, rates=rates))
+
+
 def _with_curvature(op: Spectral, curvature: Curvature) -> Spectral:
     """The operator at another curvature, which its layers' shares are of, too."""
-    shares: Any = getattr(op, "trace_shares", None)
-    parts = {} if shares is None else {"trace_shares": replace(shares, curvature=curvature)}
-    return replace(op, curvature=curvature, **parts)
+    shares = None if op.trace_shares is None else replace(op.trace_shares, curvature=curvature)
+    return replace(op, curvature=curvature, trace_shares=shares)
 
 
 def _by_checkpoint(term: Term) -> Iterator[Term]:
@@ -103,7 +132,7 @@ def _by_checkpoint(term: Term) -> Iterator[Term]:
 
 
 _ONE, _THREE = sf.Source(), sf.Source(segments=3)
-VARIANTS = {
+VARIANTS: dict[str, Variant | Other] = {
     "1 segment (the default)": Variant(_ONE),
     "1 segment, checkpoints weigh the same": Variant(sf.Source(checkpoint_weights="equal")),
     "3 segments": Variant(_THREE),
@@ -111,9 +140,16 @@ VARIANTS = {
     "3 segments, each with the curvature of the whole run": Variant(_THREE, curvature="run"),
     "1 segment, last checkpoint's gradients": Variant(_ONE, gradients="last"),
     "1 segment, last checkpoint's curvature": Variant(_ONE, curvature="last"),
-    "lr_steps times 2": Variant(made_method("Source", lr_steps_scale=2.0)),
-    "lr_steps times 4": Variant(made_method("Source", lr_steps_scale=4.0)),
+    "lr_steps times 2": Variant(sf.Source(lr_steps_scale=2.0)),
+    "lr_steps times 4": Variant(sf.Source(lr_steps_scale=4.0)),
     "each checkpoint's own P": Variant(_ONE, apart=True),
+    "influence function (EK-FAC)": Other(sf.InfluenceFunction()),
+    "influence function, queries along the run": Other(sf.InfluenceFunction(), along=True),
+    "influence function, layers coupled": Other(sf.InfluenceFunction(), coupled=True),
+    "projected Fisher": Other(sf.ProjectedFisher(512)),
+    "projected Fisher, queries along the run": Other(sf.ProjectedFisher(512), along=True),
+    "TRAK, damped": Other(sf.TRAK(512, "heuristic")),
+    "TRAK, damped, queries along the run": Other(sf.TRAK(512, "heuristic"), along=True),
 }
 
 
@@ -128,7 +164,7 @@ def explore(row: Row) -> Path:
     return write_result(EXPLORED / f"{row.name}.json", content)
 
 
-def agreement(row: Row, variant: Variant) -> float:
+def agreement(row: Row, variant: Variant | Other) -> float:
     """The linear datamodeling score of a variant on a row, averaged over single runs."""
     found = []
     for part in parts_of(row, row.measurements[0]):

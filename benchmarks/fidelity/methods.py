@@ -74,7 +74,7 @@ METHODS: tuple[Entry, ...] = (
     Entry(EARLIER, "Source", _APART | _FINAL),
     Entry(SQUARED, "Source", {"shares_power": 2}),
     Entry("SOURCE, half the steps", "Source", {"lr_steps_scale": 0.5}),
-    Entry(EXACT, "Source", {"curvature": "coupled"}, data=("digits",)),  # a matrix of examples x checkpoints
+    Entry(EXACT, "Source", {"curvature": "coupled"}, data=("digits",)),
     Entry("SOURCE, 3 segments", "Source", {"segments": 3}),
     Entry("SOURCE, 6 segments", "Source", {"segments": 6}),
     Entry("SOURCE, auto segments", "Source", {"segments": "auto"}),
@@ -85,7 +85,6 @@ METHODS: tuple[Entry, ...] = (
     Entry("Fast-SOURCE, 1 segment", "Source", {"fast": True}),
     Entry("Fast-SOURCE, 3 segments", "Source", {"segments": 3, "fast": True}),
     Entry(EKFAC, "InfluenceFunction"),
-    Entry("influence function, layers coupled", "InfluenceFunction", {"layers": "coupled"}),
     *(Entry(f"influence function, damping {d:g}", "InfluenceFunction", {"damping": d}, BEST) for d in _DAMPINGS),
     Entry("influence function (K-FAC)", "InfluenceFunction", {"curvature": "kfac"}),
     Entry("influence function (diagonal)", "InfluenceFunction", {"curvature": "diagonal"}),
