@@ -23,7 +23,7 @@ from .data.changing import one_call
 from .errors import ScoreError, TaskError, check_choice
 from .groups.features import check_kind, example_features
 from .groups.groups import Groups, check_groups
-from .methods.method import Cuts, Method, check_cuts, describe, is_additive, is_automatic, prefixed, uncut
+from .methods.method import Cuts, Method, check_cuts, describe, is_additive, is_automatic, prefixed, sizes_of, uncut
 from .methods.plan import Plan
 from .methods.source import Source
 from .model.capture import observing
@@ -156,7 +156,7 @@ class Analyzer:
                     report = checks.check_stage(context, data, of_stage, tolerance)
                     reports[context.trajectory.stage] = report
         *earlier, last = reports.items()
-        return replace(last[1], earlier=dict(earlier))
+        return replace(last[1], earlier=dict(earlier), sizes=sizes_of(self.method))
 
     def fit(self, train: Any, batch_size: int = 128) -> None:
         """Fit what the method needs of the training data; what the store holds already is not done again.

@@ -18,6 +18,7 @@ class CheckReport:
         skipped: the reason for each module that is not attributed, by its name.
         curvature: how far the curvature of `sample=True` is off.
         training: what in the run was unlike a textbook's, as `Trajectory.observed` says it.
+        sizes: how far the sizes of the method's scores can be trusted.
         earlier: the reports of earlier stages of training, by the stage's name.
     """
 
@@ -26,6 +27,7 @@ class CheckReport:
     skipped: Mapping[str, str]
     curvature: CurvatureScale
     training: Mapping[str, Any] = field(default_factory=dict)
+    sizes: str = ""
     earlier: Mapping[str, CheckReport] = field(default_factory=dict)
 
     def __str__(self) -> str:
@@ -35,7 +37,8 @@ class CheckReport:
         lines += [f"not attributed: {name or 'the model itself'}: {reason}" for name, reason in self.skipped.items()]
         lines += [f"seen in training: {line}" for line in in_words(self.training)]
         lines += ["the loss is a sum over the batch, repeats itself, and is finite; every tracked layer is reached"]
-        return "\n".join([*lines, str(self.curvature)])
+        lines += [str(self.curvature), *([f"sizes of scores: {self.sizes}"] if self.sizes else [])]
+        return "\n".join(lines)
 
     __repr__ = __str__
 

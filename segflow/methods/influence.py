@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from ..arguments import settle
 from ..errors import MethodError, check_choice
@@ -31,6 +31,7 @@ class InfluenceFunction:
     damping: float | str = "heuristic"
     curvature: str = "ekfac"
     fisher_batch: int = 1
+    sizes: ClassVar[str] = "they follow the damping, and can be many times off; take ranks, or Scores.calibrated(bank)"
 
     def __post_init__(self) -> None:
         settle(self, damping=damping_option(self.damping), fisher_batch=batch_of_fisher(self.fisher_batch))

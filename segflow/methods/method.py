@@ -35,6 +35,9 @@ class Method(Protocol):
     reason says so by `additive: ClassVar[bool] = False`. Such scores are neither rolled up to coarser groups nor shared
     out to single examples nor refined.
 
+    It may say how far the sizes of its scores can be trusted, by `sizes`: a sentence (an attribute or a property) that
+    `Analyzer.check` prints.
+
     It may have besides, where its plan depends on how a run's checkpoints differ:
 
     - `automatic`: an attribute or property that is True;
@@ -144,6 +147,14 @@ def check_cuts(cuts: Any, stages: Sequence[int]) -> Cuts:
 def uncut(trajectory: Trajectory) -> Cuts:
     """Each stage as one segment, for what can be said of an automatic method's plan before its cuts are known."""
     return {place: Segmentation((), stage.steps, (), (), 0.0) for place, stage in enumerate(trajectory.stages)}
+
+
+def sizes_of(method: Method) -> str:
+    """How far the sizes of a method's scores can be trusted, in words; MethodError unless it is text."""
+    said = getattr(method, "sizes", "not known for this method; take ranks, or fit a slope with Scores.calibrated")
+    if not isinstance(said, str):
+        raise MethodError(f"{type(method).__name__}: sizes is {said!r}, expected text, a sentence for people.")
+    return said
 
 
 def is_additive(method: Method, plan: Plan) -> bool:

@@ -122,6 +122,16 @@ class Source:
         """Whether a plan needs cuts; see `segflow.methods.Method`."""
         return isinstance(self.segments, str) and self.segments == "auto"
 
+    @property
+    def sizes(self) -> str:
+        """How far sizes of scores can be trusted; see `segflow.methods.Method` and docs/FIDELITY.md."""
+        if self.curvature == "ekfac" and self.layers == "apart":
+            return "a score overstates the real change several times, for each layer corrects alone; take ranks"
+        return (
+            "a score is of the order of the real change for small groups, not exact; docs/FIDELITY.md has slopes, and "
+            "Scores.calibrated(bank) fits one to a few retrainings"
+        )
+
     def cuts(self, trajectory: Trajectory, statistics: Mapping[int, Tensor]) -> dict[int, Segmentation]:
         """For segments="auto": where each stage is cut, given its checkpoints' statistics [C, F]."""
         stages = trajectory.stages
