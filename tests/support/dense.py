@@ -70,20 +70,15 @@ def reference(of: Quantities, groups: sf.Groups, combine: Callable[..., Tensor])
     """
     total = torch.zeros(QUERIES, len(groups), dtype=torch.float64)
     for name in of.layers:
-        fits = of.fits(name)
         for part in range(of.real[0][name].shape[1]):
             grouped = [torch.stack([r[name][list(m), part].flatten(1).sum(0) for m in groups.members]) for r in of.real]
             queries = [a[name][:, part].flatten(1) for a in of.asked]
 
             def curvature(
-                pool: Any,
-                weights: Any = None,
-                coupled: bool = False,
-                name: str = name,
-                fits: Any = fits,
-                part: int = part,
+                pool: Any, weights: Any = None, coupled: bool = False, name: str = name, part: int = part
             ) -> Tensor:
-                own = oracles.dense_curvature(*oracles.pooled_ekfac([fits[i] for i in pool], weights))[part]
+                fits = [of.fits(name)[place] for place in pool]
+                own = oracles.dense_curvature(*oracles.pooled_ekfac(fits, weights))[part]
                 return own / _share(of, name, pool, weights) if coupled else own
 
             total = total + combine(queries, grouped, curvature)
