@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from segflow.report import segmentation_figure
 from segflow.training.segments import covered, cut, segmentation
 
 from ..support import oracles
-from ..support.helpers import analyzer_of, mlp, perturbed_states, trajectory_of, vectors
+from ..support.helpers import analyzer_of, apart, mlp, perturbed_states, trajectory_of, vectors
 from ..support.linear import DESIGN, FEATURES, GROUPS, QUERY, TRAIN, Linear, measure, optimum
 from ..support.linear import N as LINEAR_N
 
@@ -130,7 +131,7 @@ def test_stages_have_tasks_and_layers_of_their_own_and_what_a_stage_did_not_trai
     tasks = {"pretrain": sf.tasks.Classification(), "finetune": sf.tasks.Classification("margin")}
     scores = {}
     for name, last in (("whole", second), ("head", frozen)):
-        analyzer = analyzer_of(mlp(), last.after(first), tmp_path / name, task=tasks, method=sf.Source(segments=1))
+        analyzer = analyzer_of(mlp(), last.after(first), tmp_path / name, task=tasks, method=apart())
         report = analyzer.check(data, query, curvature_tolerance=float("inf"))
         assert "stage 'pretrain':" in str(report)
         analyzer.fit(data)
@@ -183,7 +184,8 @@ def test_a_bias_that_one_stage_trained_otherwise_is_left_out_of_all_stages_by_na
     )
     train, later, query = vectors(N), vectors(15, seed=3), vectors(QUERIES, seed=5)
     data = {"pretrain": train, "finetune": later}
-    analyzer = analyzer_of(mlp(), split.after(first), tmp_path / "both", method=sf.Source())
+    method = sf.Source(query_points="final")
+    analyzer = analyzer_of(mlp(), split.after(first), tmp_path / "both", method=method)
     analyzer.fit(data)
     scores = analyzer.score(SOME, data, query, stage="pretrain", keep=("layer",))
     assert {"0.bias", "2.bias", "4.bias"} <= set(scores.provenance["not_attributed"])
@@ -196,7 +198,7 @@ def test_a_bias_that_one_stage_trained_otherwise_is_left_out_of_all_stages_by_na
         first.optimizer,
         bare,
     )
-    alone = analyzer_of(mlp(), one_run, tmp_path / "alone", method=sf.Source(segments=[30]))
+    alone = analyzer_of(mlp(), one_run, tmp_path / "alone", method=replace(method, segments=[30]))
     alone.fit(train)
     expected = alone.score(SOME, train, query, keep=("term",)).by_term["segment 1: steps 1-30"]
     torch.testing.assert_close(scores.values, expected, rtol=1e-9, atol=1e-9 * expected.abs().max().item())
