@@ -1,4 +1,4 @@
-"""Coverages of the intervals of segflow.evaluation: `python -m benchmarks.coverage [tasks lds noise]`.
+"""Coverages of the intervals of segflow.evaluation: `python -m benchmarks.coverage [tasks lds slope noise]`.
 
 Simulates those that are named, by default all that are there, into `coverage_*.json`, and writes the tables of
 docs/STATISTICS.md from the files. `python -m benchmarks.coverage tables` writes the tables alone.
@@ -16,7 +16,7 @@ import numpy as np
 
 HERE = Path(__file__).parent
 DOCUMENT = HERE.parent / "docs" / "STATISTICS.md"
-NAMES = tuple(name for name in ("tasks", "lds", "noise") if (HERE / f"coverage_{name}.py").exists())
+NAMES = tuple(name for name in ("tasks", "lds", "slope", "noise") if (HERE / f"coverage_{name}.py").exists())
 _BESIDE = ("none", "reliability", "bias", "error of the bias", "ceiling", "reached", "estimate")  # no coverages
 _SIZES = ("wrongs", "groups", "subsets", "count", "queries")  # the first that a world has is how many cases there are
 

@@ -3,7 +3,8 @@
 python -m benchmarks.fidelity.explore ROW...    one line for each variant (one run, mean over the first two runs), and
 a result file for each row
 
-Each variant is a plan of its own over the same engine and store, so this file is also an example of writing one.
+Only rows on which defaults may be chosen can be named. Each variant is a plan of its own over the same engine and
+store, so this file is also an example of writing one.
 """
 
 from __future__ import annotations
@@ -12,17 +13,20 @@ import argparse
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 import segflow as sf
 from segflow.evaluation import linear_datamodeling_score
-from segflow.methods.plan import Operator, Plan, Scale, Spectral, Term
+from segflow.methods.plan import Curvature, Operator, Plan, Scale, Spectral, Term
 
 from ..result_files import made, write_result
-from .rows import ROWS, Row
-from .scoring import RESULTS, parts_of
+from .methods import made as made_method
+from .parts import parts_of
+from .rows import ROWS, TUNING, Row
+from .scoring import RESULTS
 from .training import folder_of, load_run
 
 RUNS = 2
@@ -33,47 +37,53 @@ EXPLORED = RESULTS.parent / "explored"
 class Variant:
     """SOURCE with some of its parts taken from the run as a whole, or from its end.
 
-    gradients: "own" (each segment's), "run" (pooled over the whole run) or "last" (the last checkpoint's); curvature
-    likewise; scale: multiplies lr_steps; apart: a term for each checkpoint, with that checkpoint's preconditioner where
-    the response leaves.
+    source: with what it has options for; None where this segflow does not have them; gradients: "own" (each segment's),
+    "run" (pooled over the whole run) or "last" (the last checkpoint's); curvature likewise; apart: a term for each
+    checkpoint, with that checkpoint's preconditioner where the response leaves.
     """
 
-    segments: int = 1
+    source: sf.Source | None
     gradients: str = "own"
     curvature: str = "own"
-    scale: float = 1.0
-    weights: str = "nearest"
     apart: bool = False
+
+    def suits(self, row: Row) -> bool:
+        """Whether it can be made, and differs on the row from what is made anyway."""
+        return self.source is not None and (row.recipes[-1].optimizer == "adamw" or not self.apart)
 
     def plan(self, trajectory: sf.Trajectory, stage: int = -1) -> Plan:
         """SOURCE's plan, changed."""
-        own = sf.Source(self.segments, checkpoint_weights=self.weights).plan(trajectory, stage)
-        [run] = sf.Source(1, checkpoint_weights=self.weights).plan(trajectory, stage)
+        assert self.source is not None
+        own = self.source.plan(trajectory, stage)
+        [run] = replace(self.source, segments=1).plan(trajectory, stage)
         changed = [self._changed(term, run) for term in own]
         return tuple(piece for term in changed for piece in (_by_checkpoint(term) if self.apart else [term]))
 
     def _changed(self, term: Term, run: Term) -> Term:
-        [whole] = [op.curvature for op in run.operators if isinstance(op, Spectral) and op.curvature]
-        operators: list[Operator] = []
-        for op in term.operators:
-            if isinstance(op, Spectral) and op.curvature is not None:
-                kept = op.curvature
-                if self.curvature == "run":
-                    kept = whole
-                elif self.curvature == "last":
-                    kept = replace(kept, points=kept.points[-1:], weights=(1.0,))
-                amount = tuple(None if a is None else a * self.scale for a in op.amount)
-                shift, coupled = (tuple(part * self.scale for part in parts) for parts in (op.shift, op.coupled))
-                operators.append(replace(op, curvature=kept, amount=amount, shift=shift, coupled=coupled))
-            elif isinstance(op, Scale) and self.curvature == "run" and whole.scaled is not None:
-                operators.append(replace(op, preconditioner=whole.scaled))
-            else:
-                operators.append(op)
+        """The term with the gradients and the curvature that the variant says."""
         source = run if self.gradients in ("run", "last") else term
         points, weights = source.train, source.weights
         if self.gradients == "last":
             points, weights = points[-1:], (1.0,)
-        return replace(term, operators=tuple(operators), train=points, weights=weights)
+        operators = tuple(self._exchanged(op, run) for op in term.operators)
+        return replace(term, operators=operators, train=points, weights=weights)
+
+    def _exchanged(self, op: Operator, run: Term) -> Operator:
+        """The operator with the curvature that the variant says, and the P that belongs to it."""
+        [whole] = {op.curvature for op in run.operators if isinstance(op, Spectral) and op.curvature}
+        if isinstance(op, Spectral) and op.curvature is not None:
+            last = replace(op.curvature, points=op.curvature.points[-1:], weights=(1.0,))
+            return _with_curvature(op, {"own": op.curvature, "run": whole, "last": last}[self.curvature])
+        if isinstance(op, Scale) and self.curvature == "run" and whole.scaled is not None:
+            return replace(op, preconditioner=whole.scaled)
+        return op
+
+
+def _with_curvature(op: Spectral, curvature: Curvature) -> Spectral:
+    """The operator at another curvature, which its layers' shares are of, too."""
+    shares: Any = getattr(op, "trace_shares", None)
+    parts = {} if shares is None else {"trace_shares": replace(shares, curvature=curvature)}
+    return replace(op, curvature=curvature, **parts)
 
 
 def _by_checkpoint(term: Term) -> Iterator[Term]:
@@ -92,18 +102,18 @@ def _by_checkpoint(term: Term) -> Iterator[Term]:
         yield replace(term, label=label, operators=(*before, *leave, share), train=(point,), weights=(1.0,))
 
 
+_ONE, _THREE = sf.Source(), sf.Source(segments=3)
 VARIANTS = {
-    "1 segment (the default)": Variant(),
-    "1 segment, checkpoints weigh the same": Variant(weights="equal"),
-    "3 segments": Variant(3),
-    "3 segments, each with the gradients of the whole run": Variant(3, gradients="run"),
-    "3 segments, each with the curvature of the whole run": Variant(3, curvature="run"),
-    "1 segment, last checkpoint's gradients": Variant(gradients="last"),
-    "1 segment, last checkpoint's curvature": Variant(curvature="last"),
-    "lr_steps times 2": Variant(scale=2.0),
-    "lr_steps times 4": Variant(scale=4.0),
-    "lr_steps times 1/2": Variant(scale=0.5),
-    "each checkpoint's own P": Variant(apart=True),
+    "1 segment (the default)": Variant(_ONE),
+    "1 segment, checkpoints weigh the same": Variant(sf.Source(checkpoint_weights="equal")),
+    "3 segments": Variant(_THREE),
+    "3 segments, each with the gradients of the whole run": Variant(_THREE, gradients="run"),
+    "3 segments, each with the curvature of the whole run": Variant(_THREE, curvature="run"),
+    "1 segment, last checkpoint's gradients": Variant(_ONE, gradients="last"),
+    "1 segment, last checkpoint's curvature": Variant(_ONE, curvature="last"),
+    "lr_steps times 2": Variant(made_method("Source", lr_steps_scale=2.0)),
+    "lr_steps times 4": Variant(made_method("Source", lr_steps_scale=4.0)),
+    "each checkpoint's own P": Variant(_ONE, apart=True),
 }
 
 
@@ -111,7 +121,7 @@ def explore(row: Row) -> Path:
     """Every variant that suits the row; writes its result."""
     found = {}
     for name, variant in VARIANTS.items():
-        if row.recipes[-1].optimizer == "adamw" or not variant.apart:
+        if variant.suits(row):
             found[name] = agreement(row, variant)
             print(f"{row.name:40s} {name:54s} {found[name]:.3f}", flush=True)
     content = {"row": row.name, "made": made(), "runs": RUNS, "variants": found}
@@ -138,7 +148,7 @@ def agreement(row: Row, variant: Variant) -> float:
 def main() -> None:
     """Print every variant on the rows that are named."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.fidelity.explore", description=__doc__)
-    parser.add_argument("rows", nargs="+", choices=[name for name, row in ROWS.items() if "stage" not in name])
+    parser.add_argument("rows", nargs="+", choices=[name for name in ROWS if name.startswith(TUNING)])
     torch.set_num_threads(1)
     for row in parser.parse_args().rows:
         print(explore(ROWS[row]), flush=True)

@@ -10,7 +10,8 @@ import segflow as sf
 
 from .rows import Row
 
-REFERENCE = "SOURCE, 1 segment"  # what other methods are compared with, pair by pair
+REFERENCE = "SOURCE"  # the default: what other methods are compared with, pair by pair
+EARLIER = "SOURCE, layers apart, final query"  # the default before, and that of rows which were read back
 
 
 @dataclass(frozen=True)
@@ -34,11 +35,7 @@ class Entry:
 
     def make(self) -> Any | None:
         """The method, or None where this segflow does not have it."""
-        found = getattr(sf, self.kind, None)
-        try:
-            return None if found is None else found(**self.options)
-        except (TypeError, sf.SegflowError):
-            return None  # an option of a later segflow
+        return made(self.kind, **self.options)
 
     @property
     def slug(self) -> str:
@@ -46,40 +43,55 @@ class Entry:
         return _slug(self.name)
 
 
+def made(kind: str, **options: Any) -> Any | None:
+    """A method of segflow, or None where this segflow does not have it."""
+    found = getattr(sf, kind, None)
+    try:
+        return None if found is None else found(**options)
+    except (TypeError, sf.SegflowError):
+        return None  # an option of a later segflow
+
+
 def _slug(name: str) -> str:
     return "-".join("".join(c if c.isalnum() or c == "." else " " for c in name).lower().split())
 
 
-_BEST = "influence function, best damping (upper bound)"
+BEST = "influence function, best damping (upper bound)"
+EKFAC, TRACIN = "influence function (EK-FAC)", "TracIn"
+SQUARED, EXACT = "SOURCE, shares squared", "SOURCE, exactly coupled"
+SIZED = (REFERENCE, EARLIER, SQUARED, EXACT, EKFAC)  # whose sizes are compared with real changes
 _DAMPINGS = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 1.0)
+_APART: dict[str, Any] = {"layers": "apart"}
+_FINAL: dict[str, Any] = {"query_points": "final"}
+_DIAGONAL: dict[str, Any] = {"preconditioner": "diagonal"}  # without effect under SGD
+_PAPERS = _APART | _FINAL | _DIAGONAL | {"segments": 3, "checkpoint_weights": "equal"}
+_ADAMW = ("adamw",)
 
 METHODS: tuple[Entry, ...] = (
-    Entry(REFERENCE, "Source", {"segments": 1}),
+    Entry(REFERENCE, "Source"),
+    Entry("SOURCE, layers apart", "Source", _APART),
+    Entry("SOURCE, final query", "Source", _FINAL),
+    Entry(EARLIER, "Source", _APART | _FINAL),
+    Entry(SQUARED, "Source", {"shares_power": 2}),
+    Entry("SOURCE, half the steps", "Source", {"lr_steps_scale": 0.5}),
+    Entry(EXACT, "Source", {"curvature": "coupled"}, data=("digits",)),  # a matrix of examples x checkpoints
     Entry("SOURCE, 3 segments", "Source", {"segments": 3}),
     Entry("SOURCE, 6 segments", "Source", {"segments": 6}),
     Entry("SOURCE, auto segments", "Source", {"segments": "auto"}),
-    Entry(
-        "SOURCE, 1 segment, diagonal preconditioner",
-        "Source",
-        {"segments": 1, "preconditioner": "diagonal"},
-        optimizers=("adamw",),
-    ),
-    Entry(
-        "SOURCE, 3 segments, diagonal preconditioner",
-        "Source",
-        {"segments": 3, "preconditioner": "diagonal"},
-        optimizers=("adamw",),
-    ),
-    Entry("SOURCE, no preconditioner", "Source", {"segments": 1, "preconditioner": "none"}, optimizers=("adamw",)),
-    Entry("Fast-SOURCE, 1 segment", "Source", {"segments": 1, "fast": True}),
+    Entry("SOURCE, the paper's", "Source", _PAPERS),
+    Entry("SOURCE, diagonal preconditioner", "Source", _DIAGONAL, optimizers=_ADAMW),
+    Entry("SOURCE, 3 segments, diagonal preconditioner", "Source", _DIAGONAL | {"segments": 3}, optimizers=_ADAMW),
+    Entry("SOURCE, no preconditioner", "Source", {"preconditioner": "none"}, optimizers=_ADAMW),
+    Entry("Fast-SOURCE, 1 segment", "Source", {"fast": True}),
     Entry("Fast-SOURCE, 3 segments", "Source", {"segments": 3, "fast": True}),
-    Entry("influence function (EK-FAC)", "InfluenceFunction"),
-    *(Entry(f"influence function, damping {d:g}", "InfluenceFunction", {"damping": d}, _BEST) for d in _DAMPINGS),
+    Entry(EKFAC, "InfluenceFunction"),
+    Entry("influence function, layers coupled", "InfluenceFunction", {"layers": "coupled"}),
+    *(Entry(f"influence function, damping {d:g}", "InfluenceFunction", {"damping": d}, BEST) for d in _DAMPINGS),
     Entry("influence function (K-FAC)", "InfluenceFunction", {"curvature": "kfac"}),
     Entry("influence function (diagonal)", "InfluenceFunction", {"curvature": "diagonal"}),
     Entry("influence function (identity)", "InfluenceFunction", {"curvature": "identity"}),
     Entry("LiSSA", "LiSSA", data=("digits", "concrete")),  # hundreds of passes
-    Entry("TracIn", "TracIn"),
+    Entry(TRACIN, "TracIn"),
     Entry("Hydra", "Hydra"),
     Entry("TRAK", "TRAK", {"dimension": 512}),
     Entry("TRAK, damped", "TRAK", {"dimension": 512, "damping": "heuristic"}),

@@ -6,74 +6,49 @@ import ast
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
-from functools import cache
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 import segflow as sf
-from segflow.evaluation import (
-    empirical_influence,
-    linear_datamodeling_difference,
-    linear_datamodeling_score,
-    noise_ceiling,
-)
 
 from ..result_files import FOLDER, made, read_result, write_result
-from .methods import METHODS, REFERENCE, Entry
-from .rows import RUNS, STAGE_NAMES, Row
-from .training import bank_names, folder_of, ground_truth, load_run, run_folder
+from .committed import commit, committed_path, digest
+from .figures import agreement, ceiling, empirical, over_reference, slopes
+from .methods import METHODS, REFERENCE, SIZED, Entry
+from .parts import Part, parts_of
+from .rows import REMOVED, STAGE_NAMES, Row
+from .training import folder_of, load_run, run_folder
 
 RESULTS = FOLDER / "fidelity"
-CEILING = "intraclass correlation of the retrainings, pooled over the queries"  # what `noise_ceiling` is, in words
-
-
-@dataclass(frozen=True)
-class Part:
-    """One question of a row: the influence of one stage's examples.
-
-    stage: the stage's name ("" where there is one stage); measurement: what is explained; subsets [M, N], measured
-    [M, R, Q]: the retrainings.
-    """
-
-    row: Row
-    stage: str
-    measurement: str
-    subsets: np.ndarray
-    measured: np.ndarray
-
-
-def parts_of(row: Row, measurement: str) -> Iterator[Part]:
-    """The row's questions, each with its ground truth."""
-    sizes = [len(inputs) for inputs, _ in row.load().stages]
-    for bank in bank_names(row):
-        if bank == "extra":
-            continue
-        stage = bank.removeprefix("bank").removeprefix("-")
-        subsets, measured = ground_truth(row, bank, measurement)
-        number = STAGE_NAMES.index(stage) if stage else 0
-        start = sum(sizes[:number])
-        yield Part(row, stage, measurement, subsets[:, start : start + sizes[number]], measured)
+EMPIRICAL = "empirical influence (retraining)"
+Scored = Callable[[Entry], list[sf.Scores] | None]  # a method's scores of each run
 
 
 def evaluate(row: Row, only: str = "", measurement: str = "", reuse: bool = False, runs: int = 0) -> Path:
-    """Score what is not scored yet, compare, and write the row's JSON.
+    """Score what is not scored yet, compare, and write the row's JSON and what is committed beside it.
 
     only: methods whose name holds one of these texts, "|" between (the others keep what an earlier evaluation on the
     same retrainings and as many runs found); runs: how many of the recorded runs (0: all); measurement: by default
     the row's first; reuse: take scores that another state of segflow's code made.
     """
-    chosen, runs = measurement or row.measurements[0], runs or RUNS
-    path = RESULTS / f"{row.name}{'' if chosen == row.measurements[0] else f'-{chosen}'}.json"
-    earlier = (read_result(path) or {}) if only else {}
-    found = {
-        part.stage: _compare(part, only.split("|"), reuse, _earlier(earlier, part, runs), runs)
-        for part in parts_of(row, chosen)
-    }
+    chosen, runs = measurement or row.measurements[0], runs or row.runs
+    is_first = chosen == row.measurements[0]
+    path = RESULTS / f"{row.name}{'' if is_first else f'-{chosen}'}.json"
+    earlier, found = (read_result(path) or {}) if only else {}, {}
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    for part in parts_of(row, chosen):
+        scored = partial(_runs_of, part, reuse, runs)
+        [reference] = (scored(entry) for entry in METHODS if entry.name == REFERENCE)
+        assert reference is not None
+        kept = _earlier(earlier, part, runs)
+        found[part.stage] = _compare(part, only.split("|"), scored, reference, kept)
+        if is_first:
+            commit(committed_path(RESULTS, row.name, part.stage), part, reference)
     about = {"row": row.name, "measurement": chosen, "made": made(), "runs": runs}
     about |= {"examples": sum(len(i) for i, _ in row.load().stages), "queries": len(row.load().query[0])}
     about |= {"widths": row.widths, "recipes": [asdict(recipe) for recipe in row.recipes]}
@@ -83,82 +58,70 @@ def evaluate(row: Row, only: str = "", measurement: str = "", reuse: bool = Fals
 def _earlier(found: dict[str, Any], part: Part, runs: int) -> dict[str, Any]:
     """What an earlier evaluation found on the same retrainings and as many runs: figures of others do not compare."""
     earlier = found.get("parts", {}).get(part.stage, {})
-    if found.get("runs") == runs and earlier.get("retrainings") == _digest(part.measured):
+    if found.get("runs") == runs and earlier.get("retrainings") == digest(part.measured):
         return dict(earlier["methods"])
     if earlier:
         print("  the figures that are there are of other retrainings or runs, and are not kept", flush=True)
     return {}
 
 
-def _digest(values: np.ndarray) -> str:
-    """What tells retrainings from others."""
-    return hashlib.sha256(np.ascontiguousarray(values).tobytes()).hexdigest()[:16]
-
-
-def _compare(part: Part, only: list[str], reuse: bool, earlier: dict[str, Any], count: int) -> dict[str, Any]:
-    methods, reference = dict(earlier), None
-    for entry in METHODS:
-        if not entry.suits(part.row) or (not any(text in entry.name for text in only) and entry.name != REFERENCE):
-            continue
-        try:
-            runs = [scores_of(part, entry, seed, reuse) for seed in range(count)]
-        except sf.SegflowError as problem:
-            methods[entry.name] = {"refused": str(problem)}
-            continue
-        whole = [scores for scores in runs if scores is not None]
-        if len(whole) < count:
-            continue  # this segflow does not have it
-        reference = _mean(whole) if entry.name == REFERENCE else reference
-        figures = _figures(part, whole, reference)
-        methods[entry.name] = figures | ({"best_of": entry.best_of} if entry.best_of else {})
-        print(f"  {entry.name}: one {figures['one']['mean']:.3f}, five {figures['five']['mean']:.3f}", flush=True)
-    if part.stage == "":
-        methods["empirical influence (retraining)"] = _empirical(part)
-    about = {"subsets": len(part.measured), "repetitions": part.measured.shape[1]}
-    return about | {"retrainings": _digest(part.measured), "ceiling": _ceiling(part), "methods": methods}
-
-
-def _ceiling(part: Part) -> dict[str, Any]:
-    """The noise ceiling, with what estimates it; no interval is given of it."""
-    found = noise_ceiling(part.measured)
+def _comparable(earlier: dict[str, Any], runs: list[float]) -> dict[str, Any]:
+    """What an earlier evaluation found; without differences from the reference, if that scored otherwise then."""
+    then = earlier.get(REFERENCE, {}).get("one", {}).get("runs", [])
+    if len(then) == len(runs) and np.allclose(then, runs, rtol=1e-5, atol=1e-6):
+        return dict(earlier)
     return {
-        "of": CEILING,
-        "mean": found.ceiling,
-        "low": found.low,
-        "high": found.high,
-        "reliability": found.reliability,
+        name: {key: value for key, value in figures.items() if not key.startswith("over_")}
+        for name, figures in earlier.items()
     }
 
 
-def _figures(part: Part, runs: list[sf.Scores], reference: sf.Scores | None) -> dict[str, Any]:
-    """The linear datamodeling scores of single runs and of their mean, and the paired difference from the reference."""
-    measured = part.measured.mean(1)
-    ensemble = _mean(runs)
-    single = [linear_datamodeling_score(scores, part.subsets, measured) for scores in runs]
-    several = linear_datamodeling_score(ensemble, part.subsets, measured)
-    one = {name: float(np.mean([getattr(s, name) for s in single])) for name in ("mean", "low", "high")}
-    figures: dict[str, Any] = {
-        "one": one | {"runs": [score.mean for score in single]},
-        "five": {"mean": several.mean, "low": several.low, "high": several.high},
-    }
-    if reference is not None and reference is not ensemble:
-        found = linear_datamodeling_difference(ensemble, reference, part.subsets, measured)
-        figures["over_reference"] = {"mean": found.mean, "low": found.low, "high": found.high}
-    return figures
+def _compare(
+    part: Part, only: list[str], scored: Scored, reference: list[sf.Scores], earlier: dict[str, Any]
+) -> dict[str, Any]:
+    """A part's figures: of the methods whose names hold one of these texts, and what is kept of the others."""
+    own = agreement(reference, part.subsets, part.measured)
+    methods = _comparable(earlier, own["one"]["runs"])
+    for entry in METHODS:
+        if entry.suits(part.row) and (entry.name == REFERENCE or any(text in entry.name for text in only)):
+            figures = _figures(part, entry, scored, reference)
+            if figures is not None:  # or this segflow does not have it
+                methods[entry.name] = figures
+    if part.stage == "":
+        methods[EMPIRICAL] = empirical(part)
+    about: dict[str, Any] = {**_counts(part.measured)}
+    about["left_out"] = {what: _counts(part.left_out(what)[1]) for what in REMOVED}
+    about |= {"retrainings": digest(part.measured), "ceiling": ceiling(part.measured), "reference": REFERENCE}
+    return about | {"methods": methods}
 
 
-def _empirical(part: Part) -> dict[str, Any]:
-    """The estimator fitted to other retrainings: to the second bank, or to the first half of the subsets."""
-    if part.row.extra:
-        fitted = empirical_influence(*ground_truth(part.row, "extra", part.measurement), centred=True)
-        own = slice(None)
-    else:
-        half = len(part.subsets) // 2
-        fitted = empirical_influence(part.subsets[:half], part.measured[:half], centred=True)
-        own = slice(half, None)
-    found = linear_datamodeling_score(fitted, part.subsets[own], part.measured[own].mean(1))
-    note = {key: fitted.provenance[key] for key in ("subsets", "repetitions")}
-    return {"five": {"mean": found.mean, "low": found.low, "high": found.high}, "fitted_to": note}
+def _counts(measured: np.ndarray) -> dict[str, int]:
+    return {"subsets": len(measured), "repetitions": measured.shape[1]}
+
+
+def _figures(part: Part, entry: Entry, scored: Scored, reference: list[sf.Scores]) -> dict[str, Any] | None:
+    """A method's figures, or why it refuses; None where this segflow does not have it."""
+    try:
+        runs = scored(entry)
+    except sf.SegflowError as problem:
+        return {"refused": str(problem)}
+    if runs is None:
+        return None
+    figures = agreement(runs, part.subsets, part.measured)
+    if entry.name != REFERENCE:
+        figures |= over_reference(part, runs, reference)
+    if entry.name in SIZED:
+        figures["slopes"] = slopes(part, runs)
+    one, every = figures["one"]["mean"], figures["all"]["mean"]
+    print(f"  {entry.name}: one {one:.3f}, all {every:.3f}", flush=True)
+    return figures | ({"best_of": entry.best_of} if entry.best_of else {})
+
+
+def _runs_of(part: Part, reuse: bool, count: int, entry: Entry) -> list[sf.Scores] | None:
+    """A method's scores of each run; None where this segflow does not have it."""
+    runs = [scores_of(part, entry, seed, reuse) for seed in range(count)]
+    whole = [scores for scores in runs if scores is not None]
+    return whole if len(whole) == count else None
 
 
 def scores_of(part: Part, entry: Entry, seed: int, reuse: bool = False) -> sf.Scores | None:
@@ -194,10 +157,6 @@ def _score(part: Part, method: Any, seed: int, store: Path) -> sf.Scores:
     options: dict[str, Any] = {"stage": part.stage} if part.stage else {}
     groups = sf.Groups.singletons(len(trains[number]))
     return analyzer.score(groups, data, query, batch_size=256, **options)
-
-
-def _mean(runs: list[sf.Scores]) -> sf.Scores:
-    return replace(runs[0], values=torch.stack([scores.values for scores in runs]).mean(0), by_term={}, by_layer={})
 
 
 def clear_stale(store: Path, made_from: dict[str, str]) -> None:

@@ -7,7 +7,7 @@ projection.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import lru_cache
 from typing import Any
@@ -18,6 +18,7 @@ from torch import Tensor
 from ..errors import FactorError, StoreError
 from ..methods.operators import HEURISTIC_SHARE
 from ..methods.plan import (
+    CoupledFunction,
     Curvature,
     IterativeInverse,
     Operator,
@@ -25,10 +26,12 @@ from ..methods.plan import (
     Point,
     Preconditioner,
     ProjectedInverse,
+    SampledFisher,
     Spectral,
     Term,
     TraceShares,
     curvatures,
+    fishers,
     projected,
     spectral,
     trace_shares,
@@ -39,135 +42,28 @@ from ..stage.context import StageContext
 from ..stage.unit_identity import SAMPLING_KEYS, checkpoint_digest, training_identity
 from ..store.shared_store import StoredUnit
 from ..store.store import MadeFrom
-from ..training.segments import Weight, for_group
-from .kronecker import Eigenbasis, Gradients, KroneckerBlock, weighted_mean
+from .coupled import applied, metric_of, stored_coupled
+from .kronecker import Gradients
 from .layer_shares import capped_layers, check_shares, stored_shares, trace_shares_of
 from .lissa import lissa
 from .passes import BATCHING_ERROR
 from .preconditioner import PreconditionerBlock
 from .projection import join_layers, probes, split_layers
 from .second_moments import preconditioner_blocks
+from .stored_curvature import StoredCurvature
 from .unit_names import (
     at_point,
-    basis_unit,
-    eigenvalues_unit,
+    coupled_from,
+    coupled_unit,
     kernel_from,
     kernel_unit,
-    pool_from,
     preconditioner_from,
     shares_unit,
     statistics_unit,
 )
 
-_BLOCKS_SHARE = 8  # blocks stay in memory where they take no more than an eighth of the budget
-_ORTHONORMAL = 1e-3  # by so much Q^T Q x may differ from x, standard normal
 _INDEFINITE = 1e-3  # by so much of the largest an eigenvalue of a sum of squares may be below 0, for rounding
 _STATISTICS = ("gradients", "curvature")
-
-
-class StoredCurvature(Mapping[str, KroneckerBlock]):
-    """The fitted blocks of a curvature by layer, averaged over its points and read when asked for.
-
-    Every rank must ask for the same layers in the same order. Raises StoreError where the blocks were not fitted, or
-    were fitted to something else.
-
-    Args:
-        context: that of the curvature's stage.
-        train_from: `training_identity` of the stage's training data.
-        preconditioner: each layer's block of the preconditioner that the curvature is scaled with.
-
-    Attributes:
-        eigenvalue_units: the unit of each point's eigenvalues.
-        unit_names: of all units that the blocks are made of.
-        fits: whether all blocks together take no more than their share of the memory; if so they stay there.
-    """
-
-    def __init__(
-        self,
-        context: StageContext,
-        curvature: Curvature,
-        train_from: MadeFrom,
-        view: LossView,
-        preconditioner: Mapping[str, PreconditionerBlock] | None = None,
-    ):
-        self.view, self.curvature, self._preconditioner = view, curvature, preconditioner
-        made_from = pool_from(context, curvature, train_from, view)
-        points = curvature.points[:1] if curvature.kind == "kfac" else curvature.points
-        names = [eigenvalues_unit(context, curvature, point) for point in points]
-        bases = [] if curvature.kind == "diagonal" else [basis_unit(context, curvature)]
-        if curvature.kind == "diagonal":
-            made_from = {**train_from, "dtype": str(view.dtype)}
-        identities = [
-            made_from if curvature.kind == "kfac" else at_point(made_from, context, point) for point in points
-        ]
-        self.unit_names = [*bases, *names]
-        self._basis = context.store.open(bases[0], made_from, SAMPLING_KEYS) if bases else None
-        self.eigenvalue_units = [
-            context.store.open(name, identity, SAMPLING_KEYS) for name, identity in zip(names, identities, strict=True)
-        ]
-        self._weights: tuple[Weight, ...] = (1.0,) if curvature.kind == "kfac" else curvature.weights
-        self._parameter_groups = context.parameter_groups
-        numbers = sum(P * (O * O + I * I + O * I) for P, O, I in (layer.shape for layer in view.layers.values()))
-        self.fits = numbers * view.dtype.itemsize <= context.memory // _BLOCKS_SHARE
-        self._in_memory: dict[str, KroneckerBlock] = {}
-
-    def __getitem__(self, name: str) -> KroneckerBlock:
-        if name in self._in_memory:
-            return self._in_memory[name]
-        if name not in self.view.layers:
-            raise KeyError(name)
-        mean_POI = self._eigenvalues(name)
-        basis = None if self._basis is None else stored_basis(self._basis, name, self.view)
-        block = KroneckerBlock(basis, mean_POI)
-        if self.fits:
-            self._in_memory[name] = block
-        return block
-
-    def _eigenvalues(self, name: str) -> Tensor:
-        """A layer's eigenvalues [P, O, I]."""
-        shape, device = self.view.layers[name].shape, self.view.device
-        weights = for_group(self._weights, self._parameter_groups[name])
-        at_points = [unit.tensor(name, shape, device, "nonnegative") for unit in self.eigenvalue_units]
-        mean_POI = weighted_mean(at_points, weights)
-        if self._preconditioner is not None and self._basis is None:
-            mean_POI = mean_POI * self._preconditioner[name].exact_POI
-        return mean_POI
-
-    def traces(self) -> dict[str, float]:
-        """Each layer's trace, in float64; every rank must ask."""
-        return {name: self._eigenvalues(name).double().sum().item() for name in self.view.layers}
-
-    def __contains__(self, name: object) -> bool:
-        return name in self.view.layers
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.view.layers)
-
-    def __len__(self) -> int:
-        return len(self.view.layers)
-
-
-def stored_basis(unit: StoredUnit, name: str, view: LossView) -> Eigenbasis:
-    """One layer's eigenbasis, in the view's precision and on its device; StoreError unless it is orthonormal."""
-    P, O, I = view.layers[name].shape
-    inputs, outputs = (
-        _orthonormal(unit, f"{name}.{side}", (P, D, D), view).to(view.dtype)
-        for side, D in (("inputs", I), ("outputs", O))
-    )
-    return Eigenbasis(inputs, outputs)
-
-
-def _orthonormal(unit: StoredUnit, side: str, shape: tuple[int, int, int], view: LossView) -> Tensor:
-    vectors_PDD = unit.tensor(side, shape, view.device)
-    x_PDk = torch.randn(*shape[:2], 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(view.device)
-    exact_PDD = vectors_PDD.double()
-    off = (exact_PDD.mT @ (exact_PDD @ x_PDk) - x_PDk).abs().max().item()
-    if off > _ORTHONORMAL:
-        raise StoreError(
-            f"{unit.file.path if unit.file else 'eigenbasis'}: {side!r} holds vectors that are not orthonormal (off by "
-            f"{off:.2g}). {unit.file.advice if unit.file else ''}"
-        )
-    return vectors_PDD
 
 
 def checkpoint_statistics(context: StageContext, train_from: MadeFrom) -> Tensor:
@@ -324,7 +220,7 @@ class FittedFactors:
     def _by_contents(self, written: Any, part: Any) -> Any:
         """A part of an operator as it is written down, where its checkpoints are told by their contents."""
         context = self.contexts[getattr(part, "stage", -1)]
-        if isinstance(part, Curvature):
+        if isinstance(part, Curvature | SampledFisher):
             written |= {"points": [checkpoint_digest(context, point) for point in part.points]}
             if part.scaled is not None:
                 written["scaled"] = preconditioner_from(context, part.scaled)
@@ -361,12 +257,26 @@ class FittedFactors:
         by_layer = split_layers(solved_Qk.to(view.dtype), probes_of, projection)
         return {name: probe.gradients(by_layer[name]) for name, probe in probes_of.items()}
 
+    def coupled(self, operator: CoupledFunction, values: Gradients) -> Gradients:
+        """A function of the curvature of all layers together, applied to the gradients of queries."""
+        stage, fisher = operator.stage, operator.fisher
+        context, view = self.contexts[stage], self.loss_view(stage)
+        unit = context.store.open(
+            coupled_unit(context, fisher), coupled_from(context, fisher, self.train_from(stage), view), SAMPLING_KEYS
+        )
+        P = None if fisher.scaled is None else self.preconditioner(fisher.scaled)
+        groups = context.parameter_groups
+        metric = metric_of(view, fisher.rates, groups, P)
+        shifts = {name: operator.shift[groups[name]] for name in values}
+        return applied(operator.kind, values, shifts, metric, *stored_coupled(unit, view), context.memory)
+
     def unit_names(self, term: Term) -> tuple[str, ...]:
         """The names of the units that a term's operators are made of."""
         pools = dict.fromkeys(
             unit for curvature in curvatures((term,)) for unit in self.curvature(curvature).unit_names
         )
         kernels = (kernel_unit(self.contexts[inverse.stage], inverse) for inverse in projected((term,)))
+        pools |= {coupled_unit(self.contexts[fisher.stage], fisher): None for fisher in fishers((term,))}
         operators = spectral((term,))
         capped = (shares_unit(context) for context in self.contexts if capped_layers(context, operators))
         return (*pools, *kernels, *capped)

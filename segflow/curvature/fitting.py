@@ -15,7 +15,7 @@ import numpy as np
 from torch import Tensor
 
 from ..data.batches import Batch, Indices, evenly_spaced, in_order
-from ..data.streams import stream
+from ..data.streams import stream, stream_seed
 from ..errors import FactorError
 from ..methods.plan import (
     Curvature,
@@ -23,15 +23,18 @@ from ..methods.plan import (
     Preconditioner,
     ProjectedInverse,
     Projection,
+    SampledFisher,
 )
 from ..model.loss_view import LossView
+from ..model.tokens import Tokens
 from ..stage.context import StageContext
 from ..stage.unit_identity import sampling_identity, training_identity
 from ..store.files import Tensors
 from ..store.shared_store import UnitRecipe
 from ..store.store import MadeFrom
+from ..training.segments import for_group
 from .bases import Pool, pooled_eigenvectors, pooled_kfac
-from .fitted_factors import stored_basis
+from .coupled import coupled_tensors, metric_of, on_main, pseudo_gradients, sampled_at
 from .fitting_needs import Needs
 from .kronecker import Eigenbasis
 from .layer_shares import check_shares, measured_shares, shares_point
@@ -39,9 +42,12 @@ from .passes import corrected_eigenvalues, covariances, gradient_moments, projec
 from .preconditioner import PreconditionerBlock
 from .saved_moments import unsaved
 from .second_moments import preconditioner_blocks
+from .stored_curvature import stored_basis
 from .unit_names import (
     at_point,
     basis_unit,
+    coupled_from,
+    coupled_unit,
     covariance_unit,
     eigenvalues_unit,
     kernel_from,
@@ -122,6 +128,7 @@ class FactorFitter:
         for curvature in needs.curvatures:
             targets += self._curvature(curvature)
         targets += [self._kernel(inverse) for inverse in needs.kernels]
+        targets += [self._coupled(fisher) for fisher in needs.fishers]
         targets += [self._shares(needs.capped)] if needs.capped else []
         if needs.statistics:
             stage = self.context.stage
@@ -185,6 +192,12 @@ class FactorFitter:
         made_from = kernel_from(self.context, inverse, self.train_from, self.view, self.train)
         return self._add("kernel", kernel_unit(self.context, inverse), made_from, partial(self._make_kernel, inverse))
 
+    def _coupled(self, fisher: SampledFisher) -> str:
+        made_from = coupled_from(self.context, fisher, self.sampled_from, self.view)
+        moments = [self._moments(point) for point in self._unsaved(fisher.scaled)] if fisher.scaled else []
+        name, make = coupled_unit(self.context, fisher), partial(self._make_coupled, fisher)
+        return self._add("coupled", name, made_from, make, moments)
+
     def _statistics(self, point: Point) -> str:
         made_from = at_point(self.sampled_from, self.context, point)
         name = statistics_unit(self.context, point)
@@ -247,6 +260,26 @@ class FactorFitter:
         features = self.view if inverse.features == "train" else self.context.loss_view(inverse.features, self.train)
         view, data, where = self._pass(inverse.point, features, "projection", inverse.batch)
         return projected_kernel(view, data, inverse.projection, self.context.ranks, where, inverse.batch)
+
+    def _make_coupled(self, fisher: SampledFisher) -> Tensors:
+        """Each layer's tokens of the pseudo-gradients, `<layer>.a` and `.g`, and the spectrum of G^T M G; on rank 0."""
+        context, views = self.context, self.context.settings.views
+        chosen, draws = sampled_at(fisher, self.drawn, views)
+        tokens: dict[str, list[Tokens]] = {name: [] for name in self.view.layers}
+        for place, (point, examples) in enumerate(zip(fisher.points, chosen, strict=True)):
+            lists = [np.sort(examples)[part.start : part.stop] for part in in_order(len(examples), self.batch_size)]
+            weights_N, here = self._weights(point, examples), context.ranks.share(lists)
+            for draw in range(draws):
+                drawing = replace(self.sample, seed=stream_seed(self.sample.seed, "pseudo-labels", draw))
+                view, data, where = self._walked(point, drawing, "pseudo-gradients", here, weights_N, views)
+                for name, of_layer in pseudo_gradients(view, data, where, context.ranks).items():
+                    weight = for_group((fisher.weights[place],), context.parameter_groups[name])[0]
+                    factor = (weight / (draws * views * len(examples))) ** 0.5
+                    tokens[name] += on_main(of_layer, factor, context.ranks)
+        P = None if fisher.scaled is None else self.preconditioner(fisher.scaled)
+        where = ", ".join(context.where(point) for point in fisher.points)
+        metric = metric_of(self.view, fisher.rates, context.parameter_groups, P)
+        return coupled_tensors(tokens, metric, context.memory, where) if context.ranks.main else {}
 
     def _make_statistics(self, point: Point) -> Tensors:
         """Sketches of some examples' training gradients (`gradients`) and pseudo-gradients (`curvature`) by layer."""

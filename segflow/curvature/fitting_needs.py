@@ -11,7 +11,9 @@ from ..methods.plan import (
     Plan,
     Preconditioner,
     ProjectedInverse,
+    SampledFisher,
     curvatures,
+    fishers,
     preconditioners,
     projected,
     spectral,
@@ -32,6 +34,7 @@ class Needs(NamedTuple):
     curvatures: Sequence[Curvature] = ()
     preconditioners: Sequence[Preconditioner] = ()
     kernels: Sequence[ProjectedInverse] = ()
+    fishers: Sequence[SampledFisher] = ()
     capped: Sequence[str] = ()
     statistics: bool = False
 
@@ -42,11 +45,11 @@ def fitting_needs(contexts: Sequence[StageContext], plans: Iterable[Plan]) -> di
     contexts: of all stages.
     """
     terms = tuple(term for plan in plans for term in plan)
-    kinds: tuple[Sequence[Any], ...] = (curvatures(terms), preconditioners(terms), projected(terms))
+    kinds: tuple[Sequence[Any], ...] = (curvatures(terms), preconditioners(terms), projected(terms), fishers(terms))
     needs = {}
     for stage, context in enumerate(contexts):
-        blocks, scales, kernels = ([needed for needed in kind if needed.stage == stage] for kind in kinds)
-        of_stage = Needs(blocks, scales, kernels, sorted(capped_layers(context, spectral(terms))))
+        blocks, scales, kernels, coupled = ([needed for needed in kind if needed.stage == stage] for kind in kinds)
+        of_stage = Needs(blocks, scales, kernels, coupled, sorted(capped_layers(context, spectral(terms))))
         if any(of_stage):
             needs[stage] = of_stage
     return needs

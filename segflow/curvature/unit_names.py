@@ -10,6 +10,7 @@ Units in the store, each below its stage's prefix if there are several stages or
     moments/step-S                mean and mean square of training gradients, where second moments were not saved
     shares/step-S                 share of the examples that reach each layer, where batches left layers out
     kernel/NAME/step-S            second moment of projected per-example gradients
+    coupled/POOL                  pseudo-gradients' tokens, and the spectrum of their products
     statistics/step-S             what tells checkpoints apart, for automatic segments
 
 POOL is `steps-S-T` for the checkpoints of steps S and T of the stage, and `at-...` for other points. `-w...` is added
@@ -24,7 +25,7 @@ from typing import Any
 
 from ..data.code_identity import output_fingerprint
 from ..errors import TrajectoryError
-from ..methods.plan import Curvature, Point, Preconditioner, ProjectedInverse
+from ..methods.plan import Curvature, Point, Preconditioner, ProjectedInverse, SampledFisher
 from ..model.loss_view import LossView
 from ..stage.context import StageContext
 from ..stage.unit_identity import checkpoint_digest, point_name, read_and_probed, rounded, short
@@ -73,6 +74,16 @@ def kernel_unit(context: StageContext, inverse: ProjectedInverse) -> str:
     return f"{context.prefix}kernel/{name}/{point_name(context, inverse.point)}"
 
 
+def coupled_unit(context: StageContext, fisher: SampledFisher) -> str:
+    """The name of the unit of a sampled curvature of all layers together."""
+    return f"{context.prefix}coupled/{_pool(context, fisher)}-{fisher.most}"
+
+
+def coupled_from(context: StageContext, fisher: SampledFisher, train_from: MadeFrom, view: LossView) -> dict[str, Any]:
+    """What the unit of a sampled curvature is made of."""
+    return {**pool_from(context, fisher, train_from, view), "rates": list(fisher.rates), "most": fisher.most}
+
+
 def at_point(identity: MadeFrom, context: StageContext, point: Point) -> dict[str, Any]:
     """What a unit of one point is made of, given what the stage's units (or a pool's) are made of."""
     return {**identity, "checkpoint": checkpoint_digest(context, point)}
@@ -93,13 +104,15 @@ def kernel_from(
     return made
 
 
-def pool_from(context: StageContext, curvature: Curvature, train_from: MadeFrom, view: LossView) -> dict[str, Any]:
+def pool_from(
+    context: StageContext, curvature: Curvature | SampledFisher, train_from: MadeFrom, view: LossView
+) -> dict[str, Any]:
     """What a pool's units are made of."""
     made: dict[str, Any] = {**train_from, "dtype": str(view.dtype)}
     made["checkpoints"] = [checkpoint_digest(context, point) for point in curvature.points]
     if len(set(curvature.weights)) > 1:
         made["weights"] = list(curvature.weights)
-    if curvature.scaled is not None and curvature.kind != "diagonal":
+    if curvature.scaled is not None and not (isinstance(curvature, Curvature) and curvature.kind == "diagonal"):
         made["preconditioner"] = preconditioner_from(context, curvature.scaled)
     return made
 
@@ -137,7 +150,7 @@ def _batched(second_moment: Curvature | ProjectedInverse) -> str:
     return f"-batches-of-{second_moment.batch}" if second_moment.batch > 1 else ""
 
 
-def _pool(context: StageContext, curvature: Curvature) -> str:
+def _pool(context: StageContext, curvature: Curvature | SampledFisher) -> str:
     points = curvature.points
     if all(len(point.weights) == 1 and point.stage == context.stage for point in points):
         steps = [str(context.trajectory.steps[point.weights[0][0]]) for point in points]

@@ -3,10 +3,10 @@
 Ground truths: `random_subsets`, `retrain`, and `Bank`, which keeps what a `FunctionTraining` or a `BatchedTraining` of
 `Stage`s measured.
 
-Scores against retrainings that are there: `linear_datamodeling_score` and `linear_datamodeling_difference`,
-`noise_ceiling`, `empirical_influence`. Tasks that retrain what they need, each a `Table` of `Row`s with a random
-baseline: `linear_datamodeling_curve`, `retraining_score`, `dataset_pruning`, `removal_counterfactual`,
-`leave_one_group_out`.
+Scores against retrainings that are there: `linear_datamodeling_score` and `linear_datamodeling_difference` of their
+ranks, `slope_of_change` of their size, `noise_ceiling`, `empirical_influence`. Tasks that retrain what they need, each
+a `Table` of `Row`s with a random baseline: `linear_datamodeling_curve`, `retraining_score`, `dataset_pruning`,
+`removal_counterfactual`, `leave_one_group_out`.
 
 Wrong labels, without retraining: `noisy_label_detection`, `found_among_lowest`, `detection_auc`.
 """
@@ -16,13 +16,14 @@ from .counterfactual import removal_counterfactual
 from .datamodeling import (
     LinearDatamodelingDifference,
     LinearDatamodelingScore,
-    linear_datamodeling_curve,
     linear_datamodeling_difference,
     linear_datamodeling_score,
 )
+from .datamodeling_curve import linear_datamodeling_curve
 from .detection import Detection, detection_auc, found_among_lowest, noisy_label_detection
 from .empirical import empirical_influence
 from .leave_out import leave_one_group_out
+from .magnitude import slope_of_change
 from .noise import NoiseCeiling, noise_ceiling
 from .removal import dataset_pruning, removal_order, retraining_score
 from .retraining import (
@@ -64,4 +65,5 @@ __all__ = [
     "removal_order",
     "retrain",
     "retraining_score",
+    "slope_of_change",
 ]

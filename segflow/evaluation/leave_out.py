@@ -19,6 +19,7 @@ from ..groups.splitting import places_of
 from ..report.row import Row
 from ..report.table import Table
 from ..results.scores import Scores
+from ..results.slope import CALIBRATION
 from .intervals import correlation_interval
 from .retraining.reuse import RetrainingOptions, Retrainings
 from .retraining.training import Training
@@ -176,4 +177,7 @@ def _in_words(correlations: Mapping[str, Sequence[float] | None]) -> str:
 def _caution(runs: Sequence[Scores]) -> str:
     """What is to be known of predictions that are not the changes themselves."""
     centred = any(run.provenance.get("centred") for run in runs)
-    return "; predictions less their mean over all groups: compare their order, not their signs" if centred else ""
+    calibrated = any(CALIBRATION in run.provenance for run in runs)
+    return (
+        "; predictions less their mean over all groups: compare their order, not their signs" if centred else ""
+    ) + ("; predictions calibrated on retrainings" if calibrated else "")

@@ -14,6 +14,7 @@ from ..data.streams import stream
 from ..errors import ScoreError
 from ..results.same_groups import check_same_groups, check_single_examples
 from ..results.scores import Scores
+from ..results.slope import check_calibrated_alike
 from .ties import precision, summed
 
 RANDOM, PERFECT, CEILING = "random", "perfect ranking", "noise ceiling"  # baselines and bounds, beside the series
@@ -25,7 +26,8 @@ def named_runs(scores: Series) -> dict[str, list[Scores]]:
     """The runs of each series, by its name; a bare Scores is called by its method's name.
 
     Raises:
-        ScoreError: there are none, they are not about the same groups, or one has a baseline's name.
+        ScoreError: there are none, they are not about the same groups, one has a
+            baseline's name, or some runs of a series are calibrated and others are not.
     """
     if isinstance(scores, Scores):
         scores = {str(scores.provenance.get("method", "scores")): scores}
@@ -44,6 +46,7 @@ def named_runs(scores: Series) -> dict[str, list[Scores]]:
     for name, runs in series.items():
         if not runs or not all(isinstance(run, Scores) for run in runs):
             raise ScoreError(f"scores of {name!r}: expected segflow.Scores, or a sequence of at least one.")
+        check_calibrated_alike(name, (run.provenance for run in runs))
     check_same_groups((name, run) for name, runs in series.items() for run in runs)
     return series
 

@@ -31,6 +31,7 @@ from .gradients import GradientCosine, GradientDot, Hydra, RepresentationSimilar
 from .influence import InfluenceFunction, LiSSA
 from .method import AutomaticMethod, Method, final_point, stage_place
 from .plan import (
+    CoupledFunction,
     Curvature,
     IterativeInverse,
     Operator,
@@ -39,6 +40,7 @@ from .plan import (
     Preconditioner,
     ProjectedInverse,
     Projection,
+    SampledFisher,
     Scale,
     Spectral,
     Term,
@@ -51,6 +53,7 @@ from .source import Source
 __all__ = [
     "TRAK",
     "AutomaticMethod",
+    "CoupledFunction",
     "Curvature",
     "GradientCosine",
     "GradientDot",
@@ -67,6 +70,7 @@ __all__ = [
     "ProjectedInverse",
     "Projection",
     "RepresentationSimilarity",
+    "SampledFisher",
     "Scale",
     "Segmentation",
     "Source",

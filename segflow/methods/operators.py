@@ -11,7 +11,7 @@ from torch import Tensor
 from ..arguments import real_number, settle, whole_number
 from ..errors import MethodError, check_choice
 from .plan_numbers import all_of, checked_amounts
-from .points import Curvature, Point, Preconditioner, TraceShares, check_same_stage
+from .points import Curvature, Point, Preconditioner, SampledFisher, TraceShares, check_same_stage
 from .spectra import damped_inverse, decay, response, saturation
 
 HEURISTIC_SHARE = 0.1  # of a layer's mean eigenvalue; Grosse et al. 2023, arXiv 2308.03296
@@ -242,9 +242,43 @@ class IterativeInverse:
             settle(self, scale=real_number("scale", self.scale, MethodError, above=0, advice=advice))
 
 
+@dataclass(frozen=True, kw_only=True)
+class CoupledFunction:
+    """A segment's "response" or "decay" as a function of the curvature of all layers together.
+
+    Args:
+        stage: the fisher's.
+        shift: what weight decay adds, a sum over the segment's steps, one for each parameter group. One number for all
+            that move, and for a decay for all: what differs has no function in the span of the pseudo-gradients.
+
+    Raises:
+        MethodError: the kind is not known, the fisher is of another stage, or the shifts differ.
+    """
+
+    stage: int
+    kind: str
+    fisher: SampledFisher
+    shift: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        check_choice("kind", self.kind, ("response", "decay"), MethodError)
+        settle(self, stage=whole_number("stage", self.stage, MethodError, advice="It is a place, counted from 0."))
+        where = f"CoupledFunction(stage={self.stage}, kind={self.kind!r})"
+        check_same_stage(where, self.stage, fisher=self.fisher)
+        settle(self, shift=checked_amounts(where, "shift", self.shift, 0.0))
+        pairs = zip(self.shift, self.fisher.rates, strict=False)
+        counted = {shift for shift, rate in pairs if rate or self.kind == "decay"}
+        if len(counted) > 1:
+            raise MethodError(
+                f"{where}: weight decay adds {sorted(counted)} in the optimizer's parameter groups, and a function of "
+                "all layers together needs one number. Use curvature='ekfac', whose layers may differ, or train all "
+                "parameters with the same weight decay."
+            )
+
+
 @dataclass(frozen=True)
 class UnitNorm:
     """Brings each query gradient to norm 1, for cosines."""
 
 
-Operator = Spectral | Scale | ProjectedInverse | IterativeInverse | UnitNorm
+Operator = Spectral | Scale | ProjectedInverse | IterativeInverse | CoupledFunction | UnitNorm

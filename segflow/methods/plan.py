@@ -16,6 +16,7 @@ from ..arguments import settle, truth, whole_number
 from ..errors import MethodError, check_choice
 from ..training.segments import Weight
 from .operators import (
+    CoupledFunction,
     IterativeInverse,
     Operator,
     ProjectedInverse,
@@ -25,9 +26,10 @@ from .operators import (
     UnitNorm,
 )
 from .plan_numbers import all_of, checked_weights
-from .points import Curvature, Point, Preconditioner, TraceShares
+from .points import Curvature, Point, Preconditioner, SampledFisher, TraceShares
 
 __all__ = [
+    "CoupledFunction",
     "Curvature",
     "IterativeInverse",
     "Operator",
@@ -36,6 +38,7 @@ __all__ = [
     "Preconditioner",
     "ProjectedInverse",
     "Projection",
+    "SampledFisher",
     "Scale",
     "Spectral",
     "Term",
@@ -43,6 +46,7 @@ __all__ = [
     "UnitNorm",
     "adds_up",
     "curvatures",
+    "fishers",
     "preconditioners",
     "projected",
     "spectral",
@@ -179,7 +183,14 @@ def preconditioners(plan: Plan) -> list[Preconditioner]:
             used.append(operator.preconditioner)
         elif isinstance(operator, Spectral):
             used += [operator.shifted_by, operator.curvature.scaled if operator.curvature else None]
+        elif isinstance(operator, CoupledFunction):
+            used.append(operator.fisher.scaled)
     return list(dict.fromkeys(preconditioner for preconditioner in used if preconditioner is not None))
+
+
+def fishers(plan: Plan) -> list[SampledFisher]:
+    """The distinct curvatures of all layers together that a plan needs."""
+    return list(dict.fromkeys(op.fisher for term in plan for op in term.operators if isinstance(op, CoupledFunction)))
 
 
 def projected(plan: Plan) -> list[ProjectedInverse]:

@@ -7,17 +7,19 @@ from typing import Any, NamedTuple
 
 from ..errors import MethodError
 from .plan import (
-    Curvature,
+    CoupledFunction,
     IterativeInverse,
     Operator,
     Plan,
     Point,
     Preconditioner,
     ProjectedInverse,
-    Spectral,
     Term,
-    TraceShares,
 )
+from .points import Part
+
+_OPTIONAL = ("coupled", "ceilings")
+_BY_GROUP = ("amount", "shift", *_OPTIONAL)  # an operator's numbers, one for each parameter group
 
 
 class StageFacts(NamedTuple):
@@ -68,46 +70,43 @@ def _check_operator(where: str, operator: Operator, stage: int, stages: Sequence
     facts = stages[own]
     if isinstance(operator, ProjectedInverse | IterativeInverse):
         _check_point(where, operator.point, stages)
-        if facts.layers != stages[stage].layers:
-            raise MethodError(
-                f"{where} mixes the layers of stage {own}, {list(facts.layers)[:8]}, and the scores' are those of "
-                f"stage {stage}, {list(stages[stage].layers)[:8]}. Expected the same; give it stage={stage}."
-            )
-    for name in ("amount", "shift", "coupled", "ceilings") if isinstance(operator, Spectral) else ():
-        numbers = getattr(operator, name)
-        empty_is_none = name in ("coupled", "ceilings") and not numbers
-        if len(numbers) != facts.parameter_groups and not empty_is_none:
+    mixes = isinstance(operator, ProjectedInverse | IterativeInverse | CoupledFunction)
+    if mixes and facts.layers != stages[stage].layers:
+        raise MethodError(
+            f"{where} mixes the layers of stage {own}, {list(facts.layers)[:8]}, and the scores' are those of "
+            f"stage {stage}, {list(stages[stage].layers)[:8]}. Expected the same; give it stage={stage}."
+        )
+    for name, numbers in vars(operator).items():
+        if name in _BY_GROUP and len(numbers) != facts.parameter_groups and not (name in _OPTIONAL and not numbers):
             raise MethodError(_wrong_count(f"{where}: {name}", numbers, facts))
     for part in _parts(operator):
         _check_part(where, part, stages)
 
 
-def _parts(operator: Operator) -> Iterator[Curvature | Preconditioner | TraceShares]:
+def _parts(operator: Operator) -> Iterator[Part]:
     """The curvatures, preconditioners and shares that an operator names, also those within others."""
     waiting = list(vars(operator).values())
     for part in waiting:
-        if isinstance(part, Curvature | Preconditioner | TraceShares):
+        if isinstance(part, Part):
             yield part
             waiting.extend(vars(part).values())
 
 
-def _check_part(where: str, part: Curvature | Preconditioner | TraceShares, stages: Sequence[StageFacts]) -> None:
+def _check_part(where: str, part: Part, stages: Sequence[StageFacts]) -> None:
     """Raise MethodError unless a part of an operator is at points of the run, with numbers for its parameter groups."""
     facts, named = stages[part.stage], f"{where}: {type(part).__name__}"
-    if isinstance(part, TraceShares):
-        if len(part.rates) != facts.parameter_groups:
-            raise MethodError(_wrong_count(f"{named}: rates", part.rates, facts))
-        return
-    if isinstance(part, Curvature):
-        for point in part.points:
-            _check_point(named, point, stages)
-        _check_counts(f"{named}: weights", part.weights, facts)
-        return
-    _check_counts(f"{named}: weights", tuple(weight for _, weight in part.weights), facts)
-    if part.moved and len(part.moved) != facts.parameter_groups:
-        raise MethodError(_wrong_count(f"{named}: moved", part.moved, facts))
-    for index, _ in part.weights:
-        _check_point(named, Point.at(part.stage, index), stages)
+    points: Sequence[Point] = getattr(part, "points", ())
+    weights: Sequence[Any] = getattr(part, "weights", ())
+    if isinstance(part, Preconditioner):
+        points = [Point.at(part.stage, index) for index, _ in part.weights]
+        weights = [weight for _, weight in part.weights]
+    for point in points:
+        _check_point(named, point, stages)
+    _check_counts(f"{named}: weights", weights, facts)
+    for name in ("rates", "moved"):
+        numbers = getattr(part, name, ())
+        if len(numbers) != facts.parameter_groups and (numbers or name == "rates") and hasattr(part, name):
+            raise MethodError(_wrong_count(f"{named}: {name}", numbers, facts))
 
 
 def _check_point(where: str, point: Point, stages: Sequence[StageFacts]) -> None:

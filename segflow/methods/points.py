@@ -129,9 +129,42 @@ class TraceShares:
         settle(self, stage=stage, rates=checked_amounts(where, "rates", self.rates, 0.0), power=power)
 
 
-def check_same_stage(where: str, stage: int, **parts: Curvature | Preconditioner | TraceShares | None) -> None:
+@dataclass(frozen=True, kw_only=True)
+class SampledFisher:
+    """The curvature of all layers of a stage together, as the second moment of sampled pseudo-gradients.
+
+    Args:
+        stage, points, weights, scaled: as a Curvature's; P is exact, not its rank-one part.
+        rates: one for each parameter group.
+        most: pseudo-gradients of all points together; where there are more, examples are drawn.
+    """
+
+    stage: int
+    points: tuple[Point, ...]
+    weights: tuple[Weight, ...]
+    rates: tuple[float, ...]
+    scaled: Preconditioner | None = None
+    most: int = 7_500
+
+    def __post_init__(self) -> None:
+        stage = whole_number("stage", self.stage, MethodError, advice="It is a stage's place, counted from 0.")
+        where = f"SampledFisher(stage={stage})"
+        points = all_of(f"{where}: points", self.points, Point)
+        weights = checked_weights(where, self.weights, len(points))
+        rates = checked_amounts(where, "rates", self.rates, 0.0)
+        most = whole_number(f"{where}: most", self.most, MethodError, len(points))
+        check_same_stage(where, stage, scaled=self.scaled)
+        settle(self, stage=stage, points=points, weights=weights, rates=rates, most=most)
+
+
+Part = Curvature | Preconditioner | TraceShares | SampledFisher  # what operators name
+
+
+def check_same_stage(
+    where: str, stage: int, **parts: Curvature | Preconditioner | TraceShares | SampledFisher | None
+) -> None:
     """Raise MethodError, which says where, unless each part that is given is of its kind, and of the stage."""
-    kinds: dict[str, type] = {"curvature": Curvature, "trace_shares": TraceShares}
+    kinds: dict[str, type] = {"curvature": Curvature, "trace_shares": TraceShares, "fisher": SampledFisher}
     for name, part in parts.items():
         if part is None:
             continue

@@ -13,7 +13,19 @@ from ..arguments import plain, real_number, settle, truth, whole_number, whole_n
 from ..errors import MethodError, check_choice
 from ..training.segments import WEIGHTINGS, Segment, Segmentation, Weight, cut, segmentation
 from .method import Cuts, batch_of_fisher, ceilings, final_point, run_points, stage_place
-from .plan import Curvature, Operator, Plan, Point, Preconditioner, Scale, Spectral, Term, TraceShares
+from .plan import (
+    CoupledFunction,
+    Curvature,
+    Operator,
+    Plan,
+    Point,
+    Preconditioner,
+    SampledFisher,
+    Scale,
+    Spectral,
+    Term,
+    TraceShares,
+)
 
 if TYPE_CHECKING:
     from ..training.trajectory import Trajectory
@@ -50,6 +62,9 @@ class Source:
             as in the paper.
         shares_power: of the layers' shares; 2 brings sizes of predictions nearer to those of retraining on converged
             runs, and costs agreement on runs that stopped early (docs/FIDELITY.md).
+        curvature: "ekfac": a block for each layer. "coupled": for small studies, the function of the curvature of all
+            layers together, exactly in the span of up to 7,500 sampled pseudo-gradients (of drawn examples where
+            there would be more), with the exact P. It holds their tokens, and the square of their number.
         lr_steps_scale: how many of the run's steps count. Retraining a part of the data for the same epochs takes
             fewer steps: 0.5 suits halves of a run that stopped early.
 
@@ -68,12 +83,14 @@ class Source:
     query_points: str = "run"
     shares_power: float = 1.0
     lr_steps_scale: float = 1.0
+    curvature: str = "ekfac"
 
     def __post_init__(self) -> None:
         settle(self, fast=truth("fast", self.fast, MethodError), fisher_batch=batch_of_fisher(self.fisher_batch))
         check_choice("preconditioner", self.preconditioner, ("kronecker", "diagonal", "none"), MethodError)
         check_choice("checkpoint_weights", self.checkpoint_weights, WEIGHTINGS, MethodError)
         check_choice("layers", self.layers, ("coupled", "apart"), MethodError)
+        check_choice("curvature", self.curvature, ("ekfac", "coupled"), MethodError)
         check_choice("query_points", self.query_points, ("run", "final"), MethodError)
         settle(self, penalty=real_number("penalty", self.penalty, MethodError, 0))
         for name in ("shares_power", "lr_steps_scale"):
@@ -83,8 +100,22 @@ class Source:
                 f"shares_power={self.shares_power} with layers='apart', which have no shares, would be ignored. Leave "
                 "it out, or give layers='coupled'."
             )
+        if self.curvature == "coupled":
+            self._check_coupled()
         if not self.automatic:
             settle(self, segments=_count_or_cuts(plain(self.segments)))
+
+    def _check_coupled(self) -> None:
+        """Raise MethodError where another option would be ignored, or is the paper's alone."""
+        expected = {"layers": "coupled", "shares_power": 1, "fisher_batch": 1}
+        given = {name: getattr(self, name) for name, value in expected.items() if getattr(self, name) != value}
+        if self.preconditioner == "diagonal":
+            given["preconditioner"] = "diagonal"
+        if given:
+            raise MethodError(
+                f"curvature='coupled' with {given}: it takes all layers together, each example alone, and the exact P, "
+                "so these would be ignored. Leave them out, or use curvature='ekfac'."
+            )
 
     @property
     def automatic(self) -> bool:
@@ -168,6 +199,8 @@ class Source:
         self, trajectory: Trajectory, stage: int, segment: Segment
     ) -> tuple[tuple[Operator, ...], tuple[Operator, ...]]:
         """What a segment learns of a query, and what it forgets of it on the way back."""
+        if self.curvature == "coupled":
+            return self._of_all_layers(trajectory, stage, segment)
         plain = Curvature(stage, *self._points(stage, segment), batch=self.fisher_batch)
         capped = partial(Spectral, stage=stage, ceilings=ceilings(trajectory))
         function = partial(capped, amount=segment.lr_steps, shift=segment.decay_steps)
@@ -175,8 +208,7 @@ class Source:
             function = partial(function, curvature=plain, trace_shares=self._shares(plain, segment))
             return (function(kind="response"),), (function(kind="decay"),)
         beside_P, through_P = _divided(segment.decay_steps, trajectory.coupled)
-        moved = tuple(any(through) for through in zip(segment.lr_steps, through_P, strict=True))
-        P = Preconditioner(stage, tuple(zip(segment.checkpoints, segment.weights, strict=True)), moved)
+        P = _preconditioner(stage, segment, through_P)
         kind = "ekfac" if self.preconditioner == "kronecker" else "diagonal"
         scaled = replace(plain, kind=kind, scaled=P)
         shares = self._shares(scaled, segment)
@@ -191,6 +223,29 @@ class Source:
         per_rate = tuple(shift / rate if rate else 0.0 for shift, rate in zip(through_P, segment.lr_steps, strict=True))
         inverse = capped(kind="damped_inverse", curvature=plain, amount=heuristic, shift=per_rate, trace_shares=shares)
         return (function(kind="saturation"), inverse), (function(kind="decay"),)
+
+    def _of_all_layers(
+        self, trajectory: Trajectory, stage: int, segment: Segment
+    ) -> tuple[tuple[Operator, ...], tuple[Operator, ...]]:
+        """What a segment learns and forgets by the curvature of all layers together."""
+        _, through_P = _divided(segment.decay_steps, trajectory.coupled)
+        preconditioned = trajectory.preconditioned and self.preconditioner != "none"
+        if ceilings(trajectory) or (preconditioned and any(through_P)):
+            what = "weight decay that goes through Adam's P" if any(through_P) else "layers that batches left out"
+            raise MethodError(
+                f"curvature='coupled': the run has {what}, which only curvature='ekfac' can follow. Use that."
+            )
+        P = _preconditioner(stage, segment, through_P) if preconditioned else None
+        points, weights = self._points(stage, segment)
+        fisher = SampledFisher(stage=stage, points=points, weights=weights, rates=segment.lr_steps, scaled=P)
+        function = partial(CoupledFunction, stage=stage, fisher=fisher, shift=segment.decay_steps)
+        return (function(kind="response"),), (function(kind="decay"),)
+
+
+def _preconditioner(stage: int, segment: Segment, through_P: tuple[float, ...]) -> Preconditioner:
+    """A segment's P; through_P: what weight decay adds times it, in each parameter group."""
+    moved = tuple(any(through) for through in zip(segment.lr_steps, through_P, strict=True))
+    return Preconditioner(stage, tuple(zip(segment.checkpoints, segment.weights, strict=True)), moved)
 
 
 def _count_or_cuts(segments: object) -> int | tuple[int, ...]:

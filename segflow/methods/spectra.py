@@ -7,8 +7,13 @@ of the data's curvature. With weight decay w in every step, rate * sigma + shift
 
 from __future__ import annotations
 
+import math
+
+import numpy as np
 import torch
 from torch import Tensor
+
+_NODES, _SMALL = 24, 0.1  # of the rule; below which eigenvalue it is used, where differences would cancel
 
 
 def decay(sigma: Tensor, rate: float, shift: Tensor | float = 0.0) -> Tensor:
@@ -33,6 +38,37 @@ def response(sigma: Tensor, rate: float, shift: Tensor | float = 0.0) -> Tensor:
     s = rate * sigma + shift
     safe = torch.where(s == 0, torch.ones_like(s), s)
     return torch.where(s == 0, torch.full_like(s, rate), rate * (-torch.expm1(-safe) / safe))
+
+
+def decay_quotient(sigma: Tensor, shift: float = 0.0) -> Tensor:
+    """(decay(sigma) - decay(0)) / sigma at rate 1, and its limit at sigma = 0, without cancellation.
+
+    What a function of G G^T adds to the function of 0, in the span of G's columns, is made of such quotients.
+
+    Example:
+        >>> decay_quotient(torch.tensor([0.0, 1.0]))
+        tensor([-1.0000, -0.6321])
+    """
+    return -math.exp(-shift) * response(sigma, 1.0)
+
+
+def response_quotient(sigma: Tensor, shift: float = 0.0) -> Tensor:
+    """(response(sigma) - response(0)) / sigma at rate 1, and its limit at sigma = 0, without cancellation.
+
+    It is minus the integral over t in [0, 1] of t exp(-t shift) (1 - exp(-t sigma)) / (t sigma): for small sigma by
+    Gauss and Legendre's rule.
+
+    Example:
+        >>> response_quotient(torch.tensor([0.0, 1.0]))
+        tensor([-0.5000, -0.3679])
+    """
+    nodes, weights = (torch.as_tensor(part).to(sigma) for part in np.polynomial.legendre.leggauss(_NODES))
+    t = (nodes + 1) / 2
+    small = sigma.clamp_max(_SMALL)[..., None]
+    integral = (weights / 2 * t * torch.exp(-t * shift) * response(t * small, 1.0)).sum(-1)
+    at_zero = response(torch.zeros_like(sigma), 1.0, shift)
+    safe = sigma.clamp_min(_SMALL)
+    return torch.where(sigma < _SMALL, -integral, (response(safe, 1.0, shift) - at_zero) / safe)
 
 
 def saturation(sigma: Tensor, rate: float, shift: Tensor | float = 0.0) -> Tensor:

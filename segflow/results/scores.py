@@ -21,6 +21,7 @@ from ..groups.groups import Groups, membership_digest
 from ..groups.nesting import parents
 from ..store.json_form import fitting, parse_json
 from .sealed import as_bytes, read_sealed, write_sealed
+from .slope import CALIBRATION, HasSlope, Slope, slope_for
 
 FORMAT = 1
 GROUP_DIGEST = "group_digest"  # in the provenance: `Groups.digest` of the groups that were scored
@@ -190,6 +191,31 @@ class Scores:
                 GROUP_DIGEST: coarse.digest,
             },
             spread=_spread(mapped["by_run"]),
+        )
+
+    def calibrated(self, by: Slope | HasSlope) -> Scores:
+        """All values, parts and spreads times the slope of real changes on predicted ones; the provenance tells it.
+
+        It holds for removals of about the size that was retrained; the slope's error is not in `spread`.
+
+        by: a `segflow.evaluation.Bank`, whose slope is fitted to these scores; or the `Slope` of others like them.
+
+        Raises:
+            ScoreError: the scores are calibrated already or do not add up, or the slope is of other scores or not
+                known to be positive; and as the bank's `slope`.
+
+        Example:
+            >>> scores = Scores(torch.tensor([[1.0, 4.0]]), ("q",), ("a", "b"), (1, 1))
+            >>> scores.calibrated(Slope(0.5, 0.4, 0.6, subsets=20, repetitions=1, queries=50)).values
+            tensor([[0.5000, 2.0000]])
+        """
+        check_additive(self.provenance, "calibrated")
+        slope = slope_for(self, self.provenance, by)
+        return replace(
+            self,
+            **self._mapped(lambda part: part * slope.value),
+            provenance={**self.provenance, CALIBRATION: slope.described()},
+            spread=None if self.spread is None else self.spread * slope.value,
         )
 
     @property

@@ -11,9 +11,18 @@ from typing import NamedTuple
 
 import torch
 
-from ..curvature.fitted_factors import StoredCurvature
 from ..curvature.kronecker import Eigenbasis
-from ..methods.plan import Curvature, IterativeInverse, Operator, Plan, ProjectedInverse, Scale, Spectral
+from ..curvature.stored_curvature import StoredCurvature
+from ..methods.plan import (
+    CoupledFunction,
+    Curvature,
+    IterativeInverse,
+    Operator,
+    Plan,
+    ProjectedInverse,
+    Scale,
+    Spectral,
+)
 from ..model.loss_view import LossView
 from ..runtime.ranks import Ranks
 from .outer_products import OuterProducts, Stack, Stacks, fewer_factored, formed, together
@@ -109,7 +118,7 @@ def _stays_outer(operators: Sequence[Operator], fits: bool) -> bool:
     basis: Curvature | None = None
     scaled = False
     for operator in operators:
-        if isinstance(operator, ProjectedInverse | IterativeInverse):
+        if isinstance(operator, ProjectedInverse | IterativeInverse | CoupledFunction):
             return False
         if isinstance(operator, Scale) or (isinstance(operator, Spectral) and operator.curvature is not None):
             wanted = None if isinstance(operator, Scale) else basis_of(operator.curvature)

@@ -15,6 +15,7 @@ from ..groups.groups import Groups
 from ..methods.method import Cuts, Method, describe, is_additive, prefixed
 from ..methods.plan import Plan, Point, preconditioners
 from ..results.scores import GROUP_DIGEST, Scores
+from ..results.slope import CALIBRATION
 from ..stage.context import StageContext
 from ..version import __version__
 from .query_sets import QuerySet
@@ -121,7 +122,7 @@ def _provenance(
             {first.contexts[place].trajectory.stage: cut.explained() for place, cut in (run.cuts or {}).items()}
             for run in runs
         ]
-    return prefixed(describe(method), provenance) | provenance
+    return prefixed(describe(method), {*provenance, CALIBRATION}) | provenance
 
 
 def _training_options(task: Any) -> dict[str, str]:

@@ -18,6 +18,7 @@ from torch import Tensor
 from ..curvature.fitted_factors import FittedFactors
 from ..curvature.kronecker import Eigenbasis
 from ..methods.plan import (
+    CoupledFunction,
     Curvature,
     Operator,
     Plan,
@@ -144,6 +145,12 @@ class QueryOperators:
         """An operator on queries that are in its basis."""
         values = {name: formed(value) for name, value in before.values.items()}
         return replace(before, values=dict(self.fitted.inverse(operator, values)))
+
+    @_apply.register
+    def _(self, operator: CoupledFunction, before: Queries) -> Queries:
+        """A function of the curvature of all layers together."""
+        values = {name: formed(value) for name, value in before.values.items()}
+        return replace(before, values=dict(self.fitted.coupled(operator, values)))
 
     @_apply.register
     def _(self, operator: Spectral, before: Queries) -> Queries:

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..errors import MethodError, TrajectoryError
 from ..methods.method import Cuts, Method, is_automatic
-from ..methods.plan import Plan, spectral
+from ..methods.plan import Plan, fishers, spectral
 from ..methods.plan_check import StageFacts, check_plan
 from .context import StageContext
 
@@ -43,9 +43,12 @@ def plan_for(method: Method, contexts: Sequence[StageContext], place: int, cuts:
 
 def check_rates(contexts: Sequence[StageContext], plan: Plan) -> None:
     """Raise TrajectoryError if a plan needs rates of layers whose optimizer has none that are known, naming them."""
-    for operator in spectral(plan):
-        context = contexts[operator.stage]
-        needed = [numbers for numbers in (operator.amount, operator.shift, operator.coupled) if numbers]
+    of_operators: list[tuple[int, tuple[tuple[float | None, ...], ...]]]
+    of_operators = [(op.stage, (op.amount, op.shift, op.coupled)) for op in spectral(plan)]
+    of_operators += [(fisher.stage, (fisher.rates,)) for fisher in fishers(plan)]
+    for stage, numbers_of in of_operators:
+        context = contexts[stage]
+        needed = [numbers for numbers in numbers_of if numbers]
         unknown = {
             parameter: context.trajectory.kinds[group]
             for name, group in context.parameter_groups.items()

@@ -7,19 +7,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from benchmarks.fidelity.methods import METHODS, REFERENCE
-from benchmarks.fidelity.table import free, results, shown_methods, title
+from benchmarks.fidelity.blocks import Block, results
+from benchmarks.fidelity.blocks import blocks as fidelity_blocks
+from benchmarks.fidelity.methods import BEST, EKFAC, REFERENCE, TRACIN
 from benchmarks.groups.settings import GROUPINGS, SETTINGS
 from benchmarks.result_files import FOLDER, read_result
 
 ROOT = FOLDER.parents[1]
 Predicate = Callable[[], bool]
-BEST = next(entry.best_of for entry in METHODS if entry.best_of)
-EKFAC, FAST = "influence function (EK-FAC)", "Fast-SOURCE, 1 segment"
 ADAMW = [
     f"digits-adamw-{name}" for name in ("converged-clean", "early-clean", "converged-relabelled", "early-relabelled")
 ]
@@ -27,8 +26,6 @@ SGD = [name.replace("adamw", "sgd") for name in ADAMW]
 DIGITS = [*ADAMW, *SGD]
 CONVERGED = [name for name in DIGITS if "converged" in name]
 EARLY = [name for name in DIGITS if "early" in name]
-TWO_STAGE = [f"rotated-mnist-two-stage, {stage} data" for stage in ("pretrain", "finetune")]
-HYBRIDS = [f"SOURCE, {count}, diagonal preconditioner" for count in ("1 segment", "3 segments")]
 CREDIT = ("credit-lr", "credit-mlp-50-50", "credit-mlp-200-50")
 DETECTION = (*CREDIT, "mnist", "cifar10", "polarity")
 STUDIED = ("SOURCE", "TracIn")  # the methods by which examples are removed
@@ -37,39 +34,14 @@ STUDIED = ("SOURCE", "TracIn")  # the methods by which examples are removed
 
 
 @cache
-def blocks() -> Mapping[str, Any]:
+def blocks() -> Mapping[str, Block]:
     """{title: a block of docs/FIDELITY.md}."""
-    return {title(row["row"], stage): part for row in results() for stage, part in row["parts"].items()}
-
-
-@cache
-def methods(block: str) -> Mapping[str, Any]:
-    return {name: found for name, found in shown_methods(blocks()[block]).items() if "refused" not in found}
+    return {block.title: block for block in fidelity_blocks()}
 
 
 def lds(block: str, method: str, kind: str = "one") -> float:
-    return float(methods(block)[method][kind]["mean"])
-
-
-def over(block: str, method: str) -> tuple[float, float]:
-    """The interval of the paired difference from SOURCE, over five runs."""
-    found = methods(block)[method]["over_reference"]
-    assert found["low"] is not None, f"{block}, {method}: no interval is given"
-    return found["low"], found["high"]
-
-
-def level(block: str, method: str) -> bool:
-    low, high = over(block, method)
-    return low <= 0 <= high
-
-
-def behind_source(block: str, method: str, kind: str = "one") -> bool:
-    return lds(block, REFERENCE, kind) > lds(block, method, kind)
-
-
-def best(block: str, kind: str = "one") -> str:
-    """The best of the methods that a user can choose."""
-    return max((name for name in methods(block) if free(name)), key=lambda name: lds(block, name, kind))
+    """Of one run, or of "all"; SOURCE's is that of its default when the row was made."""
+    return float(blocks()[block].method(method)[kind]["mean"])
 
 
 @cache
@@ -119,22 +91,13 @@ def demo() -> Any:
 # ---- docs/FIDELITY.md ----
 
 
-def _ahead_on_all_adamw_rows() -> bool:
-    return all(behind_source(row, method) for row in ADAMW for method in (*HYBRIDS, BEST))
-
-
 def _lissa() -> bool:
-    there = [row for row in CONVERGED if "LiSSA" in methods(row)]
+    there = [row for row in CONVERGED if "LiSSA" in blocks()[row].methods]
     return len(there) == 3 and all(lds(row, "LiSSA") > lds(row, BEST) for row in there)
 
 
-def _worst_of_the_family(row: str) -> bool:
-    family = [name for name in methods(row) if "SOURCE" in name and "preconditioner" not in name]
-    return min(family, key=partial(lds, row)) == FAST
-
-
 def _runs_help(row: str) -> bool:
-    gain = {name: lds(row, name, "five") - lds(row, name) for name in (EKFAC, REFERENCE)}
+    gain = {name: lds(row, name, "all") - lds(row, name) for name in (EKFAC, REFERENCE)}
     return gain[EKFAC] > gain[REFERENCE]
 
 
@@ -144,83 +107,28 @@ _EXPLORED_EARLY = "digits-sgd-early-clean"
 
 FIDELITY: list[tuple[str, Predicate]] = [
     (
-        "is ahead of the paper's diagonal hybrid and of the best-damped influence function on all four rows for one",
-        _ahead_on_all_adamw_rows,
-    ),
-    (
-        "The hybrid is given with the number of segments that suits it better",
-        lambda: (
-            lds(ADAMW[0], HYBRIDS[0]) > lds(ADAMW[0], HYBRIDS[1])
-            and all(lds(row, HYBRIDS[1]) > lds(row, HYBRIDS[0]) for row in ADAMW[1:])
-        ),
-    ),
-    (
-        "Averaged over five runs the hybrid is level on the converged row with clean labels",
-        lambda: level(ADAMW[0], HYBRIDS[0]),
-    ),
-    (
-        "and the best-damped influence function on both relabelled rows",
-        lambda: all(level(row, BEST) for row in ADAMW if "relabelled" in row),
-    ),
-    (
-        "ahead of the best-damped influence function with clean labels",
-        lambda: all(over(row, BEST)[1] < 0 for row in ("digits-sgd-converged-clean", "fashion-mnist")),
-    ),
-    (
-        "With wrong labels SOURCE is slightly ahead for one run",
-        lambda: 0 < lds(SGD[2], REFERENCE) - lds(SGD[2], BEST) < 0.02,
-    ),
-    ("and behind for five", lambda: over(SGD[2], BEST)[0] > 0),
-    (
-        "SOURCE, TracIn, Hydra and gradient products come close to the ceiling",
+        "TracIn, Hydra and gradient products come close to the ceiling",
         lambda: all(
-            blocks()[row]["ceiling"]["mean"] - lds(row, method) < 0.1
+            blocks()[row].part["ceiling"]["mean"] - lds(row, method) < 0.1
             for row in EARLY
-            for method in (REFERENCE, "TracIn", "Hydra", "gradient dot product")
+            for method in (TRACIN, "Hydra", "gradient dot product")
         ),
     ),
     (
         "influence functions without a damping that suits, and projections, do not",
         lambda: all(
-            blocks()[row]["ceiling"]["mean"] - lds(row, method) > 0.2
+            blocks()[row].part["ceiling"]["mean"] - lds(row, method) > 0.2
             for row in EARLY
             for method in (EKFAC, "TRAK", "TRAK, damped", "projected Fisher")
         ),
     ),
-    ("Under AdamW SOURCE is level with TracIn", lambda: all(level(row, "TracIn") for row in EARLY if "adamw" in row)),
-    ("and ahead of the best damping with clean labels", lambda: over("digits-adamw-early-clean", BEST)[1] < 0),
-    (
-        "Under SGD TracIn is ahead",
-        lambda: all(
-            lds(row, "TracIn") > lds(row, REFERENCE) and over(row, "TracIn")[0] >= 0 for row in EARLY if "sgd" in row
-        ),
-    ),
-    (
-        "SOURCE is far ahead for the first stage's data",
-        lambda: all(
-            over(TWO_STAGE[0], name)[1] < 0 and lds(TWO_STAGE[0], REFERENCE) > 2 * lds(TWO_STAGE[0], name)
-            for name in (BEST, "TracIn")
-        ),
-    ),
-    ("and ahead for the second's", lambda: all(over(TWO_STAGE[1], name)[1] < 0 for name in (BEST, "TracIn"))),
-    (
-        "**Concrete:** influence functions are ahead",
-        lambda: all(lds(row, EKFAC) > lds(row, REFERENCE) for row in ("concrete", "concrete-noisy")),
-    ),
-    ("Over five runs they are level on the clean targets", lambda: level("concrete", EKFAC)),
-    ("and ahead on the noisy ones", lambda: over("concrete-noisy", EKFAC)[0] > 0),
     (
         "better than any damping of EK-FAC on the three rows of digits that converged on which it did not diverge",
         _lissa,
     ),
-    ("and the best of all on the relabelled AdamW row for five runs", lambda: best(ADAMW[2], "five") == "LiSSA"),
-    (
-        "clean labels five averaged runs of the best damping pass it",
-        lambda: lds(ADAMW[0], BEST, "five") > lds(ADAMW[0], "LiSSA", "five"),
-    ),
     (
         "damping it helps on every row",
-        lambda: all(lds(row, "TRAK, damped") > lds(row, "TRAK") for row in blocks() if "TRAK" in methods(row)),
+        lambda: all(lds(row, "TRAK, damped") > lds(row, "TRAK") for row in blocks() if "TRAK" in blocks()[row].methods),
     ),
     (
         "its sign is the opposite of a predicted change on all rows of digits",
@@ -278,16 +186,7 @@ FIDELITY: list[tuple[str, Predicate]] = [
             and all(explored(row)["each checkpoint's own P"] - explored(row)[_ONE] < 0.03 for row in ADAMW)
         ),
     ),
-    (
-        "the best of all on digits that converged with clean labels",
-        lambda: all(best(row) == FAST for row in CONVERGED if "clean" in row),
-    ),
-    (
-        "and the worst of the SOURCE family (with the Kronecker preconditioner) on relabelled ones",
-        lambda: all(_worst_of_the_family(row) for row in CONVERGED if "relabelled" in row),
-    ),
     ("helps influence functions more than SOURCE** on the digits", lambda: all(_runs_help(row) for row in DIGITS)),
-    ("five influence functions are ahead of five SOURCEs", lambda: over(SGD[2], EKFAC)[0] > 0),
 ]
 
 # ---- docs/GROUPS.md ----

@@ -241,7 +241,7 @@ LDS_FAULTS: dict[str, tuple[tuple[Any, Any, Any], dict[str, Any], str]] = {
     ),
     "rows": ((VALUES, SUBSETS, MEASURED[:5]), {}, r"measurements \(5, 2\): expected \[M, 4\] and \[M, 2\]"),
     "repetitions": ((VALUES, SUBSETS, MEASURED[:, None]), {}, r"measurements \(6, 1, 2\)"),
-    "few": ((VALUES, SUBSETS[:2], MEASURED[:2]), {}, "2 subsets: expected at least 3 to rank"),
+    "few": ((VALUES, SUBSETS[:2], MEASURED[:2]), {}, "2 subsets: expected at least 3 to compare"),
     "nan": ((VALUES, SUBSETS, NAN), {}, r"not finite\. Look for a retraining that diverged"),
     "infinite": ((VALUES * np.inf, SUBSETS, MEASURED), {}, "not finite"),
     "numbers": ((VALUES, 3.0 * SUBSETS, MEASURED), {}, r"other numbers than 0 and 1.*Expected \[M, K\] booleans"),
@@ -250,7 +250,7 @@ LDS_FAULTS: dict[str, tuple[tuple[Any, Any, Any], dict[str, Any], str]] = {
     "one or the other": (
         (VALUES * [[1], [0]], SUBSETS, MEASURED * [0, 1]),
         {},
-        r"the measurement is the same for every subset.*the other queries \(1\) have none either",
+        r"the measurement is the same for every subset.*the other queries \(1\) do not vary either",
     ),
     "same subsets": ((VALUES, SUBSETS[[0] * 6], MEASURED), {}, "the predicted change is the same for every subset"),
     "confidence": (

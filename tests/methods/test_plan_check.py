@@ -284,6 +284,7 @@ class Options(Own):
     batch_size: int = 1
     ranks: int = 5
     groups: str = "mine"
+    calibration: str = "none"
 
 
 def test_options_that_are_called_as_other_facts_are_hide_none_and_are_kept(
@@ -293,6 +294,7 @@ def test_options_that_are_called_as_other_facts_are_hide_none_and_are_kept(
     found = analyzer.score(sf.Groups.singletons(8), vectors(8), vectors(2)).provenance
     assert (found["method"], found["seed"], found["method_seed"], found["batch_size"]) == ("Options", 2, 7, 1)
     assert found["terms"] == {"final": [20]} and found["method_terms"] == 3
+    assert found["method_calibration"] == "none"  # not what calibrated scores say
     kept = analyzer_of(mlp(), trajectory, tmp_path / "trak", method=sf.TRAK(4, 0.1, seed=5))
     kept.fit(vectors(8))
     scores = kept.score(sf.Groups.singletons(8), vectors(8), vectors(2))

@@ -19,11 +19,16 @@ import torch
 from ...arguments import settle, truth, whole_number, whole_numbers
 from ...data.fingerprints import digest
 from ...errors import ScoreError
+from ...results.same_groups import check_single_examples
+from ...results.scores import Scores
 from ...results.sealed import as_bytes, read_sealed, write_sealed
+from ...results.slope import Slope
 from ...runtime.progress import track
 from ...runtime.ranks import current
 from ...store.comparison import agree, difference
 from ...store.files import TensorFile, read_json, write_json, write_tensors
+from ..magnitude import slope_of_change
+from ..predicted import FEWEST_SUBSETS
 from ..subsets import as_subsets
 from .pool import Job, JobError
 from .seeds import training_seeds
@@ -171,6 +176,44 @@ class Bank:
             repetition, subset = pairs[0]
             write_sealed(self._path / f"measured-{repetition:03d}-{subset:06d}.safetensors", tensors)
 
+    def slope(self, scores: Scores, measurement: int | None = None) -> Slope:
+        """The slope of real changes on those that scores predict, over the subsets that are trained to the end.
+
+        Nothing is trained: subsets of which a repetition is missing do not count. See `slope_of_change`.
+
+        Args:
+            scores: over the examples (or groups) that the subsets are about, with a row for each query measured.
+            measurement: which row, where the training measures several of each query [P, Q].
+
+        Raises:
+            ScoreError: the folder holds something else, fewer than three subsets are complete, the training measures
+                several and none was chosen, or the scores do not fit.
+
+        Example:
+            >>> import tempfile
+            >>> from segflow.evaluation import FunctionTraining
+            >>> training = FunctionTraining(lambda kept, seed: [3.0 * kept.sum()], {"sum": "of indices"}, processes=1)
+            >>> subsets = np.array([[1, 0, 1], [0, 1, 1], [1, 1, 0]], dtype=bool)
+            >>> bank = Bank(tempfile.mkdtemp(), training, subsets, repetitions=1)
+            >>> _ = bank.run(progress=False)
+            >>> scores = Scores(torch.tensor([[0.0, -1.0, -2.0]]), ("q",), ("a", "b", "c"), (1, 1, 1))
+            >>> bank.slope(scores).value
+            3.0
+        """
+        chosen = None if measurement is None else whole_number("measurement", measurement, ScoreError)
+        if (examples := getattr(self.training, "examples", None)) is not None:
+            check_single_examples(scores, f"slope: scores for a bank of subsets of {examples} examples")
+        committed = _committed(self._path, self._bound(self.fingerprint))
+        missing = {m for _, m in self._missing(committed)}
+        complete = [m for m in range(len(self.subsets)) if m not in missing]
+        if len(complete) < FEWEST_SUBSETS:
+            raise ScoreError(
+                f"{self._path}: {len(complete)} of {len(self.subsets)} subsets have all {self.repetitions} "
+                f"repetitions, expected {FEWEST_SUBSETS} or more. Run the bank, or open it with fewer repetitions."
+            )
+        measured = _collected(committed, complete, self.repetitions, self._path)
+        return slope_of_change(scores, self.subsets[complete], one_measurement(measured, chosen))
+
     def check(self) -> None:
         """Raise ScoreError if the folder holds a bank of something else."""
         self._bound(self.fingerprint)
@@ -204,6 +247,17 @@ def read_bank(folder: str | os.PathLike[str]) -> tuple[np.ndarray, np.ndarray]:
     while all((repetitions, m) in committed for m in range(len(subsets))):
         repetitions += 1
     return subsets, _collected(committed, range(len(subsets)), max(repetitions, 1), path)
+
+
+def one_measurement(measured: np.ndarray, chosen: int | None) -> np.ndarray:
+    """[M, R, Q]: the measurement chosen of [M, R, P, Q], or the only one; ScoreError if it is not there."""
+    rows_MRPQ = measured if measured.ndim == 4 else measured[:, :, None]
+    count = rows_MRPQ.shape[2]
+    place = 0 if chosen is None and count == 1 else chosen
+    if place is None or not 0 <= place < count:
+        raise ScoreError(f"measurement={chosen}: the training has {count} for each query. Choose one, counted from 0.")
+    of_one: np.ndarray = rows_MRPQ[:, :, place]
+    return of_one
 
 
 def _described(subsets: np.ndarray) -> str:

@@ -17,7 +17,7 @@ import numpy as np
 from ...arguments import settle, truth, whole_number
 from ...data.fingerprints import digest
 from ...errors import ScoreError
-from .bank import Bank, read_subsets
+from .bank import Bank, one_measurement, read_subsets
 from .pool import Job
 from .training import Training, check_is_training
 
@@ -85,7 +85,7 @@ class Retrainings:
         for bank in banks:
             wanted = {key: held[key][1] for key in keys if held[key][0] is bank}
             if wanted:
-                of_bank = self._chosen(bank.run(self.progress, list(wanted.values())))
+                of_bank = one_measurement(bank.run(self.progress, list(wanted.values())), self.measurement)
                 measured |= dict(zip(wanted, of_bank, strict=True))
         in_order: np.ndarray = np.stack([measured[key] for key in keys])[places.reshape(-1)]
         return in_order
@@ -120,16 +120,6 @@ class Retrainings:
 
     def _bank(self, path: Path, subsets: np.ndarray, repetitions: int) -> Bank:
         return Bank(path, self._described, subsets, repetitions, self.seed)
-
-    def _chosen(self, measured: np.ndarray) -> np.ndarray:
-        """[M, R, Q]: the measurement that was asked for."""
-        rows_MRPQ = measured if measured.ndim == 4 else measured[:, :, None]
-        if not 0 <= self.measurement < rows_MRPQ.shape[2]:
-            raise ScoreError(
-                f"measurement={self.measurement}: the training has {rows_MRPQ.shape[2]} for each query. Choose one, "
-                "counted from 0."
-            )
-        return rows_MRPQ[:, :, self.measurement]
 
 
 @dataclass(frozen=True)
