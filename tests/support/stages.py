@@ -414,7 +414,7 @@ class Course:
         return oracles.trace_shares(traces, {name: sum(self.stages[place].rates(name)) for name in LAYERS})[layer]
 
     def hybrid(self, place: int, method: sf.Source) -> bool:
-        """Whether a stage has the hybrid (SOURCE App. C): a diagonal H in the exponential, damped EK-FAC in the inverse."""
+        """Whether a stage has the hybrid (SOURCE App. C): a diagonal exponential, and damped EK-FAC in the inverse."""
         return method.preconditioner == "diagonal" and self.stages[place].recipe.preconditioned
 
     def pool(self, place: int, fast: bool) -> tuple[Sequence[Any], Sequence[float]]:
