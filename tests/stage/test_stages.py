@@ -142,6 +142,28 @@ def test_stages_have_tasks_and_layers_of_their_own_and_what_a_stage_did_not_trai
     assert set(frozen.after(first).stages[1].parameter_groups) == {"4.weight", "4.bias"}
 
 
+@pytest.mark.parametrize("segments", [1, 2])
+def test_a_layer_that_a_stage_did_not_train_is_scored_as_one_that_it_trained_at_a_rate_of_0(
+    tmp_path: Path, segments: int
+) -> None:
+    """It has no share of the correction that the stage's coupled layers make, and does not decay there."""
+    first, second = _two_stages(tmp_path)
+    groups = {name: int(name.startswith("4.")) for name, _ in mlp().named_parameters()}
+    head, at_0 = {name: 0 for name, group in groups.items() if group}, torch.tensor([[0.0, 0.05]], dtype=torch.float64)
+    later = {"without": (0.05, head), "at a rate of 0": (at_0.expand(30, 2), groups)}
+    data = {"pretrain": vectors(N), "finetune": vectors(15, seed=3)}
+    scores = {}
+    for name, (rates, of) in later.items():
+        last = sf.Trajectory(
+            second.checkpoints, second.steps, rates, 15, sf.OptimizerConstants(momentum=0.3), of, stage="finetune"
+        )
+        analyzer = analyzer_of(mlp(), last.after(first), tmp_path / name, method=sf.Source(segments))
+        analyzer.fit(data)
+        scores[name] = analyzer.score(SOME, data, vectors(QUERIES, seed=5), stage="pretrain", keep=("layer",)).by_layer
+    for layer, expected in scores["at a rate of 0"].items():
+        torch.testing.assert_close(scores["without"][layer], expected, rtol=1e-9, atol=1e-14)
+
+
 def test_training_data_of_stages_must_be_named_and_complete_from_the_attributed_stage_on(tmp_path: Path) -> None:
     first, second = _two_stages(tmp_path)
     train, later, query = vectors(N), vectors(15, seed=3), vectors(QUERIES, seed=5)
