@@ -176,13 +176,13 @@ def trace_shares(plan: Plan) -> list[Spectral]:
 
 
 def preconditioners(plan: Plan) -> list[Preconditioner]:
-    """The distinct preconditioners that a plan needs, in order of first use."""
-    used: list[Preconditioner | None] = []
+    """The distinct preconditioners that a plan needs: of its curvatures, then of its operators."""
+    used: list[Preconditioner | None] = [curvature.scaled for curvature in curvatures(plan)]
     for operator in (operator for term in plan for operator in term.operators):
         if isinstance(operator, Scale):
             used.append(operator.preconditioner)
         elif isinstance(operator, Spectral):
-            used += [operator.shifted_by, operator.curvature.scaled if operator.curvature else None]
+            used.append(operator.shifted_by)
         elif isinstance(operator, CoupledFunction):
             used.append(operator.fisher.scaled)
     return list(dict.fromkeys(preconditioner for preconditioner in used if preconditioner is not None))

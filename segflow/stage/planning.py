@@ -45,6 +45,7 @@ def check_rates(contexts: Sequence[StageContext], plan: Plan) -> None:
     """Raise TrajectoryError if a plan needs rates of layers whose optimizer has none that are known, naming them."""
     of_operators: list[tuple[int, tuple[tuple[float | None, ...], ...]]]
     of_operators = [(op.stage, (op.amount, op.shift, op.coupled)) for op in spectral(plan)]
+    of_operators += [(op.stage, (op.trace_shares.rates,)) for op in spectral(plan) if op.trace_shares is not None]
     of_operators += [(fisher.stage, (fisher.rates,)) for fisher in fishers(plan)]
     for stage, numbers_of in of_operators:
         context = contexts[stage]

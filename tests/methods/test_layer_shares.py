@@ -15,7 +15,7 @@ import segflow as sf
 from segflow.runtime.ranks import current
 
 from ..support.gang import Gang
-from ..support.helpers import analyzer_of, perturbed_states, trajectory_of, vectors
+from ..support.helpers import analyzer_of, apart, perturbed_states, trajectory_of, vectors
 from ..support.histories import by_span, history, moment_files
 
 N, QUERIES, EPS, CEILING = 20, 4, 1e-3, 2.0
@@ -39,6 +39,7 @@ class TwoHeads(nn.Module):
 
 
 HEADS = {name: int(not name.startswith("body")) for name in TwoHeads().state_dict()}
+EACH = {name: ("body", "plus", "minus").index(name.split(".")[0]) for name in HEADS}  # a group for each layer
 
 
 def _data(plus: int) -> TensorDataset:
@@ -50,17 +51,17 @@ def _data(plus: int) -> TensorDataset:
 
 
 def _trajectory(folder: Path, rates: Tensor, ceiling: float, optimizer: str, **given: Any) -> sf.Trajectory:
-    made = trajectory_of(folder / "run", perturbed_states(TwoHeads(), 4), N)
+    made, count = trajectory_of(folder / "run", perturbed_states(TwoHeads(), 4), N), rates.shape[1]
     files = None if optimizer == "SGD" else moment_files(folder / "moments", TwoHeads(), 4)
     return history(
         made,
-        HEADS,
+        HEADS if count == 2 else EACH,
         rates,
-        decays=DECAYS,
+        decays=DECAYS[:, [0, 1, 1][:count]],
         optimizer=sf.OptimizerConstants(optimizer, eps=EPS),
         moments=files,
-        ceilings=(1.0, ceiling),
-        coupled=(optimizer == "Adam",) * 2,
+        ceilings=(1.0, *(ceiling,) * (count - 1)),
+        coupled=(optimizer == "Adam",) * count,
         **given,
     )
 
@@ -72,10 +73,11 @@ def _by_layer(store: Path, trajectory: sf.Trajectory, method: Any, train: Any, *
 
 
 METHODS: dict[str, tuple[Any, str]] = {
-    "source": (sf.Source(segments=2), "SGD"),
-    "kronecker": (sf.Source(segments=2), "Adam"),
-    "diagonal": (sf.Source(segments=2, preconditioner="diagonal"), "Adam"),
-    "fast": (sf.Source(segments=2, fast=True), "AdamW"),
+    "source": (apart(2), "SGD"),
+    "coupled layers": (sf.Source(2, query_points="final"), "SGD"),
+    "kronecker": (sf.Source(2, query_points="final"), "Adam"),
+    "diagonal": (sf.Source(2, query_points="final", preconditioner="diagonal"), "Adam"),
+    "fast": (apart(2, fast=True), "AdamW"),
     "tracin": (sf.TracIn(), "SGD"),
     "hydra": (sf.Hydra(), "SGD"),
 }
@@ -83,18 +85,20 @@ METHODS: dict[str, tuple[Any, str]] = {
 
 @pytest.mark.parametrize("name", METHODS)
 def test_a_layers_rate_counts_as_often_as_its_share_and_ceiling_say(tmp_path: Path, name: str) -> None:
-    """Heads with shares of 0.8 and 0.2 under a ceiling of 2: as if their rates were times 1.25 and times 2."""
+    """Heads with shares of 0.8 and 0.2 under a ceiling of 2: as if their rates were times 1.25 and times 2.
+
+    So are the shares that coupled layers have of one correction.
+    """
     method, optimizer = METHODS[name]
     train = _data(16)
     found = _by_layer(tmp_path / "a", _trajectory(tmp_path, RATES, CEILING, optimizer), method, train)
-    for head, factor in {"plus": 1.25, "minus": 2.0}.items():
-        trajectory = _trajectory(tmp_path, RATES * torch.tensor([1.0, factor]), 1.0, optimizer)
-        expected = _by_layer(tmp_path / head, trajectory, method, train)
-        if name != "fast":  # whose mean parameters depend on the rates of all groups
-            torch.testing.assert_close(found[head], expected[head], rtol=1e-9, atol=1e-12)
-            torch.testing.assert_close(found["body"], expected["body"], rtol=1e-9, atol=1e-12)
+    rates = RATES[:, [0, 1, 1]] * torch.tensor([1.0, 1.25, 2.0])
+    expected = _by_layer(tmp_path / "b", _trajectory(tmp_path, rates, 1.0, optimizer), method, train)
+    if name != "fast":  # whose mean parameters depend on the rates of all groups
+        for layer, values in expected.items():
+            torch.testing.assert_close(found[layer], values, rtol=1e-9, atol=1e-12)
     once = _by_layer(tmp_path / "once", _trajectory(tmp_path, RATES, 1.0, optimizer), method, train)
-    assert torch.equal(found["body"], once["body"])
+    assert torch.equal(found["body"], once["body"]) == (getattr(method, "layers", "apart") == "apart")
     assert not torch.allclose(found["plus"], once["plus"], rtol=1e-2, atol=0)
 
 

@@ -12,13 +12,14 @@ from torch import Tensor
 
 import segflow as sf
 
-from ..support.helpers import analyzer_of, mlp, perturbed_states, trajectory_of, vectors
+from ..support.helpers import analyzer_of, apart, mlp, perturbed_states, trajectory_of, vectors
 from ..support.histories import by_span, history, moment_files
 
 N, QUERIES, EPS = 20, 4, 1e-3
 GROUPS = sf.Groups.from_lists([[0, 3, 5], range(6, 20), [1], [2, 4]], N)
 OWN_GROUP = {name: int(name.startswith("4")) for name in mlp().state_dict()}  # the last layer's is another one
 METHODS = {kind: sf.Source(segments=2, preconditioner=kind) for kind in ("kronecker", "diagonal")}
+APART = {kind: apart(2, preconditioner=kind) for kind in METHODS}  # for what other layers leave as it is
 STEADY = by_span((40, (0.004, 0.004)))
 FROZEN_FIRST = by_span((20, (0.004, 0.0)), (20, (0.004, 0.004)))
 
@@ -56,7 +57,7 @@ def test_the_weight_of_a_checkpoint_without_a_layers_moments_goes_to_the_others(
     partly = moment_files(tmp_path / "partly", mlp(), 4, missing={0: "4"})
     same = _changed(tmp_path / "same", whole, {0: _last_layer(load_file(whole[1]))})
     found, expected, before = (
-        _scores(tmp_path / name, _trajectory(tmp_path, files), METHODS[kind])
+        _scores(tmp_path / name, _trajectory(tmp_path, files), APART[kind])
         for name, files in (("a", partly), ("b", same), ("c", whole))
     )
     torch.testing.assert_close(found.values, expected.values, rtol=1e-9, atol=1e-12)
@@ -96,12 +97,13 @@ def test_layers_of_an_optimizer_without_second_moments_have_a_p_of_one(tmp_path:
     unit = _changed(tmp_path / "unit", whole, dict.fromkeys(range(4), ones))
     bare = moment_files(tmp_path / "bare", mlp(), 4, missing=dict.fromkeys(range(4), "4"))
     mixed = {"has_moments": (True, False), "kinds": ("Adam", "SGD"), "coupled": (True, False)}
-    found = _scores(tmp_path / "a", _trajectory(tmp_path, bare, **mixed), METHODS[kind])
-    expected = _scores(tmp_path / "b", _trajectory(tmp_path, unit, coupled=(True, False)), METHODS[kind])
-    torch.testing.assert_close(found.values, expected.values, rtol=1e-7, atol=1e-12)
+    for method in (METHODS[kind], APART[kind]):
+        found = _scores(tmp_path / "a", _trajectory(tmp_path, bare, **mixed), method)
+        expected = _scores(tmp_path / "b", _trajectory(tmp_path, unit, coupled=(True, False)), method)
+        torch.testing.assert_close(found.values, expected.values, rtol=1e-7, atol=1e-12)
     estimated = _trajectory(tmp_path, None, constants={"batch_size": 5}, **mixed)
     with pytest.warns(UserWarning, match="second moments were not saved at 4 checkpoints"):
-        by_layer = _scores(tmp_path / "c", estimated, METHODS[kind]).by_layer
+        by_layer = _scores(tmp_path / "c", estimated, APART[kind]).by_layer
     torch.testing.assert_close(by_layer["4"], expected.by_layer["4"], rtol=1e-7, atol=1e-12)
     assert not torch.allclose(by_layer["0"], expected.by_layer["0"], rtol=1e-3, atol=0)
 

@@ -15,12 +15,24 @@ import segflow as sf
 from segflow.curvature.preconditioner import MeanDenominator, preconditioner_block
 
 from ..support import oracles
-from ..support.helpers import FixedLabels, analyzer_of, example_loss, mlp, perturbed_states, trajectory_of, vectors
+from ..support.dense import Quantities, quantities
+from ..support.helpers import (
+    FixedLabels,
+    analyzer_of,
+    apart,
+    example_loss,
+    mlp,
+    perturbed_states,
+    trajectory_of,
+    vectors,
+)
 from ..support.linear import DESIGN, FEATURES, QUERY, TRAIN, Linear, losses, measure
 from ..support.linear import GROUPS as LINEAR_GROUPS
 from ..support.linear import N as LINEAR_N
+from ..support.naive import grouped_rows, problem, tracked_modules
 
 N, QUERIES, LR, DECAY, EPS = 20, 4, 2e-3, 0.3, 1e-3
+WEIGHTS = (0.75, 0.25)  # of a segment's two checkpoints: 15 and 5 of 20 steps are nearest to them
 GROUPS = sf.Groups.from_lists([[0, 3, 5], range(6, 20), [1], [2, 4]], N)
 
 
@@ -37,9 +49,16 @@ def _moments(model: nn.Module, count: int) -> list[dict[str, Tensor]]:
 
 
 def _run(
-    folder: Path, method: Any, *, name: str = "AdamW", lr: Any = LR, store: Path | None = None, **constants: Any
+    folder: Path,
+    method: Any,
+    *,
+    net: str = "mlp",
+    name: str = "AdamW",
+    lr: Any = LR,
+    store: Path | None = None,
+    **constants: Any,
 ) -> sf.Scores:
-    model, train, query = mlp(), vectors(N), vectors(QUERIES, seed=5)
+    model, train, query = problem(net)
     states, moments = perturbed_states(model, 4), _moments(model, 4)
     constants = {"weight_decay": DECAY, "eps": EPS, "beta1": 0.0, **constants}
     trajectory = trajectory_of(folder / "run", states, N, lr=lr, second_moments=moments, name=name, **constants)
@@ -48,53 +67,83 @@ def _run(
     return analyzer.score(GROUPS, train, query, batch_size=6, keep=("term", "layer"))
 
 
-def _reference(weighting: tuple[float, float], form: str, coupled: bool) -> Tensor:
-    """The dense formulas for two segments of two checkpoints, layer by layer, from naive per-example loops."""
-    model, train, query, task = mlp(), vectors(N), vectors(QUERIES, seed=5), FixedLabels()
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    states, moments = perturbed_states(model, 4), _moments(model, 4)
-    fits, grouped = [], []
-    for state in states:
-        model.load_state_dict(state)
-        sample = example_loss(model, train, task, "sample")
-        cov = oracles.naive_covariances(model, layers, sample, N)
-        fits.append({n: (*cov[n], g) for n, g in oracles.example_gradients(model, layers, sample, N).items()})
-        real = oracles.example_gradients(model, layers, example_loss(model, train, task), N)
-        grouped.append(
-            {n: torch.stack([g[list(m)].flatten(1).sum(0) for m in GROUPS.members]) for n, g in real.items()}
-        )
-    asked = oracles.example_gradients(model, layers, example_loss(model, query, task, "measurement"), QUERIES)
+def _curvatures(exact: Quantities, net: str, pool: tuple[int, int], form: str) -> dict[str, dict[str, Any]]:
+    """By layer P, the curvatures of a segment of two checkpoints, each [P, ...], and what the layers' shares are of."""
+    (model, *_), found = problem(net), {}
+    moments, modules = _moments(model, 4), tracked_modules(model)
+    for name in exact.layers:
+        own = [(moments[i][f"{name}.weight"], moments[i].get(f"{name}.bias")) for i in pool]
+        P = oracles.preconditioner([oracles.layer_matrix(modules[name], *pair) for pair in own], EPS, WEIGHTS)
+        plain = [exact.fits(name)[i] for i in pool]
+        scaled = oracles.pooled_ekfac([oracles.scaled_fit(fit, P) for fit in plain], WEIGHTS)
+        diagonal = sum(w * fit[2].square().mean(0) for w, fit in zip(WEIGHTS, plain, strict=True))
+        found[name] = {
+            "P": P,
+            "scaled": scaled,
+            "plain": oracles.dense_curvature(*oracles.pooled_ekfac(plain, WEIGHTS)),
+            "diagonal": diagonal,
+            "trace": float((scaled[2] if form == "kronecker" else P * diagonal).sum()),
+        }
+    return found
+
+
+def _segment(exact: Quantities, net: str, pool: tuple[int, int], form: str, default: bool) -> dict[str, Any]:
+    """By layer, of each part, a segment as `oracles.preconditioned_source_scores` takes it."""
+    curvatures, segments = _curvatures(exact, net, pool, form), {}
+    shares = oracles.trace_shares(
+        {name: own["trace"] for name, own in curvatures.items()}, dict.fromkeys(curvatures, 1)
+    )
+    for name, own in curvatures.items():
+        share, (Q_A, Q_S, sigma) = shares[name] if default else 1.0, own["scaled"]
+        segments[name] = [
+            {
+                "P": P.flatten(),
+                "basis": (sigma[part].flatten() / share, torch.kron(Q_S[part], Q_A[part])),
+                "curvature": own["plain"][part] / share,
+                "diagonal": own["diagonal"][part].flatten() / share,
+                "lr_steps": 20 * LR,
+                "decay_steps": 20 * LR * DECAY,
+                "weights": WEIGHTS,
+                "group_gradients": [grouped_rows(exact.real[i][name][:, part].flatten(1), GROUPS) for i in pool],
+            }
+            for part, P in enumerate(own["P"])
+        ]
+    return segments
+
+
+def _reference(net: str, form: str, coupled: bool, default: bool) -> Tensor:
+    """The dense formulas for two segments of two checkpoints, layer by layer, from naive per-example loops.
+
+    coupled: weight decay goes through P. default: layers are coupled, and the query gradient is the mean of those at
+    all checkpoints, of which 15, 10, 10 and 5 steps are nearest to each.
+    """
+    model, train, query = problem(net)
+    exact = quantities(model, perturbed_states(model, 4), train, query)
+    segments = [_segment(exact, net, pool, form, default) for pool in ((0, 1), (2, 3))]
+    formula = {"kronecker": oracles.preconditioned_source_scores, "diagonal": oracles.hybrid_source_scores}[form]
     total = torch.zeros(QUERIES, len(GROUPS), dtype=torch.float64)
-    for name, layer in layers.items():
-        segments = []
-        for pool in ((0, 1), (2, 3)):
-            v = [oracles.layer_matrix(layer, moments[i][f"{name}.weight"], moments[i][f"{name}.bias"]) for i in pool]
-            P = oracles.preconditioner(v, EPS, weighting)
-            plain = [fits[i][name] for i in pool]
-            scaled = oracles.pooled_ekfac([oracles.scaled_fit(fit, P) for fit in plain], weighting)
-            segments.append(
-                {
-                    "P": P.flatten(),
-                    "basis": (scaled[2].flatten(), torch.kron(scaled[1][0], scaled[0][0])),
-                    "curvature": oracles.dense_curvature(*oracles.pooled_ekfac(plain, weighting))[0],
-                    "diagonal": sum(w * f[2].square().mean(0).flatten() for w, f in zip(weighting, plain, strict=True)),
-                    "lr_steps": 20 * LR,
-                    "decay_steps": 20 * LR * DECAY,
-                    "coupled": coupled,
-                    "weights": weighting,
-                    "group_gradients": [grouped[i][name] for i in pool],
-                }
-            )
-        formula = {"kronecker": oracles.preconditioned_source_scores, "diagonal": oracles.hybrid_source_scores}[form]
-        total += sum(formula(asked[name].flatten(1), segments, N))
+    for name in exact.layers:
+        along = (15 / 40, 10 / 40, 10 / 40, 5 / 40) if default else (0, 0, 0, 1)
+        asked = sum(weight * at[name] for weight, at in zip(along, exact.asked, strict=True))
+        for part in range(asked.shape[1]):
+            own = [{**segment[name][part], "coupled": coupled} for segment in segments]
+            total += sum(formula(asked[:, part].flatten(1), own, N))
     return total
 
 
+@pytest.mark.parametrize("default", [True, False], ids=["default", "apart"])
 @pytest.mark.parametrize("form", ["kronecker", "diagonal"])
 @pytest.mark.parametrize("name", ["AdamW", "Adam", "RMSprop"])
-def test_scores_equal_the_dense_formulas(tmp_path: Path, form: str, name: str) -> None:
-    found = _run(tmp_path, sf.Source(segments=2, preconditioner=form), name=name).values
-    expected = _reference((0.75, 0.25), form, coupled=name != "AdamW")
+def test_scores_equal_the_dense_formulas(tmp_path: Path, form: str, name: str, default: bool) -> None:
+    method = sf.Source(2, preconditioner=form) if default else apart(2, preconditioner=form)
+    found, expected = _run(tmp_path, method, name=name).values, _reference("mlp", form, name != "AdamW", default)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("name", ["AdamW", "Adam"])
+def test_scores_of_convolutions_equal_the_dense_formulas(tmp_path: Path, name: str) -> None:
+    found = _run(tmp_path, sf.Source(2), net="conv", name=name).values
+    expected = _reference("conv", "kronecker", name != "AdamW", default=True)
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12 * expected.abs().max().item())
 
 
@@ -157,13 +206,13 @@ def test_small_lr_steps_give_lr_steps_times_the_exact_preconditioner(tmp_path: P
     moments = _moments(model, 4)
     blocks = [oracles.preconditioner([m[name] for m in moments], EPS) for name, _ in model.named_parameters()]
     P = torch.cat([block.flatten() for block in blocks])
-    gradients = []
+    gradients, asked = [], []
     for state in perturbed_states(model, 4):
         model.load_state_dict(state)
+        asked.append(torch.stack([_flat(model, task.compute_measurement((a[None], b[None]), model)) for a, b in query]))
         losses = [task.compute_train_loss((x[list(m)], y[list(m)]), model) for m in GROUPS.members]
         gradients.append(torch.stack([_flat(model, loss) for loss in losses]))
-    asked = torch.stack([_flat(model, task.compute_measurement((a[None], b[None]), model)) for a, b in query])
-    expected = 40e-9 * (asked * P) @ torch.stack(gradients).mean(0).mT / N
+    expected = 40e-9 * (torch.stack(asked).mean(0) * P) @ torch.stack(gradients).mean(0).mT / N
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7 * expected.abs().max().item())
 
 
@@ -193,6 +242,8 @@ CHANGES: dict[str, dict[str, Any]] = {
     "fast": {"fast": True},
     "segments": {"segments": 4},
     "weights": {"checkpoint_weights": "equal"},
+    "layers": {"layers": "apart"},
+    "query points": {"query_points": "final"},
     "lr": {"lr": 2 * LR},
     "eps": {"eps": 0.1},
     "weight decay": {"weight_decay": 0.9},
@@ -202,7 +253,7 @@ CHANGES: dict[str, dict[str, Any]] = {
 
 
 def test_every_option_changes_the_scores(tmp_path: Path) -> None:
-    options = {"segments", "preconditioner", "fast", "checkpoint_weights"}
+    options = {"segments", "preconditioner", "fast", "checkpoint_weights", "layers", "query_points"}
     found: dict[str, Tensor] = {}
     for label, change in CHANGES.items():
         method = sf.Source(**{"segments": 2, **{k: v for k, v in change.items() if k in options}})
@@ -240,7 +291,7 @@ def test_eps_is_that_of_the_layers_parameter_group(tmp_path: Path) -> None:
         files = [tmp_path / "run" / f"moments-{index}.safetensors" for index in range(2)]
         adamw = sf.OptimizerConstants("AdamW", eps=eps)
         trajectory = sf.Trajectory(made.checkpoints, made.steps, rates, N, adamw, of, second_moments=files)
-        analyzer = analyzer_of(model, trajectory, tmp_path / label, method=sf.Source())
+        analyzer = analyzer_of(model, trajectory, tmp_path / label, method=apart())
         analyzer.fit(train)
         by_layer[label] = analyzer.score(GROUPS, train, query, keep=("layer",)).by_layer
     for layer, expected in {"0": "first", "2": "first", "4": "second"}.items():

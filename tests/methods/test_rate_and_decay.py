@@ -15,7 +15,7 @@ from segflow.methods import spectra
 from segflow.methods.plan import Curvature, Point, Preconditioner, Spectral
 
 from ..support import oracles
-from ..support.helpers import analyzer_of, mlp, perturbed_states, trajectory_of, vectors
+from ..support.helpers import analyzer_of, apart, mlp, perturbed_states, trajectory_of, vectors
 from ..support.histories import by_span, history, moment_files
 
 N, QUERIES, EPS = 20, 4, 1e-3
@@ -94,7 +94,7 @@ def test_a_group_that_saw_no_data_in_a_segment_learns_nothing_there_and_decays(
     made = trajectory_of(tmp_path / "run", perturbed_states(mlp(), 4), N)
     optimizer = sf.OptimizerConstants("AdamW" if preconditioner != "none" else "SGD", eps=EPS)
     moments = None if preconditioner == "none" else moment_files(tmp_path, mlp(), 4)
-    method = sf.Source(segments=2, **({} if preconditioner == "none" else {"preconditioner": preconditioner}))
+    method = apart(2, preconditioner=preconditioner)
     rates = by_span((20, (0.004, 0.004)), (20, (0.004, 0.0)))
     parts = {}
     for decay in (0.0, 0.01):

@@ -13,7 +13,7 @@ from torch.utils.data import TensorDataset
 import segflow as sf
 
 from ..support import oracles
-from ..support.helpers import analyzer_of, mlp, perturbed_states, trajectory_of, vectors
+from ..support.helpers import analyzer_of, apart, mlp, perturbed_states, trajectory_of, vectors
 from ..support.linear import FEATURES, GROUPS, QUERIES, QUERY, TRAIN, Linear, N, losses, measure, optimum
 
 
@@ -151,7 +151,7 @@ def _mlp_scores(
 
 def test_small_lr_steps_give_learning_rates_times_plain_gradients(tmp_path: Path) -> None:
     lr = 1e-7
-    source = _mlp_scores(tmp_path / "source", sf.Source(segments=1), lr=lr)
+    source, final = (_mlp_scores(tmp_path / method.query_points, method, lr=lr) for method in (sf.Source(), apart()))
     model, train, query = mlp(), vectors(N), vectors(QUERIES, seed=5)
     parameters = list(model.parameters())
 
@@ -160,26 +160,38 @@ def test_small_lr_steps_give_learning_rates_times_plain_gradients(tmp_path: Path
 
     states = perturbed_states(model, 4)
     x, y = train.tensors
-    task, grads = sf.tasks.Classification(), []
+    task, grads, asked = sf.tasks.Classification(), [], []
     for state in states:
         model.load_state_dict(state)
+        asked.append(torch.stack([flat(task.compute_measurement((a[None], b[None]), model)) for a, b in query]))
         grads.append(torch.stack([flat(task.compute_train_loss((x[m], y[m]), model)) for m in GROUPS.members]))
-    asked = torch.stack([flat(task.compute_measurement((a[None], b[None]), model)) for a, b in query])
     covered = torch.tensor([15.0, 10.0, 10.0, 5.0], dtype=torch.float64)  # steps nearest to each checkpoint
-    expected = lr * asked @ torch.tensordot(covered, torch.stack(grads), 1).mT / N
-    torch.testing.assert_close(source, expected, rtol=1e-5, atol=0)
+    learned = lr * torch.tensordot(covered, torch.stack(grads), 1).mT / N
+    torch.testing.assert_close(final, asked[-1] @ learned, rtol=1e-5, atol=0)
+    torch.testing.assert_close(
+        source, torch.tensordot(covered / 40, torch.stack(asked), 1) @ learned, rtol=1e-5, atol=0
+    )
 
 
 def test_large_lr_steps_give_the_undamped_influence_function(tmp_path: Path) -> None:
-    """With one checkpoint; the objective's weight decay is the only damping."""
+    """With one checkpoint; the objective's weight decay is the only damping. Of coupled layers each has its share c.
+
+    (F / c + decay)^-1 = c (F + c decay)^-1.
+    """
     model, train, query = mlp(), vectors(N), vectors(QUERIES, seed=5)
     trajectory = trajectory_of(tmp_path / "run", perturbed_states(model, 1), N, lr=1e7, weight_decay=1e-3)
-    values = []
-    for method in (sf.Source(segments=1), sf.InfluenceFunction(damping=1e-3)):
+
+    def scores(method: Any) -> sf.Scores:
         analyzer = analyzer_of(model, trajectory, tmp_path / "store", method=method)
         analyzer.fit(train)
-        values.append(analyzer.score(GROUPS, train, query).values)
-    torch.testing.assert_close(values[0], values[1], rtol=1e-9, atol=0)
+        return analyzer.score(GROUPS, train, query, keep=("layer",))
+
+    torch.testing.assert_close(scores(apart()).values, scores(sf.InfluenceFunction(1e-3)).values, rtol=1e-9, atol=0)
+    coupled = scores(sf.Source())
+    [[shares]] = [told.values() for told in coupled.provenance["trace_shares"]]
+    for layer, share in shares.items():
+        expected = share * scores(sf.InfluenceFunction(share * 1e-3)).by_layer[layer]
+        torch.testing.assert_close(coupled.by_layer[layer], expected, rtol=1e-9, atol=0)
 
 
 BASE: dict[str, Any] = {"method": sf.Source(segments=2), "lr": 0.5}
@@ -231,7 +243,7 @@ def test_parameter_groups_have_their_own_learning_rate_and_weight_decay(tmp_path
     }.items():
         made = trajectory_of(tmp_path / name, states, N)
         trajectory = sf.Trajectory(made.checkpoints, made.steps, lr, N, sf.OptimizerConstants(weight_decay=decay), of)
-        analyzer = analyzer_of(model, trajectory, tmp_path / f"{name}-store")
+        analyzer = analyzer_of(model, trajectory, tmp_path / f"{name}-store", method=apart())
         analyzer.fit(train)
         by_layer[name] = dict(analyzer.score(GROUPS, train, query, keep=("layer",)).by_layer)
     for layer, expected in {"0": "first", "2": "first", "4": "second"}.items():

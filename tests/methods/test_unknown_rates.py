@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 import segflow as sf
+from segflow.methods import TraceShares
 
 from ..support.helpers import FixedLabels, analyzer_of, mlp, perturbed_states, trajectory_of, vectors
 from ..support.histories import by_span, history
@@ -42,6 +44,21 @@ def test_methods_that_need_rates_name_the_layers_when_the_analyzer_is_made(tmp_p
     )
     with pytest.raises(sf.TrajectoryError, match=message):
         analyzer_of(mlp(), _beside_muon(tmp_path), tmp_path / "store", method=method)
+
+
+class Shared(sf.InfluenceFunction):
+    """An influence function of coupled layers: only the layers' shares take rates."""
+
+    def plan(self, trajectory: sf.Trajectory, stage: int = -1) -> Any:
+        [term], rates = super().plan(trajectory, stage), trajectory.lr_steps(0, 20)
+        [operator] = term.operators
+        shares = TraceShares(stage=0, curvature=operator.curvature, rates=rates)
+        return (replace(term, operators=(replace(operator, trace_shares=shares),)),)
+
+
+def test_unknown_rates_of_layers_shares_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(sf.TrajectoryError, match=r"\['2.weight', '2.bias'\] were trained by Muon, whose rates are not"):
+        analyzer_of(mlp(), _beside_muon(tmp_path), tmp_path / "store", method=Shared())
 
 
 @pytest.mark.parametrize("method", [sf.InfluenceFunction(), sf.GradientDot()])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,8 +17,8 @@ from segflow.methods.plan import Curvature, Plan, Point, Spectral, Term
 from segflow.training.segments import cut
 
 from ..support import oracles
-from ..support.dense import Quantities, quantities, reference
-from ..support.helpers import analyzer_of, mlp, perturbed_states, trajectory_of, vectors
+from ..support.dense import Quantities, ekfac_traces, quantities, reference
+from ..support.helpers import analyzer_of, apart, mlp, perturbed_states, trajectory_of, vectors
 from ..support.histories import by_span, history, moment_files
 
 N, QUERIES, EPS = 20, 4, 1e-3
@@ -87,9 +86,7 @@ class KFAC:
 
 
 METHODS: dict[str, Any] = {
-    "kronecker": sf.Source(segments=2),
-    "diagonal": sf.Source(segments=2, preconditioner="diagonal"),
-    "none": sf.Source(segments=2, preconditioner="none"),
+    **{form: apart(2, preconditioner=form) for form in ("kronecker", "diagonal", "none")},
     "kfac": KFAC(),
     "tracin": sf.TracIn(),
 }
@@ -119,34 +116,57 @@ def test_each_layer_is_scored_as_if_the_whole_model_had_its_groups_history(tmp_p
     assert not torch.allclose(by_layer["first"]["4"], by_layer["second"]["4"], rtol=1e-2, atol=0)
 
 
-def _source(layers: tuple[str, ...], group: int) -> Callable[[Quantities], Tensor]:
-    """SOURCE's dense formula for the layers of one group, with its rates, decay and weights."""
+def _covered(start: int, groups: list[int]) -> list[float]:
+    """The summed rates of the steps nearest to a segment's two checkpoints."""
+    return [float(RATES[start + a : start + b, groups].sum()) for a, b in ((0, 15), (15, 20))]
+
+
+def _weights(start: int, groups: list[int]) -> list[float]:
+    return [part / sum(_covered(start, groups)) for part in _covered(start, groups)]
+
+
+def _along_the_run() -> list[float]:
+    """The weights of four checkpoints by the rates of both groups; the second's and the third's steps are ten."""
+    covered = [float(RATES[a:b].sum()) for a, b in ((0, 15), (15, 25), (25, 35), (35, 40))]
+    return [part / sum(covered) for part in covered]
+
+
+def _shares(exact: Quantities, start: int, pool: tuple[int, int]) -> dict[str, float]:
+    """Each layer's share of its group's rate times its own trace."""
+    group_of = {name: int(name == "4") for name in exact.layers}
+    traces = ekfac_traces(exact, pool, lambda name: _weights(start, [group_of[name]]))
+    return oracles.trace_shares(traces, {name: sum(_covered(start, [group])) for name, group in group_of.items()})
+
+
+def _source(exact: Quantities, layer: str, default: bool) -> Tensor:
+    """SOURCE's dense formula for a layer, with its group's rates, decay and weights."""
+    group = int(layer == "4")
 
     def combine(queries: Any, grouped: Any, curvature: Any) -> Tensor:
         segments = []
         for start, pool in ((0, (0, 1)), (20, (2, 3))):
-            parts = [RATES[start : start + 15, group].sum(), RATES[start + 15 : start + 20, group].sum()]
-            total = sum(parts)
-            weights = [float(part / total) for part in parts]
+            weights = _weights(start, [group])
             segments.append(
                 {
-                    "curvature": curvature(pool, weights),
+                    "curvature": curvature(pool, weights) / (_shares(exact, start, pool)[layer] if default else 1),
                     "weights": weights,
-                    "lr_steps": float(total),
+                    "lr_steps": sum(_covered(start, [group])),
                     "decay_steps": float(DECAYS[start : start + 20, group].sum()),
                     "group_gradients": [grouped[i] for i in pool],
                 }
             )
-        return torch.stack(oracles.source_scores(queries[-1], segments, N)).sum(0)
+        query = sum(w * q for w, q in zip(_along_the_run(), queries, strict=True)) if default else queries[-1]
+        return torch.stack(oracles.source_scores(query, segments, N)).sum(0)
 
-    return lambda exact: reference(replace(exact, layers=layers), GROUPS, combine)
+    return reference(replace(exact, layers=(layer,)), GROUPS, combine)
 
 
-def test_scores_equal_the_dense_formula_with_each_groups_rates_decay_and_weights(tmp_path: Path) -> None:
+@pytest.mark.parametrize("default", [True, False], ids=["default", "apart"])
+def test_scores_equal_the_dense_formula_with_each_groups_rates_decay_and_weights(tmp_path: Path, default: bool) -> None:
     trajectory = history(_made(tmp_path / "run"), OWN_GROUP, RATES, decays=DECAYS)
-    scores = _scores(tmp_path / "store", trajectory, sf.Source(segments=2))
+    scores = _scores(tmp_path / "store", trajectory, sf.Source(2) if default else apart(2))
     exact = quantities(mlp(), perturbed_states(mlp(), 4), vectors(N), vectors(QUERIES, seed=5))
-    expected = _source(("0", "2"), 0)(exact) + _source(("4",), 1)(exact)
+    expected = sum(_source(exact, layer, default) for layer in exact.layers)
     torch.testing.assert_close(scores.values, expected, rtol=1e-8, atol=1e-12)
 
 

@@ -25,7 +25,7 @@ from segflow.runtime.ranks import current
 
 from ..support import oracles
 from ..support.gang import Failed, Gang
-from ..support.helpers import analyzer_of, example_loss, perturbed_states, trajectory_of
+from ..support.helpers import analyzer_of, apart, example_loss, perturbed_states, trajectory_of
 from ..support.naive import (
     GROUPS,
     LR,
@@ -138,7 +138,7 @@ def _source(net: str, segments: int, groups: sf.Groups) -> Tensor:
 def test_source_is_that_of_the_examples_as_often_as_they_were_drawn(
     tmp_path: Path, net: str, segments: int, groups: sf.Groups
 ) -> None:
-    assert_near(_run(tmp_path, sf.Source(segments=segments), net, groups).values, _source(net, segments, groups))
+    assert_near(_run(tmp_path, apart(segments), net, groups).values, _source(net, segments, groups))
 
 
 @pytest.mark.parametrize("kind", ["ekfac", "kfac", "diagonal"])
@@ -165,10 +165,10 @@ def test_source_for_adamw_is_that_of_the_drawn_examples(tmp_path: Path, saved: b
         for of in drawn_moments
     ]
     if saved:
-        found = _run(tmp_path, sf.Source(), second_moments=files, **constants).values
+        found = _run(tmp_path, apart(), second_moments=files, **constants).values
     else:
         with pytest.warns(UserWarning, match="were not saved"):
-            found = _run(tmp_path, sf.Source(), **constants).values
+            found = _run(tmp_path, apart(), **constants).values
     weights, expected = (0.5, 1 / 3, 1 / 6), torch.zeros(QUERIES, len(GROUPS), dtype=torch.float64)
     for name in at[0].layers:
         P = oracles.preconditioner([of[name] for of in drawn_moments], eps, weights)

@@ -183,20 +183,21 @@ def test_one_token_singletons_take_the_fast_path_and_equal_the_general_one(
         assert _close(general.scores()[0], naive)
 
 
-@pytest.mark.parametrize("outer", [True, False])
+@pytest.mark.parametrize("rank", [0, 1, 2])
 @pytest.mark.parametrize("sizes", [(3, 1, 2), (1,) * 6, (6,)])
 @pytest.mark.parametrize("positions", [1, 4])
 def test_few_queries_meet_tokens_and_many_meet_sums_with_the_same_products(
-    sizes: tuple[int, ...], positions: int, outer: bool
+    sizes: tuple[int, ...], positions: int, rank: int
 ) -> None:
+    """Of queries that are sums of `rank` outer products, or are formed (0)."""
     layer, B, (P, O, I) = track("layer", nn.Linear(5, 3), True), sum(sizes), (1, 3, 6)
     generator = torch.Generator().manual_seed(0)
     a, g = (torch.randn(P, B, positions, D, generator=generator, dtype=torch.float64) for D in (I, O))
     summed = [False, False]
     for place, Q in enumerate((1, 40)):
-        sides = [torch.randn(P, Q, D, generator=generator, dtype=torch.float64) for D in (O, I)]
+        sides = [torch.randn(P, Q, max(1, rank), D, generator=generator, dtype=torch.float64) for D in (O, I)]
         stack = OuterProducts(*sides, scale_POI=torch.rand(P, O, I, generator=generator, dtype=torch.float64))
-        side = GroupGradients(MetQueries({"layer": stack if outer else stack.formed()}, {}, 1, Ranks()), len(sizes), 99)
+        side = GroupGradients(MetQueries({"layer": stack if rank else stack.formed()}, {}, 1, Ranks()), len(sizes), 99)
         side.add(layer, Tokens(a, g), GroupBatch(np.arange(B), sizes, 0))
         summed[place] = bool(side._sums)
         of = torch.einsum("qpoi,pbso,pbsi->qb", stack.formed(), g, a).split(sizes, 1)

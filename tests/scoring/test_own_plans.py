@@ -22,6 +22,7 @@ from segflow.methods import (
     Segmentation,
     Spectral,
     Term,
+    TraceShares,
     UnitNorm,
     final_point,
     segmentation,
@@ -100,6 +101,25 @@ OPERATORS: dict[str, tuple[Any, ...]] = {
         spectral(kind="damped_inverse", curvature=OF_ONE, amount=(0.1, 0.1), shift=(0.0, 0.0)),
         UnitNorm(),
     ),
+    "coupled layers": (
+        spectral(
+            kind="response",
+            curvature=OF_MANY,
+            trace_shares=TraceShares(stage=0, curvature=OF_MANY, rates=(2.0, 0.5)),
+            **RATE,
+        ),
+    ),
+    "shares of another curvature, squared": (
+        spectral(
+            kind="damped_inverse",
+            curvature=OF_ONE,
+            amount=(0.02, None),
+            shift=(0.0, 0.1),
+            trace_shares=TraceShares(
+                stage=0, curvature=Curvature(0, (FIRST, LAST), (0.4, 0.6), scaled=P), rates=(0.1, 0.7), power=2.0
+            ),
+        ),
+    ),
     "later stage, then own": (
         Spectral(stage=1, kind="decay", curvature=LATER, amount=(0.5,), shift=(0.1,)),
         spectral(kind="response", curvature=OF_MANY, **RATE),
@@ -163,6 +183,13 @@ def test_every_operator_and_kind_means_what_the_plan_says(
     plan = method.plan(course().trajectory(tmp_path / "again"), 0)
     _assert_terms(found, dense().scores(plan, 0))
     assert ("additive" in found.provenance) == normalized
+
+
+def test_a_p_of_the_layers_shares_alone_is_used_and_told(tmp_path: Path) -> None:
+    method, run = Own(("shares of another curvature, squared",)), course()
+    found = run.scored(tmp_path, method, 0, keep=("term",))
+    _assert_terms(found, dense().scores(method.plan(run.trajectory(tmp_path / "again"), 0), 0))
+    assert found.provenance["second_moments"] == "recorded"
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor
 
 import segflow as sf
 
+from ..support.helpers import apart
 from ..support.stages import Course
 
 course = cache(Course)
@@ -70,23 +72,34 @@ def test_rates_are_those_of_the_scored_stage(tmp_path: Path, method: Any, recipe
     _assert_equal(tmp_path, run, method, 0, run.rate_weighted(0, isinstance(method, sf.Hydra)))
 
 
+BOTH = pytest.mark.parametrize("source", [sf.Source(), apart()], ids=["default", "apart"])
+
+
+@BOTH
 @pytest.mark.parametrize("recipes", PAIRS, ids=" then ".join)
 @pytest.mark.parametrize("form", ["kronecker", "diagonal", "none"])
 def test_source_walks_back_through_each_later_stages_own_operators(
-    tmp_path: Path, form: str, recipes: tuple[str, ...]
+    tmp_path: Path, form: str, recipes: tuple[str, ...], source: sf.Source
 ) -> None:
-    """Curvature, P, rates, decay, loss, data and parameter groups of each stage in the stage's own operators."""
-    run = course(*recipes)
-    _assert_equal(tmp_path, run, sf.Source(preconditioner=form), 0, run.source(0, form))
+    """Curvature, P, rates, decay, loss, data, parameter groups and layers' shares of each stage in its own operators.
+
+    By default the queries are measured at all checkpoints of the last stage.
+    """
+    run, method = course(*recipes), replace(source, preconditioner=form)
+    _assert_equal(tmp_path, run, method, 0, run.source(0, method))
 
 
+@BOTH
 @pytest.mark.parametrize("place", [0, 1, 2])
-def test_source_walks_three_stages_from_the_last_to_the_first(tmp_path: Path, place: int) -> None:
+def test_source_walks_three_stages_from_the_last_to_the_first(tmp_path: Path, place: int, source: sf.Source) -> None:
     run = course("RMSprop", "SGD", "AdamW", weighted=True)
-    _assert_equal(tmp_path, run, sf.Source(), place, run.source(place))
+    _assert_equal(tmp_path, run, source, place, run.source(place, source))
 
 
+@BOTH
 @pytest.mark.parametrize("recipes", [("AdamW", "SGD"), ("SGD", "Adam")], ids=" then ".join)
-def test_fast_source_takes_each_stage_at_its_own_mean_parameters(tmp_path: Path, recipes: tuple[str, ...]) -> None:
-    run = course(*recipes)
-    _assert_equal(tmp_path, run, sf.Source(fast=True), 0, run.source(0, fast=True))
+def test_fast_source_takes_each_stage_at_its_own_mean_parameters(
+    tmp_path: Path, recipes: tuple[str, ...], source: sf.Source
+) -> None:
+    run, method = course(*recipes), replace(source, fast=True)
+    _assert_equal(tmp_path, run, method, 0, run.source(0, method))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from segflow.report import segmentation_figure
 from segflow.training.segments import covered, cut, segmentation
 
 from ..support import oracles
-from ..support.helpers import analyzer_of, mlp, perturbed_states, trajectory_of, vectors
+from ..support.helpers import analyzer_of, apart, mlp, perturbed_states, trajectory_of, vectors
 from ..support.linear import DESIGN, FEATURES, GROUPS, QUERY, TRAIN, Linear, measure, optimum
 from ..support.linear import N as LINEAR_N
 
@@ -130,7 +131,7 @@ def test_stages_have_tasks_and_layers_of_their_own_and_what_a_stage_did_not_trai
     tasks = {"pretrain": sf.tasks.Classification(), "finetune": sf.tasks.Classification("margin")}
     scores = {}
     for name, last in (("whole", second), ("head", frozen)):
-        analyzer = analyzer_of(mlp(), last.after(first), tmp_path / name, task=tasks, method=sf.Source(segments=1))
+        analyzer = analyzer_of(mlp(), last.after(first), tmp_path / name, task=tasks, method=apart())
         report = analyzer.check(data, query, curvature_tolerance=float("inf"))
         assert "stage 'pretrain':" in str(report)
         analyzer.fit(data)
@@ -139,6 +140,28 @@ def test_stages_have_tasks_and_layers_of_their_own_and_what_a_stage_did_not_trai
     for layer in ("0", "2"):
         assert not torch.allclose(scores["whole"].by_layer[layer], scores["head"].by_layer[layer], rtol=1e-3, atol=0)
     assert set(frozen.after(first).stages[1].parameter_groups) == {"4.weight", "4.bias"}
+
+
+@pytest.mark.parametrize("segments", [1, 2])
+def test_a_layer_that_a_stage_did_not_train_is_scored_as_one_that_it_trained_at_a_rate_of_0(
+    tmp_path: Path, segments: int
+) -> None:
+    """It has no share of the correction that the stage's coupled layers make, and does not decay there."""
+    first, second = _two_stages(tmp_path)
+    groups = {name: int(name.startswith("4.")) for name, _ in mlp().named_parameters()}
+    head, at_0 = {name: 0 for name, group in groups.items() if group}, torch.tensor([[0.0, 0.05]], dtype=torch.float64)
+    later = {"without": (0.05, head), "at a rate of 0": (at_0.expand(30, 2), groups)}
+    data = {"pretrain": vectors(N), "finetune": vectors(15, seed=3)}
+    scores = {}
+    for name, (rates, of) in later.items():
+        last = sf.Trajectory(
+            second.checkpoints, second.steps, rates, 15, sf.OptimizerConstants(momentum=0.3), of, stage="finetune"
+        )
+        analyzer = analyzer_of(mlp(), last.after(first), tmp_path / name, method=sf.Source(segments))
+        analyzer.fit(data)
+        scores[name] = analyzer.score(SOME, data, vectors(QUERIES, seed=5), stage="pretrain", keep=("layer",)).by_layer
+    for layer, expected in scores["at a rate of 0"].items():
+        torch.testing.assert_close(scores["without"][layer], expected, rtol=1e-9, atol=1e-14)
 
 
 def test_training_data_of_stages_must_be_named_and_complete_from_the_attributed_stage_on(tmp_path: Path) -> None:
@@ -183,7 +206,8 @@ def test_a_bias_that_one_stage_trained_otherwise_is_left_out_of_all_stages_by_na
     )
     train, later, query = vectors(N), vectors(15, seed=3), vectors(QUERIES, seed=5)
     data = {"pretrain": train, "finetune": later}
-    analyzer = analyzer_of(mlp(), split.after(first), tmp_path / "both", method=sf.Source())
+    method = sf.Source(query_points="final")
+    analyzer = analyzer_of(mlp(), split.after(first), tmp_path / "both", method=method)
     analyzer.fit(data)
     scores = analyzer.score(SOME, data, query, stage="pretrain", keep=("layer",))
     assert {"0.bias", "2.bias", "4.bias"} <= set(scores.provenance["not_attributed"])
@@ -196,7 +220,7 @@ def test_a_bias_that_one_stage_trained_otherwise_is_left_out_of_all_stages_by_na
         first.optimizer,
         bare,
     )
-    alone = analyzer_of(mlp(), one_run, tmp_path / "alone", method=sf.Source(segments=[30]))
+    alone = analyzer_of(mlp(), one_run, tmp_path / "alone", method=replace(method, segments=[30]))
     alone.fit(train)
     expected = alone.score(SOME, train, query, keep=("term",)).by_term["segment 1: steps 1-30"]
     torch.testing.assert_close(scores.values, expected, rtol=1e-9, atol=1e-9 * expected.abs().max().item())

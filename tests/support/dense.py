@@ -14,7 +14,7 @@ from torch.utils.data import TensorDataset
 import segflow as sf
 
 from . import oracles
-from .helpers import FixedLabels, example_loss
+from .helpers import FixedLabels, apart, example_loss
 
 N, QUERIES = 20, 4
 LR, MOMENTUM, WEIGHT_DECAY = 0.7, 0.5, 0.03
@@ -30,6 +30,10 @@ class Quantities:
     sampled: list[dict[str, Tensor]]
     real: list[dict[str, Tensor]]
     asked: list[dict[str, Tensor]]
+
+    def fits(self, layer: str) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """Each checkpoint's (A, S, example_grads) of a layer, as `oracles.pooled_ekfac` takes them."""
+        return [(*c[layer], s[layer]) for c, s in zip(self.covariances, self.sampled, strict=True)]
 
 
 def quantities(
@@ -52,40 +56,67 @@ def quantities(
     return found
 
 
+def ekfac_traces(of: Quantities, pool: Sequence[int], weights: Callable[[str], Sequence[float]]) -> dict[str, float]:
+    """Each layer's trace of the curvature of a pool of checkpoints; weights: theirs, of a layer."""
+    pooled = {name: [of.fits(name)[place] for place in pool] for name in of.layers}
+    return {name: float(oracles.pooled_ekfac(fits, weights(name))[2].sum()) for name, fits in pooled.items()}
+
+
 def reference(of: Quantities, groups: sf.Groups, combine: Callable[..., Tensor]) -> Tensor:
-    """Scores: the sum over layers and parts of what `combine` says of the quantities of one part, in float64."""
+    """Scores: the sum over layers and parts of what `combine` says of the quantities of one part, in float64.
+
+    It is called with the checkpoints' query gradients and sums of groups, and a function `curvature(pool, weights)` of
+    the part, or with `coupled` of the part over its layer's share, where all layers have one rate.
+    """
     total = torch.zeros(QUERIES, len(groups), dtype=torch.float64)
     for name in of.layers:
-        fits = [(*c[name], s[name]) for c, s in zip(of.covariances, of.sampled, strict=True)]
         for part in range(of.real[0][name].shape[1]):
             grouped = [torch.stack([r[name][list(m), part].flatten(1).sum(0) for m in groups.members]) for r in of.real]
             queries = [a[name][:, part].flatten(1) for a in of.asked]
 
-            def curvature(pool: Any, weights: Any = None, fits: Any = fits, part: int = part) -> Tensor:
-                return oracles.dense_curvature(*oracles.pooled_ekfac([fits[i] for i in pool], weights))[part]
+            def curvature(
+                pool: Any, weights: Any = None, coupled: bool = False, name: str = name, part: int = part
+            ) -> Tensor:
+                fits = [of.fits(name)[place] for place in pool]
+                own = oracles.dense_curvature(*oracles.pooled_ekfac(fits, weights))[part]
+                return own / _share(of, name, pool, weights) if coupled else own
 
             total = total + combine(queries, grouped, curvature)
     return total
+
+
+def _share(of: Quantities, layer: str, pool: Sequence[int], weights: Sequence[float]) -> float:
+    return oracles.trace_shares(ekfac_traces(of, pool, lambda _layer: weights), dict.fromkeys(of.layers, 1.0))[layer]
 
 
 # What all steps take of each of 40 steps' gradients: a geometric sum of those that are left (torch.optim.SGD).
 RATES = [LR * (1 - MOMENTUM**left) / (1 - MOMENTUM) for left in range(40, 0, -1)]
 
 
-def _source(queries: Any, grouped: Any, curvature: Any, weights: tuple[float, float] | None = None) -> Tensor:
-    """A segment of 20 steps has checkpoints after 10 and 20: 15 steps are nearest to the first, 5 to the second."""
+COVERED = [sum(part) for part in (RATES[:15], RATES[15:25], RATES[25:35], RATES[35:])]  # nearest to each checkpoint
+
+
+def _source(
+    queries: Any, grouped: Any, curvature: Any, weights: tuple[float, float] | None = None, default: bool = True
+) -> Tensor:
+    """A segment of 20 steps has checkpoints after 10 and 20: 15 steps are nearest to the first, 5 to the second.
+
+    default: layers are coupled, and the query gradient is the mean of those at all checkpoints.
+    """
+    along = [0.25] * 4 if weights else [own / sum(RATES) for own in COVERED]
+    query = sum(w * q for w, q in zip(along, queries, strict=True)) if default else queries[-1]
     segments = []
     for pool, rates in (((0, 1), RATES[:20]), ((2, 3), RATES[20:])):
         shares = weights or (sum(rates[:15]) / sum(rates), sum(rates[15:]) / sum(rates))
         segment = {
-            "curvature": curvature(pool, shares),
+            "curvature": curvature(pool, shares, coupled=default),
             "weights": shares,
             "lr_steps": sum(rates),
             "decay_steps": sum(rates) * WEIGHT_DECAY,
             "group_gradients": [grouped[i] for i in pool],
         }
         segments.append(segment)
-    return torch.stack(oracles.source_scores(queries[-1], segments, N)).sum(0)
+    return torch.stack(oracles.source_scores(query, segments, N)).sum(0)
 
 
 def _influence(queries: Any, grouped: Any, curvature: Any) -> Tensor:
@@ -93,8 +124,7 @@ def _influence(queries: Any, grouped: Any, curvature: Any) -> Tensor:
 
 
 def _tracin(queries: Any, grouped: Any, _curvature: Any) -> Tensor:
-    covered = (RATES[:15], RATES[15:25], RATES[25:35], RATES[35:])
-    return oracles.tracin_scores([(q, sum(own), g) for own, q, g in zip(covered, queries, grouped, strict=True)], N)
+    return oracles.tracin_scores([(q, own, g) for own, q, g in zip(COVERED, queries, grouped, strict=True)], N)
 
 
 METHODS: dict[str, tuple[Any, Callable[..., Tensor]]] = {
@@ -102,6 +132,11 @@ METHODS: dict[str, tuple[Any, Callable[..., Tensor]]] = {
     "source, equal weights": (
         sf.Source(segments=2, checkpoint_weights="equal"),
         partial(_source, weights=(0.5, 0.5)),
+    ),
+    "source, layers apart": (apart(2), partial(_source, default=False)),
+    "the paper's source": (
+        apart(2, checkpoint_weights="equal"),
+        partial(_source, weights=(0.5, 0.5), default=False),
     ),
     "influence": (sf.InfluenceFunction(damping=0.01), _influence),
     "tracin": (sf.TracIn(), _tracin),

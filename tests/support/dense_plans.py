@@ -89,8 +89,8 @@ class DensePlans:
     def trace_shares(self, shares: TraceShares) -> dict[str, float]:
         """Each layer's share of rate * trace."""
         rates = {layer: shares.rates[self._group(shares.stage, layer)] for layer in LAYERS}
-        amounts = {layer: rates[layer] * float(self.eigen(shares.curvature, layer)[0].sum()) for layer in LAYERS}
-        return {layer: amount / sum(amounts.values()) for layer, amount in amounts.items()}
+        traces = {layer: float(self.eigen(shares.curvature, layer)[0].sum()) for layer in LAYERS}
+        return oracles.trace_shares(traces, rates)
 
     def eigen(self, curvature: Curvature, layer: str) -> tuple[Tensor, Tensor]:
         """Eigenvalues [D] and eigenvectors [D, D] of a layer's curvature."""

@@ -277,6 +277,12 @@ def influence_scores(
     return query_grads.double() @ torch.linalg.solve(damped, group_gradients.double().T) / dataset_size
 
 
+def trace_shares(traces: dict[str, float], rates: dict[str, float]) -> dict[str, float]:
+    """Each layer's share of rate * trace, by which coupled layers' curvature is divided."""
+    amounts = {name: rates[name] * trace for name, trace in traces.items()}
+    return {name: amount / sum(amounts.values()) for name, amount in amounts.items()}
+
+
 def tracin_scores(checkpoints: Iterable[tuple[Tensor, float, Tensor]], dataset_size: int) -> Tensor:
     """Sum over (query_grads [Q, D], lr_steps, group_gradients [K, D]) of lr_steps q g^T / N (TracIn)."""
     return sum(lr_steps * q.double() @ g.double().T for q, lr_steps, g in checkpoints) / dataset_size

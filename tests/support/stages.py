@@ -360,59 +360,72 @@ class Course:
         grouped = torch.stack([rows[list(members)].sum(0) for members in self.groups(place).members])
         return oracles.influence_scores(asked, hessian, damping, grouped, stage.size)
 
-    def source(self, place: int, preconditioner: str = "kronecker", fast: bool = False) -> Tensor:
+    def source(self, place: int, method: sf.Source) -> Tensor:
         """SOURCE with one segment a stage: each later stage's decay, last to first, then what the stage learned."""
 
         def score(layer: str) -> Tensor:
             walked = self.queries(layer)
+            if method.query_points == "run":
+                walked = sum(w * self.queries(layer, -1, index) for index, w in enumerate(self.weights(-1)))
             for later in range(len(self.stages) - 1, place, -1):
-                walked = walked @ self.operators(later, layer, preconditioner, fast)[1]
-            learned = walked @ self.operators(place, layer, preconditioner, fast)[0]
-            points: Sequence[Any] = ("mean",) if fast else (0, 1)
-            weights = (1.0,) if fast else self.weights(place)
+                walked = walked @ self.operators(later, layer, method)[1]
+            learned = walked @ self.operators(place, layer, method)[0]
+            points, weights = self.pool(place, method.fast)
             return learned @ sum(w * self.grouped(place, p, layer) for w, p in zip(weights, points, strict=True)).T
 
         return self.over_layers(place, score)
 
-    def operators(self, place: int, layer: str, form: str, fast: bool) -> tuple[Tensor, Tensor]:
+    def operators(self, place: int, layer: str, method: sf.Source) -> tuple[Tensor, Tensor]:
         """[D, D]: what a stage learns of a query (a row), and what it forgets of it."""
-        stage, weights = self.stages[place], self.weights(place)
-        pool: Sequence[Any] = ("mean",) if fast else (0, 1)
-        shares = (1.0,) if fast else weights
-        fits = [self.at(place, point).fit()[layer] for point in pool]
-        rate = sum(stage.rates(layer))
-        shift = rate * stage.recipe.weight_decay
-        plain = oracles.dense_curvature(*oracles.pooled_ekfac(fits, shares))[0]
-        if not stage.recipe.preconditioned or form == "none":
-            functions = (oracles.response(rate, shift), oracles.decay(rate, shift))
-            return tuple(oracles.dense_function(plain, function) for function in functions)  # type: ignore[return-value]
-        P = self.harmonic(place, layer)
-        if form == "diagonal":
-            return _hybrid(fits, shares, plain, P, rate, stage.recipe)
-        scaled = oracles.pooled_ekfac([oracles.scaled_fit(fit, P) for fit in fits], shares)
-        sigma, U, root = scaled[2].flatten(), torch.kron(scaled[1][0], scaled[0][0]), P.flatten().sqrt()
-        shifts = shift * (U.square().T @ P.flatten() if stage.recipe.coupled else torch.ones_like(sigma))
-        answer = torch.stack([oracles.response(rate, s.item())(x) for x, s in zip(sigma, shifts, strict=True)])
+        stage, share = self.stages[place], self.share(place, layer, method) if method.layers == "coupled" else 1.0
+        (sigma, U), rate, decay = (
+            self.spectrum(place, layer, method),
+            sum(stage.rates(layer)),
+            stage.recipe.weight_decay,
+        )
+        P = self.harmonic(place, layer, method.preconditioner).flatten()
+        shifts = rate * decay * (U.square().T @ P if stage.recipe.coupled else torch.ones_like(sigma))
+        sigma = sigma / share
         kept = torch.exp(-rate * sigma - shifts)
+        if self.hybrid(place, method):
+            points, weights = self.pool(place, method.fast)
+            fits = [self.at(place, point).fit()[layer] for point in points]
+            plain = oracles.dense_curvature(*oracles.pooled_ekfac(fits, weights))[0] / share
+            damping = 0.1 * plain.diagonal().mean() + decay * stage.recipe.coupled
+            inverse = torch.linalg.inv(plain + damping * torch.eye(len(kept), dtype=torch.float64))
+            return torch.diag(1 - kept) @ inverse, torch.diag(kept)
+        answer = torch.stack([oracles.response(rate, s.item())(x) for x, s in zip(sigma, shifts, strict=True)])
         learn, forget = (U @ torch.diag(f) @ U.T for f in (answer, kept))
-        return root[:, None] * learn * root, root[:, None] * forget / root
+        return P.sqrt()[:, None] * learn * P.sqrt(), P.sqrt()[:, None] * forget / P.sqrt()
 
-    def harmonic(self, place: int, layer: str) -> Tensor:
-        """[1, O, I]: one over the weighted mean of sqrt(second moment) + eps."""
+    def spectrum(self, place: int, layer: str, method: sf.Source) -> tuple[Tensor, Tensor]:
+        """Eigenvalues and eigenvectors of the curvature in the exponential, of a layer by itself."""
+        P, (points, weights) = self.harmonic(place, layer, method.preconditioner), self.pool(place, method.fast)
+        fits = [self.at(place, point).fit()[layer] for point in points]
+        if self.hybrid(place, method):
+            diagonal = sum(w * fit[2].square().mean(0).flatten() for w, fit in zip(weights, fits, strict=True))
+            return P.flatten() * diagonal, torch.eye(P.numel(), dtype=torch.float64)
+        Q_A, Q_S, sigma = oracles.pooled_ekfac([oracles.scaled_fit(fit, P) for fit in fits], weights)
+        return sigma.flatten(), torch.kron(Q_S[0], Q_A[0])
+
+    def share(self, place: int, layer: str, method: sf.Source) -> float:
+        """A layer's share of a stage's rate * trace."""
+        traces = {name: float(self.spectrum(place, name, method)[0].sum()) for name in LAYERS}
+        return oracles.trace_shares(traces, {name: sum(self.stages[place].rates(name)) for name in LAYERS})[layer]
+
+    def hybrid(self, place: int, method: sf.Source) -> bool:
+        """Whether a stage has the hybrid (SOURCE App. C): a diagonal exponential, and damped EK-FAC in the inverse."""
+        return method.preconditioner == "diagonal" and self.stages[place].recipe.preconditioned
+
+    def pool(self, place: int, fast: bool) -> tuple[Sequence[Any], Sequence[float]]:
+        """Where a stage's gradients and curvature are taken, and how these points weigh."""
+        return (("mean",), (1.0,)) if fast else ((0, 1), self.weights(place))
+
+    def harmonic(self, place: int, layer: str, form: str) -> Tensor:
+        """P [1, O, I]: one over the weighted mean of sqrt(second moment) + eps, or 1 where there is none."""
         moments = [
             oracles.layer_matrix(dict(mlp().named_modules())[layer], m[f"{layer}.weight"], m[f"{layer}.bias"])
             for m in self.stages[place].moments
         ]
-        return oracles.preconditioner(moments, EPS, self.weights(place))
-
-
-def _hybrid(
-    fits: Any, shares: Sequence[float], plain: Tensor, P: Tensor, rate: float, recipe: Recipe
-) -> tuple[Tensor, Tensor]:
-    """The paper's hybrid (SOURCE App. C): the diagonal of H in the exponential, damped EK-FAC in the inverse."""
-    diagonal = sum(w * fit[2].square().mean(0).flatten() for w, fit in zip(shares, fits, strict=True))
-    unit = P.flatten() if recipe.coupled else torch.ones_like(diagonal)
-    kept = torch.exp(-rate * (P.flatten() * diagonal + recipe.weight_decay * unit))
-    damping = 0.1 * plain.diagonal().mean() + recipe.weight_decay * recipe.coupled
-    inverse = torch.linalg.inv(plain + damping * torch.eye(len(kept), dtype=torch.float64))
-    return torch.diag(1 - kept) @ inverse, torch.diag(kept)
+        P = oracles.preconditioner(moments, EPS, self.weights(place))
+        return P if self.stages[place].recipe.preconditioned and form != "none" else torch.ones_like(P)

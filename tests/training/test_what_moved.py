@@ -108,7 +108,7 @@ def methods(run: Run) -> dict[str, Any]:
     """The methods that claim to be right for a run."""
     groups = [group for optimizer in run.optimizers for group in optimizer.param_groups]
     plain = all("betas" not in group and "alpha" not in group and not group["weight_decay"] for group in groups)
-    return {"SOURCE": sf.Source()} | ({"TracIn": sf.TracIn()} if plain else {})
+    return {"SOURCE": sf.Source(query_points="final")} | ({"TracIn": sf.TracIn()} if plain else {})
 
 
 def check_slopes(
