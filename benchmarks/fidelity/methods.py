@@ -28,10 +28,15 @@ class Entry:
     best_of: str = ""
     optimizers: tuple[str, ...] = ("sgd", "adamw")
     data: tuple[str, ...] = ()
+    rows: str = ""
 
     def suits(self, row: Row) -> bool:
         """Whether the row's table has this method."""
-        return row.recipes[-1].optimizer in self.optimizers and (not self.data or row.data in self.data)
+        return (
+            self.rows in row.name
+            and row.recipes[-1].optimizer in self.optimizers
+            and (not self.data or row.data in self.data)
+        )
 
     def make(self) -> Any | None:
         """The method, or None where this segflow does not have it."""
@@ -74,7 +79,7 @@ METHODS: tuple[Entry, ...] = (
     Entry(EARLIER, "Source", _APART | _FINAL),
     Entry(SQUARED, "Source", {"shares_power": 2}),
     Entry("SOURCE, half the steps", "Source", {"lr_steps_scale": 0.5}),
-    Entry(EXACT, "Source", {"curvature": "coupled"}, data=("digits",)),
+    Entry(EXACT, "Source", {"curvature": "coupled"}, data=("digits",), rows="converged-clean"),
     Entry("SOURCE, 3 segments", "Source", {"segments": 3}),
     Entry("SOURCE, 6 segments", "Source", {"segments": 6}),
     Entry("SOURCE, auto segments", "Source", {"segments": "auto"}),

@@ -44,7 +44,7 @@ from ..store.shared_store import StoredUnit
 from ..store.store import MadeFrom
 from .coupled import applied, metric_of, stored_coupled
 from .kronecker import Gradients
-from .layer_shares import capped_layers, check_shares, stored_shares, trace_shares_of
+from .layer_shares import Coupling, capped_layers, check_shares, couplings, stored_shares
 from .lissa import lissa
 from .passes import BATCHING_ERROR
 from .preconditioner import PreconditionerBlock
@@ -115,7 +115,7 @@ class FittedFactors:
         self.preconditioner = lru_cache(4)(self._preconditioner)
         self.kernel = lru_cache(1)(self._kernel)
         self.shares = lru_cache(None)(self._shares)
-        self.trace_shares = lru_cache(None)(self._trace_shares)
+        self.couplings = lru_cache(None)(self._couplings)
 
     def _loss_view(self, stage: int) -> LossView:
         """A stage's model seen through its training loss."""
@@ -152,22 +152,24 @@ class FittedFactors:
         check_shares(context, shares, [layer])
         return shares[layer]
 
-    def _trace_shares(self, operator: Spectral) -> dict[str, float]:
-        """Each layer's share of rate * trace, for an operator whose eigenvalues are divided by a power of it."""
+    def _couplings(self, operator: Spectral) -> dict[str, Coupling]:
+        """Each layer among coupled ones; nothing for an operator whose layers are apart."""
         shares = operator.trace_shares
         if shares is None:
             return {}
-        groups = self.contexts[operator.stage].parameter_groups
-        amounts = {}
-        for name, trace in self.curvature(shares.curvature).traces().items():
-            group = groups[name]
-            amounts[name] = operator.counts(group, self.share(operator, name)) * shares.rates[group] * trace
-        return trace_shares_of(amounts)
+        traces, groups = self.curvature(shares.curvature).traces(), self.contexts[operator.stage].parameter_groups
+        rates = {
+            name: operator.counts(groups[name], self.share(operator, name)) * shares.rates[groups[name]]
+            for name in traces
+        }
+        return couplings(traces, rates)
 
     def told_trace_shares(self, plan: Plan) -> dict[str, dict[str, float]]:
         """The layers' shares of rate * trace that a plan uses, for provenance: for each curvature in words."""
         return {
-            self._in_words(operator.trace_shares.curvature): self.trace_shares(operator)
+            self._in_words(operator.trace_shares.curvature): {
+                name: coupling.share for name, coupling in self.couplings(operator).items()
+            }
             for operator in trace_shares(plan)
             if operator.trace_shares is not None
         }

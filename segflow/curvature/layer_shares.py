@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -69,15 +70,28 @@ def stored_shares(context: StageContext, train_from: MadeFrom) -> dict[str, floa
     return {name: unit.tensor(name, (), kind="nonnegative").item() for name in context.layers.tracked}
 
 
-def trace_shares_of(amounts: Mapping[str, float]) -> dict[str, float]:
-    """Each layer's share of all layers' rate * trace; they sum to 1. Where there is none in all, each has 1.
+class Coupling(NamedTuple):
+    """A layer among coupled ones: its share of all layers' rate * trace, and its rate over that share."""
+
+    share: float
+    rate: float
+
+
+def couplings(traces: Mapping[str, float], rates: Mapping[str, float]) -> dict[str, Coupling]:
+    """Of each layer its share, which sum to 1, and rate / share = sum over layers of rate * trace / own trace.
+
+    The latter holds for a layer without a rate too; it is 0 for one without a trace, which has no eigenvalues.
 
     Example:
-        >>> trace_shares_of({"first": 3.0, "second": 1.0, "frozen": 0.0})
-        {'first': 0.75, 'second': 0.25, 'frozen': 0.0}
+        >>> couplings({"first": 30.0, "frozen": 20.0}, {"first": 0.1, "frozen": 0.0})["frozen"]
+        Coupling(share=0.0, rate=0.15)
     """
+    amounts = {name: rates[name] * trace for name, trace in traces.items()}
     total = math.fsum(amounts.values())
-    return {name: amount / total if total else 1.0 for name, amount in amounts.items()}
+    return {
+        name: Coupling(amounts[name] / total if total else 0.0, total / trace if trace else 0.0)
+        for name, trace in traces.items()
+    }
 
 
 def check_shares(context: StageContext, shares: Mapping[str, float], capped: Iterable[str]) -> None:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from ..arguments import real_number, settle, whole_number
@@ -119,20 +120,25 @@ class Spectral:
         parameter_group: int,
         P: Tensor | float = 1.0,
         share: float | None = None,
-        trace_share: float = 1.0,
+        coupling: float | None = None,
     ) -> Tensor:
         """The function's values at a layer's eigenvalues [P, O, I], or [] for a constant.
 
         parameter_group: the layer's. P: that of `shifted_by`, in the eigenvalues' basis. share: of the training
-        examples, those that reach the layer; None where it does not matter. trace_share: the layer's, of
-        `trace_shares`.
+        examples, those that reach the layer; None where it does not matter. coupling: the layer's rate over its share
+        of `trace_shares`, the sum over layers of rate * trace over its own trace; None for layers apart.
         """
-        counts, eigenvalues = self.counts(parameter_group, share), eigenvalues / self._divisor(trace_share)
+        counts = self.counts(parameter_group, share)
         if self.kind == "constant":
             return eigenvalues.new_full((), counts * self._rate(parameter_group))
         shift: Tensor | float = self.shift[parameter_group]
         if self.coupled:
             shift = shift + self.coupled[parameter_group] * P
+        if coupling is not None and self.trace_shares is not None:
+            own = counts * self.trace_shares.rates[parameter_group]
+            if self.kind == "decay":  # also of a layer without a rate: the others undo what its gradient did
+                return decay(eigenvalues, self._coupled_rate(own, coupling, eigenvalues), shift)
+            eigenvalues = eigenvalues * (coupling / own) ** self.trace_shares.power if own and coupling else eigenvalues
         if self.kind == "damped_inverse":
             damping = self.amount[parameter_group]
             heuristic = HEURISTIC_SHARE * eigenvalues.mean()
@@ -140,9 +146,12 @@ class Spectral:
             return damped_inverse(eigenvalues + shift / counts, heuristic if damping is None else damping)
         return _OF_RATE[self.kind](eigenvalues, counts * self._rate(parameter_group), shift)
 
-    def _divisor(self, trace_share: float) -> float:
-        """What eigenvalues are divided by; 1 where a layer has no rate or no trace, and nothing would change."""
-        return trace_share**self.trace_shares.power if self.trace_shares and trace_share else 1.0
+    def _coupled_rate(self, own: float, coupling: float, like: Tensor) -> float:
+        """rate / share^power, which at power 1 is the coupling, and its limit for a layer whose own rate is 0."""
+        power = self.trace_shares.power if self.trace_shares else 1.0
+        if own:
+            return own * (coupling / own) ** power
+        return coupling if power == 1 else float(torch.finfo(like.dtype).max) if power > 1 and coupling else 0.0
 
     def _rate(self, parameter_group: int) -> float:
         """The amount, which is a number wherever it is no damping."""

@@ -103,12 +103,14 @@ class TraceShares:
     An operator that has them takes lambda_l / c_l in place of a layer's eigenvalues lambda_l. Block-diagonal curvature
     lets every layer make the whole correction by itself, so that saturated directions count once for each layer; so
     divided, the layers share one correction. Where their tangent kernels are proportional, K_l = c_l K, that is a
-    function of the whole matrix, exactly, and for any shares blockdiag(F_l / c_l) dominates F.
+    function of the whole matrix, exactly, and for any shares blockdiag(F_l / c_l) dominates F. A layer whose rate is 0
+    in a segment learns nothing there, and its query gradient decays at the limit of rate_l / c_l: the others undo what
+    it did. One that a later stage's optimizer does not have has no curvature there, and stays as it is.
 
     Args:
         stage: of training.
         curvature: whose traces, that of P^1/2 F P^1/2 where the optimizer has a P.
-        rates: one for each parameter group. A layer without a rate or a trace has no share, and is not divided.
+        rates: one for each parameter group.
         power: of the shares; they sum to 1 at power 1.
 
     Raises:

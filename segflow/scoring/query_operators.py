@@ -157,7 +157,7 @@ class QueryOperators:
         """The queries times a function of the eigenvalues; a layer that the stage did not train stays as it is."""
         blocks = self.fitted.curvature(operator.curvature) if operator.curvature else None
         shifts = self.fitted.preconditioner(operator.shifted_by) if operator.shifted_by else None
-        trace_shares, scaled = self.fitted.trace_shares(operator), {}
+        couplings, scaled = self.fitted.couplings(operator), {}
         for name, values_QPOI in before.values.items():
             group = self.fitted.parameter_group(operator.stage, name)
             if group is None:
@@ -170,7 +170,8 @@ class QueryOperators:
                 exact_POI = shifts[name].exact_POI
                 P = exact_POI if block is None or block.basis is None else block.basis.diagonal(exact_POI)
             share = self.fitted.share(operator, name)
-            scaled[name] = values_QPOI * operator.on(eigenvalues, group, P, share, trace_shares.get(name, 1.0))
+            coupling = couplings[name].rate if name in couplings else None
+            scaled[name] = values_QPOI * operator.on(eigenvalues, group, P, share, coupling)
         return replace(before, values=scaled)
 
     @_apply.register

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 
 import segflow as sf
-from segflow.curvature.layer_shares import trace_shares_of
+from segflow.curvature.layer_shares import couplings
 from segflow.errors import MethodError
 from segflow.methods import Curvature, Point, Spectral, TraceShares
 
 from ..support import oracles
 from ..support.helpers import analyzer_of, apart, mlp, perturbed_states, trajectory_of, vectors
+from ..support.histories import by_span, history
 from ..support.linear import FEATURES, GROUPS, QUERY, TRAIN, Linear, N, losses, measure, optimum
 
 SCALES = (0.5, 1.2, 0.9)  # of layers that add up to one linear model
@@ -59,11 +60,11 @@ def test_with_proportional_kernels_the_blocks_make_the_dense_function(kind: str)
     sigma, U = torch.linalg.eigh(whole)
     plain = replace(f, trace_shares=None)
     expected = torch.kron(s, v) @ U @ torch.diag(plain.on(sigma.clamp_min(0), 0)) @ U.T @ torch.kron(s, g)
-    of_layers = trace_shares_of({str(l): 0.3 * float(c**2 * block.trace()) for l, c in enumerate(s)})
+    of_layers = couplings({str(l): float(c**2 * block.trace()) for l, c in enumerate(s)}, dict.fromkeys("012", 0.3))
     found = torch.zeros(())
     for l, c in enumerate(s):
         sigma, U = torch.linalg.eigh(c**2 * block)
-        found = found + (c * v) @ U @ torch.diag(f.on(sigma, 0, trace_share=of_layers[str(l)])) @ U.T @ (c * g)
+        found = found + (c * v) @ U @ torch.diag(f.on(sigma, 0, coupling=of_layers[str(l)].rate)) @ U.T @ (c * g)
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=0)
 
 
@@ -96,26 +97,36 @@ def test_of_parallel_layers_it_is_the_function_of_the_whole_matrix(tmp_path: Pat
     torch.testing.assert_close(found.values, by_layer, rtol=1e-10, atol=0)
 
 
+def _whole(theta: Tensor) -> Tensor:
+    """The linear model that three parallel layers' parameters add up to."""
+    return sum(s * part for s, part in zip(SCALES, theta.chunk(len(SCALES)), strict=True))  # type: ignore[return-value]
+
+
+def _shared_start(weight_decay: float) -> Tensor:
+    """The layers' parameters whose sum is the optimum: the shortest way to it shares it out by the scales."""
+    squared = sum(scale**2 for scale in SCALES)
+    best = optimum(weight_decay / squared)
+    return torch.cat([scale / squared * best for scale in SCALES])
+
+
+def _state(theta: Tensor) -> dict[str, Tensor]:
+    parts = theta.chunk(len(SCALES))
+    state = {f"layers.{place}.weight": part[None, :-1] for place, part in enumerate(parts)}
+    return state | {f"layers.{place}.bias": part[-1:] for place, part in enumerate(parts)}
+
+
 @pytest.mark.parametrize("weight_decay", [0.0, 0.2])
 def test_it_converges_to_unrolled_training_where_layers_apart_do_not(tmp_path: Path, weight_decay: float) -> None:
     """Three parallel layers of one output; from the optimum, as the steps go to zero."""
-
-    def whole(theta: Tensor) -> Tensor:
-        return sum(s * part for s, part in zip(SCALES, theta.chunk(len(SCALES)), strict=True))  # type: ignore[return-value]
-
-    squared = sum(scale**2 for scale in SCALES)
-    best = optimum(weight_decay / squared)  # of the sum: the shortest way to it shares it out by the scales
-    start = torch.cat([scale / squared * best for scale in SCALES])
-    parts = start.chunk(len(SCALES))
-    state = {f"layers.{place}.weight": part[None, :-1] for place, part in enumerate(parts)}
-    state |= {f"layers.{place}.bias": part[-1:] for place, part in enumerate(parts)}
+    start = _shared_start(weight_decay)
+    state = _state(start)
     errors: dict[str, list[float]] = {"coupled": [], "apart": [], "exactly coupled": []}
     for steps in (100, 200, 400):
         lr = 0.4 / steps
-        gradient = oracles.weighted_gradient(lambda theta: losses(whole(theta)))
+        gradient = oracles.weighted_gradient(lambda theta: losses(_whole(theta)))
         members = [list(group) for group in GROUPS.members]
         expected = oracles.unrolled_influence(
-            lambda theta: measure(whole(theta)), start, gradient, members, N, [lr] * steps, weight_decay=weight_decay
+            lambda theta: measure(_whole(theta)), start, gradient, members, N, [lr] * steps, weight_decay=weight_decay
         )
         for layers, found in errors.items():
             folder, options = tmp_path / f"{layers}-{steps}", {"lr": lr, "weight_decay": weight_decay}
@@ -171,8 +182,35 @@ def test_a_layer_without_a_rate_has_no_share_and_stays_a_number(tmp_path: Path) 
     assert torch.isfinite(values["frozen"]).all() and values["frozen"].abs().max() > 0
 
 
-def test_shares_of_nothing_divide_nothing() -> None:
-    assert trace_shares_of({"a": 0.0, "b": 0.0}) == {"a": 1.0, "b": 1.0}
+@pytest.mark.parametrize("late", [0.0, 1e-9, 1e-3])
+@pytest.mark.parametrize("power", [1.0, 2.0])
+def test_what_a_layer_did_before_it_was_frozen_is_undone_by_the_others(
+    tmp_path: Path, late: float, power: float
+) -> None:
+    """In the second half one of three parallel layers has no rate, or hardly any: unrolled training decides."""
+    start, steps, lr = _shared_start(0.0), 400, 0.8 / 400
+    frozen = torch.ones_like(start)
+    frozen[-(FEATURES + 1) :] = late
+    gradient, weights = oracles.weighted_gradient(lambda theta: losses(_whole(theta))), torch.ones(N).double()
+    theta, weights = start, weights.requires_grad_(True)
+    for step in range(steps):
+        theta = theta - lr * (frozen if step >= steps // 2 else 1) * gradient(theta, weights)
+    slopes = [torch.autograd.grad(m, weights, retain_graph=True)[0] for m in measure(_whole(theta)).flatten()]
+    exact = -torch.stack([torch.stack([slope[list(m)].sum() for m in GROUPS.members]) for slope in slopes])
+    made = trajectory_of(tmp_path / "run", [_state(start)] * 4, N, steps=[100, 200, 300, 400])
+    of = {name: int(name.startswith("layers.2")) for name in _state(start)}
+    run = history(made, of, by_span((200, (lr, lr)), (200, (lr, lr * late))), optimizer=sf.OptimizerConstants())
+    method = sf.Source(2, shares_power=power)
+    analyzer = analyzer_of(Parallel(1), run, tmp_path / "store", task=Linear(), method=method)
+    analyzer.fit(TRAIN)
+    found = analyzer.score(GROUPS, TRAIN, QUERY).values
+    assert torch.isfinite(found).all()
+    if power == 1:
+        assert (found - exact).norm() < 0.005 * exact.norm()
+
+
+def test_shares_of_nothing_couple_nothing() -> None:
+    assert set(couplings({"a": 0.0, "b": 2.0}, {"a": 0.1, "b": 0.0}).values()) == {(0.0, 0.0)}
 
 
 @pytest.mark.parametrize(

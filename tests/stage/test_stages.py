@@ -146,7 +146,7 @@ def test_stages_have_tasks_and_layers_of_their_own_and_what_a_stage_did_not_trai
 def test_a_layer_that_a_stage_did_not_train_is_scored_as_one_that_it_trained_at_a_rate_of_0(
     tmp_path: Path, segments: int
 ) -> None:
-    """It has no share of the correction that the stage's coupled layers make, and does not decay there."""
+    """Where layers are apart. Coupled, a layer without a rate decays, and one without curvature stays as it is."""
     first, second = _two_stages(tmp_path)
     groups = {name: int(name.startswith("4.")) for name, _ in mlp().named_parameters()}
     head, at_0 = {name: 0 for name, group in groups.items() if group}, torch.tensor([[0.0, 0.05]], dtype=torch.float64)
@@ -157,7 +157,7 @@ def test_a_layer_that_a_stage_did_not_train_is_scored_as_one_that_it_trained_at_
         last = sf.Trajectory(
             second.checkpoints, second.steps, rates, 15, sf.OptimizerConstants(momentum=0.3), of, stage="finetune"
         )
-        analyzer = analyzer_of(mlp(), last.after(first), tmp_path / name, method=sf.Source(segments))
+        analyzer = analyzer_of(mlp(), last.after(first), tmp_path / name, method=apart(segments))
         analyzer.fit(data)
         scores[name] = analyzer.score(SOME, data, vectors(QUERIES, seed=5), stage="pretrain", keep=("layer",)).by_layer
     for layer, expected in scores["at a rate of 0"].items():
