@@ -21,7 +21,7 @@ BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 def test_the_api_example_runs_and_is_short(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    code, groups, _ = BLOCKS
+    code, sizes, groups, _ = BLOCKS
     assert len(code.splitlines()) <= 32
     monkeypatch.chdir(tmp_path)
     train, model = vectors(40, torch.float32), mlp(torch.float32)
@@ -39,6 +39,11 @@ def test_the_api_example_runs_and_is_short(
     assert given["scores"].values.shape == (5, 4)
     assert set(given["table"].columns) == {"books", "code", "mail", "web"}
     assert "attributed: 79 of 79 parameters (100.0%)" in capsys.readouterr().out
+
+    by_hand = given["scores"].values.double()
+    given["train_and_measure"] = lambda kept, seed: (3 * (by_hand.sum(1) - by_hand[:, kept].sum(1))).tolist()
+    exec(compile(sizes, "README.md", "exec"), given)
+    torch.testing.assert_close(given["calibrated"].values.double(), 3 * by_hand)
 
     given |= {"annotators": ["ann", "bob"] * 20, "regions": ["north", "south", "north", "south", "south"]}
     given["train_and_measure"] = lambda kept, seed: [float(len(kept)) + seed % 7] * 5
@@ -63,7 +68,7 @@ class TokenModel(torch.nn.Module):
 
 def test_the_language_model_task_has_the_curvature_s_scale(tmp_path: Path) -> None:
     given: dict[str, Any] = {"torch": torch, "sf": sf}
-    exec(compile(BLOCKS[2], "README.md", "exec"), given)
+    exec(compile(BLOCKS[3], "README.md", "exec"), given)
     generator = torch.Generator().manual_seed(1)
     tokens = torch.randint(0, 7, (24, 9), generator=generator)
     lengths = torch.randint(4, 10, (24,), generator=generator)
