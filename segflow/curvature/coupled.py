@@ -162,21 +162,26 @@ def metric_of(
     }
 
 
-def coupled_tensors(
-    tokens: Mapping[str, Sequence[Tokens]], metric: Mapping[str, Tensor], memory: int, where: str
-) -> Tensors:
-    """What the store keeps: `<layer>.a`, `<layer>.g`, and the `eigenvalues` and `eigenvectors` of G^T M G.
-
-    memory: bytes that it may take; FactorError where it does not fit.
-    """
-    of_layers = {name: joined(pieces) for name, pieces in tokens.items()}
-    n = next(iter(of_layers.values())).a_PBSI.shape[1]
-    needed = 3 * 8 * n**2 + sum(side.nbytes for of_layer in of_layers.values() for side in of_layer)
+def check_memory(n: int, view: LossView, memory: int, where: str) -> None:
+    """Raise FactorError unless so many pseudo-gradients' tokens and products fit into so many bytes, by the shapes."""
+    sizes = ((name, layer.shape) for name, layer in view.layers.items())
+    tokens = sum(P * (O + I) * view.positions(name) for name, (P, O, I) in sizes) * view.dtype.itemsize
+    needed = 3 * 8 * n**2 + n * tokens
     if needed > memory:
         raise FactorError(
             f"{where}: curvature='coupled' holds {n:,} pseudo-gradients and their products, about {needed:,} bytes, "
             f"and {memory:,} are allowed. Give fewer curvature_examples= or more memory=, or use curvature='ekfac'."
         )
+
+
+def coupled_tensors(
+    tokens: Mapping[str, Sequence[Tokens]], metric: Mapping[str, Tensor], memory: int, where: str
+) -> Tensors:
+    """What the store keeps: `<layer>.a`, `<layer>.g`, and the `eigenvalues` and `eigenvectors` of G^T M G.
+
+    memory: bytes, of which gradients that are formed may take an eighth.
+    """
+    of_layers = {name: joined(pieces) for name, pieces in tokens.items()}
     sigma, vectors = spectrum(gram(of_layers, metric, memory // 8), where)
     dtype = next(iter(metric.values())).dtype
     kept = {f"{name}.{side}": tensor for name, of in of_layers.items() for side, tensor in zip("ag", of, strict=True)}

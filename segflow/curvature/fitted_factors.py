@@ -38,6 +38,7 @@ from ..methods.plan import (
 )
 from ..methods.spectra import damped_inverse
 from ..model.loss_view import LossView
+from ..model.tokens import Tokens
 from ..stage.context import StageContext
 from ..stage.unit_identity import SAMPLING_KEYS, checkpoint_digest, training_identity
 from ..store.shared_store import StoredUnit
@@ -116,6 +117,8 @@ class FittedFactors:
         self.kernel = lru_cache(1)(self._kernel)
         self.shares = lru_cache(None)(self._shares)
         self.couplings = lru_cache(None)(self._couplings)
+        self.traces = lru_cache(None)(self._traces)
+        self.sampled = lru_cache(1)(self._sampled)
 
     def _loss_view(self, stage: int) -> LossView:
         """A stage's model seen through its training loss."""
@@ -157,27 +160,26 @@ class FittedFactors:
         shares = operator.trace_shares
         if shares is None:
             return {}
-        traces, groups = self.curvature(shares.curvature).traces(), self.contexts[operator.stage].parameter_groups
+        traces, groups = self.traces(shares.curvature), self.contexts[operator.stage].parameter_groups
         rates = {
             name: operator.counts(groups[name], self.share(operator, name)) * shares.rates[groups[name]]
             for name in traces
         }
         return couplings(traces, rates)
 
+    def _traces(self, curvature: Curvature) -> dict[str, float]:
+        """Each layer's trace."""
+        return self.curvature(curvature).traces()
+
     def told_trace_shares(self, plan: Plan) -> dict[str, dict[str, float]]:
         """The layers' shares of rate * trace that a plan uses, for provenance: for each curvature in words."""
         return {
-            self._in_words(operator.trace_shares.curvature): {
+            in_words(self.contexts[operator.stage], operator.trace_shares.curvature.points): {
                 name: coupling.share for name, coupling in self.couplings(operator).items()
             }
             for operator in trace_shares(plan)
             if operator.trace_shares is not None
         }
-
-    def _in_words(self, curvature: Curvature) -> str:
-        """Where a curvature was fitted."""
-        context = self.contexts[curvature.stage]
-        return "; ".join(context.where(point) for point in curvature.points)
 
     def _kernel_unit(self, inverse: ProjectedInverse) -> StoredUnit:
         stage = inverse.stage
@@ -261,16 +263,18 @@ class FittedFactors:
 
     def coupled(self, operator: CoupledFunction, values: Gradients) -> Gradients:
         """A function of the curvature of all layers together, applied to the gradients of queries."""
-        stage, fisher = operator.stage, operator.fisher
-        context, view = self.contexts[stage], self.loss_view(stage)
-        unit = context.store.open(
-            coupled_unit(context, fisher), coupled_from(context, fisher, self.train_from(stage), view), SAMPLING_KEYS
-        )
+        fisher, context = operator.fisher, self.contexts[operator.stage]
         P = None if fisher.scaled is None else self.preconditioner(fisher.scaled)
         groups = context.parameter_groups
-        metric = metric_of(view, fisher.rates, groups, P)
+        metric = metric_of(self.loss_view(operator.stage), fisher.rates, groups, P)
         shifts = {name: operator.shift[groups[name]] for name in values}
-        return applied(operator.kind, values, shifts, metric, *stored_coupled(unit, view), context.memory)
+        return applied(operator.kind, values, shifts, metric, *self.sampled(fisher), context.memory)
+
+    def _sampled(self, fisher: SampledFisher) -> tuple[dict[str, Tokens], tuple[Tensor, Tensor]]:
+        """The pseudo-gradients' tokens, and the spectrum, of a curvature of all layers together."""
+        context, view = self.contexts[fisher.stage], self.loss_view(fisher.stage)
+        made_from = coupled_from(context, fisher, self.train_from(fisher.stage), view)
+        return stored_coupled(context.store.open(coupled_unit(context, fisher), made_from, SAMPLING_KEYS), view)
 
     def unit_names(self, term: Term) -> tuple[str, ...]:
         """The names of the units that a term's operators are made of."""
@@ -282,6 +286,11 @@ class FittedFactors:
         operators = spectral((term,))
         capped = (shares_unit(context) for context in self.contexts if capped_layers(context, operators))
         return (*pools, *kernels, *capped)
+
+
+def in_words(context: StageContext, points: Sequence[Point]) -> str:
+    """Where a curvature is fitted."""
+    return "; ".join(context.where(point) for point in points)
 
 
 def _as_json(nested: Any) -> Any:

@@ -34,7 +34,7 @@ from ..store.shared_store import UnitRecipe
 from ..store.store import MadeFrom
 from ..training.segments import for_group
 from .bases import Pool, pooled_eigenvectors, pooled_kfac
-from .coupled import coupled_tensors, metric_of, on_main, pseudo_gradients, sampled_at
+from .coupled import check_memory, coupled_tensors, metric_of, on_main, pseudo_gradients, sampled_at
 from .fitting_needs import Needs
 from .kronecker import Eigenbasis
 from .layer_shares import check_shares, measured_shares, shares_point
@@ -205,12 +205,7 @@ class FactorFitter:
 
     def _pass(self, point: Point, view: LossView, kind: str, summed: int = 1) -> tuple[LossView, Iterator[Batch], str]:
         """The view and the data for one pass at a point, and the point's name; summed: see `_lists`."""
-        weights_N = self._weights(point, self.drawn)
-        if weights_N is not None and not weights_N[self.drawn].any():
-            raise FactorError(
-                f"{self.context.where(point)}: all of the {len(self.drawn)} examples that curvature is fitted to have "
-                "an example weight of 0, expected some that training drew there. Raise curvature_examples=."
-            )
+        weights_N = self._some_weight(point, self.drawn)
         return self._walked(point, view, kind, self._lists(summed), weights_N, self.context.settings.views)
 
     def _walked(
@@ -230,6 +225,16 @@ class FactorFitter:
             return None
         mean = weights_N[examples].mean()
         return weights_N / mean if mean > 0 else weights_N
+
+    def _some_weight(self, point: Point, examples: Indices) -> Tensor | None:
+        """As `_weights`; FactorError where none of the examples counts."""
+        weights_N = self._weights(point, examples)
+        if weights_N is not None and not weights_N[examples].any():
+            raise FactorError(
+                f"{self.context.where(point)}: all of the {len(examples)} examples that curvature is fitted to have "
+                "an example weight of 0, expected some that training drew there. Raise curvature_examples=."
+            )
+        return weights_N
 
     def _make_covariance(self, point: Point) -> Tensors:
         view, data, where = self._pass(point, self.sample, "covariance")
@@ -264,18 +269,18 @@ class FactorFitter:
     def _make_coupled(self, fisher: SampledFisher) -> Tensors:
         """Each layer's tokens of the pseudo-gradients, `<layer>.a` and `.g`, and the spectrum of G^T M G; on rank 0."""
         context, views = self.context, self.context.settings.views
-        chosen = sampled_at(fisher, self.drawn, views)
+        chosen, where = sampled_at(fisher, self.drawn, views), ", ".join(map(context.where, fisher.points))
+        check_memory(views * sum(map(len, chosen)), self.view, context.memory, where)
         tokens: dict[str, list[Tokens]] = {name: [] for name in self.view.layers}
         for place, (point, examples) in enumerate(zip(fisher.points, chosen, strict=True)):
             lists = [np.sort(examples)[part.start : part.stop] for part in in_order(len(examples), self.batch_size)]
-            weights_N, here = self._weights(point, examples), context.ranks.share(lists)
-            view, data, where = self._walked(point, self.sample, "pseudo-gradients", here, weights_N, views)
-            for name, of_layer in pseudo_gradients(view, data, where, context.ranks).items():
+            weights_N, here = self._some_weight(point, examples), context.ranks.share(lists)
+            view, data, at = self._walked(point, self.sample, "pseudo-gradients", here, weights_N, views)
+            for name, of_layer in pseudo_gradients(view, data, at, context.ranks).items():
                 weight = for_group((fisher.weights[place],), context.parameter_groups[name])[0]
                 factor = (weight / (views * len(examples))) ** 0.5
                 tokens[name] += on_main(of_layer, factor, context.ranks)
         P = None if fisher.scaled is None else self.preconditioner(fisher.scaled)
-        where = ", ".join(context.where(point) for point in fisher.points)
         metric = metric_of(self.view, fisher.rates, context.parameter_groups, P)
         return coupled_tensors(tokens, metric, context.memory, where) if context.ranks.main else {}
 

@@ -76,12 +76,13 @@ def kernel_unit(context: StageContext, inverse: ProjectedInverse) -> str:
 
 def coupled_unit(context: StageContext, fisher: SampledFisher) -> str:
     """The name of the unit of a sampled curvature of all layers together."""
-    return f"{context.prefix}coupled/{_pool(context, fisher)}-{fisher.most}"
+    of_rates = rounded([tuple(_rates(context, fisher))])
+    return f"{context.prefix}coupled/{_pool(context, fisher)}-{fisher.most}-rates{of_rates}"
 
 
 def coupled_from(context: StageContext, fisher: SampledFisher, train_from: MadeFrom, view: LossView) -> dict[str, Any]:
     """What the unit of a sampled curvature is made of."""
-    return {**pool_from(context, fisher, train_from, view), "rates": list(fisher.rates), "most": fisher.most}
+    return {**pool_from(context, fisher, train_from, view), "rates": _rates(context, fisher), "most": fisher.most}
 
 
 def at_point(identity: MadeFrom, context: StageContext, point: Point) -> dict[str, Any]:
@@ -143,6 +144,11 @@ def preconditioner_from(context: StageContext, preconditioner: Preconditioner) -
         "eps": list(trajectory.eps),
         "moments": f"estimated for batches of {trajectory.optimizer.batch_size}" if missing else "recorded",
     }
+
+
+def _rates(context: StageContext, fisher: SampledFisher) -> list[float]:
+    """The rates of the parameter groups that hold tracked layers, in order; those of others may be unknown."""
+    return [fisher.rates[group] for group in sorted(set(context.parameter_groups.values()))]
 
 
 def _batched(second_moment: Curvature | ProjectedInverse) -> str:

@@ -151,7 +151,7 @@ def uncut(trajectory: Trajectory) -> Cuts:
 
 def sizes_of(method: Method) -> str:
     """How far the sizes of a method's scores can be trusted, in words; MethodError unless it is text."""
-    said = getattr(method, "sizes", "not known for this method; take ranks, or fit a slope with Scores.calibrated")
+    said = getattr(method, "sizes", "not known for this method; take their ranks")
     if not isinstance(said, str):
         raise MethodError(f"{type(method).__name__}: sizes is {said!r}, expected text, a sentence for people.")
     return said

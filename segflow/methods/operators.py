@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +16,7 @@ from .points import Curvature, Point, Preconditioner, SampledFisher, TraceShares
 from .spectra import damped_inverse, decay, response, saturation
 
 HEURISTIC_SHARE = 0.1  # of a layer's mean eigenvalue; Grosse et al. 2023, arXiv 2308.03296
+_LARGEST = 700.0  # an exponent whose exponential is a number
 _OF_RATE: dict[str, Callable[[Tensor, float, Tensor | float], Tensor]] = {
     "decay": decay,
     "response": response,
@@ -136,9 +137,11 @@ class Spectral:
             shift = shift + self.coupled[parameter_group] * P
         if coupling is not None and self.trace_shares is not None:
             own = counts * self.trace_shares.rates[parameter_group]
-            if self.kind == "decay":  # also of a layer without a rate: the others undo what its gradient did
-                return decay(eigenvalues, self._coupled_rate(own, coupling, eigenvalues), shift)
-            eigenvalues = eigenvalues * (coupling / own) ** self.trace_shares.power if own and coupling else eigenvalues
+            if self.kind == "decay" and not own:  # the others undo what the layer's gradient did
+                return decay(_times_limit(eigenvalues, coupling, self.trace_shares.power), 1.0, shift)
+            eigenvalues = (
+                _divided(eigenvalues, own / coupling, self.trace_shares.power) if own and coupling else eigenvalues
+            )
         if self.kind == "damped_inverse":
             damping = self.amount[parameter_group]
             heuristic = HEURISTIC_SHARE * eigenvalues.mean()
@@ -146,17 +149,26 @@ class Spectral:
             return damped_inverse(eigenvalues + shift / counts, heuristic if damping is None else damping)
         return _OF_RATE[self.kind](eigenvalues, counts * self._rate(parameter_group), shift)
 
-    def _coupled_rate(self, own: float, coupling: float, like: Tensor) -> float:
-        """rate / share^power, which at power 1 is the coupling, and its limit for a layer whose own rate is 0."""
-        power = self.trace_shares.power if self.trace_shares else 1.0
-        if own:
-            return own * (coupling / own) ** power
-        return coupling if power == 1 else float(torch.finfo(like.dtype).max) if power > 1 and coupling else 0.0
-
     def _rate(self, parameter_group: int) -> float:
         """The amount, which is a number wherever it is no damping."""
         amount = self.amount[parameter_group]
         return math.nan if amount is None else amount
+
+
+def _divided(eigenvalues: Tensor, share: float, power: float) -> Tensor:
+    """Eigenvalues over a layer's share to a power; no number is too large for their precision."""
+    most = torch.finfo(eigenvalues.dtype).max
+    factor = math.exp(min(-power * math.log(share), _LARGEST))
+    return (eigenvalues.double() * factor).clamp_max(most).to(eigenvalues.dtype)
+
+
+def _times_limit(eigenvalues: Tensor, coupling: float, power: float) -> Tensor:
+    """rate * eigenvalues / share^power as the rate goes to 0; eigenvalues that are 0 to rounding stay so."""
+    if power == 1:
+        return coupling * eigenvalues
+    precision = torch.finfo(eigenvalues.dtype)
+    above = (eigenvalues > precision.eps * eigenvalues.max()) & (power > 1)
+    return torch.zeros_like(eigenvalues).masked_fill(above, precision.max)
 
 
 @dataclass(frozen=True)
@@ -261,7 +273,7 @@ class CoupledFunction:
             that move, and for a decay for all: what differs has no function in the span of the pseudo-gradients.
 
     Raises:
-        MethodError: the kind is not known, the fisher is of another stage, or the shifts differ.
+        MethodError: the kind is not known, or the fisher is of another stage.
     """
 
     stage: int
@@ -275,13 +287,16 @@ class CoupledFunction:
         where = f"CoupledFunction(stage={self.stage}, kind={self.kind!r})"
         check_same_stage(where, self.stage, fisher=self.fisher)
         settle(self, shift=checked_amounts(where, "shift", self.shift, 0.0))
-        pairs = zip(self.shift, self.fisher.rates, strict=False)
-        counted = {shift for shift, rate in pairs if rate or self.kind == "decay"}
+
+    def check_shifts(self, parameter_groups: Iterable[int]) -> None:
+        """Raise MethodError where the shifts of layers' parameter groups differ, among those that count."""
+        groups = set(parameter_groups)
+        counted = {self.shift[group] for group in groups if self.fisher.rates[group] or self.kind == "decay"}
         if len(counted) > 1:
             raise MethodError(
-                f"{where}: weight decay adds {sorted(counted)} in the optimizer's parameter groups, and a function of "
-                "all layers together needs one number. Use curvature='ekfac', whose layers may differ, or train all "
-                "parameters with the same weight decay."
+                f"CoupledFunction(stage={self.stage}, kind={self.kind!r}): weight decay adds {sorted(counted)} in the "
+                "layers' parameter groups, and a function of all layers together needs one number. Use "
+                "curvature='ekfac', whose layers may differ, or train all parameters with the same weight decay."
             )
 
 

@@ -74,7 +74,8 @@ def _check_operator(where: str, operator: Operator, stage: int, stages: Sequence
     if mixes and facts.layers != stages[stage].layers:
         raise MethodError(
             f"{where} mixes the layers of stage {own}, {list(facts.layers)[:8]}, and the scores' are those of "
-            f"stage {stage}, {list(stages[stage].layers)[:8]}. Expected the same; give it stage={stage}."
+            f"stage {stage}, {list(stages[stage].layers)[:8]}. Expected the same: give it stage={stage}, or "
+            "take a method whose layers stay apart from each other, such as Source(curvature='ekfac')."
         )
     for name, numbers in vars(operator).items():
         if name in _BY_GROUP and len(numbers) != facts.parameter_groups and not (name in _OPTIONAL and not numbers):

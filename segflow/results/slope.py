@@ -13,7 +13,7 @@ CALIBRATION = "calibration"  # in the provenance: the slope that the scores were
 # What the provenance may tell otherwise of the scores that a slope was fitted to: other groups, another run.
 _MAY_DIFFER = {
     *("group_digest", "shared_out_from", "rolled_up_from"),
-    *("seed", "terms", "training", "segmentation", "batching_error"),
+    *("seed", "terms", "training", "segmentation", "batching_error", "trace_shares", "coupled_curvature", "queries_at"),
 }
 
 

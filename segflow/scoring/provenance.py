@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..curvature.coupled import sample_size
+from ..curvature.fitted_factors import in_words
 from ..curvature.saved_moments import unsaved
 from ..data.code_identity import plain_options
 from ..errors import ScoreError
@@ -107,8 +108,17 @@ def _provenance(
         provenance["curvature_examples"] = min(context.settings.curvature_examples, context.trajectory.dataset_size)
     if first.batching_error is not None:
         provenance["batching_error"] = [run.batching_error for run in runs]
-    if sampled := fishers(first.plan):
-        provenance["coupled_curvature"] = [_sampled(first.contexts[fisher.stage], fisher) for fisher in sampled]
+    if len(first.plan[0].query_points) > 1:
+        pairs = zip(first.plan[0].query_points, first.plan[0].query_weights, strict=True)
+        provenance["queries_at"] = {last.where(point): weight for point, weight in pairs}
+    if fishers(first.plan):
+        provenance["coupled_curvature"] = [
+            {
+                in_words(run.contexts[fisher.stage], fisher.points): _sampled(run.contexts[fisher.stage], fisher)
+                for fisher in fishers(run.plan)
+            }
+            for run in runs
+        ]
     if first.trace_shares:
         provenance["trace_shares"] = [run.trace_shares for run in runs]
     if len(first.contexts) > 1:

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..errors import MethodError, TrajectoryError
 from ..methods.method import Cuts, Method, is_automatic
-from ..methods.plan import Plan, fishers, spectral
+from ..methods.plan import CoupledFunction, Plan, fishers, spectral
 from ..methods.plan_check import StageFacts, check_plan
 from .context import StageContext
 
@@ -38,6 +38,9 @@ def plan_for(method: Method, contexts: Sequence[StageContext], place: int, cuts:
     ]
     checked = check_plan(plan, place, facts)
     check_rates(contexts, checked)
+    for operator in (operator for term in checked for operator in term.operators):
+        if isinstance(operator, CoupledFunction):
+            operator.check_shifts(contexts[operator.stage].parameter_groups.values())
     return checked
 
 

@@ -129,9 +129,10 @@ def _overall(amounts: Sequence[Sequence[float]]) -> tuple[float, ...]:
 def _by_group(amounts: Sequence[Sequence[float]], overall: tuple[float, ...]) -> tuple[Weight, ...]:
     """Each checkpoint's share of each group's rates; where all groups agree it is the overall one, a plain number.
 
-    A group whose rates are not known takes the overall shares.
+    A group whose rates are not known, or all 0, takes the overall shares.
     """
-    groups = [shares(rates) if math.isfinite(sum(rates)) else overall for rates in zip(*amounts, strict=True)]
+    by_group = list(zip(*amounts, strict=True))
+    groups = [shares(rates) if math.isfinite(sum(rates)) and any(rates) else overall for rates in by_group]
     agree = all(abs(own - of_all) < _ROUNDING for group in groups for own, of_all in zip(group, overall, strict=True))
     return overall if agree else tuple(zip(*groups, strict=True))
 

@@ -209,6 +209,46 @@ def test_what_a_layer_did_before_it_was_frozen_is_undone_by_the_others(
         assert (found - exact).norm() < 0.005 * exact.norm()
 
 
+def _decay(power: float, amount: float = 0.2, rate: float = 0.2, dtype: torch.dtype = torch.float64) -> Any:
+    """Decay at eigenvalues of which one is 0 to rounding, for a layer whose coupling is 3."""
+    curvature = Curvature(0, (Point.at(0, 0),), (1.0,))
+    shares = TraceShares(stage=0, curvature=curvature, rates=(rate,), power=power)
+    f = Spectral(stage=0, kind="decay", curvature=curvature, amount=(amount,), shift=(0.0,), trace_shares=shares)
+    return f.on(torch.tensor([0.0, 1e-34, 1.0, 3.0], dtype=dtype), 0, coupling=3.0)
+
+
+@pytest.mark.parametrize("power", [1.0, 1.5, 2.0, 0.5])
+def test_no_rate_is_the_limit_of_hardly_any(power: float) -> None:
+    """Directions without curvature stay at any power."""
+    limit, hardly = _decay(power, 0.0, 0.0), _decay(power, 1e-12, 1e-12)
+    torch.testing.assert_close(limit, hardly, rtol=1e-4, atol=1e-9)
+    assert limit[:2].tolist() == [1.0, 1.0]
+
+
+def test_the_amount_counts_beside_the_rates_of_the_shares() -> None:
+    torch.testing.assert_close(_decay(1.0, 0.4, 0.2), _decay(1.0).square())
+
+
+def test_tiny_shares_are_no_numbers_out_of_range() -> None:
+    for dtype in (torch.float32, torch.float64):
+        found = _decay(2.0, 1e-30, 1e-30, dtype=dtype)
+        assert torch.isfinite(found).all() and found[0] == 1
+
+
+def test_a_frozen_group_takes_the_weights_of_what_moved(tmp_path: Path) -> None:
+    """Of curvature and pseudo-gradients: no rate is the limit of hardly any."""
+    states = perturbed_states(mlp(), 2)
+    files = trajectory_of(tmp_path, states, 20)
+    of = {name: int(name.startswith("4")) for name in states[0]}
+    plans = []
+    for rate in (0.0, 1e-10):
+        rates = torch.tensor([[0.3, 0.3 * rate]] * 12 + [[0.003, 0.003 * rate]] * 8, dtype=torch.float64)
+        trajectory = sf.Trajectory(files.checkpoints, files.steps, rates, 20, sf.OptimizerConstants(), of)
+        [term] = sf.Source().plan(trajectory)
+        plans.append(term.weights)
+    assert plans[0] == pytest.approx(plans[1])
+
+
 def test_shares_of_nothing_couple_nothing() -> None:
     assert set(couplings({"a": 0.0, "b": 2.0}, {"a": 0.1, "b": 0.0}).values()) == {(0.0, 0.0)}
 

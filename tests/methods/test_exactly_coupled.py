@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import segflow as sf
-from segflow.curvature.coupled import applied, coupled_tensors, gram, joined, sampled_at, spectrum
+from segflow.curvature.coupled import applied, gram, joined, sampled_at, spectrum
 from segflow.errors import FactorError, MethodError
 from segflow.methods import CoupledFunction, Point, SampledFisher
 from segflow.methods.spectra import decay_quotient, response_quotient
@@ -151,7 +151,10 @@ def test_provenance_says_what_was_sampled_and_fewer_examples_change_the_scores(t
         analyzer.fit(train)
         scores = analyzer.score(GROUPS, train, query)
         values.append(scores.values)
-        [told] = scores.provenance["coupled_curvature"]
+        [of_run] = scores.provenance["coupled_curvature"]
+        [(where, told)] = of_run.items()
+        assert "step 10" in where and "step 20" in where
+        assert list(scores.provenance["queries_at"]) == ["checkpoint at step 10", "checkpoint at step 20"]
         count = examples or N
         assert told["examples_at_each_point"] == count and told["of_examples"] == N
         assert told["pseudo_gradients"] == 2 * count
@@ -174,11 +177,16 @@ def test_tokens_of_fewer_positions_are_padded() -> None:
     assert not both.g_PBSO[:, :2, 1:].any()
 
 
-def test_what_does_not_fit_the_memory_or_is_not_finite_is_refused() -> None:
-    tokens = {"layer": [Tokens(_normal(1, 6, 1, 3, seed=1), _normal(1, 6, 1, 2, seed=2))]}
-    metric = {"layer": torch.ones(1, 2, 3, dtype=torch.float64)}
-    with pytest.raises(FactorError, match=r"6 pseudo-gradients .* Give fewer curvature_examples="):
-        coupled_tensors(tokens, metric, 600, "here")
+def test_what_does_not_fit_the_memory_is_refused_before_any_pass(tmp_path: Path) -> None:
+    trajectory = trajectory_of(tmp_path / "run", perturbed_states(mlp(), 2), N, lr=0.3)
+    method = sf.Source(curvature="coupled")
+    analyzer = analyzer_of(mlp(), trajectory, tmp_path / "store", method=method, memory=10_000)
+    with pytest.raises(FactorError, match=r"24 pseudo-gradients .* Give fewer curvature_examples="):
+        analyzer.fit(vectors(N))
+    assert not [row for row in analyzer.summary().rows if row.made]
+
+
+def test_what_is_not_finite_is_refused() -> None:
     with pytest.raises(FactorError, match="not finite"):
         spectrum(torch.full((2, 2), math.nan), "here")
 
@@ -198,11 +206,48 @@ def test_options_that_would_be_ignored_are_refused(options: dict[str, Any]) -> N
         sf.Source(curvature="coupled", **options)
 
 
-def test_weight_decay_that_differs_between_parameter_groups_is_refused() -> None:
-    fisher = SampledFisher(stage=0, points=(Point.at(0, 0),), weights=(1.0,), rates=(0.1, 0.0))
-    CoupledFunction(stage=0, kind="response", fisher=fisher, shift=(0.2, 0.0))  # the second group does not move
+def test_weight_decay_that_differs_between_layers_is_refused() -> None:
+    fisher = SampledFisher(stage=0, points=(Point.at(0, 0),), weights=(1.0,), rates=(0.1, 0.0, math.nan))
+    response, decay = (
+        CoupledFunction(stage=0, kind=kind, fisher=fisher, shift=(0.2, 0.0, math.nan)) for kind in ("response", "decay")
+    )
+    response.check_shifts((0, 1))  # the second group does not move
+    decay.check_shifts((0, 0))  # no layer is in the others
     with pytest.raises(MethodError, match=r"weight decay adds \[0.0, 0.2\]"):
-        CoupledFunction(stage=0, kind="decay", fisher=fisher, shift=(0.2, 0.0))
+        decay.check_shifts((0, 1))
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.5])
+def test_rates_of_groups_without_layers_do_not_matter_and_two_horizons_share_a_store(
+    tmp_path: Path, scale: float
+) -> None:
+    """A third group of parameters, with a weight decay and rates of its own, holds no tracked layer."""
+
+    class Extra(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net, self.shift = mlp(), nn.Parameter(torch.zeros(3, dtype=torch.float64))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.net(x) + self.shift
+
+    model, train, query = Extra(), vectors(N), vectors(QUERIES, seed=5)
+    made = trajectory_of(tmp_path / "run", perturbed_states(model, 2), N)
+    of = {name: int(name == "shift") for name in model.state_dict()}
+    found = []
+    for other in (0.1, 0.3):
+        rates = torch.tensor([[0.1, other]], dtype=torch.float64).expand(20, 2)
+        decay = torch.tensor([[0.02, 0.1 * other]], dtype=torch.float64).expand(20, 2)
+        trajectory = sf.Trajectory(
+            made.checkpoints, made.steps, rates, N, sf.OptimizerConstants(weight_decay=decay), of
+        )
+        for factor in (scale, 2.0):
+            method = sf.Source(curvature="coupled", checkpoint_weights="equal", lr_steps_scale=factor)
+            analyzer = analyzer_of(model, trajectory, tmp_path / f"store-{other}", method=method)
+            analyzer.fit(train)
+            found.append(analyzer.score(GROUPS, train, query).values)
+    torch.testing.assert_close(found[0], found[2], rtol=1e-12, atol=0)
+    assert not torch.allclose(found[0], found[1], rtol=1e-2)
 
 
 def test_coupled_weight_decay_of_adam_is_refused(tmp_path: Path) -> None:

@@ -255,7 +255,10 @@ def one_measurement(measured: np.ndarray, chosen: int | None) -> np.ndarray:
     count = rows_MRPQ.shape[2]
     place = 0 if chosen is None and count == 1 else chosen
     if place is None or not 0 <= place < count:
-        raise ScoreError(f"measurement={chosen}: the training has {count} for each query. Choose one, counted from 0.")
+        raise ScoreError(
+            f"measurement={chosen}: the training has {count} for each query. Choose one, counted from 0 "
+            "(calibrating: scores.calibrated(bank.slope(scores, measurement=0)))."
+        )
     of_one: np.ndarray = rows_MRPQ[:, :, place]
     return of_one
 
