@@ -106,21 +106,9 @@ def _provenance(
         provenance["additive"] = False
     if context.settings.curvature_examples is not None:
         provenance["curvature_examples"] = min(context.settings.curvature_examples, context.trajectory.dataset_size)
-    if first.batching_error is not None:
-        provenance["batching_error"] = [run.batching_error for run in runs]
     if len(first.plan[0].query_points) > 1:
         pairs = zip(first.plan[0].query_points, first.plan[0].query_weights, strict=True)
         provenance["queries_at"] = {last.where(point): weight for point, weight in pairs}
-    if fishers(first.plan):
-        provenance["coupled_curvature"] = [
-            {
-                in_words(run.contexts[fisher.stage], fisher.points): _sampled(run.contexts[fisher.stage], fisher)
-                for fisher in fishers(run.plan)
-            }
-            for run in runs
-        ]
-    if first.trace_shares:
-        provenance["trace_shares"] = [run.trace_shares for run in runs]
     if len(first.contexts) > 1:
         provenance["stage"] = context.trajectory.stage
     if len(runs) > 1:
@@ -130,6 +118,7 @@ def _provenance(
     if needed:
         estimated = any(unsaved(run.contexts[preconditioner.stage], preconditioner) for run, preconditioner in needed)
         provenance["second_moments"] = "estimated from gradients" if estimated else "recorded"
+    provenance |= _of_curvature(runs)
     if first.cuts is not None:
         provenance["segmentation"] = [
             {first.contexts[place].trajectory.stage: cut.explained() for place, cut in (run.cuts or {}).items()}
@@ -147,6 +136,25 @@ def _sampled(context: StageContext, fisher: SampledFisher) -> dict[str, int]:
         "examples_at_each_point": count,
         "of_examples": data,
     }
+
+
+def _of_curvature(runs: Sequence[RunParts]) -> dict[str, Any]:
+    """What the runs' curvatures were made of, and how they were used, where there is something to say."""
+    first = runs[0]
+    told: dict[str, Any] = {}
+    if first.batching_error is not None:
+        told["batching_error"] = [run.batching_error for run in runs]
+    if fishers(first.plan):
+        told["coupled_curvature"] = [
+            {
+                in_words(run.contexts[fisher.stage], fisher.points): _sampled(run.contexts[fisher.stage], fisher)
+                for fisher in fishers(run.plan)
+            }
+            for run in runs
+        ]
+    if first.trace_shares:
+        told["trace_shares"] = [run.trace_shares for run in runs]
+    return told
 
 
 def _training_options(task: Any) -> dict[str, str]:
