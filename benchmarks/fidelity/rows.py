@@ -132,7 +132,7 @@ def _fashion_mnist(name: str, noisy: float, recipe: Recipe) -> Row:
 
 _CONCRETE = (Recipe("sgd", 3e-2, 1e-5, 32, 20),)
 
-# What looks at agreement with retraining to choose SOURCE's defaults looks at the rows of digits, and at no others.
+# Options are explored, and chosen, on the rows of digits, and on no others.
 TUNING = "digits-"
 
 ROWS: dict[str, Row] = {
