@@ -30,8 +30,8 @@ of both). Written by `python -m benchmarks.fidelity table` from the results of `
 not edit.
 
 - Coupled layers and queries along the run, SOURCE's defaults, were found in an independent study (other retrainings of
-  digits and of Fashion-MNIST). Here options are explored on the rows whose names begin with "{TUNING}", and on no others;
-  the other rows report the default as it is.
+  digits and of Fashion-MNIST). Here options are explored on the rows whose names begin with "{TUNING}", and on no
+  others; the other rows report the default as it is.
 - **one run**: scores from one recorded training run of all examples; the mean over the runs, which have different
   seeds, of the scores and of their intervals. **all runs**: the scores averaged over the runs first.
 - How many runs and retrainings a row has, and when it was made, stands with it. With fewer retrainings its ceiling is
