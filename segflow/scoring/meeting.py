@@ -81,16 +81,17 @@ def met_queries(
         room: how many queries that are outer products may be formed.
         holders: how many ranks hold a block of the queries each; ranks: all of them.
     """
-    met = dict(values)
+    met, fit = dict(values), -(-traffic.queries // ranks.count) <= room  # the same on every rank
     token_bases: dict[str, Eigenbasis] = {}
     sum_bases: dict[str, Eigenbasis] = {}
-    for name, queries_QPOI in values.items():
+    for name, given_QPOI in values.items():
+        queries_QPOI = met[name] = _formed_once(given_QPOI, fit)
         basis = blocks[name].basis if blocks is not None and name in blocks else None
         if blocks is None or basis is None:
             continue
         _, _, O, I = queries_QPOI.shape
         token_cost, sum_cost = traffic.tokens[name] * (I * I + O * O), traffic.groups * O * I * (O + I)
-        may_form = not isinstance(queries_QPOI, OuterProducts) or len(queries_QPOI) <= room
+        may_form = not isinstance(queries_QPOI, OuterProducts) or fit
         leaves = may_form and traffic.queries * O * I * (O + I) <= min(token_cost, sum_cost)
         if leaves or not blocks.fits:
             met[name] = basis.unrotate(formed(queries_QPOI))
@@ -99,6 +100,12 @@ def met_queries(
     if holders == 1 and ranks.count > 1:
         met = {name: _from_all(value_QPOI, ranks) for name, value_QPOI in met.items()}
     return MetQueries(met, token_bases, holders, ranks, sum_bases)
+
+
+def _formed_once(stack: Stack, fit: bool) -> Stack:
+    """Scaled sums of several outer products, which every tile of groups would have formed, as gradients if they fit."""
+    several = isinstance(stack, OuterProducts) and stack.rank > 1 and stack.scale_POI is not None
+    return formed(stack) if several and fit else stack
 
 
 def outer_layers(plan: Plan, view: LossView, fits: bool) -> dict[str, int]:

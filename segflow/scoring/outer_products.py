@@ -100,7 +100,8 @@ class OuterProducts:
         as many times the multiplications.
         """
         if self.rank > 1:
-            sums_KD, room = sums_KPOI.flatten(1), _quick(budget, sums_KPOI)
+            sums_KD = sums_KPOI.flatten(1)
+            room = min(budget, max(_QUICK, sums_KPOI.nbytes))  # the sums are read once for each block of queries
             return torch.cat([block.flatten(1) @ sums_KD.mT for block in self._formed_blocks(room)])
         Q, I = len(self), self.a_PQRI.shape[3]
         step = max(1, _quick(budget, sums_KPOI) // max(1, Q * I * sums_KPOI.element_size()))
