@@ -81,7 +81,7 @@ def met_queries(
         room: how many queries that are outer products may be formed.
         holders: how many ranks hold a block of the queries each; ranks: all of them.
     """
-    met, fit = dict(values), -(-traffic.queries // ranks.count) <= room  # the same on every rank
+    met, fit = dict(values), -(-traffic.queries // holders) <= room  # the same on every rank
     token_bases: dict[str, Eigenbasis] = {}
     sum_bases: dict[str, Eigenbasis] = {}
     for name, given_QPOI in values.items():
