@@ -31,7 +31,8 @@ every example gets its group's score divided by the group's size.
 - **Runs**: three training runs (two of the ResNet and of the encoder) with their own initialisation, order, grouping
   and clustering. Intervals: 95%, Student's t over the runs' means (so few runs make them wide; none of a single run).
 - **Made**: what says "read back" was made before results were kept as files, by an earlier way of counting learning
-  rates (`CHANGELOG.md`); its figures are those of the table of that day, to its digits.
+  rates (`CHANGELOG.md`); its figures are those of the table of that day, to its digits. SOURCE has
+  layers apart and the final query on this page, as its default of those days had.
 - **Noisy**: {NOISE:.0%} of the training labels moved to another class at random (of two classes: flipped).
 """
 
