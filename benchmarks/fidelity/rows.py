@@ -125,9 +125,9 @@ def _digits(optimizer: str, epochs: int, noisy: float, ending: str) -> Row:
     return Row(name, "digits", noisy, (64, 64, 64, 10), (recipe[optimizer],), extra=1000)
 
 
-def _fashion_mnist(name: str, noisy: float, recipe: Recipe) -> Row:
+def _fashion_mnist(name: str, noisy: float, recipe: Recipe, removals: tuple[int, int] = (30, 3)) -> Row:
     widths = (784, 512, 256, 128, 10)
-    return Row(name, "fashion-mnist", noisy, widths, (recipe,), 1, repetitions=10, runs=2, removals=(30, 3))
+    return Row(name, "fashion-mnist", noisy, widths, (recipe,), 1, repetitions=10, runs=2, removals=removals)
 
 
 _CONCRETE = (Recipe("sgd", 3e-2, 1e-5, 32, 20),)
@@ -158,6 +158,6 @@ ROWS: dict[str, Row] = {
         ),
         _fashion_mnist("fashion-mnist-noisy", 0.3, Recipe("sgd", 1e-2, 3e-5, 64, 3)),
         _fashion_mnist("fashion-mnist", 0.0, Recipe("sgd", 3e-2, 1e-3, 64, 20)),
-        _fashion_mnist("fashion-mnist-adamw", 0.0, Recipe("adamw", 1e-3, 1e-2, 64, 20)),
+        _fashion_mnist("fashion-mnist-adamw", 0.0, Recipe("adamw", 1e-3, 1e-2, 64, 20), (30, 1)),
     )
 }
