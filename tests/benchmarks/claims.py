@@ -182,8 +182,8 @@ FIDELITY: list[tuple[str, Predicate]] = [
     (
         "is no clear gain",
         lambda: (
-            any(explored(row)["each checkpoint's own P"] < explored(row)[_ONE] for row in ADAMW)
-            and all(explored(row)["each checkpoint's own P"] - explored(row)[_ONE] < 0.03 for row in ADAMW)
+            any(explored(row)["each checkpoint's own P"] < explored(row)[_ONE] for row in ADAMW[:2])
+            and all(explored(row)["each checkpoint's own P"] - explored(row)[_ONE] < 0.03 for row in ADAMW[:2])
         ),
     ),
     ("helps influence functions more than SOURCE** on the digits", lambda: all(_runs_help(row) for row in DIGITS)),
