@@ -72,10 +72,10 @@ def main() -> None:
             for label, method in METHODS.items()
         }
         figures = interleaved(plain_epoch(mlp(), train), works, rounds)
-    content = {label: {"seconds": f.seconds("process"), "epochs": f.ratio("process")} for label, f in figures.items()}
-    for label, figure in content.items():
-        print(f"{label:50s} {figure['seconds']:.2f} s, {figure['epochs']:.1f} plain epochs")
-    print(write_result(FOLDER / "speed" / "query_points.json", {"made": made(), "rounds": rounds, "figures": content}))
+    rows = {label: [figure.seconds("process"), figure.ratio("process")] for label, figure in figures.items()}
+    for label, (seconds, epochs) in rows.items():
+        print(f"{label:50s} {seconds:.2f} s, {epochs:.1f} plain epochs")
+    print(write_result(FOLDER / "speed" / "query_points.json", {"made": made(), "rounds": rounds, "rows": rows}))
 
 
 if __name__ == "__main__":

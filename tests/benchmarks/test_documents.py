@@ -84,7 +84,7 @@ def test_readmes_table_is_the_demos() -> None:
     )
 
 
-@pytest.mark.parametrize("name", ["mlp", "group_speed", "ranks"])
+@pytest.mark.parametrize("name", ["mlp", "group_speed", "ranks", "query_points"])
 def test_tables_of_speed_are_the_result_files(name: str) -> None:
     lines = (ROOT / "benchmarks" / "README.md").read_text().splitlines()
     table = {
