@@ -81,7 +81,7 @@ class Variant:
 class Other:
     """Another method with what SOURCE has: queries along the run, or layers coupled by the shares of their traces."""
 
-    method: Any
+    base: Any
     along: bool = False
     coupled: bool = False
 
@@ -93,7 +93,7 @@ class Other:
         """The method's plan, changed."""
         [source] = sf.Source().plan(trajectory, stage)
         ones = (1.0,) * trajectory.learning_rates.shape[1]
-        terms: Plan = self.method.plan(trajectory, stage)
+        terms: Plan = self.base.plan(trajectory, stage)
         if self.along:
             terms = tuple(replace(t, query=source.query, query_weights=source.query_weights) for t in terms)
         return tuple(
