@@ -13,7 +13,7 @@ from typing import Any
 
 from benchmarks.fidelity.blocks import Block, results
 from benchmarks.fidelity.blocks import blocks as fidelity_blocks
-from benchmarks.fidelity.methods import BEST, EKFAC, REFERENCE, TRACIN
+from benchmarks.fidelity.methods import BEST, EARLIER, EKFAC, EXACT, REFERENCE, TRACIN
 from benchmarks.groups.settings import GROUPINGS, SETTINGS
 from benchmarks.result_files import FOLDER, read_result
 
@@ -55,6 +55,11 @@ def groups(name: str) -> Any:
     return read_result(FOLDER / "groups" / f"{name}.json")
 
 
+@cache
+def classes() -> Any:
+    return read_result(FOLDER / "fidelity-classes.json")["slopes"]
+
+
 def found(setting: str, method: str, grouping: str, size: int) -> float:
     """The area under the curve of wrong labels found."""
     return float(groups(f"{setting}-detect")["figures"][method][grouping][str(size)]["mean"])
@@ -93,7 +98,7 @@ def demo() -> Any:
 
 def _lissa() -> bool:
     there = [row for row in CONVERGED if "LiSSA" in blocks()[row].methods]
-    return len(there) == 3 and all(lds(row, "LiSSA") > lds(row, BEST) for row in there)
+    return len(there) == 3 and all(lds(row, "LiSSA") > lds(row, BEST) - 0.005 for row in there)
 
 
 def _runs_help(row: str) -> bool:
@@ -104,6 +109,12 @@ def _runs_help(row: str) -> bool:
 _ONE, _THREE = "1 segment (the default)", "3 segments"
 _EXPLORED = ("digits-adamw-converged-clean", "digits-sgd-converged-clean", "digits-sgd-converged-relabelled")
 _EXPLORED_EARLY = "digits-sgd-early-clean"
+_ALONG = "queries along the run"
+_OTHERS = (
+    ("influence function (EK-FAC)", "influence function", (_ALONG, "layers coupled")),
+    ("projected Fisher", "projected Fisher", (_ALONG,)),
+    ("TRAK, damped", "TRAK, damped", (_ALONG,)),
+)
 
 FIDELITY: list[tuple[str, Predicate]] = [
     (
@@ -123,7 +134,7 @@ FIDELITY: list[tuple[str, Predicate]] = [
         ),
     ),
     (
-        "better than any damping of EK-FAC on the three rows of digits that converged on which it did not diverge",
+        "level with the best damping of EK-FAC, or above it, on the three rows of digits that converged where",
         _lissa,
     ),
     (
@@ -139,16 +150,16 @@ FIDELITY: list[tuple[str, Predicate]] = [
         lambda: all(explored(row)[_ONE] > explored(row)[_THREE] for row in _EXPLORED),
     ),
     (
-        "take the gradients of the whole run come back to one segment's level",
+        "take the gradients of the whole run come close to one segment's level",
         lambda: all(
-            abs(explored(row)["3 segments, each with the gradients of the whole run"] - explored(row)[_ONE]) < 0.01
-            for row in _EXPLORED
+            0 < explored(row)[_ONE] - explored(row)["3 segments, each with the gradients of the whole run"] < 0.02
+            for row in _EXPLORED[:2]
         ),
     ),
     (
-        "three segments with the whole run's curvature gain nothing",
+        "three segments with the whole run's curvature gain next to nothing",
         lambda: all(
-            explored(row)["3 segments, each with the curvature of the whole run"] <= explored(row)[_THREE]
+            explored(row)["3 segments, each with the curvature of the whole run"] <= explored(row)[_THREE] + 0.005
             for row in (*_EXPLORED, _EXPLORED_EARLY)
         ),
     ),
@@ -159,21 +170,37 @@ FIDELITY: list[tuple[str, Predicate]] = [
         ),
     ),
     (
-        "better on converged runs with clean labels",
+        "on converged runs with clean labels), or a little better",
         lambda: all(
-            explored(row)[_ONE] > explored(row)["1 segment, checkpoints weigh the same"] for row in _EXPLORED[:2]
+            explored(row)[_ONE] > explored(row)["1 segment, checkpoints weigh the same"]
+            for row in (*_EXPLORED, _EXPLORED_EARLY)
         ),
     ),
     (
-        "no better elsewhere",
+        "**lr_steps times 4** gains little on converged runs",
+        lambda: all(-0.002 < explored(row)["lr_steps times 4"] - explored(row)[_ONE] < 0.02 for row in _EXPLORED),
+    ),
+    (
+        "Of one run the rule that costs nothing has nearly all of it",
+        lambda: all(lds(row, EXACT) - lds(row, REFERENCE) < 0.02 for row in (SGD[0], ADAMW[0])),
+    ),
+    (
+        "So batch normalisation makes predictions more than twice too large",
         lambda: all(
-            explored(row)[_ONE] <= explored(row)["1 segment, checkpoints weigh the same"]
-            for row in (_EXPLORED[2], _EXPLORED_EARLY)
+            classes()["plain"][name]["random tenths"]["value"]
+            > 1.4 * classes()["batch normalisation"][name]["random tenths"]["value"]
+            and classes()["batch normalisation"][name]["random tenths"]["value"] < 0.5
+            for name in (REFERENCE, EARLIER)
         ),
     ),
     (
-        "**lr_steps times 4** gains on converged runs",
-        lambda: all(explored(row)["lr_steps times 4"] > explored(row)[_ONE] for row in _EXPLORED),
+        "gain little or nothing from SOURCE's two parts",
+        lambda: all(
+            explored(row)[f"{name}, {part}"] - explored(row)[base] < 0.02
+            for row in _EXPLORED
+            for base, name, parts in _OTHERS
+            for part in parts
+        ),
     ),
     (
         "and loses on an early-stopped one",
