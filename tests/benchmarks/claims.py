@@ -428,6 +428,14 @@ README: list[tuple[str, Predicate]] = [
         "SOURCE finds the most wrong labels",
         lambda: max(demo()["methods"], key=lambda name: _demo(name)["found"]) == "Source",
     ),
+    (
+        "within a factor of three of SOURCE's predictions on all rows of digits and",
+        lambda: all(
+            1 / 3 < blocks()[row].method(REFERENCE)["slopes"][share]["one"]["mean"] < 3
+            for row in (*DIGITS, "fashion-mnist", "fashion-mnist-adamw")
+            for share in ("halves", "tenth")
+        ),
+    ),
     ("15% wrong labels", lambda: demo()["wrong share"] == 0.15),
     ("(40 random halves, 5 retrainings each", lambda: (demo()["halves"], demo()["retrainings"]) == (40, 5)),
     ("a minute or two on two cores", lambda: demo()["seconds"] < 120),
