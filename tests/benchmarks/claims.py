@@ -429,7 +429,7 @@ README: list[tuple[str, Predicate]] = [
         lambda: max(demo()["methods"], key=lambda name: _demo(name)["found"]) == "Source",
     ),
     (
-        "within a factor of three of SOURCE's predictions on all rows of digits and",
+        "within a factor of three of SOURCE's predictions, in either direction, on all ten",
         lambda: all(
             1 / 3 < blocks()[row].method(REFERENCE)["slopes"][share]["one"]["mean"] < 3
             for row in (*DIGITS, "fashion-mnist", "fashion-mnist-adamw")
