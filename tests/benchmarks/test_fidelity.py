@@ -240,7 +240,7 @@ def test_exploring_writes_a_result_of_each_variant_that_suits(
     row: Row, optimizer: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(explore, "EXPLORED", tmp_path)
-    monkeypatch.setattr(explore, "agreement", lambda _, variant: variant.source.segments / 8)
+    monkeypatch.setattr(explore, "agreement", lambda _, variant: getattr(variant, "source", sf.Source(1)).segments / 8)
     row = replace(row, recipes=(replace(row.recipes[0], optimizer=optimizer),))
     content = json.loads(explore.explore(row).read_text())
     assert content["variants"]["3 segments"] == 0.375
@@ -269,6 +269,12 @@ def test_variants_exchange_the_parts_that_they_name(row: Row) -> None:
     assert trained_at(f"{three}, each with the curvature of the whole run") == [2, 2, 2]
     assert curvatures(f"{three}, each with the curvature of the whole run") == curvatures(one) != curvatures(three)
     assert trained_at("1 segment, last checkpoint's gradients") == [1]
+    [influence], [along], [coupled] = (
+        plans[f"influence function{part}"] for part in (" (EK-FAC)", ", queries along the run", ", layers coupled")
+    )
+    assert influence == sf.InfluenceFunction().plan(trajectory)[0]
+    assert replace(along, query=influence.query, query_weights=influence.query_weights) == influence != along
+    assert [op.trace_shares.curvature for op in coupled.operators] == [op.curvature for op in influence.operators]
     assert [len(curvature.points) for curvature in curvatures("1 segment, last checkpoint's curvature")] == [1]
     assert trained_at("each checkpoint's own P") == [1] * 6
     assert plans["1 segment, checkpoints weigh the same"] != plans[one]
