@@ -35,7 +35,8 @@ if TYPE_CHECKING:
 class Source:
     """SOURCE: a query gradient walked back through training (Bae et al. 2024, arXiv 2405.12186).
 
-    The paper's own is `Source(segments=3, checkpoint_weights="equal", layers="apart", query_points="final")`.
+    The paper's own is `Source(segments=3, checkpoint_weights="equal", layers="apart", query_points="final")`, for Adam
+    with `preconditioner="diagonal"`.
 
     Args:
         segments: how many segments (the paper takes three; see docs/FIDELITY.md for why the default is one), the steps
