@@ -14,7 +14,6 @@ Axes: n pseudo-gradients, Q queries, P parts, O outputs, I inputs, D numbers of 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
@@ -24,8 +23,8 @@ from torch.nn import functional
 
 from ..data.batches import Batch
 from ..errors import FactorError
-from ..methods.plan import SampledFisher
-from ..methods.spectra import decay_quotient, response_quotient
+from ..methods.plan import Preconditioner, SampledFisher
+from ..methods.spectra import decay, decay_quotient, response, response_quotient
 from ..model.finite_check import FiniteCheck
 from ..model.layers.tracked import TrackedLayer
 from ..model.loss_view import LossView
@@ -37,7 +36,11 @@ from .kronecker import Gradients, example_gradients
 from .preconditioner import PreconditionerBlock
 
 LayerTokens = Mapping[str, Tokens]  # of each layer, of the same examples
-_QUOTIENTS: dict[str, Callable[[Tensor, float], Tensor]] = {"response": response_quotient, "decay": decay_quotient}
+# Of each kind the function, and its quotients in the span of the pseudo-gradients.
+_FUNCTIONS: dict[str, tuple[Callable[[Tensor, float, float], Tensor], Callable[[Tensor, float], Tensor]]] = {
+    "response": (response, response_quotient),
+    "decay": (decay, decay_quotient),
+}
 
 
 def pseudo_gradients(view: LossView, data: Iterable[Batch], where: str, ranks: Ranks) -> dict[str, Tokens]:
@@ -110,19 +113,20 @@ def applied(
         metric: M of each layer, [P, O, I].
         decomposed: what `spectrum` gave; memory: bytes, of which gradients that are formed may take an eighth.
     """
-    (sigma, vectors), budget = decomposed, memory // 8
+    (sigma, vectors), budget, (function, quotient) = decomposed, memory // 8, _FUNCTIONS[kind]
     moved = {name: value * metric[name] for name, value in values.items()}
     products_Qn = torch.stack([_products(moved[name], tokens[name], budget) for name in values]).sum(0)
     shift = next((shifts[name] for name in values if metric[name].any()), 0.0)
-    between = vectors * _QUOTIENTS[kind](sigma, shift).to(vectors)
+    between = vectors * quotient(sigma, shift).to(vectors)
     combined_Qn = (products_Qn.to(vectors) @ between @ vectors.mT).to(products_Qn)
     result = {}
     for name, value in values.items():
         in_span = _combinations(combined_Qn, tokens[name], budget).view_as(value)
+        outside = function(sigma.new_zeros(()), 1.0, shifts[name]).item()
         if kind == "decay":
-            result[name] = math.exp(-shifts[name]) * value + in_span
+            result[name] = outside * value + in_span
         else:
-            result[name] = _mean_decay(shifts[name]) * moved[name] + metric[name] * in_span
+            result[name] = outside * moved[name] + metric[name] * in_span
     return result
 
 
@@ -150,13 +154,17 @@ def on_main(tokens: Tokens, factor: float, ranks: Ranks) -> list[Tokens]:
 
 def metric_of(
     view: LossView,
-    rates: Sequence[float],
+    fisher: SampledFisher,
     parameter_groups: Mapping[str, int],
-    P: Mapping[str, PreconditionerBlock] | None,
+    preconditioner: Callable[[Preconditioner], Mapping[str, PreconditionerBlock]],
 ) -> dict[str, Tensor]:
-    """M [P, O, I] of each layer: its parameter group's rate, times the optimizer's P where it has one."""
+    """M [P, O, I] of each layer: its parameter group's rate, times the optimizer's P where it has one.
+
+    preconditioner: gives each layer's block of a P.
+    """
+    P = None if fisher.scaled is None else preconditioner(fisher.scaled)
     return {
-        name: rates[parameter_groups[name]]
+        name: fisher.rates[parameter_groups[name]]
         * (P[name].exact_POI if P is not None else torch.ones(layer.shape, dtype=view.dtype, device=view.device))
         for name, layer in view.layers.items()
     }
@@ -196,11 +204,6 @@ def stored_coupled(unit: StoredUnit, view: LossView) -> tuple[dict[str, Tokens],
         a, g = (unit.tensor(f"{name}.{side}", (P, n, None, D), view.device) for side, D in (("a", I), ("g", O)))
         tokens[name] = Tokens(a, g)
     return tokens, (sigma, unit.tensor("eigenvectors", (n, n), view.device))
-
-
-def _mean_decay(shift: float) -> float:
-    """phi(w) = (1 - exp(-w)) / w, and 1 at w = 0."""
-    return -math.expm1(-shift) / shift if shift else 1.0
 
 
 def _products(values_QPOI: Tensor, tokens: Tokens, budget: int) -> Tensor:

@@ -264,9 +264,8 @@ class FittedFactors:
     def coupled(self, operator: CoupledFunction, values: Gradients) -> Gradients:
         """A function of the curvature of all layers together, applied to the gradients of queries."""
         fisher, context = operator.fisher, self.contexts[operator.stage]
-        P = None if fisher.scaled is None else self.preconditioner(fisher.scaled)
         groups = context.parameter_groups
-        metric = metric_of(self.loss_view(operator.stage), fisher.rates, groups, P)
+        metric = metric_of(self.loss_view(operator.stage), fisher, groups, self.preconditioner)
         shifts = {name: operator.shift[groups[name]] for name in values}
         return applied(operator.kind, values, shifts, metric, *self.sampled(fisher), context.memory)
 

@@ -280,8 +280,7 @@ class FactorFitter:
                 weight = for_group((fisher.weights[place],), context.parameter_groups[name])[0]
                 factor = (weight / (views * len(examples))) ** 0.5
                 tokens[name] += on_main(of_layer, factor, context.ranks)
-        P = None if fisher.scaled is None else self.preconditioner(fisher.scaled)
-        metric = metric_of(self.view, fisher.rates, context.parameter_groups, P)
+        metric = metric_of(self.view, fisher, context.parameter_groups, self.preconditioner)
         return coupled_tensors(tokens, metric, context.memory, where) if context.ranks.main else {}
 
     def _make_statistics(self, point: Point) -> Tensors:

@@ -110,7 +110,7 @@ class Term:
         return (self.query,) if isinstance(self.query, Point) else self.query
 
     def _settle_query(self, where: str) -> None:
-        """One point as a tuple, and weights for all of them; MethodError unless they are one number for each."""
+        """Points that are checked, and a weight for each; MethodError unless weights are one number for each point."""
         points = all_of(f"{where}: query", self.query_points, Point)
         given = self.query_weights or (1 / len(points),) * len(points)
         weights = checked_weights(f"{where}: query", given, len(points))

@@ -18,8 +18,9 @@ from .plan import (
 )
 from .points import Part
 
-_OPTIONAL = ("coupled", "ceilings")
-_BY_GROUP = ("amount", "shift", *_OPTIONAL)  # an operator's numbers, one for each parameter group
+_OPTIONAL = ("coupled", "ceilings", "moved")  # may be empty
+_BY_GROUP = ("amount", "shift", "coupled", "ceilings")  # an operator's numbers, one for each parameter group
+_OF_PARTS = ("rates", "moved")  # those of what it names
 
 
 class StageFacts(NamedTuple):
@@ -104,9 +105,8 @@ def _check_part(where: str, part: Part, stages: Sequence[StageFacts]) -> None:
     for point in points:
         _check_point(named, point, stages)
     _check_counts(f"{named}: weights", weights, facts)
-    for name in ("rates", "moved"):
-        numbers = getattr(part, name, ())
-        if len(numbers) != facts.parameter_groups and (numbers or name == "rates") and hasattr(part, name):
+    for name, numbers in vars(part).items():
+        if name in _OF_PARTS and len(numbers) != facts.parameter_groups and not (name in _OPTIONAL and not numbers):
             raise MethodError(_wrong_count(f"{named}: {name}", numbers, facts))
 
 
