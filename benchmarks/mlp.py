@@ -28,10 +28,10 @@ from segflow.curvature.passes import corrected_eigenvalues, covariances
 from segflow.data.batches import in_order
 from segflow.data.readers import Reader, batches
 from segflow.groups.groups import Groups
-from segflow.model.capture import observing
 from segflow.model.finite_check import FiniteCheck
-from segflow.model.layers.registry import choose_layers
-from segflow.model.loss_view import make_loss_view
+from segflow.model.layers import choose_layers
+from segflow.model.make_view import make_loss_view
+from segflow.model.observing import observing
 from segflow.runtime.ranks import Ranks
 from segflow.scoring.group_gradients import GroupGradients, tile_scores
 from segflow.scoring.meeting import MetQueries

@@ -32,6 +32,7 @@ from .methods import (
     Source,
     TracIn,
 )
+from .model.layers import BlockSizes
 from .results import GroupTree, Refinement, Scores
 from .tasks import Task
 from .training import CountedSampler, Moves, OptimizerConstants, Trajectory, record
@@ -40,6 +41,7 @@ from .version import __version__
 __all__ = [
     "TRAK",
     "Analyzer",
+    "BlockSizes",
     "CountedSampler",
     "FactorError",
     "GradientCosine",

@@ -26,7 +26,9 @@ from .groups.groups import Groups, check_groups
 from .methods.method import Cuts, Method, check_cuts, describe, is_additive, is_automatic, prefixed, sizes_of, uncut
 from .methods.plan import Plan
 from .methods.source import Source
-from .model.capture import observing
+from .model.layers.choice import Selection, chosen_layers
+from .model.layers.sizes import BlockSizes
+from .model.observing import observing
 from .results.refinement import Refinement, refine
 from .results.scores import Scores, check_additive
 from .runtime.ranks import current
@@ -77,6 +79,9 @@ class Analyzer:
         views: how many views of each training example are averaged, where reading draws at random (augmentation, masked
             tokens): view v of example i depends on (seed, v, i) only. Passes over training data take so many times
             longer. Queries are read in one view; LiSSA's batches take the views in turn.
+        layers: names or patterns ("encoder.*") of the modules, layers or parameters to attribute; None for all that
+            training changed. exclude: of those to leave out.
+        block_sizes: up to which widths curvature is dense.
 
     Raises:
         TaskError, LayerError, TrajectoryError, MethodError: something does not fit together.
@@ -97,6 +102,9 @@ class Analyzer:
         curvature_examples: int | None = None,
         num_workers: int = 0,
         views: int = 1,
+        layers: str | Collection[str] | None = None,
+        exclude: str | Collection[str] = (),
+        block_sizes: BlockSizes = BlockSizes(),  # noqa: B008
     ):
         runs = [trajectory] if isinstance(trajectory, Trajectory) else list(trajectory)
         check_runs(runs)
@@ -106,7 +114,17 @@ class Analyzer:
         ranks = current()
         shared = SharedStore(Store(store), ranks, Journal(Path(store) / "events.jsonl", ranks, progress))
         settings = Settings(
-            unwrap(model), shared, seed, memory, collate_fn, progress, curvature_examples, num_workers, views
+            unwrap(model),
+            shared,
+            seed,
+            memory,
+            collate_fn,
+            progress,
+            curvature_examples,
+            num_workers,
+            views,
+            Selection.of(layers, exclude),
+            block_sizes,
         )
         self.runs = [
             open_stages(settings, task, run, f"runs/{number}/" if len(runs) > 1 else "")
@@ -223,6 +241,7 @@ class Analyzer:
         stage: str | None = None,
         query_labels: Sequence[object] | None = None,
         keep: str | Collection[str] = (),
+        layers: str | Collection[str] | None = None,
     ) -> Scores:
         """Score groups of training data against queries.
 
@@ -236,6 +255,7 @@ class Analyzer:
             query_labels: names for the queries; by default their indices, or the properties' names.
             keep: "term", "layer" and "run": keep the scores' parts in `by_term` (for SOURCE: by segment), `by_layer`
                 and, of an ensemble, `by_run`.
+            layers: names or patterns of layers whose scores alone are summed, out of all that were fitted.
 
         Returns:
             Scores [queries, groups]: the predicted change of each query's measurement if the group were removed.
@@ -266,9 +286,10 @@ class Analyzer:
                 given = [p for p, data in enumerate(trains) if data is not None]
                 cuts = self._cuts(contexts, {p: fitted.train_from(p) for p in given}) if self._automatic else None
                 plan = plan_for(self.method, contexts, place, cuts)
-                request = ScoringRequest(fitted, place, plan, groups, queries, batch_size, "layer" in keep)
+                chosen = chosen_layers(contexts[place].layers.tracked, layers)
+                request = ScoringRequest(fitted, place, plan, groups, queries, batch_size, "layer" in keep, chosen)
                 parts, error, shares = score_parts(request), fitted.batching_error(plan), fitted.told_trace_shares(plan)
-                of_runs.append(RunParts(contexts, plan, cuts, parts, error, shares))
+                of_runs.append(RunParts(contexts, plan, cuts, parts, error, shares, chosen))
             return labelled_scores(of_runs, self.method, groups, place, labels, keep, queries)
 
     def features(

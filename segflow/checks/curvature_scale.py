@@ -18,8 +18,8 @@ from torch import Tensor
 
 from ..data.batches import Batch
 from ..errors import TaskError
-from ..model.capture import requiring_grad
 from ..model.loss_view import LossView
+from ..model.observing import requiring_grad
 from ..runtime.sharding import is_sharded
 from .directions import DIRECTIONS, example_slopes, random_directions
 

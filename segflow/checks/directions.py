@@ -39,8 +39,8 @@ def example_slopes(view: LossView, batch: Batch, directions: Mapping[str, Tensor
     slopes: dict[str, Tensor] = {}
 
     def consume(layer: TrackedLayer, tokens: Tokens) -> None:
-        projected = torch.einsum("pbsi,rpoi->rpbso", tokens.a_PBSI, directions[layer.name])
-        slopes[layer.name] = torch.einsum("rpbso,pbso->rb", projected, tokens.g_PBSO).double()
+        along = [tokens.times(direction_POI.mT) for direction_POI in directions[layer.name]]
+        slopes[layer.name] = torch.einsum("rpbso,pbso->rb", torch.stack(along), tokens.g_PBSO).double()
 
     view.capture(batch, consume, FiniteCheck("check, slopes"))
     return slopes
@@ -79,7 +79,8 @@ def probed(view: LossView, batch: Batch, along: Mapping[str, Probes], where: str
 
     def consume(layer: TrackedLayer, tokens: Tokens) -> None:
         features[layer.name] = along[layer.name].of_tokens(tokens).double()
-        inputs[layer.name] = _inputs(tokens.a_PBSI)
+        if not layer.diagonal_inputs:  # what is diagonal has no covariance that padding could enter
+            inputs[layer.name] = _inputs(tokens.dense_a)
 
     loss = view.capture(batch, consume, finite)
     finite.drain()

@@ -17,6 +17,7 @@ from ..data.readers import Reader
 from ..methods.plan import Plan, Point, curvatures, projected
 from ..model.layers.tracked import TrackedLayer
 from ..model.loss_view import LossView
+from ..model.representation_view import last_matrix
 from ..scoring.query_sets import QuerySet
 from ..stage.context import StageContext
 from .losses import check_loss
@@ -68,7 +69,7 @@ class Guards:
     def before_features(self, context: StageContext, train: Any, layer: str | None, batch_size: int) -> None:
         """Probe the training loss in the one layer that features are taken of; None: the last."""
         tracked = context.layers.tracked
-        name = list(tracked)[-1] if layer is None else layer
+        name = last_matrix(tracked) if layer is None else layer
         if name in tracked:  # otherwise refused by what follows
             self._train(context, train, batch_size, {name: tracked[name]})
 

@@ -63,7 +63,7 @@ def check_reached(view: LossView, data: Iterable[Batch], where: str) -> None:
     finite = FiniteCheck(f"check, {view.kind} loss, {where}")
     for batch in data:
         view.capture(batch, lambda _layer, _tokens: None, finite)
-    finite.finish(view.layout.axes, Ranks(), every=view.kind == "train")
+    finite.finish(view.layout.reached, Ranks(), every=view.kind == "train")
 
 
 def require_no_mean(view: LossView, total: Tensor, parts: Tensor, count: int) -> None:

@@ -31,7 +31,7 @@ def require_same_inputs(view: LossView, batch: Batch, draws: Sequence[Probed], a
     mask = checked_mask(view, batch)
     for name in (name for name in view.layers if name in draws[0].inputs):
         together = draws[0].inputs[name]
-        if mask_of(name, (batch.size, together.positions), mask) is not None:
+        if mask_of(view.layers[name], (batch.size, together.positions), mask) is not None:
             continue
         singles = [single.inputs.get(name) for single in alone]
         number = next((n for n, one in enumerate(singles) if one and one.positions != together.positions), None)

@@ -11,21 +11,25 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from ..model.layers.tracked import TrackedLayer
 from ..model.loss_view import LossView
 from ..runtime.ranks import Ranks, balanced
 from ..store.files import TensorFile, Tensors
 from ..store.shared_store import StoredUnit
 from ..training.segments import Weight, for_group
-from .kronecker import Eigenbasis, eigenvectors, kfac_eigenvalues, mean_over
+from .kronecker import Eigenbasis, eigenvectors, kfac_eigenvalues, mean_over, side_shapes
 from .preconditioner import PreconditionerBlock, RankOne
 
 
 class _Side(NamedTuple):
-    """One side of a layer's curvature: its name, "inputs" or "outputs", and the shape of its covariance."""
+    """One side of a layer's curvature: its name, "inputs" or "outputs", and the shape of its covariance.
+
+    That is [P, D, D], or [P, D] where the side is diagonal.
+    """
 
     layer: str
     name: str
-    shape: tuple[int, int, int]
+    shape: tuple[int, ...]
 
 
 class Pool(NamedTuple):
@@ -65,10 +69,12 @@ def pooled_eigenvectors(
 ) -> Tensors:
     """The eigenvectors `<layer>.inputs` and `<layer>.outputs` [P, D, D], in float64; on rank 0, nothing elsewhere.
 
+    Sides that are diagonal have none.
+
     The sides of the layers are dealt out to the ranks, each of which solves the eigenproblems of its own. scales: P of
     each layer, whose rank-one part scales the tokens; where: names the points in errors.
     """
-    sides = [side for name, layer in view.layers.items() for side in _sides(name, *layer.shape)]
+    sides = [side for layer in view.layers.values() for side in _sides(layer) if len(side.shape) == 3]
     owners = balanced([shape[0] * shape[1] ** 3 for _, _, shape in sides], ranks.count)
     hands = [[side for side, owner in zip(sides, owners, strict=True) if owner == rank] for rank in range(ranks.count)]
     turns = list(zip_longest(*hands))  # one side for each rank, None where it has no more
@@ -99,23 +105,27 @@ def pooled_kfac(
     """
     eigenvalues = {}
     for name, layer in view.layers.items():
-        part, sides = None if scales is None else scales[name].part, _sides(name, *layer.shape)
+        part, sides = None if scales is None else scales[name].part, _sides(layer)
         inputs, outputs = map(pool.mean, sides)
         positions = pool.positions(name, examples)
         if inputs is not None and outputs is not None:
-            basis = Eigenbasis(*(side.double().cpu() for side in vars(bases[name]).values()))
+            basis = Eigenbasis(*(None if side is None else side.double().cpu() for side in vars(bases[name]).values()))
             A, S = (_scaled(of, side, part) for of, side in zip((inputs, outputs), sides, strict=True))
             eigenvalues[name] = (positions * kfac_eigenvalues(basis, A, S)).to(view.dtype)
     return eigenvalues
 
 
-def _sides(layer: str, P: int, O: int, I: int) -> tuple[_Side, _Side]:
-    return _Side(layer, "inputs", (P, I, I)), _Side(layer, "outputs", (P, O, O))
+def _sides(layer: TrackedLayer) -> tuple[_Side, _Side]:
+    inputs, outputs = side_shapes(layer)
+    return _Side(layer.name, "inputs", inputs), _Side(layer.name, "outputs", outputs)
 
 
-def _scaled(matrix_PDD: Tensor, side: _Side, part: RankOne | None) -> Tensor:
+def _scaled(covariance: Tensor, side: _Side, part: RankOne | None) -> Tensor:
     """A or S of tokens that are scaled by the square root of one side of P's rank-one part; None scales nothing."""
     if part is None:
-        return matrix_PDD
-    root_PD = (part.inputs_PI if side.name == "inputs" else part.outputs_PO).to(matrix_PDD).sqrt()
-    return root_PD[:, :, None] * matrix_PDD * root_PD[:, None, :]
+        return covariance
+    squares_PD = (part.inputs_PI if side.name == "inputs" else part.outputs_PO).to(covariance)
+    if len(side.shape) == 2:
+        return squares_PD * covariance
+    root_PD = squares_PD.sqrt()
+    return root_PD[:, :, None] * covariance * root_PD[:, None, :]

@@ -19,7 +19,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from ..data.batches import Batch
 from ..errors import FactorError
@@ -28,7 +27,7 @@ from ..methods.spectra import decay, decay_quotient, response, response_quotient
 from ..model.finite_check import FiniteCheck
 from ..model.layers.tracked import TrackedLayer
 from ..model.loss_view import LossView
-from ..model.tokens import Tokens, scaled_examples
+from ..model.tokens import Tokens, joined_batches, no_tokens, scaled_examples
 from ..runtime.ranks import Ranks
 from ..store.files import Tensors
 from ..store.shared_store import StoredUnit
@@ -54,29 +53,21 @@ def pseudo_gradients(view: LossView, data: Iterable[Batch], where: str, ranks: R
         before = {name: len(tokens) for name, tokens in pieces.items()}
 
         def consume(layer: TrackedLayer, tokens: Tokens, batch: Batch = batch) -> None:
-            pieces[layer.name].append(scaled_examples(tokens, batch.root_weights))
+            formed = Tokens(tokens.dense_a, tokens.g_PBSO)
+            pieces[layer.name].append(scaled_examples(formed, batch.root_weights))
 
         view.capture(batch, consume, finite)
-        for name, layer in view.layers.items():
+        for name in view.layers:
             if len(pieces[name]) == before[name] and not batch.idle:
-                pieces[name].append(_zeros(view, layer, batch.size))
+                pieces[name].append(_none(view, name, batch.size))
     finite.finish(view.layers, ranks)
-    return {name: joined(tokens or [_zeros(view, view.layers[name], 0)]) for name, tokens in pieces.items()}
-
-
-def joined(tokens: Sequence[Tokens]) -> Tokens:
-    """Examples one after the other; those of fewer positions are padded with zeros."""
-    sides = []
-    for of_side in zip(*tokens, strict=True):
-        positions = max(side.shape[2] for side in of_side)
-        sides.append(torch.cat([functional.pad(side, (0, 0, 0, positions - side.shape[2])) for side in of_side], 1))
-    return Tokens(*sides)
+    return {name: joined_batches(tokens or [_none(view, name, 0)]) for name, tokens in pieces.items()}
 
 
 def gram(tokens: LayerTokens, metric: Mapping[str, Tensor], budget: int) -> Tensor:
     """G^T M G [n, n], in float64; budget: bytes for formed gradients at a time."""
-    n = next(iter(tokens.values())).a_PBSI.shape[1]
-    total_nn = torch.zeros(n, n, dtype=torch.float64, device=next(iter(tokens.values())).a_PBSI.device)
+    n = next(iter(tokens.values())).examples
+    total_nn = torch.zeros(n, n, dtype=torch.float64, device=next(iter(tokens.values())).g_PBSO.device)
     for name, of_layer in tokens.items():
         for rows, first_bD in _formed(of_layer, budget // 2):
             scaled_bD = first_bD * metric[name].flatten()
@@ -148,7 +139,7 @@ def sample_size(fisher: SampledFisher, examples: int, views: int) -> int:
 def on_main(tokens: Tokens, factor: float, ranks: Ranks) -> list[Tokens]:
     """Every rank's tokens, with gradients times a factor, on rank 0; elsewhere nothing."""
     scaled = Tokens(tokens.a_PBSI, tokens.g_PBSO * factor)
-    sides = zip(*(ranks.collect(side) for side in scaled), strict=True)
+    sides = zip(*(ranks.collect(side) for side in (scaled.dense_a, scaled.g_PBSO)), strict=True)
     return [Tokens(a, g) for a, g in sides if a is not None and g is not None]
 
 
@@ -189,10 +180,11 @@ def coupled_tensors(
 
     memory: bytes, of which gradients that are formed may take an eighth.
     """
-    of_layers = {name: joined(pieces) for name, pieces in tokens.items()}
+    of_layers = {name: joined_batches(pieces) for name, pieces in tokens.items()}
     sigma, vectors = spectrum(gram(of_layers, metric, memory // 8), where)
     dtype = next(iter(metric.values())).dtype
-    kept = {f"{name}.{side}": tensor for name, of in of_layers.items() for side, tensor in zip("ag", of, strict=True)}
+    kept = {f"{name}.a": tokens.dense_a for name, tokens in of_layers.items()}
+    kept |= {f"{name}.g": tokens.g_PBSO for name, tokens in of_layers.items()}
     return kept | {"eigenvalues": sigma, "eigenvectors": vectors.to(dtype)}
 
 
@@ -224,13 +216,11 @@ def _combinations(weights_Qn: Tensor, tokens: Tokens, budget: int) -> Tensor:
 def _formed(tokens: Tokens, budget: int, stop: int | None = None) -> Iterator[tuple[slice, Tensor]]:
     """Gradients [b, D], so many at a time that they take at most `budget` bytes, or one; stop: before which example."""
     (P, n, _, I), O = tokens.a_PBSI.shape, tokens.g_PBSO.shape[3]
-    step = max(1, budget // (P * O * I * tokens.a_PBSI.element_size()))
+    step = max(1, budget // (P * O * I * tokens.g_PBSO.element_size()))
     for start in range(0, n if stop is None else stop, step):
         rows = slice(start, min(n, start + step))
-        yield rows, example_gradients(Tokens(tokens.a_PBSI[:, rows], tokens.g_PBSO[:, rows])).flatten(1)
+        yield rows, example_gradients(tokens.of_examples(rows)).flatten(1)
 
 
-def _zeros(view: LossView, layer: TrackedLayer, count: int) -> Tokens:
-    P, O, I = layer.shape
-    a, g = (torch.zeros(P, count, 1, D, dtype=view.dtype, device=view.device) for D in (I, O))
-    return Tokens(a, g)
+def _none(view: LossView, name: str, examples: int) -> Tokens:
+    return no_tokens(view.layers[name].shape, examples, view.dtype, view.device)

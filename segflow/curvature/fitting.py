@@ -25,6 +25,7 @@ from ..methods.plan import (
     Projection,
     SampledFisher,
 )
+from ..model.layers.tracked import TrackedLayer
 from ..model.loss_view import LossView
 from ..model.tokens import Tokens
 from ..stage.context import StageContext
@@ -77,6 +78,11 @@ def _needed(recipes: Mapping[str, UnitRecipe], targets: Iterable[str], held: set
     for name in targets:
         need(name)
     return [recipe for name, recipe in recipes.items() if name in needed]
+
+
+def _by_exact_P(layer: TrackedLayer) -> bool:
+    """Whether eigenvalues take P exactly where its rank-one part is not exact anyway, as it is for a vector."""
+    return layer.exact_P and min(layer.shape[1:]) > 1
 
 
 class FactorFitter:
@@ -242,13 +248,17 @@ class FactorFitter:
         return {f"{name}.{key}": value for name, sums in by_layer.items() for key, value in vars(sums).items()}
 
     def _make_eigenvalues(self, point: Point, curvature: Curvature) -> Tensors:
-        bases = None if curvature.kind == "diagonal" else self.bases(curvature)
+        bases, roots = None if curvature.kind == "diagonal" else self.bases(curvature), {}
         if bases and curvature.scaled is not None:
-            preconditioner = self.preconditioner(curvature.scaled)
-            bases = {name: basis.scaled(preconditioner[name].part) for name, basis in bases.items()}
+            P, exact = (
+                self.preconditioner(curvature.scaled),
+                [n for n, of in self.view.layers.items() if _by_exact_P(of)],
+            )
+            roots = {name: P[name].exact_POI.sqrt() for name in exact}
+            bases = {n: basis if n in roots else basis.scaled(P[n].part) for n, basis in bases.items()}
         view, data, where = self._pass(point, self.sample, "eigenvalues", curvature.batch)
         ranks, budget = self.context.ranks, self.context.memory // _PASS_SHARE
-        return corrected_eigenvalues(view, data, bases, ranks, where, budget, curvature.batch)
+        return corrected_eigenvalues(view, data, bases, ranks, where, budget, curvature.batch, roots)
 
     def _make_moments(self, point: Point) -> Tensors:
         view, data, where = self._pass(point, self.view, "moments")

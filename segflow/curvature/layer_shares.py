@@ -41,7 +41,7 @@ def shares_point(context: StageContext) -> Point:
 
 
 def measured_shares(view: LossView, data: Iterable[Batch], ranks: Ranks, where: str) -> Tensors:
-    """`<layer>`, []: the share of the examples in whose training loss some position's output gradient is not zero.
+    """`<layer>`, []: the share of the examples in whose training loss the gradient of some position is not zero.
 
     Examples count by their weights, where batches have some. One pass over this rank's data; ranks: all that share the
     data; where: names the point in errors.
@@ -54,7 +54,7 @@ def measured_shares(view: LossView, data: Iterable[Batch], ranks: Ranks, where: 
         counts_B = torch.ones(batch.size).to(examples) if batch.weights is None else batch.weights.to(examples)
 
         def consume(layer: TrackedLayer, tokens: Tokens, counts_B: Tensor = counts_B) -> None:
-            totals[layer.name] += counts_B @ (tokens.g_PBSO != 0).any(3).any(2).any(0).to(counts_B)
+            totals[layer.name] += counts_B @ tokens.live().to(counts_B)
 
         view.capture(batch, consume, finite)
         examples += 0 if batch.idle else counts_B.sum()

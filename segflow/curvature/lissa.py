@@ -18,8 +18,8 @@ from ..data.reading import Request
 from ..data.streams import stream
 from ..errors import MethodError
 from ..methods.plan import IterativeInverse
-from ..model.capture import requiring_grad
 from ..model.loss_view import LossView
+from ..model.observing import requiring_grad
 from ..runtime.sharding import is_sharded
 from .kronecker import Gradients
 
@@ -51,10 +51,7 @@ def hessian_products(view: LossView, batch: Batch, values: Mapping[str, Tensor])
                 )
             )
     products = iter(torch.cat(by_query).to(view.dtype) for by_query in zip(*pieces, strict=True))
-    return {
-        layer.name: layer.gradient_matrices(next(products), next(products) if layer.has_bias else None)
-        for layer in layers
-    }
+    return {layer.name: layer.gradient_matrices([next(products) for _ in layer.parameters]) for layer in layers}
 
 
 def lissa(

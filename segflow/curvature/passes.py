@@ -20,7 +20,7 @@ from ..data.batches import Batch
 from ..errors import FactorError, TaskError
 from ..methods.plan import Projection
 from ..model.finite_check import FiniteCheck
-from ..model.layers.tracked import TrackedLayer
+from ..model.layers.tracked import TrackedLayer, VectorLayer
 from ..model.loss_view import LossView
 from ..model.tokens import Tokens, joined_examples, scaled_examples
 from ..runtime.ranks import Ranks
@@ -39,7 +39,7 @@ def covariances(view: LossView, data: Iterable[Batch], ranks: Ranks, where: str)
 
     Raises TaskError where the task's attention mask is none, or fits no tracked layer.
     """
-    totals = {name: Covariance.zeros(layer.shape, view.dtype, view.device) for name, layer in view.layers.items()}
+    totals = {name: Covariance.zeros(layer, view.dtype, view.device) for name, layer in view.layers.items()}
     finite = FiniteCheck(f"covariance pass, {where}")
     masks = used = 0
     for batch in data:
@@ -48,7 +48,7 @@ def covariances(view: LossView, data: Iterable[Batch], ranks: Ranks, where: str)
 
         def consume(layer: TrackedLayer, tokens: Tokens, mask: Any = mask, weights_B: Any = batch.weights) -> None:
             nonlocal used
-            mask_BS = mask_of(layer.name, tokens.a_PBSI.shape[1:3], mask)
+            mask_BS = mask_of(layer, tokens.a_PBSI.shape[1:3], mask)
             used += mask_BS is not None
             totals[layer.name].add_(tokens, mask_BS, weights_B)
 
@@ -72,6 +72,7 @@ def corrected_eigenvalues(
     where: str,
     budget: int,
     summed: int = 1,
+    roots: Mapping[str, Tensor] | None = None,
 ) -> Tensors:
     """Lambda [P, O, I] of every layer: the mean over examples of (Q_S^T G Q_A)^2, over one pass with pseudo-labels.
 
@@ -82,6 +83,7 @@ def corrected_eigenvalues(
     Args:
         bases: None for the mean of G^2, the diagonal of the curvature.
         budget: bytes for gradients of single examples in layers with positions.
+        roots: of layers that take the optimizer's P exactly, its root [P, O, I], by which gradients are multiplied.
     """
     totals = _zeros(view)
     check = _BatchingCheck(totals, summed)
@@ -91,10 +93,10 @@ def corrected_eigenvalues(
         basis, tokens = bases[layer.name] if bases else None, scaled_examples(tokens, batch.root_weights)
 
         def add_(total: Tensor, size: int) -> None:
-            add_squared_projections_(total, joined_examples(tokens, size), basis, budget)
+            add_squared_projections_(total, joined_examples(tokens, size), basis, budget, (roots or {}).get(layer.name))
 
         add_(totals[layer.name], summed)
-        check.add(layer.name, tokens.a_PBSI.shape[1], add_)
+        check.add(layer.name, tokens.examples, add_)
 
     examples = _walk(view, data, consume, finite)
     finite.finish(view.layers, ranks)
@@ -110,8 +112,7 @@ def gradient_moments(view: LossView, data: Iterable[Batch], ranks: Ranks, where:
     finite = FiniteCheck(f"gradient moments, {where}")
 
     def consume(layer: TrackedLayer, tokens: Tokens, batch: Batch) -> None:
-        a_PBSI, g_PBSO = scaled_examples(tokens, batch.weights)
-        means[layer.name] += torch.einsum("pbso,pbsi->poi", g_PBSO, a_PBSI)
+        means[layer.name] += scaled_examples(tokens, batch.weights).total()
         add_squared_projections_(squares[layer.name], scaled_examples(tokens, batch.root_weights), None, budget)
 
     examples = _walk(view, data, consume, finite)
@@ -281,8 +282,15 @@ def checked_mask(view: LossView, batch: Batch) -> Tensor | Mapping[str, Tensor] 
     return mask
 
 
-def mask_of(layer: str, shape_BS: Sequence[int], mask: Tensor | Mapping[str, Tensor] | None) -> Tensor | None:
-    """The mask [B, S] of a layer's tokens; None where it has another shape, as that of other positions."""
+def mask_of(layer: TrackedLayer, shape_BS: Sequence[int], mask: Tensor | Mapping[str, Tensor] | None) -> Tensor | None:
+    """The mask [B, S] of a layer's tokens; None where it has another shape, as that of other positions.
+
+    Where a tensor is tied, the uses' positions follow one another, and each use has the mask's.
+    """
+    if isinstance(layer, VectorLayer):
+        return None
     if isinstance(mask, Mapping):
-        mask = mask.get(layer)
+        mask = mask.get(layer.name)
+    if mask is not None and mask.ndim == 2 and shape_BS[1] == len(layer.uses) * mask.shape[1]:
+        mask = mask.repeat(1, len(layer.uses))
     return mask if mask is not None and tuple(mask.shape) == tuple(shape_BS) else None

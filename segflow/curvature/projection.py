@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..methods.plan import Projection
+from ..model.one_hot import OneHot
 from ..model.tokens import Tokens
 from .kronecker import example_gradients
 
@@ -40,10 +41,12 @@ class Probes:
         if self.outputs_kPO is None:
             return example_gradients(tokens).flatten(1)
         (_, _, S, I), O, k = tokens.a_PBSI.shape, tokens.g_PBSO.shape[-1], len(self.outputs_kPO)
-        if S * O * I + k * O * I < S * k * (O + I):  # fewer multiplications, with many positions
+        if not isinstance(tokens.a_PBSI, OneHot) and S * O * I + k * O * I < S * k * (
+            O + I
+        ):  # fewer multiplications, with many positions
             return self.of_gradients(example_gradients(tokens))
         left = torch.einsum("pbso,kpo->pbsk", tokens.g_PBSO, self.outputs_kPO)
-        right = torch.einsum("pbsi,kpi->pbsk", tokens.a_PBSI, self.inputs_kPI)
+        right = tokens.times(self.inputs_kPI.permute(1, 2, 0))  # type: ignore[union-attr]
         return (left * right).sum((0, 2))
 
     def of_gradients(self, gradient_QPOI: Tensor) -> Tensor:

@@ -58,8 +58,7 @@ def _records(context: StageContext, index: int) -> Callable[[TrackedLayer], Tens
     moments = context.trajectory.second_moments(index) or {}
 
     def moments_of(layer: TrackedLayer) -> Tensor:
-        weight, *bias = (moments[name] for name in layer.parameter_names)
-        return layer.gradient_matrix(weight, bias[0] if bias else None)
+        return layer.gradient_matrix([moments[name] for name in layer.parameter_names])
 
     return moments_of
 

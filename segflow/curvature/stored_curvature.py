@@ -5,6 +5,7 @@ Axes: P parts, O outputs, I inputs of a layer, D either of these, k random vecto
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 
 import torch
@@ -18,7 +19,7 @@ from ..stage.unit_identity import SAMPLING_KEYS
 from ..store.shared_store import StoredUnit
 from ..store.store import MadeFrom
 from ..training.segments import Weight, for_group
-from .kronecker import Eigenbasis, KroneckerBlock, weighted_mean
+from .kronecker import Eigenbasis, KroneckerBlock, side_shapes, weighted_mean
 from .preconditioner import PreconditionerBlock
 from .unit_names import at_point, basis_unit, eigenvalues_unit, pool_from
 
@@ -68,7 +69,8 @@ class StoredCurvature(Mapping[str, KroneckerBlock]):
         ]
         self._weights: tuple[Weight, ...] = (1.0,) if curvature.kind == "kfac" else curvature.weights
         self._parameter_groups = context.parameter_groups
-        numbers = sum(P * (O * O + I * I + O * I) for P, O, I in (layer.shape for layer in view.layers.values()))
+        layers = view.layers.values()
+        numbers = sum(layer.size + sum(map(math.prod, side_shapes(layer))) for layer in layers)
         self.fits = numbers * view.dtype.itemsize <= context.memory // _BLOCKS_SHARE
         self._in_memory: dict[str, KroneckerBlock] = {}
 
@@ -110,15 +112,16 @@ class StoredCurvature(Mapping[str, KroneckerBlock]):
 
 def stored_basis(unit: StoredUnit, name: str, view: LossView) -> Eigenbasis:
     """One layer's eigenbasis, in the view's precision and on its device; StoreError unless it is orthonormal."""
-    P, O, I = view.layers[name].shape
-    inputs, outputs = (
-        _orthonormal(unit, f"{name}.{side}", (P, D, D), view).to(view.dtype)
-        for side, D in (("inputs", I), ("outputs", O))
+    sides = zip(("inputs", "outputs"), side_shapes(view.layers[name]), strict=True)
+    return Eigenbasis(
+        *(
+            _orthonormal(unit, f"{name}.{side}", shape, view).to(view.dtype) if len(shape) == 3 else None
+            for side, shape in sides
+        )
     )
-    return Eigenbasis(inputs, outputs)
 
 
-def _orthonormal(unit: StoredUnit, side: str, shape: tuple[int, int, int], view: LossView) -> Tensor:
+def _orthonormal(unit: StoredUnit, side: str, shape: tuple[int, ...], view: LossView) -> Tensor:
     vectors_PDD = unit.tensor(side, shape, view.device)
     x_PDk = torch.randn(*shape[:2], 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(view.device)
     exact_PDD = vectors_PDD.double()

@@ -22,12 +22,14 @@ class Batch(NamedTuple):
     idle: True for a batch that is run but counts for nothing. A rank runs one where other ranks have more batches, so
     that all ranks take part in what the forward of a sharded model exchanges.
     weights: how much each example counts, [B]; None: all alike.
+    alone: reads each of its examples again, as a batch of one; None where that is not known.
     """
 
     examples: Indices
     content: Any
     idle: bool = False
     weights: torch.Tensor | None = None
+    alone: Callable[[], Iterator[Batch]] | None = None
 
     @property
     def size(self) -> int:

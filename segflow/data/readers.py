@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -87,7 +88,16 @@ class Reader:
         wanted = [*requests, *[Request([0])] * idle]
         contents = self._contents(wanted)
         for number, (request, content) in enumerate(zip(wanted, contents, strict=True)):
-            yield Batch(request.examples, to_device(content, device), number >= len(requests))
+            alone = partial(self._alone, request, device)
+            yield Batch(request.examples, to_device(content, device), number >= len(requests), alone=alone)
+
+    def _alone(self, request: Request, device: torch.device) -> Iterator[Batch]:
+        """Each example of a batch once more, in a batch of its own."""
+        for index in request.examples:
+            single = Request([index], request.view)
+            content = [tensor[[index]] for tensor in self.dataset.tensors] if self._is_plain else None
+            content = self._reading[single].content if content is None else content
+            yield Batch(single.examples, to_device(content, device))
 
     def probes(self, lists: Sequence[Indices], device: torch.device) -> list[Batch]:
         """Batches of a few examples; each is read once in a call of the Analyzer, however often it is asked for."""

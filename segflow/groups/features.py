@@ -25,7 +25,7 @@ from ..model.capture import Consumer
 from ..model.finite_check import FiniteCheck
 from ..model.layers.tracked import TrackedLayer
 from ..model.loss_view import LossView
-from ..model.representation_view import RepresentationView
+from ..model.representation_view import RepresentationView, last_matrix
 from ..model.tokens import Tokens
 from ..runtime.ranks import Ranks
 from ..runtime.sharding import whole
@@ -92,7 +92,7 @@ def _extracting(
 ) -> Iterator[tuple[LossView, _Extractor]]:
     """The training loss's view with the layer alone, and the extractor of its features."""
     tracked = context.layers.tracked
-    name = list(tracked)[-1] if layer is None else layer
+    name = last_matrix(tracked) if layer is None else layer
     if name not in tracked:
         raise LayerError(f"layer={name!r} is not tracked. Choose one of {list(tracked)[:8]}.")
     if kind == "gradient" and not isinstance(tracked[name].module, nn.Linear):
@@ -142,7 +142,7 @@ def _representations(view: LossView, finite: FiniteCheck) -> _Extractor:
     representations = RepresentationView(view, normalized=False)
     width = representations.layers[representations.layer.name].shape[-1]
     none_D = torch.zeros(width, dtype=view.dtype, device=view.device)
-    return _Extractor(width, _captured(representations.capture, lambda tokens: tokens.a_PBSI[0, :, 0], none_D, finite))
+    return _Extractor(width, _captured(representations.capture, lambda tokens: tokens.dense_a[0, :, 0], none_D, finite))
 
 
 def _captured(

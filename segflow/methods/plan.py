@@ -196,3 +196,9 @@ def fishers(plan: Plan) -> list[SampledFisher]:
 def projected(plan: Plan) -> list[ProjectedInverse]:
     """The distinct inverses in a projection that a plan needs."""
     return list(dict.fromkeys(op for term in plan for op in term.operators if isinstance(op, ProjectedInverse)))
+
+
+def mixes_layers(plan: Plan) -> bool:
+    """Whether some operator makes a layer's part of the answer of all layers' gradients."""
+    mixing = ProjectedInverse | IterativeInverse | CoupledFunction
+    return any(isinstance(operator, mixing) for term in plan for operator in term.operators)

@@ -6,20 +6,21 @@ layer keeps the graph alive and catches the output's gradient.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 
 from ..errors import LayerError, TaskError
+from .function_calls import FunctionCalls
+from .layers.function import FunctionLayer
 from .layers.tracked import TrackedLayer
-from .tokens import Tokens
+from .layout import ALL_ROWS, CallLayout, Layout, rows_first, spread
+from .taps import Hook, Tap, forward_hooks
+from .tokens import Tokens, joined_calls
 
-_COARSE = {torch.bfloat16, torch.float16}
 Consumer = Callable[[TrackedLayer, Tokens], None]
 
 
@@ -27,99 +28,7 @@ class DetachedError(TaskError):
     """A loss depends on no tracked layer."""
 
 
-@contextmanager
-def observing(model: nn.Module) -> Iterator[None]:
-    """Inside, the model is in eval mode and its parameters are frozen; afterwards it is as it was.
-
-    Inside, checkpoints may be loaded into the model, and the fused attention that bypasses layers is off. Afterwards
-    modes, flags, values and the random state are put back, also after an exception.
-
-    Raises LayerError if a lazy module has no parameters yet.
-    """
-    lazy = [name for name, parameter in model.named_parameters() if is_lazy(parameter)]
-    if lazy:
-        raise LayerError(f"parameter {lazy[0]!r} is lazy and not initialised yet. Run the model on one batch first.")
-    modes = {module: module.training for module in model.modules()}
-    flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    values = [(tensor, tensor.detach().clone()) for tensor in (*model.parameters(), *model.buffers())]
-    registers = [(register, dict(register)) for module in modes for register in (module._parameters, module._buffers)]
-    fused = torch.backends.mha.get_fastpath_enabled()
-    devices = [p.device for p in model.parameters() if p.device.type == "cuda"][:1]
-    with torch.random.fork_rng(devices=devices):
-        try:
-            torch.backends.mha.set_fastpath_enabled(False)
-            model.eval()
-            model.requires_grad_(False)
-            yield
-        finally:
-            torch.backends.mha.set_fastpath_enabled(fused)
-            for register, content in registers:
-                register.clear()
-                register.update(content)  # type: ignore[arg-type]
-            with torch.no_grad():
-                for tensor, value in values:
-                    tensor.copy_(value)
-            for parameter, flag in flags.items():
-                parameter.requires_grad_(flag)
-            for module, training in modes.items():
-                module.training = training
-
-
-@contextmanager
-def requiring_grad(parameters: Sequence[Tensor]) -> Iterator[None]:
-    """Inside, gradients reach these parameters, which are frozen again afterwards."""
-    for parameter in parameters:
-        parameter.requires_grad_(True)
-    try:
-        yield
-    finally:
-        for parameter in parameters:
-            parameter.requires_grad_(False)
-
-
-@contextmanager
-def called_parameters(layers: Mapping[str, TrackedLayer]) -> Iterator[dict[str, list[Tensor]]]:
-    """Inside, each layer's parameters are collected as its calls see them, and gradients reach them.
-
-    For a sharded model, whose layers hold whole parameters within their calls only, and shards between them.
-    """
-    by_layer: dict[str, list[Tensor]] = {}
-
-    def pre_hook(layer: TrackedLayer) -> Callable[..., None]:
-        def collect(_module: nn.Module, _args: Any) -> None:
-            by_layer[layer.name] = [parameter.requires_grad_(True) for parameter in layer.parameters]
-
-        return collect
-
-    with ExitStack() as stack:
-        for layer in layers.values():
-            stack.callback(layer.module.register_forward_pre_hook(pre_hook(layer)).remove)
-        try:
-            yield by_layer
-        finally:
-            for parameter in (parameter for parameters in by_layer.values() for parameter in parameters):
-                parameter.requires_grad_(False)
-
-
-class _Tap(torch.autograd.Function):
-    """The identity on a layer's output; its backward hands the output's gradient to `receive`.
-
-    It works in place, so that a later in-place activation may still change the output.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, output: Tensor, anchor: Tensor, receive: Callable[[Tensor], None]) -> Tensor:
-        ctx.receive = receive
-        ctx.mark_dirty(output)
-        return output
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
-        ctx.receive(gradient)
-        return gradient, None, None
-
-
-@dataclass
+@dataclass(eq=False)
 class _Call:
     """One call of a layer within a forward: its input, and its output's gradient once the backward came by.
 
@@ -131,90 +40,138 @@ class _Call:
     gradient: Tensor | None = None
 
 
-@dataclass
-class _LayerCalls:
-    """All calls of one layer within one batch; axis: where its input counts the examples, dtype: of the tokens."""
+@dataclass(eq=False)
+class _Use:
+    """All calls of one of a layer's uses within one batch; layout: where its input counts the examples."""
 
     layer: TrackedLayer
-    axis: int
-    dtype: torch.dtype
+    layout: CallLayout
     calls: list[_Call] = field(default_factory=list)
+
+    def tokens(self, dtype: torch.dtype, examples: int) -> list[Tokens]:
+        """The tokens of every call that the loss depends on; the calls are forgotten."""
+        used, self.calls = [call for call in self.calls if call.gradient is not None], []
+        return [self._of_call(call, dtype, examples) for call in used]
+
+    def _of_call(self, call: _Call, dtype: torch.dtype, examples: int) -> Tokens:
+        if call.value._version != call.version:
+            raise LayerError(
+                f"layer {self.layer.name!r}: its input was changed in place after the call, so its tokens are "
+                "lost. Make the operation that follows out of place."
+            )
+        value = rows_first(call.value, self.layout, examples)
+        gradient = call.gradient if self.layout.axis is None else rows_first(call.gradient, self.layout, examples)  # type: ignore[arg-type]
+        rows = 1
+        if self.layout.folded or (examples == 1 and self.layout.axis == 0):
+            rows, left = divmod(len(value), examples)
+            if left or not rows:
+                raise LayerError(
+                    f"layer {self.layer.name!r}: its input has {len(value)} rows for {examples} examples, expected "
+                    "equally many for each, one example's after another's. Where rows are routed or packed, use "
+                    "batch_size=1, or leave the layer out with exclude=."
+                )
+        return self.layer.tokens(value, gradient, dtype, rows)  # type: ignore[arg-type]
+
+
+@dataclass(eq=False)
+class _Block:
+    """All calls of a block within one batch, over all of its uses."""
+
+    layer: TrackedLayer
+    uses: list[_Use]
 
     @property
     def complete(self) -> bool:
         """Whether the backward has come by every call."""
-        return all(call.gradient is not None for call in self.calls)
+        return all(call.gradient is not None for use in self.uses for call in use.calls)
 
-    def tokens(self) -> Tokens | None:
+    def tokens(self, dtype: torch.dtype, examples: int) -> Tokens | None:
         """The tokens of every call that the loss depends on, joined along the positions; the calls are forgotten."""
-        used, self.calls = [call for call in self.calls if call.gradient is not None], []
-        for call in used:
-            if call.value._version != call.version:
-                raise LayerError(
-                    f"layer {self.layer.name!r}: its input was changed in place after the call, so its tokens are "
-                    "lost. Make the operation that follows out of place."
-                )
-        pieces = [self.layer.tokens(call.value, call.gradient, self.axis, self.dtype) for call in used]  # type: ignore[arg-type]
-        if len(pieces) <= 1:
-            return pieces[0] if pieces else None
-        counts = sorted({piece.a_PBSI.shape[1] for piece in pieces})
+        pieces = [tokens for use in self.uses for tokens in use.tokens(dtype, examples)]
+        counts = sorted({piece.examples for piece in pieces})
         if len(counts) > 1:
             raise LayerError(
                 f"layer {self.layer.name!r}: its calls saw {counts} examples, expected one number of them."
             )
-        return Tokens(torch.cat([p.a_PBSI for p in pieces], 2), torch.cat([p.g_PBSO for p in pieces], 2))
-
-
-@contextmanager
-def _forward_hooks(layers: Mapping[str, TrackedLayer], hook: Callable[..., Any]) -> Iterator[None]:
-    """Inside, each call of a layer runs `hook(layer, input tensor, output)`; what it returns replaces the output."""
-
-    def forward_hook(layer: TrackedLayer) -> Callable[..., Any]:
-        def run(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-            value = args[0] if args else kwargs["input"]
-            return hook(layer, value, output)
-
-        return run
-
-    with ExitStack() as stack:
-        for layer in layers.values():
-            handle = layer.module.register_forward_hook(forward_hook(layer), prepend=True, with_kwargs=True)
-            stack.callback(handle.remove)
-        yield
+        return self.layer.together(joined_calls(pieces)) if pieces else None
 
 
 class _Capture:
     """One forward and backward over a batch: records each layer's calls, and hands on their tokens."""
 
     def __init__(
-        self, layers: Mapping[str, TrackedLayer], axes: Mapping[str, int], consume: Consumer, dtype: torch.dtype
+        self, layers: Mapping[str, TrackedLayer], layout: Layout, consume: Consumer, dtype: torch.dtype, examples: int
     ):
-        self._calls_of = {name: _LayerCalls(layers[name], axis, dtype) for name, axis in axes.items() if name in layers}
-        self._consume = consume
+        self._consume, self._dtype, self._examples = consume, dtype, examples
         self._in_backward = False  # True only during our own, to tell it from a backward inside the loss
-        weight = next(iter(layers.values())).module.get_parameter("weight")
-        self._anchor = torch.zeros((), dtype=weight.dtype, device=weight.device, requires_grad=True)
+        parameter = next(iter(layers.values())).parameters[0]
+        kind = parameter.dtype if parameter.is_floating_point() else torch.float32
+        self._anchor = torch.zeros((), dtype=kind, device=parameter.device, requires_grad=True)
+        self._blocks: list[_Block] = []
+        self._of_module: dict[nn.Module, list[tuple[_Block, _Use]]] = {}
+        self._functions = _function_calls(layers, layout, examples)
+        for layer in layers.values():
+            self._add(layer, layout)
 
-    def tap(self, layer: TrackedLayer, value: Tensor, output: Tensor) -> Tensor:
-        """Record one call of a layer; returns its output with a tap that catches its gradient."""
-        if layer.name not in self._calls_of:
-            raise LayerError(
-                f"layer {layer.name!r}: not reached by the first example, but by another one. Put an example that "
-                "reaches every layer first, or leave it out of get_influence_tracked_modules()."
-            )
-        calls = self._calls_of[layer.name]
-        call = _Call(value.detach(), value._version)
-        calls.calls.append(call)
+    def _add(self, layer: TrackedLayer, layout: Layout) -> None:
+        """A block whose calls are to be recorded; one of a known model that no example reached so far is refused."""
+        if isinstance(layer, FunctionLayer):
+            if layer.name not in layout.functions:
+                self._of_module.setdefault(layer.module, []).append((_Block(layer, []), _Use(layer, CallLayout(None))))
+            return
+        block = _Block(layer, [])
+        for use in layer.uses:
+            if use.name in layout.calls:
+                block.uses.append(_Use(use, layout.calls[use.name]))
+                self._of_module.setdefault(use.module, []).append((block, block.uses[-1]))
+            else:
+                self._of_module.setdefault(use.module, []).append((block, _Use(use, CallLayout(None))))
+        self._blocks.append(block)
+
+    def hooks(self) -> dict[nn.Module, Hook]:
+        """For each module that is watched, what its calls run."""
+        hooks: dict[nn.Module, Hook] = dict.fromkeys(self._of_module, self._see)
+        return hooks | {module: calls.hook(self.watches, self.tap) for module, calls in self._functions.items()}
+
+    def watches(self) -> bool:
+        """Whether calls count now: not those of a recomputed forward, nor those of which no gradient is wanted."""
+        return not self._in_backward and torch.is_grad_enabled()
+
+    def tap(self, output: Tensor, receive: Callable[[Tensor], None], layer: TrackedLayer) -> Tensor:
+        """An output with a tap that catches its gradient."""
+
+        def catch(gradient: Tensor) -> None:
+            if self._in_backward:
+                receive(gradient)
+            else:
+                _refuse_double_backward(layer)
+
+        return Tap.apply(output, self._anchor, catch)  # type: ignore[no-any-return]
+
+    def _see(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> Any:
+        """Record one call of a module; returns its output with a tap."""
+        if not self.watches():
+            return output
+        calls: list[tuple[_Block, _Call]] = []
+        for block, use in self._of_module[module]:
+            if use not in block.uses:
+                raise LayerError(
+                    f"layer {block.layer.name!r}: not reached by the first example, but by another one. Put an example "
+                    "that reaches every layer first, or leave the layer out with exclude=."
+                )
+            value = use.layer.call_value(args, kwargs)
+            calls.append((block, _Call(value.detach(), value._version)))
+            use.calls.append(calls[-1][1])
+        block, use = self._of_module[module][0]
 
         def receive(gradient: Tensor) -> None:
-            if not self._in_backward:
-                _refuse_double_backward(layer)
-                return
-            call.gradient = gradient
-            if calls.complete:
-                self._hand_on(calls)
+            for block, call in calls:
+                call.gradient = gradient
+                if block.complete:
+                    self._hand_on(block)
 
-        return _Tap.apply(output, self._anchor, receive)  # type: ignore[no-any-return]
+        copied = spread(output, self._examples) if use.layout.axis is None else output
+        return self.tap(copied, receive, block.layer)
 
     def backward(self, loss: Tensor) -> None:
         """Walk back from the loss, handing on each layer's tokens as soon as its last call has its gradient."""
@@ -227,22 +184,40 @@ class _Capture:
         torch.autograd.grad(loss, self._anchor, allow_unused=True)
 
     def hand_on_rest(self) -> None:
-        """Hand on the tokens of layers some of whose calls the loss does not depend on."""
-        for calls in self._calls_of.values():
-            self._hand_on(calls)
+        """Hand on the tokens of layers some of whose calls the loss does not depend on, and of whole modules."""
+        for block in self._blocks:
+            self._hand_on(block)
+        for calls in self._functions.values():
+            for layer, gradient_BD in calls.gradients():
+                self._consume(layer, layer.tokens(gradient_BD, gradient_BD, self._dtype))
 
-    def _hand_on(self, calls: _LayerCalls) -> None:
-        tokens = calls.tokens()
+    def _hand_on(self, block: _Block) -> None:
+        tokens = block.tokens(self._dtype, self._examples)
         if tokens is not None:
-            self._consume(calls.layer, tokens)
+            self._consume(block.layer, tokens)
+
+
+def _function_calls(
+    layers: Mapping[str, TrackedLayer], layout: Layout, examples: int
+) -> dict[nn.Module, FunctionCalls]:
+    """The calls of each module that is differentiated as a whole, for all of its blocks together."""
+    of_module: dict[nn.Module, list[FunctionLayer]] = {}
+    for layer in layers.values():
+        if isinstance(layer, FunctionLayer) and layer.name in layout.functions:
+            of_module.setdefault(layer.module, []).append(layer)
+    return {
+        module: FunctionCalls(blocks, layout.functions[blocks[0].name], examples)
+        for module, blocks in of_module.items()
+    }
 
 
 def capture(
     layers: Mapping[str, TrackedLayer],
-    axes: Mapping[str, int],
+    layout: Layout,
     loss: Callable[[], Tensor],
     consume: Consumer,
     dtype: torch.dtype,
+    examples: int,
 ) -> Tensor:
     """Evaluate `loss()` and walk back through it, handing each layer's tokens to `consume` as they are complete.
 
@@ -250,25 +225,32 @@ def capture(
 
     Args:
         layers: tracked layers by name.
-        axes: for each layer that is reached, which axis of its input counts the examples (from `example_axes`).
+        layout: how they see a batch (from `find_layout`).
         loss: runs the model and returns the loss summed over the batch, shape [].
         consume: called once for each layer that the loss depends on.
         dtype: of the tokens.
+        examples: of the batch.
 
     Returns:
         The loss, detached.
 
     Raises:
-        LayerError: a layer is reached that `axes` lacks, its input was changed after the call, or the loss
+        LayerError: a layer is reached that the layout lacks, its input was changed after the call, or the loss
             differentiates through its gradient.
         TaskError: the loss depends on no tracked layer.
     """
-    captured = _Capture(layers, axes, consume, dtype)
-    with torch.enable_grad(), _forward_hooks(layers, captured.tap):
+    captured = _Capture(layers, layout, consume, dtype, examples)
+    with torch.enable_grad(), forward_hooks(captured.hooks()):
         total = loss()
         captured.backward(total)
     captured.hand_on_rest()
     return total.detach()
+
+
+def of_one(layers: Sequence[TrackedLayer]) -> Layout:
+    """The layout of a batch of one example, to which all rows of these layers' inputs belong."""
+    uses = {use.name: ALL_ROWS for layer in layers for use in layer.uses}
+    return Layout(uses, {}, {}, tuple(layer.name for layer in layers), {}, False)
 
 
 def _refuse_double_backward(layer: TrackedLayer) -> None:
@@ -279,71 +261,6 @@ def _refuse_double_backward(layer: TrackedLayer) -> None:
     if torch.is_grad_enabled():  # create_graph=True
         raise LayerError(
             f"layer {layer.name!r}: the loss differentiates through its gradient (create_graph=True), so the layer's "
-            "calls do not make up its weight's gradient. Leave such a penalty out of the task, or the layer out of "
-            "get_influence_tracked_modules()."
+            "calls do not make up its weight's gradient. Leave such a penalty out of the task, or the layer out with "
+            "exclude=."
         )
-
-
-class Layout(NamedTuple):
-    """How the layers see a batch.
-
-    axes: the axis of each layer's input that counts the examples; shapes: the shape of its input for two examples;
-    coarse: True if some layer computes in 16 bits. Layers that are not reached are absent.
-    """
-
-    axes: dict[str, int]
-    shapes: dict[str, torch.Size]
-    coarse: bool
-
-
-def example_axes(layers: Mapping[str, TrackedLayer], run: Callable[[int], Any]) -> Layout:
-    """Find which axis of each layer's input counts the examples, by running batches of two and of three.
-
-    Args:
-        run: runs the model on a batch of that many copies of one example.
-
-    Raises:
-        LayerError: no axis of a layer's input counts the examples, as when examples and positions are flattened
-            together, or the layer's calls differ in their layout.
-    """
-    precisions: set[torch.dtype] = set()
-    shapes_of_two, shapes_of_three = (_input_shapes(layers, run, copies, precisions) for copies in (2, 3))
-    axes = {}
-    for name, two in shapes_of_two.items():
-        three = shapes_of_three.get(name, [])
-        axis_of_calls = {_example_axis(a, b) for a, b in zip(two, three, strict=False)}
-        axis = axis_of_calls.pop() if len(axis_of_calls) == 1 and len(two) == len(three) else None
-        if axis is None or (layers[name].examples_first and axis != 0):
-            raise LayerError(
-                f"layer {name!r}: its input has shape {tuple(two[0])} for 2 examples and "
-                f"{tuple(three[0]) if three else 'nothing'} for 3, so no axis of it counts the examples in every call. "
-                "Give it inputs [examples, ..., features] (not flattened with the positions), or leave it out of "
-                "get_influence_tracked_modules()."
-            )
-        axes[name] = axis
-    return Layout(axes, {name: two[0] for name, two in shapes_of_two.items()}, bool(precisions & _COARSE))
-
-
-def _input_shapes(
-    layers: Mapping[str, TrackedLayer], run: Callable[[int], Any], copies: int, precisions: set[torch.dtype]
-) -> dict[str, list[torch.Size]]:
-    """The shape of each call's input in a batch of `copies` examples; adds the outputs' dtypes to `precisions`."""
-    shapes: dict[str, list[torch.Size]] = {}
-
-    def note(layer: TrackedLayer, value: Tensor, output: Tensor) -> None:
-        shapes.setdefault(layer.name, []).append(value.shape)
-        precisions.add(output.dtype)
-
-    with torch.enable_grad(), _forward_hooks(layers, note):  # a loss may differentiate inside
-        run(copies)
-    return shapes
-
-
-def _example_axis(two: torch.Size, three: torch.Size) -> int | None:
-    """The one axis on which a batch of two has length 2 and a batch of three length 3; None if there is none."""
-    if len(two) != len(three):
-        return None
-    differing = [axis for axis, (a, b) in enumerate(zip(two, three, strict=True)) if a != b]
-    if len(differing) != 1 or (two[differing[0]], three[differing[0]]) != (2, 3):
-        return None
-    return differing[0]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from contextlib import AbstractContextManager, nullcontext, suppress
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -12,15 +13,15 @@ from torch import Tensor, nn
 
 from ..data.batch_faults import naming
 from ..data.batches import Batch
-from ..data.draws import drawing, seeded
-from ..data.readers import Reader
+from ..data.draws import drawing
 from ..errors import LayerError
-from ..runtime.sharding import is_sharded
 from ..tasks.task import summed_loss, task_name
-from .capture import Consumer, Layout, called_parameters, capture, example_axes, requiring_grad
+from .capture import Consumer, DetachedError, capture, of_one
 from .finite_check import FiniteCheck
+from .gradient_tokens import autograd_gradients, gradient_tokens
 from .layers.tracked import TrackedLayer
-from .tokens import Tokens
+from .layout import Layout
+from .tokens import Tokens, joined_batches, no_tokens
 
 
 @dataclass(frozen=True)
@@ -62,13 +63,26 @@ class LossView:
 
     def positions(self, name: str) -> int:
         """About how many positions an example has in a layer: those of the first example, in a convolution's input."""
-        return self.layers[name].positions(self.layout.shapes[name])
+        shape = self.layout.shapes.get(name)
+        return 1 if shape is None else self.layers[name].positions(shape)
 
     def loss(self, batch: Batch) -> Tensor:
         """The summed loss of one batch; TaskError, naming the batch and what is in it, where that raises an error."""
         draws = drawing(self.seed, self.place, batch.examples) if self.kind == "sample" else nullcontext()
-        with _naming_loss(self.task, self.kind, batch, self.model), draws:
+        with naming_loss(self.task, self.kind, batch, self.model), draws:
             return summed_loss(self.task, batch.content, self.model, kind=self.kind)
+
+    def only(self, names: Collection[str]) -> LossView:
+        """The same with some of its layers alone."""
+        alone = {name: how for name, how in self.layout.alone.items() if name in names}
+        reached = tuple(name for name in self.layout.reached if name in names)
+        layers = {name: layer for name, layer in self.layers.items() if name in names}
+        return replace(self, layers=layers, layout=self.layout._replace(alone=alone, reached=reached))
+
+    @cached_property
+    def _together(self) -> dict[str, TrackedLayer]:
+        """The layers whose examples are told apart in a batch."""
+        return {name: layer for name, layer in self.layers.items() if name not in self.layout.alone}
 
     def capture(self, batch: Batch, consume: Consumer, finite: FiniteCheck) -> Tensor:
         """Run one batch forward and back, handing each layer's tokens to `consume`; returns the loss.
@@ -78,119 +92,76 @@ class LossView:
         """
 
         def checked(layer: TrackedLayer, tokens: Tokens) -> None:
-            if tokens.a_PBSI.shape[1] != batch.size:
+            if tokens.examples != batch.size:
                 raise LayerError(
-                    f"layer {layer.name!r}: its input has {tokens.a_PBSI.shape[1]} rows in {batch}, expected one for "
-                    "each example. Give it inputs [examples, ..., features] (not flattened, routed or repeated), or "
-                    "leave it out of get_influence_tracked_modules()."
+                    f"layer {layer.name!r}: its input has {tokens.examples} rows in {batch}, expected one for "
+                    "each example. Where rows are routed or repeated, use batch_size=1, or leave the layer out with "
+                    "exclude=."
                 )
-            finite.see(layer.name, _magnitude(tokens))
+            finite.see(layer.name, tokens.magnitude())
             consume(layer, tokens)
 
         receive = _ignore if batch.idle else checked
-        loss = capture(self.layers, self.layout.axes, lambda: self.loss(batch), receive, self.dtype)
+        loss = self._captured(batch, receive)
+        if self.layout.alone and not batch.idle:
+            for name, tokens in self._alone(batch).items():
+                checked(self.layers[name], tokens)
         if not batch.idle:
             finite.see_loss(batch, loss)
         return loss
 
+    def _captured(self, batch: Batch, receive: Consumer) -> Tensor:
+        """Hand on the tokens of layers whose examples are told apart in a batch; returns the loss."""
+        together = self._together
+        try:
+            if together:
+                return capture(together, self.layout, lambda: self.loss(batch), receive, self.dtype, batch.size)
+        except DetachedError:
+            if len(together) == len(self.layers):
+                raise
+        return self.loss(batch).detach()
 
-def make_loss_view(
-    model: nn.Module,
-    task: Any,
-    kind: str,
-    layers: Mapping[str, TrackedLayer],
-    reader: Reader,
-) -> LossView:
-    """A view of the model, whose layout is found with a dataset's first example; call it inside `observing(model)`.
+    def _alone(self, batch: Batch) -> dict[str, Tokens]:
+        """The tokens of layers whose examples cannot be told apart in a batch: of each example in a batch of one."""
+        singles = [batch] if batch.size == 1 or batch.alone is None else batch.alone()
+        pieces: dict[str, list[Tokens]] = {}
+        for single in singles:
+            of_single = self.of_one(single)
+            for name in self.layout.alone:
+                nothing = no_tokens(self.layers[name].shape, 1, self.dtype, self.device)
+                pieces.setdefault(name, []).append(of_single.get(name, nothing))
+        return {name: joined_batches(tokens) for name, tokens in pieces.items()}
 
-    Raises LayerError where a layer is not reached by the loss, its input has no axis of examples, or its weight is
-    used outside its calls as well. A measurement may leave layers out: their share of its gradient is zero.
-    """
-    device = _reference(layers).device
+    def of_one(self, single: Batch) -> dict[str, Tokens]:
+        """The tokens of a batch of one example, in the layers that are run so."""
+        found: dict[str, Tokens] = {}
+        of_kind = {
+            kind: {name: self.layers[name] for name, of in self.layout.alone.items() if of == kind}
+            for kind in ("tokens", "gradient")
+        }
+        if by_calls := of_kind["tokens"]:
+            layout = of_one(list(by_calls.values()))
+            with suppress(DetachedError):  # one example's loss may be a constant
 
-    def run(copies: int) -> None:
-        [batch] = reader.probes([[0] * copies], device)
-        with _naming_loss(task, kind, batch, model):
-            summed_loss(task, batch.content, model, kind=kind)
+                def receive(layer: TrackedLayer, tokens: Tokens) -> None:
+                    found[layer.name] = tokens
 
-    layout = example_axes(layers, run)
-    unreached = [name for name in layers if name not in layout.axes]
-    if unreached and (kind != "measurement" or not layout.axes):
-        raise LayerError(
-            f"layer {unreached[0]!r}: never reached by the {kind} loss's forward"
-            f"{f' (nor {unreached[1:]})' if unreached[1:] else ''}. Leave it out with get_influence_tracked_modules()."
-        )
-    view = LossView(model, task, kind, layers, layout)
-    if kind != "sample":  # pseudo-labels may differ between two evaluations
-        [batch] = reader.probes([[0, 0]], device)
-        _require_whole_gradients(view, batch)
-    return view
+                capture(by_calls, layout, lambda: self.loss(single), receive, self.dtype, 1)
+        if by_gradient := of_kind["gradient"]:
+            matrices = autograd_gradients(self.model, by_gradient, lambda: self.loss(single), self.dtype)
+            found |= {name: gradient_tokens(matrix, by_gradient[name]) for name, matrix in matrices.items()}
+        return found
 
 
-def _naming_loss(task: Any, kind: str, batch: Batch, model: nn.Module) -> AbstractContextManager[None]:
+def naming_loss(task: Any, kind: str, batch: Batch, model: nn.Module) -> AbstractContextManager[None]:
+    """Inside, errors of a loss name the batch, and what is in it."""
     return naming(f"{task_name(task)}: the {kind} loss", batch, model)
 
 
 def _reference(layers: Mapping[str, TrackedLayer]) -> Tensor:
-    """The weight whose dtype and device are those of the view."""
-    return next(iter(layers.values())).module.get_parameter("weight")
-
-
-def _require_whole_gradients(view: LossView, batch: Batch) -> None:
-    """Raise LayerError unless each layer's tokens make up the gradient of its parameters, as autograd computes it.
-
-    They do not where the loss uses a weight outside the layer's own calls, as in F.linear(x, self.head.weight).
-    """
-    from_tokens: dict[str, Tensor] = {}
-    scales: dict[str, float] = {}
-
-    def consume(layer: TrackedLayer, tokens: Tokens) -> None:
-        from_tokens[layer.name] = torch.einsum("pbso,pbsi->poi", tokens.g_PBSO, tokens.a_PBSI)
-        scales[layer.name] = _magnitude(tokens).sqrt().item()
-
-    with seeded(0):
-        view.capture(batch, consume, FiniteCheck(""))
-    exact = _autograd_gradients(view, batch)
-    relative, rounding = view.tolerance, 0.01 * view.tolerance
-    for name, gradient in exact.items():
-        norm = torch.linalg.vector_norm(gradient).item()
-        off = torch.linalg.vector_norm(gradient - from_tokens.get(name, 0.0)).item()
-        if off > relative * norm + rounding * scales.get(name, 0.0):
-            raise LayerError(
-                f"layer {name!r}: its calls do not make up its gradient of the {view.kind} loss (they differ by "
-                f"{off / max(norm, 1e-300):.1%}), so the loss uses its weight outside of them. Call the module "
-                "wherever its weight is used, or leave it out of get_influence_tracked_modules()."
-            )
-
-
-def _autograd_gradients(view: LossView, batch: Batch) -> dict[str, Tensor]:
-    """The gradient [P, O, I] of a batch's loss in each layer, by autograd; inside `observing(model)`."""
-    by_layer = {} if is_sharded(view.model) else {name: layer.parameters for name, layer in view.layers.items()}
-    with ExitStack() as stack:
-        stack.enter_context(requiring_grad(_flat(by_layer)))
-        by_layer = by_layer or stack.enter_context(called_parameters(view.layers))
-        stack.enter_context(torch.enable_grad())
-        stack.enter_context(seeded(0))
-        loss = view.loss(batch)
-        slopes = torch.autograd.grad(loss, _flat(by_layer), allow_unused=True, materialize_grads=True)
-    gradients = iter(gradient.to(view.dtype) for gradient in slopes)
-    return {
-        name: view.layers[name].gradient_matrix(
-            next(gradients), next(gradients) if view.layers[name].has_bias else None
-        )
-        for name in by_layer
-    }
-
-
-def _flat(by_layer: Mapping[str, list[Tensor]]) -> list[Tensor]:
-    return [parameter for parameters in by_layer.values() for parameter in parameters]
+    """The parameter whose dtype and device are those of the view."""
+    return next(iter(layers.values())).parameters[0]
 
 
 def _ignore(_layer: TrackedLayer, _tokens: Tokens) -> None:
     """The consumer of an idle batch, of which nothing counts."""
-
-
-def _magnitude(tokens: Tokens) -> Tensor:
-    """|a|^2 |g|^2: not finite if a token is not, or if a square or a product of squares may overflow."""
-    a, g = (torch.linalg.vector_norm(side) for side in tokens)
-    return (a * g).square()

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ..data.batches import Batch
 from ..errors import LayerError
-from .capture import Consumer, Layout
+from .capture import Consumer
 from .finite_check import FiniteCheck
-from .layers.tracked import TrackedLayer
+from .layers.tracked import TrackedLayer, VectorLayer
+from .layout import Layout
 from .loss_view import LossView
 from .tokens import Tokens
 
@@ -75,7 +76,7 @@ class RepresentationView:
         feature = self.layers[self.layer.name]
 
         def represent(layer: TrackedLayer, tokens: Tokens) -> None:
-            a_PBSI = tokens.a_PBSI[..., : tokens.a_PBSI.shape[-1] - int(layer.has_bias)]
+            a_PBSI = tokens.dense_a[..., : tokens.a_PBSI.shape[-1] - int(layer.has_bias)]
             h_BI = a_PBSI.mean(2).movedim(0, 1).flatten(1)
             if self.normalized:
                 h_BI = torch.nn.functional.normalize(h_BI, dim=1)
@@ -87,11 +88,18 @@ class RepresentationView:
 
 def representation_view(view: LossView, name: str | None, normalized: bool) -> RepresentationView:
     """A view of one tracked layer's input (None: the last layer's); LayerError if it is not reached."""
-    chosen = list(view.layers)[-1] if name is None else name
-    if chosen not in view.layout.axes:
+    chosen = last_matrix(view.layers) if name is None else name
+    if chosen not in view.layout.reached or isinstance(view.layers[chosen], VectorLayer):
+        others = [other for other in view.layout.reached if not isinstance(view.layers[other], VectorLayer)]
+        why = f"the {view.kind} loss does not reach it" if chosen not in view.layout.reached else "it is no matrix"
         raise LayerError(
-            f"layer {chosen!r}: the {view.kind} loss does not reach it, so it has no representation there. Name "
-            f"another one with RepresentationSimilarity(layer=...): {list(view.layout.axes)[:8]}."
+            f"layer {chosen!r}: {why}, so it has no representation there. Name another one with "
+            f"RepresentationSimilarity(layer=...): {others[:8]}."
         )
-    layout = view.layout._replace(axes={chosen: view.layout.axes[chosen]})
-    return RepresentationView(replace(view, layers={chosen: view.layers[chosen]}, layout=layout), normalized)
+    return RepresentationView(view.only([chosen]), normalized)
+
+
+def last_matrix(layers: Mapping[str, TrackedLayer]) -> str:
+    """The name of the last layer that has inputs of features; of the last one where there is none."""
+    matrices = [n for n, layer in layers.items() if not isinstance(layer, VectorLayer) and not layer.diagonal_inputs]
+    return (matrices or list(layers))[-1]

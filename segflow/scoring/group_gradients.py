@@ -18,6 +18,7 @@ from ..data.batches import Batch
 from ..model.finite_check import FiniteCheck
 from ..model.layers.tracked import TrackedLayer
 from ..model.loss_view import LossView
+from ..model.one_hot import OneHot
 from ..model.representation_view import FeatureLayer, RepresentationView
 from ..model.tokens import Tokens, scaled_examples
 from .meeting import MetQueries
@@ -52,9 +53,12 @@ class GroupGradients:
             return
         P, O, I = layer.shape
         if layer.name not in self._sums:
-            self._sums[layer.name] = tokens.a_PBSI.new_zeros(self.count, P, O, I)
+            self._sums[layer.name] = tokens.g_PBSO.new_zeros(self.count, P, O, I)
         sums_KPOI = self._sums[layer.name][batch.first : batch.first + len(sizes)]
-        a, g = (_by_group(side, sizes) for side in tokens)
+        if isinstance(tokens.a_PBSI, OneHot):
+            tokens.add_sums_(sums_KPOI, _groups_of(sizes).to(tokens.g_PBSO.device))
+            return
+        a, g = _by_group(tokens.a_PBSI, sizes), _by_group(tokens.g_PBSO, sizes)
         sums_KPOI.view(-1, O, I).baddbmm_(g.mT, a)
 
     def _meets_tokens(self, layer: TrackedLayer | FeatureLayer, tokens: Tokens, groups: int) -> bool:
@@ -65,8 +69,9 @@ class GroupGradients:
         if not self.queries.here or self.normalized or layer.name in self.queries.sum_bases:
             return False
         queries, (_, O, I) = self.queries.values[layer.name], layer.shape
-        count = tokens.a_PBSI.shape[1] * tokens.a_PBSI.shape[2]
-        return count * token_cost(queries) <= (count + len(queries) * groups) * O * I
+        count, one_hot = tokens.examples * tokens.positions, isinstance(tokens.a_PBSI, OneHot)
+        of_token = O if one_hot else O * I
+        return count * token_cost(queries, one_hot) <= count * of_token + len(queries) * groups * O * I
 
     def _add_products(self, layer: TrackedLayer | FeatureLayer, tokens: Tokens, batch: GroupBatch) -> None:
         """Add the products of all queries with each example, summed over the groups' examples."""
@@ -77,8 +82,7 @@ class GroupGradients:
         if max(batch.sizes) == 1:
             scores_QK += products_QB
         else:
-            group_B = torch.arange(K).repeat_interleave(torch.tensor(batch.sizes)).to(products_QB.device)
-            scores_QK.index_add_(1, group_B, products_QB)
+            scores_QK.index_add_(1, _groups_of(batch.sizes).to(products_QB.device), products_QB)
 
     def scores(self) -> Tensor:
         """[L, Q, K]: for each layer the products of all queries with the tile's pieces."""
@@ -100,6 +104,11 @@ class GroupGradients:
         if name in self._sums:
             product_QK += products(queries_QPOI, self._sums[name], self.budget)
         return product_QK
+
+
+def _groups_of(sizes: Sequence[int]) -> Tensor:
+    """The place [B] of each example's group among a batch's."""
+    return torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
 
 
 def _by_group(side_PBSD: Tensor, sizes: Sequence[int]) -> Tensor:

@@ -90,9 +90,12 @@ def met_queries(
         if blocks is None or basis is None:
             continue
         _, _, O, I = queries_QPOI.shape
-        token_cost, sum_cost = traffic.tokens[name] * (I * I + O * O), traffic.groups * O * I * (O + I)
+        of_gradient = basis.gradient_cost(O, I)
+        token_cost, sum_cost = traffic.tokens[name] * basis.token_cost(), traffic.groups * of_gradient
         may_form = not isinstance(queries_QPOI, OuterProducts) or fit
-        leaves = may_form and traffic.queries * O * I * (O + I) <= min(token_cost, sum_cost)
+        leaves = may_form and traffic.queries * of_gradient <= min(token_cost, sum_cost)
+        if not of_gradient:  # in a basis of axes there is nothing to rotate
+            continue
         if leaves or not blocks.fits:
             met[name] = basis.unrotate(formed(queries_QPOI))
         else:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..curvature.kronecker import Eigenbasis
+from ..model.one_hot import OneHot
 from ..model.tokens import Tokens
 
 _QUICK = 8 << 20  # bytes of temporaries that stay in a processor's caches
@@ -32,8 +33,8 @@ class OuterProducts:
     @classmethod
     def of(cls, tokens: Tokens, basis: Eigenbasis | None) -> OuterProducts:
         """The gradients of examples of one token each, in a basis where one is given."""
-        a, g = tokens if basis is None else basis.rotate_tokens(tokens)
-        return cls(g, a)
+        rotated = tokens if basis is None else basis.rotate_tokens(tokens)
+        return cls(rotated.g_PBSO, rotated.dense_a)
 
     @classmethod
     def zeros(cls, count: int, shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -> OuterProducts:
@@ -151,6 +152,8 @@ def products(stack: Stack, sums_KPOI: Tensor, budget: int) -> Tensor:
 def token_products(stack: Stack, tokens: Tokens, budget: int) -> Tensor:
     """[Q, B]: <query, gradient of each example>, g^T R a summed over its positions: no example's gradient is formed."""
     P, B, S, _ = tokens.a_PBSI.shape
+    if isinstance(tokens.a_PBSI, OneHot):
+        return _one_hot_products(stack, tokens.a_PBSI, tokens.g_PBSO[0], budget)
     a_PTI, g_PTO = tokens.a_PBSI.flatten(1, 2), tokens.g_PBSO.flatten(1, 2)
     if isinstance(stack, OuterProducts) and stack.scale_POI is None:
         sides = ((stack.g_PQRO, g_PTO), (stack.a_PQRI, a_PTI))
@@ -171,13 +174,27 @@ def token_products(stack: Stack, tokens: Tokens, budget: int) -> Tensor:
     return products_QT.unflatten(1, (B, S)).sum(2)
 
 
+def _one_hot_products(stack: Stack, a: OneHot, g_BSO: Tensor, budget: int) -> Tensor:
+    """As `token_products`, of one-hot inputs: a column of each query's gradient meets each token's."""
+    (B, S), O = a.index_BS.shape, g_BSO.shape[2]
+    index_T, weighted_TO = a.index_BS.flatten(), (g_BSO * a.weight_BS[..., None]).flatten(0, 1)
+    products_QT = g_BSO.new_empty(len(stack), B * S)
+    step = max(1, _quick(budget, g_BSO) // max(1, B * S * O * g_BSO.element_size()))
+    for first in range(0, len(stack), step):
+        columns_QOT = _formed_rows(stack, first, first + step)[:, 0].index_select(2, index_T)
+        products_QT[first : first + step] = torch.einsum("qot,to->qt", columns_QOT, weighted_TO)
+    return products_QT.unflatten(1, (B, S)).sum(2)
+
+
 def _formed_rows(stack: Stack, start: int, stop: int) -> Tensor:
     return stack.rows(start, stop).formed() if isinstance(stack, OuterProducts) else stack[start:stop]
 
 
-def token_cost(stack: Stack) -> int:
+def token_cost(stack: Stack, one_hot: bool = False) -> int:
     """Multiplications that one training token costs in `token_products`."""
     Q, _, O, I = stack.shape
+    if one_hot:
+        return Q * O
     return Q * (stack.rank * (O + I) if isinstance(stack, OuterProducts) and stack.scale_POI is None else O * I)
 
 

@@ -8,7 +8,7 @@ Axes: Q queries, K groups, P parts, O outputs, I inputs, L layers, T terms.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache, partial
 from itertools import pairwise
@@ -23,8 +23,9 @@ from ..curvature.kronecker import weighted_mean
 from ..data.batches import in_order
 from ..errors import ScoreError
 from ..groups.groups import Groups
-from ..methods.plan import Plan, Point, Term, curvatures
+from ..methods.plan import Plan, Point, Term, curvatures, mixes_layers
 from ..model.finite_check import FiniteCheck
+from ..model.layers.tracked import TrackedLayer
 from ..model.representation_view import representation_view
 from ..stage.context import StageContext
 from ..stage.unit_identity import checkpoint_digest
@@ -49,7 +50,7 @@ class ScoringRequest:
     """What is scored: groups of a stage's training data against queries, by a plan.
 
     fitted: what `fit` left for every stage; stage: whose data; batch_size: examples in one forward and backward;
-    per_layer: keep the layers' scores apart.
+    per_layer: keep the layers' scores apart; layers: of which scores are made, all or some of those that were fitted.
     """
 
     fitted: FittedFactors
@@ -59,6 +60,7 @@ class ScoringRequest:
     queries: QuerySet
     batch_size: int
     per_layer: bool
+    layers: Mapping[str, TrackedLayer]
 
     @property
     def context(self) -> StageContext:
@@ -106,9 +108,11 @@ class _PlanWalk:
                 'keep=("layer",): the method\'s terms compare gradients and representations, or those of different '
                 "layers, whose parts do not belong together. Leave it out."
             )
-        self.view = self.fitted.loss_view(request.stage)
+        self.view = self.fitted.loss_view(request.stage).only(request.layers)
         self.scored_from = groups_identity(self.fitted, request.queries, request.stage, members, request.per_layer)
-        self.gradient_bytes = context.parameters * self.view.dtype.itemsize
+        if self.view.layers.keys() != context.layers.tracked.keys():
+            self.scored_from["layers"] = list(self.view.layers)
+        self.gradient_bytes = sum(layer.size for layer in self.view.layers.values()) * self.view.dtype.itemsize
         size = max(1, min(len(self.groups), context.memory // _GROUP_SHARE // self.gradient_bytes))
         size = size - size % batch_size if size > batch_size else size
         self.tiles = {
@@ -143,10 +147,12 @@ class _PlanWalk:
 
         query_blocks = QueryBlocks(tuple(map(len, blocks)), identities)
         every = range(blocks[0].start, blocks[-1].stop)
-        share = QueryShare(queries, every, here, self.view.layers, self.request.batch_size)
+        layers = self.context.layers.tracked if mixes_layers(self.plan) else self.view.layers
+        share = QueryShare(queries, every, here, layers, self.request.batch_size)
         by_place: dict[int, Tensor] = {}
         for place, operated in QueryOperators(self.plan, self.fitted, share).walk():
-            met = self._met(operated, query_blocks, len(self.plan[place].train))
+            scored = {name: value for name, value in operated.values.items() if name in self.view.layers}
+            met = self._met(Queries(scored, operated.basis), query_blocks, len(self.plan[place].train))
             by_place[place] = self._term(self.plan[place], met, query_blocks)
         return torch.stack([by_place[place] for place in range(len(self.plan))])
 

@@ -22,7 +22,8 @@ from ..data.readers import Reader
 from ..errors import TaskError
 from ..model.finite_check import FiniteCheck
 from ..model.layers.tracked import TrackedLayer
-from ..model.loss_view import LossView, make_loss_view
+from ..model.loss_view import LossView
+from ..model.make_view import make_loss_view
 from ..model.tokens import Tokens
 from ..properties.property import Property
 from ..stage.context import StageContext
@@ -102,13 +103,12 @@ def property_gradient(
     finite = FiniteCheck(f"{prop.name}, {where}")
 
     def consume(layer: TrackedLayer, tokens: Tokens) -> None:
-        a, g = (side.flatten(1, 2) for side in tokens)
-        totals[layer.name].baddbmm_(g.mT, a)
+        totals[layer.name] += tokens.total()
 
     here = context.ranks.share(batch_rows)
     for batch in context.walk(view, data, here, f"{prop.name}, {where}"):
         view.capture(batch, consume, finite)
-    finite.finish(view.layout.axes, context.ranks, every=False)
+    finite.finish(view.layout.reached, context.ranks, every=False)
     context.ranks.sum_(list(totals.values()))
     return totals
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +16,8 @@ from ..errors import ScoreError
 from ..groups.groups import Groups
 from ..methods.method import Cuts, Method, describe, is_additive, prefixed
 from ..methods.plan import Plan, Point, SampledFisher, fishers, preconditioners
+from ..model.layers.tracked import TrackedLayer
+from ..model.representation_view import last_matrix
 from ..results.scores import GROUP_DIGEST, Scores
 from ..results.slope import CALIBRATION
 from ..stage.context import StageContext
@@ -27,7 +29,8 @@ class RunParts(NamedTuple):
     """One run's stage contexts, plan, automatic cuts, and scores [T, L, Q, K].
 
     batching_error: of the plan's batched second moments (see passes.BATCHING_ERROR); None where nothing is batched.
-    trace_shares: the layers' shares of each curvature whose eigenvalues the plan divides by them.
+    trace_shares: the layers' shares of each curvature whose eigenvalues the plan divides by them. layers: that were
+    scored.
     """
 
     contexts: Sequence[StageContext]
@@ -36,6 +39,7 @@ class RunParts(NamedTuple):
     parts_TLQK: Tensor
     batching_error: float | None
     trace_shares: dict[str, dict[str, float]]
+    layers: Mapping[str, TrackedLayer]
 
 
 def labelled_scores(
@@ -52,7 +56,6 @@ def labelled_scores(
     stage: whose training data was scored; labels: the queries'. ScoreError for "term" where the runs' terms differ.
     """
     first = runs[0]
-    context = first.contexts[stage]
     terms = [term.label for term in first.plan]
     differing = next(([t.label for t in run.plan] for run in runs if [t.label for t in run.plan] != terms), None)
     if "term" in keep and differing:
@@ -62,7 +65,7 @@ def labelled_scores(
         )
     values_RQK = torch.stack([run.parts_TLQK.sum((0, 1)) for run in runs])
     by_term = torch.stack([run.parts_TLQK.sum(1) for run in runs]).mean(0) if "term" in keep else ()
-    layers = _layers_of(first, context)
+    layers = _layers_of(first)
     by_layer = torch.stack([run.parts_TLQK.sum(0) for run in runs]).mean(0)
     return Scores(
         values_RQK.mean(0),
@@ -77,12 +80,11 @@ def labelled_scores(
     )
 
 
-def _layers_of(run: RunParts, context: StageContext) -> list[str]:
-    """The layers that the scores are of: all that are tracked, or those whose representations are compared."""
-    tracked = list(context.layers.tracked)
+def _layers_of(run: RunParts) -> list[str]:
+    """The layers that the scores are of: all that were scored, or those whose representations are compared."""
     if any(term.side != "representation" for term in run.plan):
-        return tracked
-    return list(dict.fromkeys(term.layer or tracked[-1] for term in run.plan))
+        return list(run.layers)
+    return list(dict.fromkeys(term.layer or last_matrix(run.layers) for term in run.plan))
 
 
 def _provenance(
@@ -94,7 +96,7 @@ def _provenance(
         "terms": {term.label: [_named(context, point) for point in term.train] for term in first.plan},
         "optimizer": " and ".join(dict.fromkeys(context.trajectory.kinds)),
         "training": context.trajectory.observed,
-        "attributed_layers": _layers_of(first, context),
+        "attributed_layers": _layers_of(first),
         "seed": context.settings.seed,
         "not_attributed": dict(context.layers.skipped),
         "task": {"class": type(context.task).__qualname__, "options": _training_options(context.task)},

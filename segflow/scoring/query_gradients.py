@@ -39,7 +39,7 @@ def query_gradients(
     finite = FiniteCheck(f"query gradients, {where}")
 
     def consume(layer: TrackedLayer, tokens: Tokens) -> None:
-        basis, one_token = bases.get(layer.name), tokens.a_PBSI.shape[2] == 1
+        basis, one_token = bases.get(layer.name), tokens.positions == 1
         pieces[layer.name].append(OuterProducts.of(tokens, basis) if one_token else example_gradients(tokens, basis))
 
     for batch in data:
@@ -48,7 +48,7 @@ def query_gradients(
         for name, layer in view.layers.items():
             if len(pieces[name]) == before[name] and not batch.idle:  # the measurement does not depend on the layer
                 pieces[name].append(OuterProducts.zeros(batch.size, layer.shape, view.dtype, view.device))
-    finite.finish(view.layout.axes, ranks, every=False)
+    finite.finish(view.layout.reached, ranks, every=False)
     formed = {name for name, stacks in pieces.items() if not all(isinstance(s, OuterProducts) for s in stacks)}
     formed = formed.union(*ranks.gather(sorted(formed)))
     empty = {name: OuterProducts.zeros(0, layer.shape, view.dtype, view.device) for name, layer in view.layers.items()}

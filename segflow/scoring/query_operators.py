@@ -28,6 +28,7 @@ from ..methods.plan import (
     Term,
     UnitNorm,
 )
+from ..model.representation_view import last_matrix
 from .outer_products import OuterProducts, Stack, Stacks, formed, plus, reference, squared_norms, times
 from .query_sets import QueryShare
 
@@ -88,7 +89,7 @@ class QueryOperators:
 
     def walk(self) -> Iterator[tuple[int, Queries]]:
         """Each term's place in the plan with its queries; in an order in which little has to be kept between terms."""
-        last_layer = list(self.share.layers)[-1]
+        last_layer = last_matrix(self.share.layers)
         starts = [Start.of(term, last_layer) for term in self.plan]
         remaining = sorted(
             range(len(self.plan)), key=lambda place: (*starts[place].order, len(self.plan[place].operators))

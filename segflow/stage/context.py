@@ -16,9 +16,11 @@ from ..data.fingerprints import digest
 from ..data.readers import TRAINING, Reader, Readers
 from ..errors import SegflowError, TaskError, TrajectoryError
 from ..methods.plan import Point
-from ..model.layers.registry import LayerChoice
+from ..model.layers.choice import LayerChoice, Selection
+from ..model.layers.sizes import BlockSizes
 from ..model.layers.tracked import TrackedLayer
-from ..model.loss_view import LossView, make_loss_view
+from ..model.loss_view import LossView
+from ..model.make_view import make_loss_view
 from ..runtime.ranks import Ranks
 from ..runtime.sharding import is_sharded
 from ..store.shared_store import SharedStore
@@ -33,7 +35,8 @@ class Settings:
 
     collate_fn: one for all stages, or one for each stage's name. curvature_examples: how many examples, drawn at
     random, curvature is fitted to; None for all. num_workers: processes that read data; views: of each training
-    example. readers: of all data. SegflowError, by an option's name, where one makes no sense.
+    example. selection: which layers the user chose; block_sizes: up to which widths their curvature is
+    dense. readers: of all data. SegflowError, by an option's name, where one makes no sense.
     """
 
     model: nn.Module
@@ -45,6 +48,8 @@ class Settings:
     curvature_examples: int | None = None
     num_workers: int = 0
     views: int = 1
+    selection: Selection = field(default_factory=Selection)
+    block_sizes: BlockSizes = field(default_factory=BlockSizes)
     readers: Readers = field(init=False)
 
     def __post_init__(self) -> None:
@@ -62,6 +67,12 @@ class Settings:
         advice = "It counts views of each training example; 1 where reading draws nothing at random."
         settle(self, views=whole_number("views", self.views, SegflowError, 1, advice=advice))
         settle(self, readers=Readers(self.seed, self.num_workers))
+
+
+def structure(layer: TrackedLayer) -> list[Any]:
+    """A layer's [P, O, I], with its kind and its diagonal sides where it is no plain matrix."""
+    sides = [side for side in ("inputs", "outputs") if getattr(layer, f"diagonal_{side}")]
+    return [*layer.shape, *sides, *(["uses", *(use.name for use in layer.uses)] if len(layer.uses) > 1 else [])]
 
 
 @dataclass(frozen=True)
@@ -118,9 +129,9 @@ class StageContext:
         return self.store.ranks
 
     @property
-    def shapes(self) -> dict[str, list[int]]:
-        """Each tracked layer's [P, O, I]."""
-        return {name: [*layer.shape] for name, layer in self.layers.tracked.items()}
+    def shapes(self) -> dict[str, list[Any]]:
+        """Each tracked layer's [P, O, I], and which of its sides are diagonal."""
+        return {name: structure(layer) for name, layer in self.layers.tracked.items()}
 
     @property
     def parameters(self) -> int:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
 from ..arguments import shown
 from ..errors import TaskError, TrajectoryError, check_choice
-from ..model.layers.registry import LayerChoice, choose_layers
+from ..model.layers.choice import LayerChoice, Training, choose_layers, parameter_aliases
 from ..tasks.task import check_task, tracked_module_names
 from ..training.trajectory import Trajectory
 from .context import Settings, StageContext
@@ -26,7 +25,6 @@ def open_stages(settings: Settings, task: Any, run: Trajectory, prefix: str) -> 
     odd = [shown(collate) for collate in collates if collate is not None and not callable(collate)]
     if odd:
         raise TaskError(f"collate_fn={odd[0]}: expected a function that joins examples into a batch, or None.")
-    settled = [_layers(settings.model, *of_stage) for of_stage in zip(tasks, run.stages, strict=True)]
     return [
         StageContext(
             settings,
@@ -38,31 +36,48 @@ def open_stages(settings: Settings, task: Any, run: Trajectory, prefix: str) -> 
             collates[place],
             prefix + (f"stages/{names[place]}/" if len(names) > 1 else ""),
         )
-        for place, (layers, parameter_groups) in enumerate(_agreed(settled))
+        for place, (layers, parameter_groups) in enumerate(_stages(settings, tasks, run.stages))
     ]
 
 
-def _layers(model: nn.Module, task: Any, stage: Trajectory) -> tuple[LayerChoice, dict[str, int]]:
-    """The layers that a stage trained, with their parameter groups; task: None where none is given for the stage."""
+def _settled(
+    settings: Settings, task: Any, stage: Trajectory, apart: Collection[str] = ()
+) -> tuple[LayerChoice, dict[str, int]]:
+    """The layers that a stage trained, with their parameter groups; task: None where none is given for the stage.
+
+    apart: names of biases that are blocks by themselves.
+    """
     if task is not None:
         check_task(task)
+    model = settings.model
     check_parameter_names(model, stage)
+    aliases = parameter_aliases(model)
     why_untrained = None if stage.parameter_groups is None else stage.why_untrained
-    return settle_parameter_groups(choose_layers(model, tracked_module_names(task), why_untrained), stage)
+
+    def group(name: str) -> int:
+        groups = (stage.group_of(alias) for alias in aliases.get(name, [name]))
+        return next((group for group in groups if group is not None), 0)
+
+    def alike(one: str, other: str) -> bool:
+        pair = group(one), group(other)
+        return not stage.used.differing(*pair) and stage.eps[pair[0]] == stage.eps[pair[1]]
+
+    training = Training(why_untrained, alike, apart)
+    choice = choose_layers(model, tracked_module_names(task), training, settings.selection, settings.block_sizes)
+    return choice, {name: group(layer.names[0]) for name, layer in choice.tracked.items()}
 
 
-def _agreed(stages: Sequence[tuple[LayerChoice, dict[str, int]]]) -> list[tuple[LayerChoice, dict[str, int]]]:
-    """The same, where a layer's bias is attributed in all stages that trained the layer, or in none of them."""
-    bare = {name for choice, _ in stages for name, layer in choice.tracked.items() if not layer.has_bias}
-    agreed = []
-    for choice, groups in stages:
-        tracked, skipped = dict(choice.tracked), dict(choice.skipped)
-        for name, layer in choice.tracked.items():
-            if name in bare and layer.has_bias:
-                tracked[name] = replace(layer, has_bias=False)
-                skipped[layer.parameter_names[1]] = "another stage did not train it as it trained the weight"
-        agreed.append((LayerChoice(tracked, skipped), groups))
-    return agreed
+def _stages(
+    settings: Settings, tasks: Sequence[Any], stages: Sequence[Trajectory]
+) -> list[tuple[LayerChoice, dict[str, int]]]:
+    """The layers of each stage; a bias is in its weight's block in all stages that trained the weight, or in none."""
+    settled = [_settled(settings, *of_stage) for of_stage in zip(tasks, stages, strict=True)]
+    tracked = [layer for choice, _ in settled for layer in choice.tracked.values()]
+    bare = {layer.name for layer in tracked if not layer.has_bias}
+    apart = {layer.names[1] for layer in tracked if layer.has_bias and layer.name in bare}
+    if not apart:
+        return settled
+    return [_settled(settings, *of_stage, apart) for of_stage in zip(tasks, stages, strict=True)]
 
 
 def by_stage(given: Any, names: Sequence[str], what: str) -> list[Any]:
@@ -144,26 +159,6 @@ def scored_stage(contexts: Sequence[StageContext], stage: str | None, trains: Se
     if trains[names.index(stage)] is None:
         raise TrajectoryError(f"stage={stage!r}: its training data is not given. Pass {{stage: dataset}}.")
     return names.index(stage)
-
-
-def settle_parameter_groups(choice: LayerChoice, trajectory: Trajectory) -> tuple[LayerChoice, dict[str, int]]:
-    """The layers and each one's parameter group, by name; a bias trained otherwise than its weight is not attributed.
-
-    A layer has one learning rate and one weight decay, so a bias that had others is left out and named among the
-    skipped.
-    """
-    tracked, skipped, groups = dict(choice.tracked), dict(choice.skipped), {}
-    for name, layer in choice.tracked.items():
-        prefix = f"{name}." if name else ""
-        groups[name] = weight = trajectory.group_of(f"{prefix}weight") or 0
-        bias = trajectory.group_of(f"{prefix}bias") if layer.has_bias else weight
-        differing = [] if bias is None else trajectory.used.differing(weight, bias)
-        if bias is not None and trajectory.eps[weight] != trajectory.eps[bias]:
-            differing.append("eps")
-        if differing:
-            tracked[name] = replace(layer, has_bias=False)
-            skipped[f"{prefix}bias"] = f"it was trained with another {' and '.join(differing)} than the weight"
-    return LayerChoice(tracked, skipped), groups
 
 
 def check_parameter_names(model: nn.Module, trajectory: Trajectory) -> None:

@@ -14,7 +14,7 @@ from segflow.curvature.fitted_factors import StoredCurvature
 from segflow.curvature.kronecker import KroneckerBlock
 from segflow.curvature.passes import covariances
 from segflow.methods.plan import curvatures
-from segflow.model.capture import observing
+from segflow.model.observing import observing
 from segflow.runtime.ranks import Ranks
 from segflow.stage.unit_identity import training_identity
 

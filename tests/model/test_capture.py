@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import segflow as sf
-from segflow.model.capture import capture, example_axes, observing
+from segflow.model.capture import capture
+from segflow.model.find_layout import find_layout
+from segflow.model.observing import observing
 from segflow.model.layers.registry import choose_layers
 
 from ..support import oracles

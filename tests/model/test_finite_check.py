@@ -14,7 +14,7 @@ from segflow.curvature.passes import covariances
 from segflow.data.batches import Batch, in_order
 from segflow.data.readers import batches
 from segflow.model import finite_check as finite_module
-from segflow.model.capture import observing
+from segflow.model.observing import observing
 from segflow.model.finite_check import FiniteCheck
 from segflow.runtime.ranks import Ranks
 

@@ -17,7 +17,8 @@ from torch.nn.utils import parametrizations, prune
 
 import segflow as sf
 from segflow.model.layers import LinearLayer, register
-from segflow.model.layers.registry import LayerChoice, choose_layers, track
+from segflow.model.layers.choice import LayerChoice, choose_layers
+from segflow.model.layers.registry import track
 
 from ..support import oracles
 from ..support.exactness import RANDOMISED, Along, Calls, assert_exact, captured, example_matrices, normal

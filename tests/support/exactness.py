@@ -11,10 +11,13 @@ from torch import Tensor, nn
 
 import segflow as sf
 from segflow.data.readers import Reader
-from segflow.model.capture import capture, example_axes, observing
-from segflow.model.layers.registry import choose_layers
+from segflow.model.capture import capture
+from segflow.model.find_layout import find_layout
+from segflow.model.layers import choose_layers
 from segflow.model.layers.tracked import TrackedLayer
-from segflow.model.loss_view import LossView, make_loss_view
+from segflow.model.loss_view import LossView
+from segflow.model.make_view import make_loss_view
+from segflow.model.observing import observing
 from segflow.model.tokens import Tokens
 
 from . import oracles
@@ -43,8 +46,8 @@ def captured(
         found[layer.name] = tokens
 
     with observing(model):
-        axes, _, _ = example_axes(layers, lambda copies: loss(model, torch.stack([x[0]] * copies)))
-        total = capture(layers, axes, lambda: loss(model, x), consume, torch.float64)
+        layout = find_layout(layers, lambda copies: loss(model, torch.stack([x[0]] * copies)))
+        total = capture(layers, layout, lambda: loss(model, x), consume, torch.float64, len(x))
     return total, found
 
 

@@ -3,9 +3,30 @@
 A kind of your own derives from `TrackedLayer` and is registered with `@register`; the built-in ones are written alike.
 """
 
-from .convolution import ConvolutionLayer
-from .linear import LinearLayer
+from .attention import AttentionLayer
+from .choice import choose_layers
+from .convolution import ConvolutionLayer, TransposedConvolutionLayer
+from .embedding import EmbeddingBagLayer, EmbeddingLayer
+from .linear import LinearLayer, TransposedLinearLayer
+from .norm import ChannelNorm, LastAxesNorm
 from .registry import register
-from .tracked import TrackedLayer
+from .sizes import BlockSizes
+from .tracked import Owner, TrackedLayer, VectorLayer
 
-__all__ = ["ConvolutionLayer", "LinearLayer", "TrackedLayer", "register"]
+__all__ = [
+    "AttentionLayer",
+    "BlockSizes",
+    "ChannelNorm",
+    "ConvolutionLayer",
+    "EmbeddingBagLayer",
+    "EmbeddingLayer",
+    "LastAxesNorm",
+    "LinearLayer",
+    "Owner",
+    "TrackedLayer",
+    "TransposedConvolutionLayer",
+    "TransposedLinearLayer",
+    "VectorLayer",
+    "choose_layers",
+    "register",
+]

@@ -1,0 +1,96 @@
+"""Norms: what is normalised is scaled and shifted elementwise, so that each parameter is a vector by itself.
+
+Axes: R rows, D numbers of a parameter.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn import functional
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from .registry import register
+from .tracked import BiasLayer, Modules, Owner, TrackedLayer, VectorLayer, summed_to
+
+_FAMILIES = ("RMSNorm", "LayerNorm")  # what classes of the transformers families end with
+
+
+@dataclass(frozen=True)
+class ScaleLayer(VectorLayer):
+    """The weight of a norm: its gradient is the output's times what was normalised, summed over the positions.
+
+    axis: that of the output which counts the weight's numbers, 1 or the last ones.
+    """
+
+    axis: int = -1
+
+    @property
+    def examples_first(self) -> bool:  # type: ignore[override]
+        """Where channels are on axis 1."""
+        return self.axis == 1
+
+    def vectors(self, value: Tensor, gradient: Tensor) -> Tensor:
+        """The output's gradient times what the weight multiplies."""
+        return summed_to(gradient * self._normalised(value), self.parameters[0].ndim, self.axis)
+
+    def _normalised(self, value: Tensor) -> Tensor:
+        """The output for a weight of ones and no bias, without what the norm adds by itself (as in 1 + weight)."""
+        if type(self.module) is nn.LayerNorm:
+            return functional.layer_norm(value, self.module.normalized_shape, None, None, self.module.eps)
+        of_ones, of_zeros = (self._output(value, fill) for fill in (1.0, 0.0))
+        return of_ones - of_zeros
+
+    def _output(self, value: Tensor, fill: float) -> Tensor:
+        like = dict(self.module.named_parameters(recurse=False))
+        state = {name: p.new_full(p.shape, fill, dtype=value.dtype) for name, p in like.items()}
+        state |= {name: torch.zeros_like(p, dtype=value.dtype) for name, p in like.items() if name == "bias"}
+        with torch.no_grad():
+            return functional_call(self.module, state, (value,))  # type: ignore[no-any-return]
+
+
+class _Norm(TrackedLayer):
+    """A kind that has no weight block: a vector for the weight, and one for the bias."""
+
+    @classmethod
+    def blocks(cls, owner: Owner) -> list[TrackedLayer]:
+        """A block for each parameter."""
+        found: list[TrackedLayer] = []
+        if "weight" in owner.names:
+            names = (owner.names["weight"],)
+            name, module = owner.within("weight"), owner.module
+            found.append(ScaleLayer(name, module, False, names, owner.sizes, "weight", cls.features))
+        if "bias" in owner.names:
+            found.append(BiasLayer.of(owner, "bias", cls.features, cls.features == 1))
+        return found
+
+    def sides(self, value: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        """Of no use: the blocks are vectors."""
+        raise NotImplementedError
+
+
+@register
+class LastAxesNorm(_Norm):
+    """nn.LayerNorm, nn.RMSNorm, and the transformers families' own: the parameters count the last axes."""
+
+    modules: ClassVar[Modules] = (nn.LayerNorm, *([nn.RMSNorm] if hasattr(nn, "RMSNorm") else []))
+
+    @classmethod
+    def base_of(cls, module: nn.Module) -> type[nn.Module] | None:
+        """torch's, or a class that is called so and has no other parameters than a weight and a bias."""
+        if base := super().base_of(module):
+            return base if type(module).forward is base.forward else type(module)
+        named = type(module).__name__.endswith(_FAMILIES) and not list(module.children())
+        return type(module) if named and "weight" in module._parameters else None
+
+
+@register
+class ChannelNorm(_Norm):
+    """nn.BatchNorm in eval mode, and nn.GroupNorm: the parameters count the channels, on axis 1."""
+
+    modules: ClassVar[Modules] = (_BatchNorm, nn.GroupNorm)
+    features: ClassVar = 1

@@ -1,0 +1,226 @@
+"""Making a view of a model: how its layers see a batch is found by runs of a few examples, and compared with autograd.
+
+Where a layer's tokens do not give an example's gradient exactly as autograd does, the layer is run example by example.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..data.batches import Batch, evenly_spaced
+from ..data.draws import seeded
+from ..data.readers import Reader
+from ..errors import JoinError, LayerError, SegflowError, TaskError
+from ..runtime.sharding import is_sharded
+from ..tasks.task import summed_loss
+from .capture import DetachedError
+from .find_layout import find_layout
+from .finite_check import FiniteCheck
+from .gradient_tokens import autograd_gradients
+from .layers.function import FunctionLayer
+from .layers.tracked import TrackedLayer
+from .layout import Layout
+from .loss_view import LossView, naming_loss
+from .tokens import Tokens
+
+_TRIED = 8  # examples of which one is looked for that can be joined with the first
+_ROUNDING = 100  # units in the last place
+_FAULTS = (RuntimeError, ValueError, IndexError, TypeError, AssertionError, SegflowError)  # of a model run otherwise
+
+
+def make_loss_view(
+    model: nn.Module,
+    task: Any,
+    kind: str,
+    layers: Mapping[str, TrackedLayer],
+    reader: Reader,
+) -> LossView:
+    """A view of the model, whose layout is found with a dataset's first example; call it inside `observing(model)`.
+
+    Raises LayerError where a layer is not reached by the loss. A measurement may leave layers out: their share of its
+    gradient is zero.
+    """
+    device = next(iter(layers.values())).parameters[0].device
+
+    def run(copies: int) -> Tensor:
+        [batch] = reader.probes([[0] * copies], device)
+        with naming_loss(task, kind, batch, model):
+            return summed_loss(task, batch.content, model, kind=kind)
+
+    view = LossView(model, task, kind, layers, find_layout(layers, run))
+    if kind != "sample":  # pseudo-labels may differ between two evaluations
+        view = _compared(view, reader)
+    unreached = [name for name in layers if name not in view.layout.reached]
+    if unreached and (kind != "measurement" or not view.layout.reached):
+        raise LayerError(
+            f"layer {unreached[0]!r}: never reached by the {kind} loss"
+            f"{f' (nor {unreached[1:]})' if unreached[1:] else ''}. Leave it out with exclude=, or with "
+            "get_influence_tracked_modules()."
+        )
+    return view
+
+
+def _compared(view: LossView, reader: Reader) -> LossView:
+    """The view in which every layer gives what autograd does, those that do not in a batch example by example."""
+    [twice] = reader.probes([[0, 0]], view.device)
+    exact = autograd_gradients(view.model, view.layers, partial(view.loss, twice), view.dtype)
+    view = _with_alone(view, dict.fromkeys(_used_elsewhere(view, reader), "gradient"))
+    view = _with_alone(view, dict.fromkeys(_mixed(view, reader), "tokens"))
+    off = _off(view, twice, exact)
+    view = _with_alone(view, dict.fromkeys(off, "tokens"))
+    by_tokens = [name for name, how in view.layout.alone.items() if how == "tokens"]
+    if by_tokens:
+        if is_sharded(view.model):
+            raise LayerError(
+                f"layer {by_tokens[0]!r}: its calls in a batch do not make up its gradient of the {view.kind} loss, so "
+                "its examples have to be run one by one, which a sharded model does not allow. Call the module "
+                "wherever its weight is used, on inputs [examples, ..., features], or leave it out with exclude=."
+            )
+        [single] = reader.probes([[0]], view.device)
+        chosen = {name: view.layers[name] for name in by_tokens}
+        alone = autograd_gradients(view.model, chosen, partial(view.loss, single), view.dtype)
+        odd = [
+            n
+            for n in by_tokens
+            if isinstance(view.layers[n], FunctionLayer) or not _alone_agrees(view, n, single, alone)
+        ]
+        view = _with_alone(view, dict.fromkeys(odd, "gradient"))
+    return view
+
+
+def _used_elsewhere(view: LossView, reader: Reader) -> list[str]:
+    """The layers that are never called, and on whose parameters the loss of some examples depends all the same."""
+    uncalled = {name: layer for name, layer in view.layers.items() if name not in view.layout.reached}
+    used: set[str] = set()
+    for index in evenly_spaced(len(reader), _TRIED) if uncalled else ():
+        [single] = reader.probes([[index]], view.device)
+        slopes = autograd_gradients(view.model, uncalled, partial(view.loss, single), view.dtype)
+        used |= {name for name, slope in slopes.items() if bool(slope.any())}
+    return [name for name in uncalled if name in used]
+
+
+def _with_alone(view: LossView, alone: Mapping[str, str]) -> LossView:
+    """The view with these layers run example by example."""
+    reached = (*view.layout.reached, *(name for name in alone if name not in view.layout.reached))
+    return replace(view, layout=view.layout._replace(alone={**view.layout.alone, **alone}, reached=reached))
+
+
+def _unsure(layout: Layout, layers: Mapping[str, TrackedLayer]) -> list[str]:
+    """The layers whose examples are told apart by their order alone, or by copies of what they share."""
+    unsure = []
+    for name in layout.reached:
+        layer = layers[name]
+        uses = [layout.calls[use.name] for use in layer.uses if use.name in layout.calls]
+        if name not in layout.alone and (isinstance(layer, FunctionLayer) or not all(use.plain for use in uses)):
+            unsure.append(name)
+    return unsure
+
+
+def _mixed(view: LossView, reader: Reader) -> list[str]:
+    """Of the layers that are unsure, those in which two examples' gradients in a batch are not those of each alone.
+
+    All of them where no two examples can be joined; none where there is one example.
+    """
+    unsure = _unsure(view.layout, view.layers)
+    if not unsure or len(reader) == 1:
+        return []
+    pair = _pair(reader, view.device)
+    if pair is None:
+        return unsure
+    chosen = {name: view.layers[name] for name in unsure}
+    exact = [
+        autograd_gradients(view.model, chosen, partial(view.loss, single), view.dtype)
+        for single in reader.probes([[index] for index in pair.examples], view.device)
+    ]
+    found = _tried(view, chosen, pair)
+    if found is None and len(unsure) > 1:  # one of them cannot be run so: which?
+        each = {name: _tried(view, {name: layer}, pair) for name, layer in chosen.items()}
+        found = {name: of[name] for name, of in each.items() if of is not None and name in of}
+    return [name for name in unsure if not _agree(view, name, (found or {}).get(name), exact)]
+
+
+def _pair(reader: Reader, device: torch.device) -> Batch | None:
+    """The first example and another one, joined; None where none of some others can be joined with it."""
+    for other in evenly_spaced(len(reader), _TRIED)[:0:-1]:
+        try:
+            [batch] = reader.probes([[0, other]], device)
+        except JoinError:
+            continue
+        return batch
+    return None
+
+
+def _tried(view: LossView, layers: Mapping[str, TrackedLayer], batch: Batch) -> dict[str, Tokens] | None:
+    """The tokens of these layers alone in a batch; None where the model cannot be run so, or gives another loss."""
+    found: dict[str, Tokens] = {}
+    layout = view.layout._replace(alone={}, reached=tuple(layers))
+    try:
+        with seeded(0):
+            expected = view.loss(batch).detach().double()
+        with seeded(0):
+            trial = replace(view, layers=layers, layout=layout)
+            loss = trial.capture(batch, lambda layer, tokens: found.update({layer.name: tokens}), FiniteCheck(""))
+    except DetachedError:
+        return {}
+    except torch.OutOfMemoryError:
+        raise
+    except _FAULTS:
+        return None
+    same = (loss.double() - expected).abs() <= view.tolerance * expected.abs().clamp_min(1e-30)
+    return found if bool(same) else None
+
+
+def _agree(view: LossView, name: str, tokens: Tokens | None, exact: list[dict[str, Tensor]]) -> bool:
+    """Whether each example's gradient of a layer is the exact one."""
+    if tokens is None:
+        return not any(bool(of_example[name].any()) for of_example in exact)
+    if tokens.examples != len(exact):
+        return False
+    singles = [tokens.of_examples(slice(b, b + 1)) for b in range(len(exact))]
+    return all(_close(view, of, e[name], _scale(e)) for of, e in zip(singles, exact, strict=True))
+
+
+def _close(view: LossView, tokens: Tokens, exact: Tensor, scale: Tensor) -> bool:
+    """Whether tokens make up a gradient, but for rounding; of what is not finite nothing is said here.
+
+    scale: the largest gradient of all layers: one that is zero but for rounding is what such numbers leave.
+    """
+    norm, off = torch.linalg.vector_norm(exact), torch.linalg.vector_norm(tokens.total() - exact)
+    rounding = 0.01 * view.tolerance * tokens.magnitude().sqrt() + _ROUNDING * torch.finfo(view.dtype).eps * scale
+    return not bool(off > view.tolerance * norm + rounding)
+
+
+def _scale(exact: Mapping[str, Tensor]) -> Tensor:
+    """The norm of the largest layer's gradient."""
+    return torch.stack([torch.linalg.vector_norm(gradient) for gradient in exact.values()]).amax()
+
+
+def _off(view: LossView, batch: Batch, exact: Mapping[str, Tensor]) -> list[str]:
+    """The layers whose tokens in a batch do not make up their gradients, as where a weight is used outside of calls."""
+    off: dict[str, bool] = {}
+    scale = _scale(exact)
+
+    def consume(layer: TrackedLayer, tokens: Tokens) -> None:
+        off[layer.name] = not _close(view, tokens, exact[layer.name], scale)
+
+    together = view.only([name for name in view.layers if name not in view.layout.alone])
+    if together.layers:
+        with seeded(0):
+            together.capture(batch, consume, FiniteCheck(""))
+    return [name for name in together.layers if off.get(name, bool(exact[name].any()))]
+
+
+def _alone_agrees(view: LossView, name: str, single: Batch, exact: Mapping[str, Tensor]) -> bool:
+    """Whether a layer's calls in a batch of one make up its gradient."""
+    try:
+        with seeded(0):
+            tokens = view.of_one(single).get(name)
+    except (LayerError, TaskError):
+        return False
+    return _close(view, tokens, exact[name], _scale(exact)) if tokens is not None else not bool(exact[name].any())
