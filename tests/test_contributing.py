@@ -58,28 +58,34 @@ def test_the_method_is_the_mean_of_gradient_products_at_the_last_checkpoints(
     torch.testing.assert_close(scores, queries @ ((late[0] + late[1]) / 2).T / N, rtol=1e-9, atol=1e-12)
 
 
-class Transposed(nn.Module):
-    def __init__(self, inputs: int, outputs: int):
+class Grouped(nn.Module):
+    def __init__(self, parts: int, inputs: int, outputs: int):
         super().__init__()
-        self.weight, self.bias = nn.Parameter(torch.randn(inputs, outputs)), nn.Parameter(torch.zeros(outputs))
+        self.weight = nn.Parameter(torch.randn(parts, inputs, outputs))
 
     def forward(self, x: Tensor) -> Tensor:
-        return x @ self.weight + self.bias
+        return torch.einsum("bpi,pio->bpo", x, self.weight)
 
 
-def test_the_kind_of_layer_scores_as_a_linear_layer_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_kind_of_layer_scores_as_a_grouped_convolution_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(registry, "_KINDS", list(registry._KINDS))
-    _run(LAYER, Transposed=Transposed)
+    _run(LAYER, Grouped=Grouped)
     torch.manual_seed(0)
-    own = nn.Sequential(Transposed(5, 6), nn.Tanh(), nn.Linear(6, 3)).double()
-    plain = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 3)).double()
-    plain.load_state_dict(own.state_dict() | {"0.weight": own[0].weight.detach().T})
+    ends = nn.Linear(5, 6), nn.Linear(4, 3)
+    own = nn.Sequential(ends[0], nn.Unflatten(1, (2, 3)), Grouped(2, 3, 2), nn.Flatten(), ends[1]).double()
+    convolution = nn.Conv1d(6, 4, 1, groups=2, bias=False)
+    plain = nn.Sequential(ends[0], nn.Unflatten(1, (6, 1)), convolution, nn.Flatten(), ends[1]).double()
+    convolution.weight.data = own[2].weight.detach().mT.reshape(4, 3, 1)
     values = []
     for name, model in (("own", own), ("plain", plain)):
         trajectory = trajectory_of(tmp_path / f"run-{name}", [model.state_dict()], N)
         for method in (sf.Source(), sf.LiSSA(steps=3)):
             store = tmp_path / name / type(method).__name__
             analyzer = analyzer_of(model, trajectory, store, method=method)
+            assert len(analyzer.context.layers.tracked) == 3
+            assert analyzer.context.parameters == sum(p.numel() for p in model.parameters())
             analyzer.fit(vectors(N))
             values.append(analyzer.score(sf.Groups.random(N, 5), vectors(N), vectors(3, seed=4)).values)
     torch.testing.assert_close(values[0], values[2], rtol=1e-9, atol=1e-12)
