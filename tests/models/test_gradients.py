@@ -12,7 +12,8 @@ from torch import Tensor
 
 import segflow as sf
 
-from ..support.models import CASES, Example, N, Trained, trained
+from ..support.model_tasks import Example
+from ..support.models import CASES, N, Trained, trained
 from ..support.naive import assert_near
 
 

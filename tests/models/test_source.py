@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,14 @@ from ..support import dense_source
 from ..support.dense_source import Run
 from ..support.gang import Failed, Gang
 from ..support.helpers import ConvNet
-from ..support.models import CASES, Case, ClassTask, MaskedWordTask, N, QUERIES, WordTask, adamw, image_data, padded
+from ..support.model_tasks import ClassTask, MaskedWordTask, WordTask, causal_data, image_data, padded
+from ..support.models import CASES, QUERIES, Case, N, adamw, gpt2
 from ..support.naive import assert_near
 
 GROUPS = sf.Groups.from_lists([[0, 2], [1], [3, 4, 5], [6]], N)
 CHECKPOINTS = (2, 4, 6, 8)
-PLAIN = (6,) * (N + QUERIES)  # lengths
+PLAIN = (7,) * (N + QUERIES)  # lengths
+LONG = (10,) * (N + QUERIES)  # with every word among them, so that no eigenvalues of the tied block all but coincide
 
 
 class Images(ConvNet):
@@ -43,18 +46,24 @@ def usual(model: nn.Module) -> torch.optim.AdamW:
 
 WHOLE = {
     "convolutions": Case(Images, ClassTask(fixed=True), image_data),
+    "convolutions, biases apart": Case(Images, ClassTask(fixed=True), image_data),
     "gpt2": replace(CASES["gpt2"], task=WordTask(shift=True, fixed=True), lengths=PLAIN),
-    "masked bert": replace(CASES["masked bert"], task=WordTask(fixed=True), lengths=PLAIN),
+    "gpt2, head apart": Case(partial(gpt2, tied=False), WordTask(shift=True, fixed=True), causal_data, lengths=PLAIN),
+    "masked bert": replace(CASES["masked bert"], task=WordTask(fixed=True), lengths=LONG),
     "ragged bert": replace(CASES["masked bert"], task=MaskedWordTask(fixed=True)),
     "llama": replace(CASES["llama"], task=WordTask(shift=True, fixed=True), lengths=PLAIN),
     "resnet": replace(CASES["resnet"], task=ClassTask(fixed=True)),
 }
 
 
-def trained(case: Case, folder: Path, make_optimizer: Callable[[nn.Module], torch.optim.AdamW]) -> Run:
+OPTIMIZERS = {"convolutions": by_layer}  # usual elsewhere
+
+
+def trained(name: str, folder: Path) -> Run:
     """Record a short run, whose learning rates differ between parameter groups; what the loop itself saw of it."""
+    case = WHOLE[name]
     model, (data, _) = case.model(), case.data()
-    optimizer, batches = make_optimizer(model), [data[:4], data[4:]]
+    optimizer, batches = OPTIMIZERS.get(name, usual)(model), [data[:4], data[4:]]
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, [lambda k: 1 - k / 12, lambda _: 0.5])
     states, moments, learning_rates = [], [], []
     names = {p: name for name, p in model.named_parameters()}
@@ -70,10 +79,10 @@ def trained(case: Case, folder: Path, make_optimizer: Callable[[nn.Module], torc
             if step in CHECKPOINTS:
                 states.append({name: value.clone() for name, value in model.state_dict().items()})
                 moments.append({names[p]: of["exp_avg_sq"] / (1 - 0.999**step) for p, of in optimizer.state.items()})
-    decays = [group["weight_decay"] for group in optimizer.param_groups]
+    decays = torch.tensor([group["weight_decay"] for group in optimizer.param_groups], dtype=torch.float64)
     groups = {names[p]: place for place, group in enumerate(optimizer.param_groups) for p in group["params"]}
     rates = torch.tensor(learning_rates, dtype=torch.float64)
-    return Run(CHECKPOINTS, states, moments, rates, torch.tensor(decays).double().expand(steps, -1), groups)
+    return Run(CHECKPOINTS, states, moments, rates, decays.expand(steps, -1), groups)
 
 
 def expected(case: Case, run: Run) -> Tensor:
@@ -110,13 +119,13 @@ def as_tensor(values: list[list[float]]) -> Tensor:
 
 @pytest.mark.parametrize("name", WHOLE)
 def test_scores_of_a_whole_model_are_those_of_dense_matrices(name: str, tmp_path: Path) -> None:
-    run = trained(WHOLE[name], tmp_path / "run", by_layer if name == "convolutions" else usual)
+    run = trained(name, tmp_path / "run")
     assert_near(as_tensor(found(name, str(tmp_path), "store", 4)), expected(WHOLE[name], run))
 
 
 @pytest.mark.parametrize("name", ["convolutions", "gpt2"])
 def test_two_ranks_get_them_too(name: str, gang: Gang, tmp_path: Path) -> None:
-    run = trained(WHOLE[name], tmp_path / "run", by_layer if name == "convolutions" else usual)
+    run = trained(name, tmp_path / "run")
     ranks = gang.run(2, found, name, str(tmp_path), "store", 3)
     for rank, values in enumerate(ranks):
         assert not isinstance(values, Failed), f"rank {rank}: {values.text}\n{values.trace}"

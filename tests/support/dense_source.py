@@ -272,7 +272,7 @@ def spectrum(block: Block, run: Run, stretch: Stretch, sampled: Sequence[Example
         w * (Q_S.mT @ (root * at.gradients[block.name]) @ Q_A).square().mean(0)
         for w, at in zip(weights, own, strict=True)
     )
-    U = torch.stack([torch.kron(of_outputs, of_inputs) for of_outputs, of_inputs in zip(Q_S, Q_A, strict=True)])
+    U = torch.stack([torch.kron(*part) for part in zip(Q_S.contiguous(), Q_A.contiguous(), strict=True)])
     return Spectrum(P, Lambda.flatten(1), U)
 
 
