@@ -69,7 +69,7 @@ def naive_tokens(
     never called is left out. The layers' parameters must require gradients.
     """
     _assert_layers_belong(model, layers)
-    with _recorded_calls(layers) as calls:
+    with recorded_calls(layers) as calls:
         loss = loss_of_example(example)
     outputs = [output for _, _, output in calls]
     grads = torch.autograd.grad(loss, outputs, allow_unused=True)
@@ -105,7 +105,7 @@ def _assert_layers_belong(model: nn.Module, layers: dict[str, nn.Module]) -> Non
 
 
 @contextmanager
-def _recorded_calls(layers: dict[str, nn.Module]) -> Iterator[list[tuple[str, Tensor, Tensor]]]:
+def recorded_calls(layers: dict[str, nn.Module]) -> Iterator[list[tuple[str, Tensor, Tensor]]]:
     """List of (name, input copy, output) of every layer call: the a and, by autograd, the g of SOURCE App. D.
 
     Both are kept apart from what the model goes on with, so an in-place activation cannot change them.
@@ -133,13 +133,13 @@ def _call_tokens(module: nn.Module, x: Tensor, grad: Tensor) -> tuple[Tensor, Te
         a_TPI = x.reshape(-1, 1, x.shape[-1])
         g_TPO = grad.reshape(-1, 1, grad.shape[-1])
     else:
-        a_TPI, g_TPO = _conv_tokens(module, x, grad)
+        a_TPI, g_TPO = conv_tokens(module, x, grad)
     if module.bias is not None:
         a_TPI = torch.cat([a_TPI, torch.ones_like(a_TPI[:, :, :1])], dim=2)
     return a_TPI.double(), g_TPO.double()
 
 
-def _conv_tokens(module: nn.Module, x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+def conv_tokens(module: nn.Module, x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
     """A convolution's tokens: at each output position the input patch under the kernel (SOURCE App. D)."""
     assert isinstance(module, ConvNd), f"no oracle for {type(module).__name__}"
     if x.dim() == len(module.kernel_size) + 1:  # a call without a batch axis
