@@ -15,9 +15,8 @@ from torch.utils.checkpoint import checkpoint
 
 import segflow as sf
 from segflow.model.capture import capture
-from segflow.model.find_layout import find_layout
+from segflow.model.layers.choice import choose_layers
 from segflow.model.observing import observing
-from segflow.model.layers.registry import choose_layers
 
 from ..support import oracles
 from ..support.exactness import (
@@ -238,8 +237,12 @@ def test_under_autocast_tokens_are_float32_finite_and_close(inside: bool) -> Non
 
     tracked, found = choose_layers(model).tracked, {}
     with torch.autocast("cpu", torch.bfloat16, enabled=not inside), observing(model):
-        axes, _, _ = example_axes(tracked, lambda copies: loss(model, x[:1].repeat(copies, 1, 1)))
-        capture(tracked, axes, lambda: loss(model, x), lambda layer, t: found.update({layer.name: t}), torch.float32)
+        layout = find_layout(tracked, lambda copies: loss(model, x[:1].repeat(copies, 1, 1)))
+
+        def consume(layer: TrackedLayer, tokens: Tokens) -> None:
+            found[layer.name] = tokens
+
+        capture(tracked, layout, lambda: loss(model, x), consume, torch.float32, len(x))
     modules = {name: layer.module for name, layer in tracked.items()}
     exact = oracles.example_gradients(model, modules, lambda i: model(x[i : i + 1]).sin().sum(), len(x))
     for name, tokens in found.items():

@@ -14,8 +14,8 @@ from segflow.curvature.passes import covariances
 from segflow.data.batches import Batch, in_order
 from segflow.data.readers import batches
 from segflow.model import finite_check as finite_module
-from segflow.model.observing import observing
 from segflow.model.finite_check import FiniteCheck
+from segflow.model.observing import observing
 from segflow.runtime.ranks import Ranks
 
 from ..support.exactness import (

@@ -16,10 +16,10 @@ from segflow.curvature.kronecker import Eigenbasis, eigenvectors
 from segflow.curvature.passes import corrected_eigenvalues, covariances
 from segflow.data.batches import in_order
 from segflow.data.readers import Reader, batches
-from segflow.model.observing import observing
 from segflow.model.finite_check import FiniteCheck
-from segflow.model.layers.registry import choose_layers
+from segflow.model.layers.choice import choose_layers
 from segflow.model.make_view import make_loss_view
+from segflow.model.observing import observing
 from segflow.runtime.ranks import Ranks
 
 from ..support.exactness import (

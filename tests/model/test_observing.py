@@ -11,9 +11,8 @@ from torch import Tensor, nn
 
 import segflow as sf
 from segflow.model.capture import capture
-from segflow.model.find_layout import find_layout
+from segflow.model.layers.choice import choose_layers
 from segflow.model.observing import observing
-from segflow.model.layers.registry import choose_layers
 
 from ..support.exactness import (
     normal,
@@ -129,7 +128,7 @@ def test_hooks_are_gone_when_finding_the_axes_fails() -> None:
 
     tracked = choose_layers(model).tracked
     with pytest.raises(ValueError, match="collate"), observing(model):
-        example_axes(tracked, run)
+        find_layout(tracked, run)
     assert _snapshot(model) == before
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -49,13 +48,13 @@ class TurnedLayer(TrackedLayer):
 class TiedLayer(TrackedLayer):
     """A block whose gradient is the sum over several modules' calls; its tokens are those of all of them.
 
-    Its curvature has one basis for all uses: A and S are of all tokens alike. Eigenvalues are of the summed gradients.
+    Its curvature has one basis for all uses: A and S are of all tokens alike. Eigenvalues are of the summed gradients,
+    with the rank-one part of P inside: the exact P would take gradients out of the span of S, where a basis is arbitrary.
 
     tied: each use, in the block's orientation, the first of which says how the gradient is laid out.
     """
 
     tied: tuple[TrackedLayer, ...] = ()
-    exact_P: ClassVar[bool] = True
 
     @classmethod
     def of(cls, uses: Sequence[TrackedLayer]) -> TrackedLayer | None:
