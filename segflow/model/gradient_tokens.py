@@ -33,7 +33,7 @@ def autograd_gradients(
         if not total.requires_grad:
             return {name: torch.zeros(layers[name].shape, dtype=dtype, device=total.device) for name in by_layer}
         slopes = torch.autograd.grad(total, parameters, allow_unused=True, materialize_grads=True)
-    gradients = iter(slope.to(dtype) for slope in slopes)
+    gradients = iter((slope.to_dense() if slope.is_sparse else slope).to(dtype) for slope in slopes)
     return {name: layers[name].gradient_matrix([next(gradients) for _ in of]) for name, of in by_layer.items()}
 
 

@@ -145,9 +145,9 @@ class AttentionLayer(TrackedLayer):
     modules: ClassVar[Modules] = (nn.MultiheadAttention,)
 
     @classmethod
-    def extra(cls, module: nn.Module) -> list[str]:
-        """bias_k and bias_v."""
-        return [name for name in ("bias_k", "bias_v") if getattr(module, name) is not None]
+    def knows(cls, module: nn.Module) -> bool:
+        """Without bias_k and bias_v."""
+        return module.bias_k is None and module.bias_v is None
 
     @classmethod
     def blocks(cls, owner: Owner) -> list[TrackedLayer]:

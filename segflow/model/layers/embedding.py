@@ -59,8 +59,7 @@ class EmbeddingLayer(TrackedLayer):
 
     def gradient_matrices(self, tensors_Q: Sequence[Tensor]) -> Tensor:
         """[Q, 1, D, V], the weight transposed."""
-        weight = tensors_Q[0]
-        return (weight.to_dense() if weight.is_sparse else weight).mT[:, None]
+        return tensors_Q[0].mT[:, None]
 
     def by_parameter(self, gradient_QPOI: Tensor) -> list[Tensor]:
         """[Q, V, D]."""
@@ -74,9 +73,9 @@ class EmbeddingBagLayer(EmbeddingLayer):
     modules: ClassVar[Modules] = (nn.EmbeddingBag,)
 
     @classmethod
-    def why_not(cls, module: nn.Module) -> str | None:
-        """As an embedding's."""
-        return super().why_not(module)
+    def knows(cls, module: nn.Module) -> bool:
+        """Not for the largest of a bag's rows: which one that is depends on the weight."""
+        return module.mode != "max"
 
     def call_value(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
         """[R, S, 2]: each bag's indices, and how often each counts, 0 where a bag has fewer."""

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
 
 from .registry import register
 from .tracked import BiasLayer, Modules, Owner, TrackedLayer, VectorLayer, summed_to
@@ -90,7 +91,7 @@ class LastAxesNorm(_Norm):
 
 @register
 class ChannelNorm(_Norm):
-    """nn.BatchNorm in eval mode, and nn.GroupNorm: the parameters count the channels, on axis 1."""
+    """nn.BatchNorm in eval mode, nn.InstanceNorm and nn.GroupNorm: the parameters count the channels, on axis 1."""
 
-    modules: ClassVar[Modules] = (_BatchNorm, nn.GroupNorm)
+    modules: ClassVar[Modules] = (_BatchNorm, _InstanceNorm, nn.GroupNorm)
     features: ClassVar = 1

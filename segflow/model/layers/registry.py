@@ -33,9 +33,9 @@ def register(kind: Kind) -> Kind:
 def kind_of(module: nn.Module) -> type[TrackedLayer] | None:
     """The kind of layer that a module is, that knows all of its parameters and runs it; None where there is none."""
     kind = next((kind for kind in _KINDS if kind.base_of(module)), None)
-    if kind is None or _overridden(module, kind) or _computed(module):
+    if kind is None or _overridden(module, kind) or _computed(module) or not kind.knows(module):
         return None
-    return None if set(module._parameters) and kind.extra(module) else kind
+    return kind
 
 
 def why_never(module: nn.Module) -> str | None:

@@ -90,9 +90,9 @@ class TrackedLayer(ABC):
         return None
 
     @classmethod
-    def extra(cls, module: nn.Module) -> list[str]:
-        """The module's own parameters that the kind does not know."""
-        return sorted(set(module._parameters) - {"weight", "bias"})
+    def knows(cls, module: nn.Module) -> bool:
+        """Whether a module of these types has no parameters and options but those that the kind knows."""
+        return set(module._parameters) <= {"weight", "bias"}
 
     @classmethod
     def blocks(cls, owner: Owner) -> list[TrackedLayer]:
