@@ -44,6 +44,7 @@ from .stage.opening import (
     training_data,
 )
 from .stage.planning import check_method, plan_for
+from .stage.unfilled import check_unfilled
 from .store.journal import RESERVED, Journal, Summary
 from .store.shared_store import SharedStore
 from .store.store import MadeFrom, Store
@@ -113,6 +114,7 @@ class Analyzer:
             for number, run in enumerate(runs, start=1)
         ]
         check_alike(self.runs)
+        check_unfilled(self.runs)
         self._guards = checks.Guards()
         for contexts in self.runs:  # refuses now what does not fit
             self._uncut_plan(contexts)

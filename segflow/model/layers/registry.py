@@ -9,6 +9,7 @@ from typing import NamedTuple, TypeVar
 from torch import nn
 
 from ...errors import LayerError
+from ...runtime.sharding import named_modules, named_parameters
 from .tracked import TrackedLayer
 
 Kind = TypeVar("Kind", bound=type[TrackedLayer])
@@ -68,10 +69,10 @@ def choose_layers(
     Raises:
         LayerError: a module of these names is unknown or not supported, or nothing is left to attribute.
     """
-    modules = dict(model.named_modules(remove_duplicate=False))
+    modules = named_modules(model, remove_duplicate=False)
     _check_names(names, modules)
     first_name = {module: name for name, module in reversed(modules.items())}
-    parameters = dict(model.named_parameters(remove_duplicate=False))
+    parameters = named_parameters(model, remove_duplicate=False)
 
     def untrained(name: str) -> str | None:
         if why_untrained is not None:
@@ -81,7 +82,7 @@ def choose_layers(
     wanted = None if names is None else {first_name[modules[name]] for name in names}
     owners = _owners(model)
     tracked, skipped = {}, {}
-    for name, module in model.named_modules():
+    for name, module in named_modules(model).items():
         if not _has_parameters(module):
             continue
         prefix = f"{name}." if name else ""
@@ -160,8 +161,8 @@ def _identity(parameter: nn.Parameter) -> Hashable:
 def _owners(model: nn.Module) -> dict[Hashable, list[str]]:
     """The modules that hold each parameter, by the parameter's identity."""
     owners: dict[Hashable, list[str]] = {}
-    for name, module in model.named_modules():
-        for parameter in filter(lambda p: p is not None, module._parameters.values()):
+    for name, module in named_modules(model).items():
+        for parameter in (p for p in module._parameters.values() if p is not None):
             owners.setdefault(_identity(parameter), []).append(name)
     return owners
 
