@@ -8,6 +8,7 @@ from typing import NamedTuple, TypeVar
 
 from torch import nn
 
+from ...data.as_written import hides_method
 from ...errors import LayerError
 from ...runtime.sharding import named_modules, named_parameters
 from .tracked import TrackedLayer
@@ -131,7 +132,9 @@ def _why_not(
     if kind is None:
         return f"{type(module).__name__} is not supported"
     actual, base = type(module), next(supported for supported in kind.modules if isinstance(module, supported))
-    overridden = [m for m in kind.methods if m in vars(module) or getattr(actual, m, 0) is not getattr(base, m, 0)]
+    overridden = [
+        m for m in kind.methods if hides_method(module, m) or getattr(actual, m, 0) is not getattr(base, m, 0)
+    ]
     extra = sorted(set(module._parameters) - {"weight", "bias"})
     weight = module._parameters.get("weight")
     properties = {
