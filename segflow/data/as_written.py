@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import nn
 
+COMPILED = frozenset({"_compiled_call_impl", "_is_torch_compile"})  # what torch.compile leaves on modules
+
 
 def as_written(value: Any) -> Any:
     """The function or module behind torch.compile's wrappers of it; any other value as it is."""

@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import nn
 
-from .as_written import as_written, hides_method
+from .as_written import COMPILED, as_written, hides_method
 from .changing import Reached, remembered
 from .code_reading import Reading, read_code
 from .fingerprints import digest
@@ -168,7 +168,7 @@ class _Walk:
     def _own(self, name: str) -> None:
         """The object's own attribute of a name, if it has one that counts."""
         own = {} if isinstance(self.subject, FunctionType) else getattr(self.subject, "__dict__", {})
-        told_apart = name in self.ignored or is_cached_property(self.subject, name)
+        told_apart = name in self.ignored or name in COMPILED or is_cached_property(self.subject, name)
         if name in own and not told_apart and hides_method(self.subject, name):
             self._value(f"self.{name}", self.subject, name, own[name])
 
