@@ -44,7 +44,7 @@ from .stage.opening import (
     training_data,
 )
 from .stage.planning import check_method, plan_for
-from .stage.unfilled import check_unfilled
+from .stage.unfilled import check_unfilled, forget
 from .store.journal import RESERVED, Journal, Summary
 from .store.shared_store import SharedStore
 from .store.store import MadeFrom, Store
@@ -367,6 +367,7 @@ class Analyzer:
             settings = [context.agreement() for contexts in self.runs for context in contexts]
             context.ranks.agree("the model, task, method and settings", [settings, described, facts])
             stack.enter_context(observing(context.model))
+            forget(context.model)
             readers = context.settings.readers
             readers.begin(digesting=store)
             yield

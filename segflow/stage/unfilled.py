@@ -43,7 +43,7 @@ def unfilled(context: StageContext, point: Point) -> frozenset[str]:
 def unfilled_digest(context: StageContext, point: Point) -> str:
     """A digest of what the point leaves as it is in the model, parameters and buffers; "" where that is nothing.
 
-    Every rank must call it. It is remembered as long as nobody writes to these tensors.
+    Every rank must call it. It is remembered until `forget`, and as long as torch sees nobody write to these tensors.
     """
     names = unfilled(context, point)
     if not names:
@@ -57,6 +57,11 @@ def unfilled_digest(context: StageContext, point: Point) -> str:
         known = look, digest([[name, digest(whole(tensor).detach())] for name, tensor in rest.items()])
         _digests[context.model] = known
     return known[1]
+
+
+def forget(model: nn.Module) -> None:
+    """Have the digest of what checkpoints leave in the model computed again: somebody may have changed it."""
+    _digests.pop(model, None)
 
 
 def _everything(model: nn.Module) -> dict[str, Tensor]:

@@ -7,8 +7,7 @@ stays as it is.
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Collection, Hashable, Mapping
+from collections.abc import Collection, Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -16,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import TrajectoryError
-from ..runtime.sharding import laid_out, local, named_modules, named_parameters, parallel_prefix, plain_name, state_of
+from ..runtime.sharding import laid_out, local, named_parameters, parallel_prefix, plain_name, state_of
+from .adapters import active_adapter, adapter_names, of_embeddings
 from .checkpoints import numbers_of
 
 Value = TypeVar("Value")
@@ -38,15 +38,15 @@ def filled(names: Collection[str], model: nn.Module, where: str) -> Filled:
     present = state_of(model)
     source = {own: name for name, own in own_names(names, present, model, where).items()}
     source |= _tied(present, source)
-    if present.keys() <= source.keys() or not (adapter := _adapter(model)):
+    if present.keys() <= source.keys() or not (adapter := adapter_names(model)):
         return Filled(source, frozenset())
     base = source.keys() - adapter.values()
-    absent, foreign = sorted(set(adapter.values()) - source.keys()), sorted(base - _of_embeddings(model, present))
+    absent, foreign = sorted(set(adapter.values()) - source.keys()), sorted(base - of_embeddings(model, present))
     if absent or foreign:
         odd = [f"lacks {absent[:4]}"] * bool(absent) + [f"holds {foreign[:4]} besides the adapter"] * bool(foreign)
         raise TrajectoryError(
             f"{where} {' and '.join(odd)}, so it is neither the whole state of the model nor that of its adapter "
-            f"{_active(model)!r}. Give what peft_model.save_pretrained(folder) writes, or the whole state_dict."
+            f"{active_adapter(model)!r}. Give what peft_model.save_pretrained(folder) writes, or the whole state_dict."
         )
     return Filled(source, frozenset(present.keys() - source.keys()))
 
@@ -59,7 +59,7 @@ def own_names(names: Collection[str], known: Collection[str], model: nn.Module, 
     prefix = parallel_prefix(names, known)
     own = {name: name.removeprefix(prefix) for name in names}
     if not set(own.values()) <= set(known):
-        adapter = _adapter(model)
+        adapter = adapter_names(model)
         own = {name: adapter.get(plain, plain) for name, plain in own.items()}
     if len(set(own.values())) < len(own):
         twice = sorted(name for name, of_model in own.items() if list(own.values()).count(of_model) > 1)
@@ -146,46 +146,3 @@ def _check_tied(present: Mapping[str, Any], values: Mapping[str, Tensor], where:
 
 def _same(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and bool(torch.isclose(a, b, rtol=0, atol=0, equal_nan=True).all())
-
-
-def has_adapter(model: nn.Module) -> bool:
-    """Whether a model is peft's, so that a file may hold its adapter alone."""
-    if "peft" not in sys.modules:
-        return False
-    from peft import PeftModel
-
-    return isinstance(model, PeftModel)
-
-
-def _active(model: Any) -> str:
-    """The one adapter of peft that the model runs with; TrajectoryError for several."""
-    names = list(model.active_adapters)
-    if len(names) == 1:
-        return str(names[0])
-    raise TrajectoryError(
-        f"the model runs with the adapters {names}, and an adapter's file does not say whose it is. Activate the one "
-        "that was trained: model.set_adapter(name)."
-    )
-
-
-def _adapter(model: nn.Module) -> dict[str, str]:
-    """{name in an adapter's file: name in the model's state}, as peft says; empty for a model that is not peft's."""
-    if not has_adapter(model):
-        return {}
-    from peft import get_peft_model_state_dict
-
-    state = model.state_dict()
-    names = {id(value): name for name, value in state.items()}
-    saved: Mapping[str, Any] = get_peft_model_state_dict(
-        model, state_dict=state, adapter_name=_active(model), save_embedding_layers=False
-    )
-    return {plain_name(key): plain_name(names[id(value)]) for key, value in saved.items() if id(value) in names}
-
-
-def _of_embeddings(model: nn.Module, names: Collection[str]) -> set[str]:
-    """The tensors of a language model's first and last layer, which peft writes beside an adapter where it must."""
-    getters: list[Callable[[], Any] | None]
-    getters = [getattr(model, getter, None) for getter in ("get_input_embeddings", "get_output_embeddings")]
-    layers = [getter() for getter in getters if getter is not None]
-    inside = [name for name, module in named_modules(model).items() if any(module is layer for layer in layers)]
-    return {name for name in names if name.startswith(tuple(f"{module}." for module in inside))}

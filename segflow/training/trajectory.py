@@ -18,6 +18,7 @@ from ..arguments import truth, whole_number
 from ..errors import TrajectoryError
 from ..runtime.sharding import named_parameters
 from ..store.files import TensorFile, file_digest, inside
+from .adapters import check_config, has_adapter
 from .checkpoints import (
     MODEL,
     SECOND_MOMENT,
@@ -43,7 +44,7 @@ from .recorded import Recorded, read_counts, read_recorded
 from .recording_folder import STAGES, check_stage, read_description, stage_names
 from .sampling import example_weights_by_checkpoint, nearest_bounds, weights_at_checkpoints
 from .state_files import state_files
-from .state_names import check_trained, filled, has_adapter, load_state, under_own_names, with_tied
+from .state_names import check_trained, filled, load_state, under_own_names, with_tied
 
 
 class Trajectory:
@@ -282,6 +283,8 @@ class Trajectory:
             return frozenset()
         match = filled(self._files[index].names(), model, where := self._where(index))
         check_trained(match, self._trained(model), where)
+        if match.left:
+            check_config(model, self._files[index].parts[0].parent)
         return match.left
 
     def load_into(self, model: nn.Module, index: int | Mapping[int, float]) -> None:
