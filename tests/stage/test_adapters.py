@@ -15,8 +15,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import segflow as sf
+from segflow.methods.plan import Point
 from segflow.model.capture import observing
-from segflow.stage.unfilled import unfilled
+from segflow.stage.unfilled import forget, unfilled
+from segflow.stage.unit_identity import checkpoint_digest
 
 from ..support.helpers import FixedLabels, analyzer_of, vectors
 
@@ -207,21 +209,23 @@ def test_a_store_is_bound_to_the_base_that_adapters_leave(change: Any, run: Run,
         analyzer.fit(DATA)
 
 
-def test_the_base_alone_tells_points_apart_where_losses_do_not(run: Run, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["head.original_module.bias", "whole.codes", "whole.scale"])
+def test_the_base_alone_tells_points_apart_where_losses_do_not(name: str, run: Run, tmp_path: Path) -> None:
     """What binds a unit is a digest of the base, not only the losses of a few probes."""
-    from segflow.methods.plan import Point
-    from segflow.stage.unit_identity import checkpoint_digest
-
     model = adapted()
     context = analyzer_of(model, run.adapters(), tmp_path / "s").context
     first = checkpoint_digest(context, Point.at(0, 0))
     assert first.startswith(run.adapters().digest(0)) and checkpoint_digest(context, Point.at(0, 0)) == first
-    with torch.no_grad():
-        model.base_model.model.head.original_module.bias += 1  # which no forward reads
+    changed = {**dict(model.named_parameters()), **dict(model.named_buffers())}[f"base_model.model.{name}"]
+    changed.data += 1  # torch does not see it
+    forget(model)
     assert checkpoint_digest(context, Point.at(0, 0)) != first
-    whole = analyzer_of(adapted(), run.whole(), tmp_path / "t").context
-    assert checkpoint_digest(whole, Point.at(0, 0)) == run.whole().digest(0)
-    assert not unfilled(whole, Point.at(0, 0))
+
+
+def test_whole_states_are_told_apart_by_their_files_alone(run: Run, tmp_path: Path) -> None:
+    context = analyzer_of(adapted(), run.whole(), tmp_path / "s").context
+    assert checkpoint_digest(context, Point.at(0, 0)) == run.whole().digest(0)
+    assert not unfilled(context, Point.at(0, 0))
 
 
 def test_whole_states_and_adapters_in_one_run_are_refused(run: Run, tmp_path: Path) -> None:
