@@ -46,6 +46,7 @@ from .stage.opening import (
     training_data,
 )
 from .stage.planning import check_method, plan_for
+from .stage.unfilled import check_unfilled, forget
 from .store.journal import RESERVED, Journal, Summary
 from .store.shared_store import SharedStore
 from .store.store import MadeFrom, Store
@@ -131,6 +132,7 @@ class Analyzer:
             for number, run in enumerate(runs, start=1)
         ]
         check_alike(self.runs)
+        check_unfilled(self.runs)
         self._guards = checks.Guards()
         for contexts in self.runs:  # refuses now what does not fit
             self._uncut_plan(contexts)
@@ -386,6 +388,7 @@ class Analyzer:
             settings = [context.agreement() for contexts in self.runs for context in contexts]
             context.ranks.agree("the model, task, method and settings", [settings, described, facts])
             stack.enter_context(observing(context.model))
+            forget(context.model)
             readers = context.settings.readers
             readers.begin(digesting=store)
             yield

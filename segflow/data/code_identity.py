@@ -18,6 +18,7 @@ from typing import Any
 
 from torch import nn
 
+from .as_written import COMPILED, as_written, hides_method
 from .changing import Reached, remembered
 from .code_reading import Reading, read_code
 from .fingerprints import digest
@@ -167,8 +168,8 @@ class _Walk:
     def _own(self, name: str) -> None:
         """The object's own attribute of a name, if it has one that counts."""
         own = {} if isinstance(self.subject, FunctionType) else getattr(self.subject, "__dict__", {})
-        told_apart = name in self.ignored or is_cached_property(self.subject, name)
-        if name in own and not told_apart:
+        told_apart = name in self.ignored or name in COMPILED or is_cached_property(self.subject, name)
+        if name in own and not told_apart and hides_method(self.subject, name):
             self._value(f"self.{name}", self.subject, name, own[name])
 
     def _everything(self, methods: bool = False) -> None:
@@ -269,7 +270,7 @@ class _Walk:
 
     def _global(self, name: str, where: Mapping[str, Any]) -> None:
         """What a module of the user's has under a name."""
-        value = where.get(name, where)
+        value = as_written(where.get(name, where))
         if value is where or value is self.subject:
             return
         if isinstance(value, FunctionType) and not is_library_function(value):

@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import nn
 
+from ..runtime.sharding import named_modules
 from .changing import Reached, Seen, Slot, remembered
 from .code_identity import read_now
 from .fingerprints import digest
@@ -34,7 +35,7 @@ def _read(model: nn.Module) -> Reached:
     words: dict[str, list[Any]] = defaultdict(list)
     slots: dict[Slot, Seen] = {}
     own = own_parts(model)
-    for name, module in model.named_modules():
+    for name, module in named_modules(model).items():
         kind = _own_class(module)
         told = _settings(module) if is_library_class(kind) else read_now(module, ("forward",), own)
         slots |= told.slots

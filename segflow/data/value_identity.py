@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import TaskError
+from .as_written import as_written
 from .changing import Seen, Slot, counted, digest_once
 from .code_reading import read_code
 from .fingerprints import _state as pickled_state
@@ -81,6 +82,7 @@ class Values:
 
     def slot(self, holder: Any, name: str, value: Any) -> str | None:
         """The word that a value counts as in what holds it under a name; None where it does not count."""
+        value = as_written(value)
         word, slot = self.word(value), (id(holder), name)
         self._holders.add(id(holder))
         shallow = self._inside[-1].get(word, word)
@@ -95,8 +97,7 @@ class Values:
 
     def word(self, value: Any) -> str:
         """16 characters that tell a value from others; NumPy's numbers are what Python's are."""
-        if isinstance(value, np.bool_ | np.integer | np.floating):
-            value = value.item()
+        value = value.item() if isinstance(value, np.bool_ | np.integer | np.floating) else as_written(value)
         if isinstance(value, _PLAIN) and not isinstance(value, Enum):
             return _hashed(f"{type(value).__name__} {value!r}")
         if id(value) in self._known:
@@ -294,6 +295,7 @@ def is_plain(value: Any) -> bool:
 
 def definition_functions(defined: Any) -> list[FunctionType]:
     """The functions behind what a class defines: a method, also a static, cached or decorated one, or a property."""
+    defined = as_written(defined)
     if isinstance(defined, FunctionType):
         wrapped = getattr(defined, "__wrapped__", None)
         return [defined] if wrapped is None else [defined, *definition_functions(wrapped)]

@@ -13,6 +13,7 @@ from torch.nn.parameter import is_lazy
 from ..errors import LayerError
 from .layers.attention import called_projections
 from .layers.tracked import TrackedLayer
+from .plain_running import running_plainly
 
 
 @contextmanager
@@ -33,7 +34,7 @@ def observing(model: nn.Module) -> Iterator[None]:
     registers = [(register, dict(register)) for module in modes for register in (module._parameters, module._buffers)]
     fused = torch.backends.mha.get_fastpath_enabled()
     devices = [p.device for p in model.parameters() if p.device.type == "cuda"][:1]
-    with torch.random.fork_rng(devices=devices):
+    with torch.random.fork_rng(devices=devices), running_plainly(model):
         try:
             torch.backends.mha.set_fastpath_enabled(False)
             model.eval()

@@ -10,6 +10,7 @@ from torch import nn
 from ..arguments import shown
 from ..errors import TaskError, TrajectoryError, check_choice
 from ..model.layers.choice import LayerChoice, Training, choose_layers, parameter_aliases
+from ..runtime.sharding import named_parameters
 from ..tasks.task import check_task, tracked_module_names
 from ..training.trajectory import Trajectory
 from .context import Settings, StageContext
@@ -20,6 +21,7 @@ def open_stages(settings: Settings, task: Any, run: Trajectory, prefix: str) -> 
 
     Raises TaskError, LayerError or TrajectoryError where task, model and trajectory do not fit together.
     """
+    run = run.of_model(settings.model)
     names = [stage.stage for stage in run.stages]
     tasks, collates = by_stage(task, names, "task"), by_stage(settings.collate_fn, names, "collate_fn")
     odd = [shown(collate) for collate in collates if collate is not None and not callable(collate)]
@@ -163,8 +165,8 @@ def scored_stage(contexts: Sequence[StageContext], stage: str | None, trains: Se
 
 def check_parameter_names(model: nn.Module, trajectory: Trajectory) -> None:
     """Raise TrajectoryError for a parameter that the trajectory names and the model does not have."""
-    known = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    unknown = sorted(set(trajectory.parameter_groups or ()) - known)
+    known = named_parameters(model, remove_duplicate=False)
+    unknown = sorted(set(trajectory.parameter_groups or ()) - known.keys())
     if unknown:
         raise TrajectoryError(
             f"parameter_groups names {unknown[:4]}, which the model does not have. "

@@ -7,7 +7,7 @@ losses of ordinary size as well; alone, and some of them in one batch, for which
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -20,9 +20,10 @@ from ..data.draws import seeded
 from ..data.generators import Generators
 from ..errors import SegflowError, TaskError
 from ..model.loss_view import LossView
-from ..runtime.sharding import laid_out
+from ..runtime.sharding import laid_out, named_parameters
 from .context import StageContext
 from .joining import joinable
+from .unfilled import unfilled
 
 _PROBES = 16  # examples whose losses tell one task from another
 _TOGETHER = 4  # of them, those that are run in one batch as well
@@ -77,7 +78,7 @@ def _at_both(context: StageContext, at_last: Losses, near_it: Losses) -> list[li
     context.load(context.last)
     points: list[list[Any]] = [[*at_last()]]
     try:
-        perturb(context.model, _SEED)
+        perturb(context.model, _SEED, unfilled(context, context.last))
         points.append([*near_it()])
     except torch.OutOfMemoryError:
         raise
@@ -89,17 +90,18 @@ def _at_both(context: StageContext, at_last: Losses, near_it: Losses) -> list[li
 
 
 @torch.no_grad()
-def perturb(model: nn.Module, seed: int) -> None:
+def perturb(model: nn.Module, seed: int, kept: Collection[str] = ()) -> None:
     """Scale every parameter by random factors of its rows and columns, which keep its sign and its mean square.
 
     The factors are the same on every rank, also where parameters are spread over the ranks, and on every machine.
+    kept: the names of parameters to leave as they are, which no checkpoint would put back.
     """
     generator, factors = torch.Generator().manual_seed(seed), {}
-    for name, parameter in model.named_parameters():
-        if parameter.is_floating_point() or parameter.is_complex():
+    for name, parameter in named_parameters(model).items():
+        if name not in kept and (parameter.is_floating_point() or parameter.is_complex()):
             factors[name] = _factors(parameter.shape, generator)
     spread = laid_out(factors, model)
-    for name, parameter in model.named_parameters():
+    for name, parameter in named_parameters(model).items():
         if name in spread:
             parameter.mul_(spread[name].to(parameter.device, parameter.dtype))
 

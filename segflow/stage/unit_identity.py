@@ -21,6 +21,7 @@ from ..methods.plan import Point
 from ..model.loss_view import LossView
 from .context import StageContext
 from .probes import probe_again, sampled_probes, steady_probes
+from .unfilled import unfilled_digest
 
 _SPELLED_OUT = 6  # steps in a unit's name
 SAMPLING_KEYS = ("sampled losses", "batch_size")  # of `sampling_identity`, which who reads a unit does not know
@@ -82,15 +83,18 @@ def sampling_identity(context: StageContext, train: Any, sample: LossView, batch
 def checkpoint_digest(context: StageContext, point: Point) -> str:
     """sha256 of a checkpoint's file (of several: of their digests and weights), the same on every rank.
 
-    Where examples have weights there, a digest of these follows: they are part of what was trained.
+    Where examples have weights there, a digest of these follows: they are part of what was trained. Where the
+    checkpoint leaves a part of the model as it is, a digest of that part does.
     """
-    trajectory, checkpoint = context.run.stages[point.stage], None
+    trajectory, checkpoint, rest = context.run.stages[point.stage], None, unfilled_digest(context, point)
     if context.ranks.main:
         digests = [[trajectory.digest(index), weight] for index, weight in point.weights]
         checkpoint = digests[0][0] if len(digests) == 1 else digest(digests)
         weights_N = context.example_weights(point)
         if weights_N is not None:  # rounded, for sums differ between machines
             checkpoint = f"{checkpoint} with example weights {digest(weights_N.float())[:16]}"
+        if rest:
+            checkpoint = f"{checkpoint} on {rest[:16]}"
     return str(context.ranks.same(checkpoint))
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ..arguments import whole_numbers
 from ..errors import TrajectoryError
+from ..runtime.sharding import plain_name
 from ..store.files import TensorFile, read_tensors
 from .optimizers import SECOND_MOMENTS
 
@@ -70,22 +71,14 @@ def check_moments(
             )
 
 
-def check_checkpoint_files(paths: Sequence[Path], steps: Sequence[int]) -> tuple[int, ...]:
-    """The steps; TrajectoryError unless there is a file for each, and they are whole numbers that ascend from 1."""
+def check_steps(steps: Sequence[int], files: int) -> tuple[int, ...]:
+    """The steps; TrajectoryError unless there is one for each file, and they are whole numbers that ascend from 1."""
     whole = whole_numbers("steps", steps, TrajectoryError, 1, advice="They count optimizer steps.")
-    if not paths or len(paths) != len(whole):
-        raise TrajectoryError(f"{len(paths)} checkpoint files for {len(whole)} steps: expected one step for each file.")
-    check_files(paths, "checkpoint file")
+    if not files or files != len(whole):
+        raise TrajectoryError(f"{files} checkpoint files for {len(whole)} steps: expected one step for each file.")
     if any(later <= earlier for earlier, later in pairwise(whole)):
         raise TrajectoryError(f"steps={list(whole)}: expected steps that ascend, each larger than the one before.")
     return whole
-
-
-def check_files(paths: Sequence[Path], kind: str) -> None:
-    """Raise TrajectoryError for a path that is no file; kind: what it should be."""
-    for path in paths:
-        if not path.is_file():
-            raise TrajectoryError(f"{path}: no such {kind}. Restore it, or leave it out of the trajectory.")
 
 
 def open_recorded(path: Path, sha256: str | None) -> TensorFile | None:
@@ -96,14 +89,14 @@ def open_recorded(path: Path, sha256: str | None) -> TensorFile | None:
     return file if all(name.startswith((MODEL, SECOND_MOMENT)) or name == COUNTS for name in file.names()) else None
 
 
-def part_names(file: TensorFile, part: str) -> list[str]:
-    """The names in one part of a checkpoint, MODEL or SECOND_MOMENT, without its prefix."""
-    return [name[len(part) :] for name in file.names() if name.startswith(part)]
+def part_names(file: TensorFile, part: str) -> dict[str, str]:
+    """{plain name: name in the file} of what is in one part of a checkpoint, MODEL or SECOND_MOMENT."""
+    return {plain_name(name[len(part) :]): name for name in file.names() if name.startswith(part)}
 
 
 def read_part(file: TensorFile, part: str) -> dict[str, Tensor]:
-    """The tensors of one part of a checkpoint, by their names without its prefix."""
-    return {name: file.tensor(part + name) for name in part_names(file, part)}
+    """The tensors of one part of a checkpoint, by their plain names without its prefix."""
+    return {plain: file.tensor(name) for plain, name in part_names(file, part).items()}
 
 
 def numbers_of(tensor: Tensor) -> str:

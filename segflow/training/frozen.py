@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..runtime.ranks import current
-from ..runtime.sharding import local
+from ..runtime.sharding import local, named_parameters, state_of
 
 
 class FrozenPart:
@@ -21,12 +21,12 @@ class FrozenPart:
     """
 
     def __init__(self, model: nn.Module, held: Collection[str]):
-        parameters = dict(model.named_parameters(remove_duplicate=False))
+        parameters = named_parameters(model, remove_duplicate=False)
         self.entry: dict[str, Any] | None = None
         self.changed: set[str] = set()
         self._parameters = parameters
         frozen = {name for name, parameter in parameters.items() if not parameter.requires_grad}
-        self.names = frozen & set(model.state_dict())
+        self.names = frozen & set(state_of(model))
         self._begin = _sketches({n: p for n, p in parameters.items() if n not in held or n in self.names})
 
     def keep(self, stored: Collection[str]) -> None:

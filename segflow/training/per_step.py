@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..arguments import plain, shown, whole_number
 from ..errors import TrajectoryError
+from ..runtime.sharding import plain_name
 
 PerStep = float | Sequence[float] | Sequence[Sequence[float]] | np.ndarray | Tensor
 
@@ -95,7 +96,7 @@ def check_parameter_groups(group_of: Mapping[str, int] | None, known: int) -> di
         return None
     advice = f"learning_rates cover {known} group(s), counted from 0. Give them as [steps, parameter groups]."
     return {
-        name: whole_number(f"parameter_groups[{name!r}]", group, TrajectoryError, 0, known - 1, advice)
+        plain_name(name): whole_number(f"parameter_groups[{name!r}]", group, TrajectoryError, 0, known - 1, advice)
         for name, group in group_of.items()
     }
 

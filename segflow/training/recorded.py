@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import TrajectoryError
+from ..runtime.sharding import plain_name
 from ..store.files import TensorFile, inside
 from .checkpoints import COUNTS, MODEL, read_part
 from .motion import Moves
@@ -87,7 +88,7 @@ def read_recorded(folder: Path, description: Description) -> tuple[dict[str, Any
         sha256={index: entry["sha256"] for index, (_, entry) in enumerate(entries)},
         frozen=None if frozen is None else inside(folder, frozen["file"], error=TrajectoryError),
         frozen_sha256=None if frozen is None else frozen["sha256"],
-        unmoved=content["unmoved"],
+        unmoved={plain_name(name): why for name, why in content["unmoved"].items()},
         missing=f"{unaccounted_words(content['unaccounted'])} before the recording are missing"
         if content["unaccounted"]
         else None,

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..errors import TrajectoryError
 from ..runtime.memory import bytes_in_words
 from ..runtime.ranks import current
-from ..runtime.sharding import whole
+from ..runtime.sharding import named_parameters, state_of, whole
 from ..store.files import file_digest, read_tensors, write_json, write_tensors
 from .checkpoints import COUNTS, MODEL, SECOND_MOMENT
 from .frozen import FrozenPart
@@ -139,7 +139,7 @@ class Recording:
         return set(current().same(unchanged))
 
     def _model_state(self) -> dict[str, Tensor]:
-        state = self.model.state_dict()
+        state = state_of(self.model)
         unknown = [name for name, value in state.items() if not isinstance(value, Tensor) or value.is_complex()]
         if unknown:
             raise TrajectoryError(
@@ -295,7 +295,7 @@ class Recording:
         """Why each parameter that did not move is not attributed."""
         moved, held, changed = self._moved(), set(self.observer.names), self.frozen.changed
         reasons = {}
-        for name, _ in self.model.named_parameters(remove_duplicate=False):
+        for name in named_parameters(self.model, remove_duplicate=False):
             if name not in moved:
                 reasons[name] = "no step moved it" if name in held else "no recorded optimizer holds it"
                 if name not in held and name in changed:

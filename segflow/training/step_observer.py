@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import TrajectoryError
-from ..runtime.sharding import whole
+from ..runtime.sharding import named_parameters, whole
 from .gradient_watch import ONE, Factor, GradientWatch
 from .live_optimizers import numbers, skipped, started, steps_taken
 from .step_log import CARRIED, FRESH, LEFT_OUT, MOVED, Numbers, Round
@@ -158,7 +158,7 @@ class StepObserver:
         known, new = {name: place for place, name in enumerate(self.names)}, list[Tensor]()
         self._places = [[] for _ in self.optimizers]
         self._groups = [(number, 0) for number, _ in self._groups]  # of those that nothing holds any more
-        for name, parameter in self.model.named_parameters(remove_duplicate=False):
+        for name, parameter in named_parameters(self.model, remove_duplicate=False).items():
             if id(parameter) not in holders:
                 continue
             self._check_holders(name, parameter)
@@ -205,8 +205,8 @@ class StepObserver:
     def unheld(self) -> list[str]:
         """Parameters in training that no recorded optimizer holds."""
         held = set(self.names)
-        parameters = self.model.named_parameters(remove_duplicate=False)
-        return [name for name, parameter in parameters if parameter.requires_grad and name not in held]
+        parameters = named_parameters(self.model, remove_duplicate=False)
+        return [name for name, parameter in parameters.items() if parameter.requires_grad and name not in held]
 
     def holder(self, place: int) -> tuple[torch.optim.Optimizer, dict[str, Any]]:
         """The optimizer that holds a parameter, and the options of its parameter group there."""

@@ -16,21 +16,18 @@ from torch import Tensor, nn
 
 from ..arguments import truth, whole_number
 from ..errors import TrajectoryError
-from ..runtime.sharding import laid_out
+from ..runtime.sharding import named_parameters
 from ..store.files import TensorFile, file_digest, inside
+from .adapters import check_config, has_adapter
 from .checkpoints import (
     MODEL,
     SECOND_MOMENT,
-    check_checkpoint_files,
-    check_files,
     check_moment_files,
     check_moments,
-    numbers_of,
+    check_steps,
     open_recorded,
     part_names,
     read_part,
-    read_state_dict,
-    state_dict_names,
 )
 from .motion import Moves, motion, steps_used
 from .observed import seen
@@ -46,6 +43,8 @@ from .per_step import (
 from .recorded import Recorded, read_counts, read_recorded
 from .recording_folder import STAGES, check_stage, read_description, stage_names
 from .sampling import example_weights_by_checkpoint, nearest_bounds, weights_at_checkpoints
+from .state_files import state_files
+from .state_names import check_trained, filled, load_state, under_own_names, with_tied
 
 
 class Trajectory:
@@ -55,7 +54,8 @@ class Trajectory:
 
     Args:
         checkpoints: state files in the order of `steps`: safetensors, or torch files (read with
-            `weights_only=True`) holding the model's state_dict.
+            `weights_only=True`) holding the model's state_dict, or that of its peft adapter alone; or folders in
+            which `save_pretrained` or a Trainer put them. docs/WRAPPERS.md says under which names.
         steps: how many optimizer steps had been taken at each checkpoint, ascending; the last is the end of training.
         learning_rates: a constant, [steps], [steps, parameter groups], or {step: rate} with steps counted from 1;
             with Adagrad's `lr_decay` in them.
@@ -91,7 +91,8 @@ class Trajectory:
         example_weights: Any = None,
     ):
         self.checkpoints = tuple(Path(path) for path in checkpoints)
-        self.steps = check_checkpoint_files(self.checkpoints, steps)
+        self._files = tuple(state_files(path, "checkpoint file") for path in self.checkpoints)
+        self.steps = check_steps(steps, len(self.checkpoints))
         advice = "Give the number of training examples."
         self.dataset_size = whole_number("dataset_size", dataset_size, TrajectoryError, 1, advice=advice)
         self.optimizer = optimizer or OptimizerConstants()
@@ -106,14 +107,15 @@ class Trajectory:
         self._motion = motion(self.used)
         self.stage = check_stage(stage)
         self.earlier: Trajectory | None = None  # the stage before; see `after`
-        self._moment_files = None if second_moments is None else tuple(Path(path) for path in second_moments)
-        if self._moment_files is not None:
-            check_moment_files(self.kinds, len(self._moment_files), len(self))
-            check_files(self._moment_files, "file of second moments")
+        self._moment_files = None
+        if second_moments is not None:
+            check_moment_files(self.kinds, len(second_moments), len(self))
+            self._moment_files = tuple(state_files(Path(path), "file of second moments") for path in second_moments)
         if example_weights is not None:
             example_weights = example_weights_by_checkpoint(example_weights, len(self.steps), self.dataset_size)
         self._example_weights: tuple[Tensor, ...] | None = example_weights
         self._recorded = Recorded()  # of a recording, what its files say besides
+        self._model: nn.Module | None = None  # whose names parameters go by; see `of_model`
 
     @classmethod
     def load(cls, directory: str | os.PathLike[str], *, unfinished: bool = False, partial: bool = False) -> Trajectory:
@@ -170,6 +172,18 @@ class Trajectory:
         later.earlier = earlier
         return later
 
+    def of_model(self, model: nn.Module) -> Trajectory:
+        """The same run, whose parameter groups and second moments go by the model's names of the parameters.
+
+        They may have been saved under the names of a wrapper, of peft's adapter, or of one of two tied parameters.
+        """
+        named = copy.copy(self)
+        if self.parameter_groups is not None:
+            groups = under_own_names(self.parameter_groups, model, "parameter_groups")
+            named.parameter_groups = with_tied(groups, model)
+        named.earlier, named._model = self.earlier and self.earlier.of_model(model), model
+        return named
+
     @property
     def stages(self) -> tuple[Trajectory, ...]:
         """The stages of training, first to last; the last is this one. Steps count from each one's own start."""
@@ -207,11 +221,11 @@ class Trajectory:
         return tuple(has and not decoupled for has, decoupled in zip(self.has_moments, self.decoupled, strict=True))
 
     def state(self, index: int) -> dict[str, Tensor]:
-        """The model's state_dict at checkpoint `index`, on the CPU."""
+        """The state that the files of checkpoint `index` hold, on the CPU, under the names that they have there."""
         recorded = self._file(index)
         if recorded is not None:
             return self._recorded.frozen_state() | read_part(recorded, MODEL)
-        return read_state_dict(self.checkpoints[index], self._recorded.sha256.get(index))
+        return self._files[index].read(self._recorded.sha256.get(index))
 
     def saved_moments(self, index: int) -> frozenset[str] | None:
         """The names of the parameters whose second moments were saved at checkpoint `index`; None if none were.
@@ -222,9 +236,13 @@ class Trajectory:
         if not self.preconditioned:
             return None
         if self._moment_files is not None:
-            return frozenset(state_dict_names(self._moment_files[index])) or None
+            files = self._moment_files[index]
+            named = under_own_names(dict.fromkeys(files.names()), self._model, str(files.path))
+            return frozenset(with_tied(named, self._model)) or None
         recorded = self._file(index)
-        return None if recorded is None else frozenset(part_names(recorded, SECOND_MOMENT))
+        if recorded is None:
+            return None
+        return frozenset(with_tied(dict.fromkeys(part_names(recorded, SECOND_MOMENT)), self._model))
 
     def second_moments(self, index: int) -> dict[str, Tensor] | None:
         """Bias-corrected second moments v_hat at checkpoint `index`, {parameter name: tensor}; None if not saved.
@@ -235,51 +253,61 @@ class Trajectory:
         if not self.preconditioned:
             return None
         if self._moment_files is not None:
-            path = self._moment_files[index]
-            moments = read_state_dict(path, None)
-            check_moments(str(path), moments, self.group_of, self.state(index))
+            files = self._moment_files[index]
+            moments = under_own_names(files.read(), self._model, where := str(files.path))
+            like = self.state(index) if self._model is None else named_parameters(self._model, remove_duplicate=False)
+            check_moments(where, moments, self.group_of, like)
         else:
             recorded = self._file(index)
             moments = {} if recorded is None else read_part(recorded, SECOND_MOMENT)
             check_moments(str(self.checkpoints[index]), moments, self.group_of)
-        return moments or None
+        return with_tied(moments, self._model) or None
 
     def _file(self, index: int) -> TensorFile | None:
         """The file of checkpoint `index` if record() wrote it; None if it is somebody else's."""
         return open_recorded(self.checkpoints[index], self._recorded.sha256.get(index))
 
     def digest(self, index: int) -> str:
-        """sha256 of the checkpoint's file, and of other files that make it whole, joined by "-"."""
-        frozen = [] if self._recorded.frozen is None else [self._recorded.frozen]
-        paths = [
-            self.checkpoints[index],
-            *(self._moment_files[index : index + 1] if self._moment_files else ()),
-            *frozen,
-        ]
-        return "-".join(file_digest(path, TrajectoryError) for path in paths)
+        """sha256 of each file that is read for the checkpoint, joined by "-"."""
+        digests = self._files[index].digests()
+        digests += self._moment_files[index].digests() if self._moment_files else []
+        digests += [] if self._recorded.frozen is None else [file_digest(self._recorded.frozen, TrajectoryError)]
+        return "-".join(digests)
+
+    def left_alone(self, model: nn.Module, index: int) -> frozenset[str]:
+        """The names in the model's state that checkpoint `index` leaves as they are: all but an adapter's, or none.
+
+        TrajectoryError where one of them was trained, or the checkpoint is not of the model's adapter.
+        """
+        if self._file(index) is not None or not has_adapter(model):
+            return frozenset()
+        match = filled(self._files[index].names(), model, where := self._where(index))
+        check_trained(match, self._trained(model), where)
+        if match.left:
+            check_config(model, self._files[index].parts[0].parent)
+        return match.left
 
     def load_into(self, model: nn.Module, index: int | Mapping[int, float]) -> None:
         """Copy checkpoint `index` into `model`; TrajectoryError names what does not fit.
 
+        What an adapter's file does not hold stays as it is in the model.
         index: or {index: weight}, for a weighted mean in double precision; counters and the like are the last one's.
         """
         if isinstance(index, Mapping):
             state, where = self._mean(index), f"mean of the checkpoints {sorted(index)}"
         else:
-            state, where = self.state(index), f"checkpoint at step {self.steps[index]} ({self.checkpoints[index].name})"
-        present = model.state_dict()
-        for name, tensor in state.items():
-            if isinstance(like := present.get(name), Tensor) and numbers_of(tensor) != numbers_of(like):
-                raise TrajectoryError(
-                    f"{where} holds {name!r} as {tensor.dtype}, the model as {like.dtype}. Restore the file, or "
-                    "give the model that was trained."
-                )
-        try:
-            model.load_state_dict(laid_out(state, model), strict=True)
-        except RuntimeError as problem:
-            raise TrajectoryError(
-                f"{where} is of another model: {problem}. Give the one that was trained."
-            ) from problem
+            state, where = self.state(index), self._where(index)
+        load_state(model, state, where, self._trained(model))
+
+    def _where(self, index: int) -> str:
+        return f"checkpoint at step {self.steps[index]} ({self.checkpoints[index].name})"
+
+    def _trained(self, model: nn.Module) -> set[str]:
+        """The parameters that training may have changed: of a parameter group, or else such as require gradients."""
+        parameters = named_parameters(model, remove_duplicate=False).items()
+        if self.parameter_groups is None:
+            return {name for name, parameter in parameters if parameter.requires_grad}
+        return {name for name, _ in parameters if self.group_of(name) is not None}
 
     def _mean(self, weights: Mapping[int, float]) -> dict[str, Tensor]:
         total = sum(weights.values())

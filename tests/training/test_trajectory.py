@@ -136,7 +136,7 @@ MIXED = {step: 0.1 for step in range(1, 41) if step not in (3, 4, 5, 17, 39, 40)
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "missing file": ({"checkpoints": ["a.safetensors"] * 4}, "a.safetensors: no such checkpoint file"),
-    "a folder for a file": ({"checkpoints": [Path()] * 4}, "no such checkpoint file"),
+    "a folder without a state": ({"checkpoints": [Path()] * 4}, "a folder without any of model.safetensors"),
     "no checkpoint": ({"checkpoints": [], "steps": []}, "0 checkpoint files for 0 steps"),
     "one step too few": ({"steps": STEPS[1:]}, "4 checkpoint files for 3 steps: expected one step for each file"),
     "steps out of order": ({"steps": (10, 30, 20, 40)}, r"steps=\[10, 30, 20, 40\]: expected steps that ascend"),

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ...arguments import names
 from ...errors import LayerError
+from ...runtime.sharding import named_modules, named_parameters
 from .attention import Projection
 from .function import FunctionLayer, UnfollowedLayer
 from .registry import kind_of, why_never
@@ -103,7 +104,7 @@ def _names(model: nn.Module) -> tuple[dict[str, str], dict[str, list[str]]]:
     first: dict[Hashable, str] = {}
     canonical: dict[str, str] = {}
     aliases: dict[str, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
+    for name, parameter in named_parameters(model, remove_duplicate=False).items():
         canonical[name] = first.setdefault(_identity(parameter), name)
         aliases.setdefault(canonical[name], []).append(name)
     return canonical, aliases
@@ -111,7 +112,7 @@ def _names(model: nn.Module) -> tuple[dict[str, str], dict[str, list[str]]]:
 
 def _untrained(model: nn.Module, training: Training, aliases: Mapping[str, list[str]]) -> Callable[[str], str | None]:
     """Tells why a parameter, by its first name, was not trained under any of its names."""
-    parameters = dict(model.named_parameters(remove_duplicate=False))
+    parameters = named_parameters(model, remove_duplicate=False)
 
     def why(name: str) -> str | None:
         if training.why_untrained is None:
@@ -141,7 +142,7 @@ def _blocks(
     skipped: dict[str, str] = {}
     inside: set[nn.Module] = set()  # what is differentiated with a module around it
     shared = _shared(model)
-    for name, module in model.named_modules():
+    for name, module in named_modules(model).items():
         if module in inside:
             continue
         attributes = _attributes(module, inside)
@@ -246,7 +247,8 @@ def _chosen(
 def _aliases(model: nn.Module) -> dict[str, str]:
     """The first name of every module by any of its names."""
     first: dict[nn.Module, str] = {}
-    return {name: first.setdefault(module, name) for name, module in model.named_modules(remove_duplicate=False)}
+    modules = named_modules(model, remove_duplicate=False)
+    return {name: first.setdefault(module, name) for name, module in modules.items()}
 
 
 def selected(

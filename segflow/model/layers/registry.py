@@ -6,6 +6,7 @@ from typing import TypeVar
 
 from torch import nn
 
+from ...data.as_written import hides_method
 from ...errors import LayerError
 from .sizes import BlockSizes
 from .tracked import Owner, TrackedLayer
@@ -57,7 +58,7 @@ def track(name: str, module: nn.Module, has_bias: bool) -> TrackedLayer:
 def _overridden(module: nn.Module, kind: type[TrackedLayer]) -> bool:
     """Whether the module has its own of the methods that the kind knows."""
     actual, base = type(module), kind.base_of(module)
-    return any(m in vars(module) or getattr(actual, m, 0) is not getattr(base, m, 0) for m in kind.methods)
+    return any(hides_method(module, m) or getattr(actual, m, 0) is not getattr(base, m, 0) for m in kind.methods)
 
 
 def _computed(module: nn.Module) -> bool:
