@@ -158,6 +158,12 @@ def _single(of_example: Tensor, layout: CallLayout) -> Tensor:
     return of_example.unsqueeze(layout.axis)
 
 
+def how_repeated(module: nn.Module) -> str:
+    """In words how a module's calls are differentiated, as far as that is known by now."""
+    one_by_one = module in _ONE_BY_ONE or isinstance(module, nn.RNNBase)
+    return f"its module's calls repeated by torch.func, {'one example after the other' if one_by_one else 'vmapped'}"
+
+
 def _for_each(one: Callable[..., Any], inputs: list[Tensor], outputs: list[Tensor], module: nn.Module) -> Any:
     """`one` of every example, for all at once where torch can."""
     if module not in _ONE_BY_ONE and not isinstance(module, nn.RNNBase):

@@ -18,6 +18,7 @@ from ..errors import LayerError
 from ..tasks.task import summed_loss, task_name
 from .capture import Consumer, DetachedError, capture, of_one
 from .finite_check import FiniteCheck
+from .function_calls import how_repeated
 from .gradient_tokens import autograd_gradients, gradient_tokens
 from .layers.tracked import TrackedLayer
 from .layout import Layout
@@ -78,6 +79,13 @@ class LossView:
         reached = tuple(name for name in self.layout.reached if name in names)
         layers = {name: layer for name, layer in self.layers.items() if name in names}
         return replace(self, layers=layers, layout=self.layout._replace(alone=alone, reached=reached))
+
+    @property
+    def slower(self) -> dict[str, str]:
+        """How the layers are computed that take longer than a forward and a backward, by name."""
+        alone = dict.fromkeys(self.layout.alone, "example by example, in batches of one")
+        whole = {name: how_repeated(self.layers[name].module) for name in self.layout.functions if name in self.layers}
+        return whole | alone
 
     @cached_property
     def _together(self) -> dict[str, TrackedLayer]:
