@@ -114,6 +114,7 @@ class Analyzer:
         ]
         check_alike(self.runs)
         self._guards = checks.Guards()
+        self._coverages = checks.Coverages(self.runs[0])
         for contexts in self.runs:  # refuses now what does not fit
             self._uncut_plan(contexts)
 
@@ -136,7 +137,8 @@ class Analyzer:
         first run; training data is given as to `fit`.
 
         Returns:
-            A report that prints what share of the parameters is attributed, and what is not, and why.
+            A report that prints what share of the trained parameters is attributed, and what is not, and why. Where
+            that is less than 95%, a UserWarning says so (here, or in `fit` and `score` where they come first).
 
         Raises:
             TaskError, LayerError, TrajectoryError: naming the fault.
@@ -146,6 +148,7 @@ class Analyzer:
         given = [place for place, data in enumerate(trains) if data is not None]
         reports: dict[str, checks.CheckReport] = {}
         with self._call("check", store=False):
+            self._coverages.warn(trains, stacklevel=2)
             for contexts in self.runs:
                 checks.check_checkpoints(contexts[given[0] :])
                 if not self._automatic:
@@ -153,8 +156,8 @@ class Analyzer:
             for context, data in zip(self.runs[0], trains, strict=True):
                 if data is not None:
                     of_stage = query if context is self.context else None
-                    report = checks.check_stage(context, data, of_stage, tolerance)
-                    reports[context.trajectory.stage] = report
+                    stage = context.trajectory.stage
+                    reports[stage] = checks.check_stage(context, self._coverages[stage], data, of_stage, tolerance)
         *earlier, last = reports.items()
         return replace(last[1], earlier=dict(earlier), sizes=sizes_of(self.method))
 
@@ -185,6 +188,7 @@ class Analyzer:
         ):
             return
         with self._call("fit", batch_size=batch_size):
+            self._coverages.warn(trains, stacklevel=2)
             if not self._automatic:  # before hours are spent
                 for contexts in self.runs:
                     self._check_needs(contexts, trains, None)
@@ -260,6 +264,7 @@ class Analyzer:
             )
         of_runs: list[RunParts] = []
         with self._call("score", batch_size=batch_size, groups=len(groups), queries=len(queries)):
+            self._coverages.warn(trains, stacklevel=2)
             self._guards.before_score(self.runs[0], trains, queries, place, batch_size)
             for contexts in self.runs:
                 fitted = FittedFactors(contexts, trains)

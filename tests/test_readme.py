@@ -38,7 +38,7 @@ def test_the_api_example_runs_and_is_short(
     exec(compile(code, "README.md", "exec"), given)
     assert given["scores"].values.shape == (5, 4)
     assert set(given["table"].columns) == {"books", "code", "mail", "web"}
-    assert "attributed: 79 of 79 parameters (100.0%)" in capsys.readouterr().out
+    assert "attributed: 79 of 79 trained parameters (100.0%)" in capsys.readouterr().out
 
     by_hand = given["scores"].values.double()
     given["train_and_measure"] = lambda kept, seed: (3 * (by_hand.sum(1) - by_hand[:, kept].sum(1))).tolist()

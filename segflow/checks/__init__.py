@@ -6,8 +6,16 @@ and measures the scale of its pseudo-labels besides (`curvature_scale`), for the
 """
 
 from .check_report import CheckReport
+from .coverage import Coverages
 from .curvature_scale import CurvatureScale
 from .guards import Guards
 from .stage_check import check_checkpoints, check_stage
 
-__all__ = ["CheckReport", "CurvatureScale", "Guards", "check_checkpoints", "check_stage"]
+__all__ = [
+    "CheckReport",
+    "Coverages",
+    "CurvatureScale",
+    "Guards",
+    "check_checkpoints",
+    "check_stage",
+]

@@ -18,6 +18,7 @@ from ..scoring.query_sets import query_set
 from ..stage.context import StageContext
 from ..tasks.task import defines_output
 from .check_report import CheckReport
+from .coverage import Coverage
 from .curvature_scale import curvature_scale, require_scale
 from .losses import check_loss, check_reached
 from .probe_examples import probe_examples
@@ -36,9 +37,12 @@ def check_checkpoints(contexts: Sequence[StageContext]) -> None:
         context.load(point)
 
 
-def check_stage(context: StageContext, train: Any, query: Any | None, curvature_tolerance: float) -> CheckReport:
+def check_stage(
+    context: StageContext, coverage: Coverage, train: Any, query: Any | None, curvature_tolerance: float
+) -> CheckReport:
     """Check one stage's training loss and pseudo-labels, and the measurement where queries are given.
 
+    coverage: of this stage, for the report.
     curvature_tolerance: the factor, at least 1, by which the curvature of `sample=True` may be off. Call it inside
     `observing(model)`. Raises TaskError and LayerError.
     """
@@ -61,8 +65,7 @@ def check_stage(context: StageContext, train: Any, query: Any | None, curvature_
             check_sampling(sample, examples, first, covariances=True)
     scale = curvature_scale(view, sample, next(_few_batches(context, reader)))
     require_scale(scale, curvature_tolerance, context.task)
-    parameters = sum(parameter.numel() for parameter in context.model.parameters())
-    return CheckReport(context.parameters, parameters, context.layers.skipped, scale, context.trajectory.observed)
+    return CheckReport(coverage, context.layers.skipped, scale, context.trajectory.observed)
 
 
 def _check_loss(context: StageContext, view: LossView, reader: Reader) -> None:

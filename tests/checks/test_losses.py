@@ -111,7 +111,9 @@ def test_a_layer_that_is_never_reached_is_named_and_may_be_left_out(tmp_path: Pa
     with pytest.raises(sf.LayerError, match=text):
         check(tmp_path, TaskOf(), Branches(used))
     report = check(tmp_path, TaskOf(tracked=["main"]), Branches(used))
-    assert "not attributed: side: not among the tracked modules that the task names" in str(report)
+    assert "not attributed: not among the tracked modules that the task names: 1 module, 18 parameters (side)" in str(
+        report
+    )
 
 
 def test_a_measurement_may_leave_layers_out(tmp_path: Path) -> None:

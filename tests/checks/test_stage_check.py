@@ -39,10 +39,10 @@ def test_the_report_says_what_share_is_attributed_and_why_the_rest_is_not(tmp_pa
     report = check(tmp_path, sf.tasks.Classification(), Mixed())
     assert (report.attributed, report.parameters) == (57, 72)
     lines = str(report).splitlines()
-    assert lines[0] == "attributed: 57 of 72 parameters (79.2%)"
+    assert lines[0] == "attributed: 57 of 72 trained parameters (79.2%)"
     assert lines[1:3] == [
-        "not attributed: the model itself: Mixed is not supported",
-        "not attributed: norm: LayerNorm is not supported",
+        "not attributed: LayerNorm is not supported: 1 module, 12 parameters (norm)",
+        "not attributed: Mixed is not supported: 1 module, 3 parameters (the model itself)",
     ]
     assert lines[3] == "seen in training: sampling: uniform, as is assumed"
     assert "every tracked layer is reached" in lines[4]
