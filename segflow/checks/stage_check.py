@@ -63,7 +63,7 @@ def check_stage(
     if curvature_tolerance < float("inf"):
         for examples in probe_examples(reader, view.device):
             check_sampling(sample, examples, first, covariances=True)
-    scale = curvature_scale(view, sample, next(_few_batches(context, reader)))
+    scale = curvature_scale(view, sample, probe_examples(reader, view.device)[0], curvature_tolerance)
     require_scale(scale, curvature_tolerance, context.task)
     return CheckReport(coverage, context.layers.skipped, scale, context.trajectory.observed)
 
