@@ -1,27 +1,36 @@
 """Guards: cheap probes that `fit`, `score` and `features` run before their passes, once for each loss and dataset.
 
+`check` runs them all, whatever was probed before, and what it has probed need not be probed again.
+
 A loss takes at most 33 passes of single examples, the pseudo-labels 24 more, and what rounding may explain 16 more; so
-a dataset takes fewer than 100. A layer that no probe reaches is not judged here: the passes themselves do, at their end
-(FiniteCheck.finish). Where all units are stored the probes are run all the same: telling that takes longer than they.
+a dataset takes fewer than 100. `check` alone judges a layer that no probe reaches: the passes themselves do so at their
+end (FiniteCheck.finish). Where all units are stored the probes are run all the same: telling takes longer than they.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache, partial
 from typing import Any
 
+import torch
+
+from ..data.batches import Batch, in_order
 from ..data.changing import reference
 from ..data.readers import Reader
+from ..errors import JoinError
 from ..methods.plan import Plan, Point, curvatures, projected
 from ..model.layers.tracked import TrackedLayer
 from ..model.loss_view import LossView
 from ..scoring.query_sets import QuerySet
 from ..stage.context import StageContext
-from .losses import check_loss
+from ..tasks.task import defines_output
+from .losses import check_loss, check_reached
 from .probe_examples import MOST, probe_examples
 from .sampling import check_sampling
+
+_FURTHER = 64  # examples, among which `check` looks for layers that no probe reaches
 
 
 class Guards:
@@ -32,6 +41,28 @@ class Guards:
 
     def __init__(self) -> None:
         self._passed: list[tuple[tuple[Any, ...], Callable[[], Any]]] = []  # what was probed, and of which dataset
+
+    def check(self, context: StageContext, data: Any, queries: QuerySet | None, sampling: bool) -> LossView:
+        """Probe anew what `fit` and `score` may of one stage, and look further for layers that no probe reaches.
+
+        queries: None where there are none; sampling: whether pseudo-labels are probed. Returns the view of the training
+        loss.
+        """
+        reader, stage, layers = context.train_reader(data), context.stage, context.layers.tracked
+        make = lru_cache(1)(partial(context.loss_view, "train", data))
+        _probe_loss(context, reader, MOST, make, further=True)
+        self._note((stage, "train", *layers), data)
+        for loss in queries.losses(context, layers) if queries else ():
+            _probe_loss(context, loss.reader, MOST, loss.view, further=True)
+            self._note((stage, *loss.what), loss.data)
+        if defines_output(context.task):
+            _probe_loss(context, reader, MOST, partial(context.loss_view, "output", data), further=True)
+            self._note((stage, "output"), data)
+        if sampling:
+            _probe_sampling(context, data, MOST, make(), covariances=True)
+            for joined in (False, True):
+                self._note((stage, "sample", joined), data)
+        return make()
 
     def before_fit(
         self, contexts: Sequence[StageContext], trains: Sequence[Any], plans: Sequence[Plan] | None, batch_size: int
@@ -87,9 +118,13 @@ class Guards:
         if not any(context.ranks.gather(not known)):
             return False
         probe()
+        self._note(what, data)
+        return True
+
+    def _note(self, what: tuple[Any, ...], data: Any) -> None:
+        """Note what was found to be in order, and of which dataset."""
         self._passed = [pair for pair in self._passed if pair[1]() is not None]
         self._passed.append((what, reference(data)))
-        return True
 
 
 def _probe_loss(
@@ -97,12 +132,26 @@ def _probe_loss(
     reader: Reader,
     batch_size: int,
     make_view: Callable[[], LossView],
+    further: bool = False,
 ) -> None:
-    """Probe a loss at the stage's last checkpoint."""
+    """Probe a loss at the stage's last checkpoint; further: and in more examples where layers are not reached."""
     context.load(context.last)
-    view = make_view()
+    view, where = make_view(), context.where(context.last)
+    reached: set[str] = set()
     for examples in probe_examples(reader, view.device, _most(batch_size)):
-        check_loss(view, examples, context.where(context.last))
+        reached |= check_loss(view, examples, where)
+    if further:
+        reader.check_steady(context.ranks)
+        check_reached(view, reached, _few_batches(reader, view.device), where)
+
+
+def _few_batches(reader: Reader, device: torch.device) -> Iterator[Batch]:
+    """The first examples of a dataset, one by one where they cannot be joined."""
+    for rows in in_order(min(len(reader), _FURTHER), MOST):
+        try:
+            yield from reader.probes([rows], device)
+        except JoinError:
+            yield from reader.probes([[row] for row in rows], device)
 
 
 def _probe_sampling(

@@ -25,6 +25,15 @@ from .optimizers import SECOND_MOMENTS
 
 MODEL, SECOND_MOMENT = "model.", "second_moment."  # what names begin with in a checkpoint of record()
 COUNTS = "example_counts"  # how often each example had been drawn
+Layouts = dict[str, tuple[tuple[int, ...], str]]  # of each tensor its shape, and its dtype as safetensors writes it
+_WRITTEN = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.bool: "BOOL",
+}
 
 
 def check_moment_files(kinds: Sequence[str], files: int, checkpoints: int) -> None:
@@ -106,6 +115,18 @@ def read_part(file: TensorFile, part: str) -> dict[str, Tensor]:
     return {name: file.tensor(part + name) for name in part_names(file, part)}
 
 
+def part_layouts(file: TensorFile, part: str) -> Layouts:
+    """The layouts of one part of a checkpoint, without reading its tensors."""
+    return {name: file.layout(part + name) for name in part_names(file, part)}
+
+
+def layouts(state: Mapping[str, Any]) -> Layouts:
+    """The layouts of tensors; of others, and of dtypes that no file is read as, ones that no file's equal."""
+    tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+    found: Layouts = {name: (tuple(t.shape), _WRITTEN.get(t.dtype, "")) for name, t in tensors.items()}
+    return dict.fromkeys(state, ((), "")) | found
+
+
 def numbers_of(tensor: Tensor) -> str:
     """What kind of numbers a tensor holds: one kind is not loaded into a model's tensor of another."""
     return "complex" if tensor.is_complex() else "real" if tensor.is_floating_point() else "whole"
@@ -123,6 +144,13 @@ def state_dict_names(path: Path) -> list[str]:
     if path.suffix == ".safetensors":
         return TensorFile(path, None, TrajectoryError).names()
     return list(_torch_state_dict(path, mmap=zipfile.is_zipfile(path)))  # other files are of torch before 1.6
+
+
+def state_dict_layouts(path: Path, sha256: str | None) -> Layouts:
+    """The layouts of the tensors in such a file, without reading them where its format allows that."""
+    if path.suffix == ".safetensors":
+        return part_layouts(TensorFile(path, sha256, TrajectoryError), "")
+    return layouts(_torch_state_dict(path, mmap=zipfile.is_zipfile(path)))
 
 
 def _torch_state_dict(path: Path, mmap: bool) -> dict[str, Tensor]:

@@ -25,11 +25,14 @@ from .checkpoints import (
     check_files,
     check_moment_files,
     check_moments,
+    layouts,
     numbers_of,
     open_recorded,
+    part_layouts,
     part_names,
     read_part,
     read_state_dict,
+    state_dict_layouts,
     state_dict_names,
 )
 from .motion import Moves, motion, steps_used
@@ -257,6 +260,18 @@ class Trajectory:
             *frozen,
         ]
         return "-".join(file_digest(path, TrajectoryError) for path in paths)
+
+    def fits(self, model: nn.Module, index: int) -> bool:
+        """Whether checkpoint `index` has the model's tensors, by their names, shapes and dtypes alone.
+
+        Where it has not, `load_into` may convert it all the same, or tells what is wrong.
+        """
+        recorded = self._file(index)
+        if recorded is None:
+            found = state_dict_layouts(self.checkpoints[index], self._recorded.sha256.get(index))
+        else:
+            found = self._recorded.frozen_layouts() | part_layouts(recorded, MODEL)
+        return found == layouts(model.state_dict())
 
     def load_into(self, model: nn.Module, index: int | Mapping[int, float]) -> None:
         """Copy checkpoint `index` into `model`; TrajectoryError names what does not fit.

@@ -36,7 +36,7 @@ class Mixed(nn.Module):
 
 
 def test_the_report_says_what_share_is_attributed_and_why_the_rest_is_not(tmp_path: Path) -> None:
-    report = check(tmp_path, sf.tasks.Classification(), Mixed())
+    report = check(tmp_path, TaskOf(), Mixed())
     assert (report.attributed, report.parameters) == (57, 72)
     lines = str(report).splitlines()
     assert lines[0] == "attributed: 57 of 72 trained parameters (79.2%)"
