@@ -138,9 +138,8 @@ class Analyzer:
     ) -> checks.CheckReport:
         """Say what is wrong with the task, the model or the trajectory, before hours are spent.
 
-        On a few examples: the loss is a sum over the batch, repeats itself, reaches every tracked layer and is finite,
-        and `sample=True` is honoured; every checkpoint is one of this model. What was checked, `fit` and `score` do not
-        check again.
+        On a few examples: the loss is a sum over the batch, repeats itself, reaches every layer and is finite, and
+        `sample=True` is honoured; every checkpoint fits the model. `fit` and `score` do not probe the same again.
 
         Args:
             train: the training data, as given to `fit`; of an ensemble the losses are those of the first run.
@@ -150,8 +149,8 @@ class Analyzer:
             curvature_tolerance: the factor, at least 1, by which it may be off.
 
         Returns:
-            A report that prints what share of the trained parameters is attributed, and what is not, and why. Where
-            that is less than 95%, a UserWarning says so (here, or in `fit` and `score` where they come first).
+            A report that prints what share of the trained parameters is attributed, and why the rest is not. Below 95%
+            a UserWarning says so; `fit` and `score` warn as well if they come first.
 
         Raises:
             TaskError, LayerError, TrajectoryError: naming the fault.
@@ -163,7 +162,8 @@ class Analyzer:
                 checks.check_checkpoints(contexts, trains)
                 if not self._automatic:
                     self._check_needs(contexts, trains, None)
-            report = checks.check_run(self._guards, self._coverages, self.runs[0], trains, query, of_curvature)
+            plans = None if self._automatic else self._plans(self.runs[0], trains, None)
+            report = checks.check_run(self._guards, self._coverages, self.runs[0], trains, query, of_curvature, plans)
         return replace(report, sizes=sizes_of(self.method))
 
     def fit(self, train: Any, batch_size: int = 128) -> None:

@@ -25,7 +25,6 @@ from ..model.layers.tracked import TrackedLayer
 from ..model.loss_view import LossView
 from ..scoring.query_sets import QuerySet
 from ..stage.context import StageContext
-from ..tasks.task import defines_output
 from .losses import check_loss, check_reached
 from .probe_examples import MOST, probe_examples
 from .sampling import check_sampling
@@ -42,20 +41,30 @@ class Guards:
     def __init__(self) -> None:
         self._passed: list[tuple[tuple[Any, ...], Callable[[], Any]]] = []  # what was probed, and of which dataset
 
-    def check(self, context: StageContext, data: Any, queries: QuerySet | None, sampling: bool) -> LossView:
+    def check(
+        self,
+        context: StageContext,
+        data: Any,
+        queries: QuerySet | None,
+        sampling: bool,
+        plans: Sequence[Plan] | None,
+    ) -> LossView:
         """Probe anew what `fit` and `score` may of one stage, and look further for layers that no probe reaches.
 
-        queries: None where there are none; sampling: whether pseudo-labels are probed. Returns the view of the training
-        loss.
+        queries: None where there are none; sampling: whether pseudo-labels are probed; plans: None where they are not
+        known. Returns the view of the training loss.
         """
         reader, stage, layers = context.train_reader(data), context.stage, context.layers.tracked
+        context.load(context.last)
+        if queries is not None:
+            queries.check(context, layers)
         make = lru_cache(1)(partial(context.loss_view, "train", data))
         _probe_loss(context, reader, MOST, make, further=True)
         self._note((stage, "train", *layers), data)
         for loss in queries.losses(context, layers) if queries else ():
             _probe_loss(context, loss.reader, MOST, loss.view, further=True)
             self._note((stage, *loss.what), loss.data)
-        if defines_output(context.task):
+        if stage in _stages_of_outputs(plans):
             _probe_loss(context, reader, MOST, partial(context.loss_view, "output", data), further=True)
             self._note((stage, "output"), data)
         if sampling:
@@ -71,7 +80,7 @@ class Guards:
         terms = tuple(term for plan in plans or () for term in plan)
         sampled = {curvature.stage for curvature in curvatures(terms)}
         covariances = {curvature.stage for curvature in curvatures(terms) if curvature.kind != "diagonal"}
-        outputs = {inverse.stage for inverse in projected(terms) if inverse.features == "output"}
+        outputs = _stages_of_outputs(plans)
         for context, data in _given(contexts, trains):
             view = self._train(context, data, batch_size)
             if plans is None or context.stage in sampled:
@@ -134,8 +143,12 @@ def _probe_loss(
     make_view: Callable[[], LossView],
     further: bool = False,
 ) -> None:
-    """Probe a loss at the stage's last checkpoint; further: and in more examples where layers are not reached."""
-    context.load(context.last)
+    """Probe a loss at the stage's last checkpoint.
+
+    further: as `check` does, which has loaded the checkpoint: more examples are run where layers are not reached.
+    """
+    if not further:
+        context.load(context.last)
     view, where = make_view(), context.where(context.last)
     reached: set[str] = set()
     for examples in probe_examples(reader, view.device, _most(batch_size)):
@@ -167,6 +180,12 @@ def _probe_sampling(
     sample = replace(view, kind="sample", seed=context.settings.seed, place=context.trajectory.steps[0])
     for examples in probe_examples(context.train_reader(dataset), view.device, _most(batch_size)):
         check_sampling(sample, examples, context.where(first), covariances)
+
+
+def _stages_of_outputs(plans: Sequence[Plan] | None) -> set[int]:
+    """The stages whose task's output function the plans' terms need."""
+    terms = tuple(term for plan in plans or () for term in plan)
+    return {inverse.stage for inverse in projected(terms) if inverse.features == "output"}
 
 
 def _most(batch_size: int) -> int:

@@ -135,7 +135,7 @@ def _require_split(view: LossView, whole: Probed, alone: Sequence[Probed], noise
             raise LayerError(
                 f"layer {name!r}: an example's gradient of the {view.kind} loss differs alone and in a batch, as where "
                 "the model sorts or mixes the examples of a batch, or padding is not masked. Keep examples in order "
-                "in front of the layer and mask what pads them, or leave it out of get_influence_tracked_modules()."
+                f"in front of the layer and mask what pads them, or leave it out: Analyzer(..., exclude=[{name!r}])."
             )
 
 

@@ -9,12 +9,13 @@ from typing import Any
 from .. import tasks
 from ..arguments import real_number, settle, truth
 from ..errors import TaskError
-from ..methods.plan import Point
+from ..methods.plan import Plan, Point
+from ..model.loss_view import LossView
 from ..runtime.progress import track
 from ..scoring.query_sets import query_set
 from ..stage.context import StageContext
 from .check_report import CheckReport
-from .coverage import Coverage, Coverages
+from .coverage import Coverages
 from .curvature_scale import CurvatureScale, curvature_scale, require_scale
 from .guards import Guards
 from .probe_examples import probe_examples
@@ -65,42 +66,36 @@ def check_run(
     trains: Sequence[Any],
     query: Any | None,
     curvature: CurvatureCheck,
+    plans: Sequence[Plan] | None,
 ) -> CheckReport:
-    """Check every stage of a run whose training data is given; queries are those of the last. See `check_stage`."""
+    """Check every stage of a run whose training data is given; queries are those of the last.
+
+    plans: the method's, None where they are not known before the fit. Call it inside `observing(model)`. Raises
+    TaskError and LayerError.
+    """
     reports: dict[str, CheckReport] = {}
     for context, train in zip(contexts, trains, strict=True):
         if train is not None:
             stage = context.trajectory.stage
-            data = (train, query if context is contexts[-1] else None)
-            reports[stage] = check_stage(guards, context, coverages[stage], data, curvature)
+            queries = None if query is None or context is not contexts[-1] else query_set(query)
+            view = guards.check(context, train, queries, curvature.tolerance < float("inf"), plans)
+            scale = _scale(context, view, train, curvature)
+            skipped, seen = context.layers.skipped, context.trajectory.observed
+            reports[stage] = CheckReport(coverages[stage], skipped, scale, seen)
     *earlier, (_, last) = reports.items()
     return replace(last, earlier=dict(earlier))
 
 
-def check_stage(
-    guards: Guards, context: StageContext, coverage: Coverage, data: tuple[Any, Any], curvature: CurvatureCheck
-) -> CheckReport:
-    """Check one stage's training loss and pseudo-labels, and the measurement where queries are given.
+def _scale(context: StageContext, view: LossView, train: Any, curvature: CurvatureCheck) -> CurvatureScale:
+    """The scale of the curvature of `sample=True`, or why it is not measured; TaskError where it is too far off.
 
-    Call it inside `observing(model)`. Raises TaskError and LayerError.
-
-    Args:
-        coverage: of this stage, for the report.
-        data: to train on, and the queries or None.
-        curvature: whether its scale is measured, and how far it may be off.
+    view: of the training loss.
     """
-    train, query = data
-    queries = None if query is None else query_set(query)
-    context.load(context.last)
-    if queries is not None:
-        queries.check(context, context.layers.tracked)
-    view = guards.check(context, train, queries, sampling=curvature.tolerance < float("inf"))
     if why_not := curvature.why_not(context.task):
-        scale = CurvatureScale(None, note=why_not)
-    else:
-        context.load(Point.at(context.stage, 0))  # the least converged checkpoint: pseudo-labels still vary there
-        sample = replace(view, kind="sample", seed=context.settings.seed)
-        few = probe_examples(context.train_reader(train), view.device)[0]
-        scale = curvature_scale(view, sample, few, curvature.tolerance)
-        require_scale(scale, curvature.tolerance, context.task)
-    return CheckReport(coverage, context.layers.skipped, scale, context.trajectory.observed)
+        return CurvatureScale(None, note=why_not)
+    context.load(Point.at(context.stage, 0))  # the least converged checkpoint: pseudo-labels still vary there
+    sample = replace(view, kind="sample", seed=context.settings.seed)
+    few = probe_examples(context.train_reader(train), view.device)[0]
+    scale = curvature_scale(view, sample, few, curvature.tolerance)
+    require_scale(scale, curvature.tolerance, context.task)
+    return scale

@@ -118,7 +118,8 @@ def make_loss_view(
     if unreached and (kind != "measurement" or not layout.axes):
         raise LayerError(
             f"layer {unreached[0]!r}: never reached by the {kind} loss's forward"
-            f"{f' (nor {unreached[1:]})' if unreached[1:] else ''}. Leave it out with get_influence_tracked_modules()."
+            f"{f' (nor {unreached[1:]})' if unreached[1:] else ''}. Leave out what is not used: "
+            f"Analyzer(..., exclude={unreached})."
         )
     view = LossView(model, task, kind, layers, layout)
     if kind != "sample":  # pseudo-labels may differ between two evaluations
