@@ -215,7 +215,9 @@ def test_the_warning_names_the_stage_that_it_is_about(tmp_path: Path) -> None:
         analyzer.check({"pretrain": vectors(N), "finetune": vectors(N)})
     assert "finetune" not in str(one[0].message)
     last = analyzer_of(model, both, tmp_path / "store", TaskOf(), method=sf.TracIn())
-    assert last.check({"finetune": vectors(N)}).attributed == 57, "the stage whose data is given is attributed whole"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert last.check({"finetune": vectors(N)}).attributed == 57, "no data of the other stage is given"
 
 
 def test_layers_that_were_chosen_are_warned_of_too(tmp_path: Path) -> None:

@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from torch.utils.data import Subset, TensorDataset
 
 import segflow as sf
+from segflow.data.batches import evenly_spaced
 
 from ..support.check_tasks import (
+    Branches,
     N,
     Regularised,
     TaskOf,
@@ -22,6 +24,7 @@ from ..support.check_tasks import (
     in_train_mode,
     mean_loss,
     raising,
+    summed,
 )
 from ..support.helpers import ConvNet, analyzer_of, mlp, perturbed_states, trajectory_of, vectors
 
@@ -200,34 +203,53 @@ def test_a_whole_number_in_place_of_a_weight_is_refused_wherever_it_is(tmp_path:
 
 
 class Rare(nn.Module):
-    """A side layer that only examples with a large first number reach."""
+    """Two side layers, one of which examples with a large first number reach, the other those with a small one."""
 
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.main, self.side = nn.Linear(5, 3), nn.Linear(5, 3)
+        self.main, self.high, self.low = nn.Linear(5, 3), nn.Linear(5, 3), nn.Linear(5, 3)
         self.double()
 
     def forward(self, x: Tensor) -> Tensor:
-        large = x[:, :1] > 5
-        return (
-            torch.where(large, self.main(x) + self.side(x), self.main(x))
-            if large.any()
-            else self.main(x) + (0 * self.side(x).detach())
-        )
+        outputs = self.main(x)
+        for side, reached in ((self.high(x), x[:, :1] > 5), (self.low(x), x[:, :1] < -5)):
+            outputs = torch.where(reached, outputs + side, outputs) if reached.any() else outputs + 0 * side.detach()
+        return outputs
 
 
-@pytest.mark.parametrize(("place", "found"), [(17, True), (70, False)])
-def test_a_layer_that_no_probe_reaches_is_looked_for_in_64_examples(tmp_path: Path, place: int, found: bool) -> None:
+PROBED = evenly_spaced(80, 8)[-1]
+
+
+@pytest.mark.parametrize(
+    ("high", "low", "unreached"), [(17, 18, []), (17, PROBED, []), (70, PROBED, ["high"]), (70, 70, ["high", "low"])]
+)
+def test_a_layer_that_no_probe_reaches_is_looked_for_in_64_examples(
+    tmp_path: Path, high: int, low: int, unreached: list[str]
+) -> None:
     inputs, labels = vectors(80).tensors
     inputs = inputs.clamp(-4, 4)
-    inputs[place, 0] = 9.0
-    train = TensorDataset(inputs, labels)
-    if found:
-        assert check(tmp_path, TaskOf(), Rare(), train).attributed == 36
+    inputs[low, 0], inputs[high, 0] = -9.0, 9.0
+    if unreached == ["high", "low"]:
+        inputs[low, 0] = 0.0
+    assert PROBED >= 64
+    if not unreached:
+        assert check(tmp_path, TaskOf(), Rare(), TensorDataset(inputs, labels)).attributed == 54
         return
-    with pytest.raises(sf.LayerError, match=r"layer 'side' was never reached.*exclude=\['side'\]"):
-        check(tmp_path, TaskOf(), Rare(), train)
+    with pytest.raises(sf.LayerError, match=rf"was never reached.*exclude={re.escape(str(unreached))}"):
+        check(tmp_path, TaskOf(), Rare(), TensorDataset(inputs, labels))
+
+
+def test_a_measurement_may_call_a_layer_that_it_does_not_depend_on(tmp_path: Path) -> None:
+    def of_main(batch: Any, model: Any) -> Tensor:
+        return (model.main(batch[0]) + model.side(batch[0]).detach()).square().sum()
+
+    def of_both(batch: Any, model: Any) -> Tensor:
+        return summed((model.main(batch[0]) + model.side(batch[0]), batch[1]), nn.Identity())
+
+    task = TaskOf(of_both, of_both, of_main)
+    task.draws_labels = False
+    assert check(tmp_path, task, Branches("detached"), query=vectors(4)).attributed == 36
 
 
 def test_the_output_function_is_tried_where_the_method_needs_it(tmp_path: Path) -> None:
