@@ -537,3 +537,31 @@ def test_segments_partition_the_steps_and_their_lr_steps_and_decay_add_up(tmp_pa
     assert sum(part.lr_steps[0] for part in parts) == pytest.approx(effective.sum(), rel=1e-12)
     shrunk = sum(part.decay_steps[0] for part in parts)
     assert shrunk == pytest.approx((effective * w).sum(), rel=1e-12)
+
+
+def test_whether_a_checkpoint_fits_is_told_by_names_shapes_and_dtypes_in_every_format(tmp_path: Path) -> None:
+    model = mlp()
+    states = {
+        "same": model.state_dict(),
+        "single": mlp(torch.float32).state_dict(),
+        "fewer": dict(list(model.state_dict().items())[:-1]),
+        "shape": model.state_dict() | {"4.bias": torch.zeros(4, dtype=torch.float64)},
+        "old": model.state_dict(),
+    }
+    for name, state in states.items():
+        torch.save(state, tmp_path / f"{name}.pt", _use_new_zipfile_serialization=name != "old")
+    trajectory = sf.Trajectory([tmp_path / f"{name}.pt" for name in states], range(1, 6), 0.1, 5)
+    fitting = {name: trajectory.fits(model, index) for index, name in enumerate(states)}
+    assert fitting == {"same": True, "single": False, "fewer": False, "shape": False, "old": True}
+
+
+def test_a_recordings_checkpoint_fits_with_its_frozen_parameters(tmp_path: Path) -> None:
+    model = mlp()
+    model[0].requires_grad_(False)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    with sf.record(model, optimizer, tmp_path / "run", dataset_size=4, checkpoints=1, total_steps=1):
+        model(torch.ones(4, 5, dtype=torch.float64)).sum().backward()
+        optimizer.step()
+    trajectory = sf.Trajectory.load(tmp_path / "run")
+    assert trajectory.fits(model, len(trajectory) - 1)
+    assert not trajectory.fits(mlp(torch.float32), len(trajectory) - 1)
