@@ -66,7 +66,12 @@ def network(width: int, layers: int, vocabulary: int, tied: bool) -> GPT2LMHeadM
     """A GPT-2, always with the same weights."""
     torch.manual_seed(0)
     sizes: dict[str, Any] = {"n_embd": width, "n_layer": layers, "n_head": max(1, width // 64), "n_positions": LENGTH}
-    tokens: dict[str, Any] = {"vocab_size": vocabulary, "bos_token_id": 0, "eos_token_id": 0, "tie_word_embeddings": tied}
+    tokens: dict[str, Any] = {
+        "vocab_size": vocabulary,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+        "tie_word_embeddings": tied,
+    }
     return GPT2LMHeadModel(GPT2Config(**sizes, **tokens))
 
 

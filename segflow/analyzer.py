@@ -14,13 +14,13 @@ import numpy as np
 from torch import nn
 
 from . import checks
-from .arguments import names, real_number
+from .arguments import names
 from .curvature.fitted_factors import FittedFactors, checkpoint_statistics
 from .curvature.fitting import FactorFitter
 from .curvature.fitting_needs import Needs, check_needs, fitting_needs
 from .data.batches import Collate, checked_batch_size
 from .data.changing import one_call
-from .errors import ScoreError, TaskError, check_choice
+from .errors import ScoreError, check_choice
 from .groups.features import check_kind, example_features
 from .groups.groups import Groups, check_groups
 from .methods.method import Cuts, Method, check_cuts, describe, is_additive, is_automatic, prefixed, sizes_of, uncut
@@ -134,6 +134,7 @@ class Analyzer:
         check_alike(self.runs)
         check_unfilled(self.runs)
         self._guards = checks.Guards()
+        self._coverages = checks.Coverages(self.runs[0])
         for contexts in self.runs:  # refuses now what does not fit
             self._uncut_plan(contexts)
 
@@ -147,36 +148,43 @@ class Analyzer:
         """Whether plans need statistics of the checkpoints."""
         return is_automatic(self.method)
 
-    def check(self, train: Any, query: Any | None = None, *, curvature_tolerance: float = 1.25) -> checks.CheckReport:
+    def check(
+        self,
+        train: Any,
+        query: Any | None = None,
+        *,
+        curvature: bool | None = None,
+        curvature_tolerance: float = 1.25,
+    ) -> checks.CheckReport:
         """Say what is wrong with the task, the model or the trajectory, before hours are spent.
 
-        On a few batches: the loss is a sum over the batch, repeats itself, reaches every tracked layer and is finite;
-        `sample=True` has the exact Gauss-Newton curvature's scale to within `curvature_tolerance`; every checkpoint
-        fits the model. With `query`, the measurement is checked likewise. Of an ensemble the losses are those of the
-        first run; training data is given as to `fit`.
+        On a few examples: the loss is a sum over the batch, repeats itself, reaches every layer and is finite, and
+        `sample=True` is honoured; every checkpoint fits the model. `fit` and `score` do not probe the same again.
+
+        Args:
+            train: the training data, as given to `fit`; of an ensemble the losses are those of the first run.
+            query: what `score` is to be given, whose measurement is then checked likewise.
+            curvature: measure whether `sample=True` has the exact Gauss-Newton curvature's scale; None does so for a
+                task of your own.
+            curvature_tolerance: the factor, at least 1, by which it may be off.
 
         Returns:
-            A report that prints what share of the parameters is attributed, and what is not, and why.
+            A report that prints what share of the trained parameters is attributed, and why the rest is not. Below 95%
+            a UserWarning says so; `fit` and `score` warn as well if they come first.
 
         Raises:
             TaskError, LayerError, TrajectoryError: naming the fault.
         """
-        tolerance = real_number("curvature_tolerance", curvature_tolerance, TaskError, 1, finite=False)
-        trains = self._by_stage(train)
-        given = [place for place, data in enumerate(trains) if data is not None]
-        reports: dict[str, checks.CheckReport] = {}
+        of_curvature, trains = checks.CurvatureCheck(curvature, curvature_tolerance), self._by_stage(train)
         with self._call("check", store=False):
+            self._coverages.warn(trains, stacklevel=2)
             for contexts in self.runs:
-                checks.check_checkpoints(contexts[given[0] :])
+                checks.check_checkpoints(contexts, trains)
                 if not self._automatic:
                     self._check_needs(contexts, trains, None)
-            for context, data in zip(self.runs[0], trains, strict=True):
-                if data is not None:
-                    of_stage = query if context is self.context else None
-                    report = checks.check_stage(context, data, of_stage, tolerance)
-                    reports[context.trajectory.stage] = report
-        *earlier, last = reports.items()
-        return replace(last[1], earlier=dict(earlier), sizes=sizes_of(self.method))
+            plans = None if self._automatic else self._plans(self.runs[0], trains, None)
+            report = checks.check_run(self._guards, self._coverages, self.runs[0], trains, query, of_curvature, plans)
+        return replace(report, sizes=sizes_of(self.method))
 
     def fit(self, train: Any, batch_size: int = 128) -> None:
         """Fit what the method needs of the training data; what the store holds already is not done again.
@@ -205,6 +213,7 @@ class Analyzer:
         ):
             return
         with self._call("fit", batch_size=batch_size):
+            self._coverages.warn(trains, stacklevel=2)
             if not self._automatic:  # before hours are spent
                 for contexts in self.runs:
                     self._check_needs(contexts, trains, None)
@@ -282,6 +291,7 @@ class Analyzer:
             )
         of_runs: list[RunParts] = []
         with self._call("score", batch_size=batch_size, groups=len(groups), queries=len(queries)):
+            self._coverages.warn(trains, stacklevel=2)
             self._guards.before_score(self.runs[0], trains, queries, place, batch_size)
             for contexts in self.runs:
                 fitted = FittedFactors(contexts, trains)

@@ -254,7 +254,7 @@ def test_the_demo_runs_and_leaves_its_figure(
         arguments = ["demo", "--out", str(tmp_path), "--retrainings", "1", "--processes", "1", "--quiet"]
         assert cli.main(arguments) == 0
     printed = capsys.readouterr().out
-    assert "attributed: 8,970 of 8,970 parameters (100.0%)" in printed
+    assert "attributed: 8,970 of 8,970 trained parameters (100.0%)" in printed
     for method in ("Source", "InfluenceFunction", "TracIn"):
         assert f"\n| `{method}` | " in printed
     written = json.loads((tmp_path / "demo.json").read_text())

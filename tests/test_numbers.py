@@ -368,7 +368,7 @@ REAL = {
     "curvature_tolerance": Door(
         "curvature_tolerance",
         64.5,
-        lambda x, folder: str(_classifier(folder).check(DATA, curvature_tolerance=x)),
+        lambda x, folder: str(_classifier(folder).check(DATA, curvature=True, curvature_tolerance=x)),
     ),
 }
 
@@ -391,6 +391,7 @@ TRUTH = {
         "worst", True, lambda yes: sf.properties.EqualisedOddsGap(DATA, [0, 1] * 6, worst=yes).evaluate(MODEL)
     ),
     "Analyzer progress": _set_up("progress", False),
+    "check curvature": Door("curvature", True, lambda yes, folder: str(_classifier(folder).check(DATA, curvature=yes))),
 }
 
 

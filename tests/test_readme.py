@@ -38,7 +38,7 @@ def test_the_api_example_runs_and_is_short(
     exec(compile(code, "README.md", "exec"), given)
     assert given["scores"].values.shape == (5, 4)
     assert set(given["table"].columns) == {"books", "code", "mail", "web"}
-    assert "attributed: 79 of 79 parameters (100.0%)" in capsys.readouterr().out
+    assert "attributed: 79 of 79 trained parameters (100.0%)" in capsys.readouterr().out
 
     by_hand = given["scores"].values.double()
     given["train_and_measure"] = lambda kept, seed: (3 * (by_hand.sum(1) - by_hand[:, kept].sum(1))).tolist()
@@ -78,7 +78,7 @@ def test_the_language_model_task_has_the_curvature_s_scale(tmp_path: Path) -> No
     analyzer = analyzer_of(model, trajectory, tmp_path / "store", given["LanguageModel"](), method=sf.Source(1))
     report = analyzer.check(data, data)
     assert report.curvature.factor == pytest.approx(1, abs=4 * report.curvature.error)
-    assert "embed: Embedding is not supported" in str(report)
+    assert "Embedding is not supported: 1 module, 42 parameters (embed)" in str(report)
 
 
 def test_the_commands_and_the_picture_exist() -> None:

@@ -3,28 +3,33 @@
 Averaged over draws, the second moment of the sampled loss's gradients must be the Gauss-Newton matrix J^T H J, where J
 is the Jacobian of the model's outputs and H the loss's Hessian in the outputs (Martens 2020, arXiv 1412.1193).
 
-Axes: D draws of pseudo-labels, L layers, R directions, B examples.
+J v is computed once for each direction v. An example's sampled gradient along v is then its slopes in the outputs times
+J v, so that a draw costs a forward; that the outputs are all that the sampled loss sees of the parameters is tried.
+
+Axes: D draws of pseudo-labels, R directions, B examples.
 """
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Mapping, MutableMapping
-from dataclasses import dataclass, fields, is_dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..curvature.projection import Probes
 from ..data.batches import Batch
 from ..errors import TaskError
 from ..model.loss_view import LossView
-from ..model.observing import requiring_grad
 from ..runtime.sharding import is_sharded
-from .directions import DIRECTIONS, example_slopes, random_directions
+from .directions import DIRECTIONS, probed, random_probes
+from .gauss_newton import AlongDirections, differentiable, gauss_newton, loss_and_outputs
+from .probe_examples import ProbeExamples
 
-_DRAWS = 64  # sampled losses of the batch
+_FIRST, _MORE, _MOST = 16, 8, 128  # draws: before the first look at the standard error, between two looks, and at most
 _SURE = 3.0  # standard errors
+_LARGEST = 1 << 20  # numbers in the outputs and their slopes along all directions: of long ones, few examples suffice
 
 
 @dataclass(frozen=True)
@@ -47,26 +52,16 @@ class CurvatureScale:
         return f"curvature of sample=True: {self.factor:.3g} +- {self.error:.2g} times the exact Gauss-Newton curvature"
 
 
-def curvature_scale(train: LossView, sample: LossView, batch: Batch) -> CurvatureScale:
+def curvature_scale(train: LossView, sample: LossView, examples: ProbeExamples, tolerance: float) -> CurvatureScale:
     """The second moment of sampled gradients, divided by the exact Gauss-Newton curvature.
 
-    Both are summed over random directions. train, sample: views of the same model.
+    Both are summed over random directions, and over as many of the examples as fit a fixed size. train, sample: views
+    of the same model. Labels are drawn until the standard error is a quarter of what `tolerance` allows.
     """
-    if is_sharded(train.model):
-        return CurvatureScale(None, note="the model is sharded; check the task on a small unsharded model")
-    directions = random_directions(train)
     try:
-        exact = _gauss_newton_curvature(train, batch, directions)
-    except (RuntimeError, NotImplementedError) as problem:
-        return CurvatureScale(None, note=f"no second derivatives: {str(problem).splitlines()[0]}")
-    if exact is None or not exact > 0:
-        return CurvatureScale(None, note="the loss has no curvature in any tensor that the model returned")
-    draws = [replace(sample, seed=draw) for draw in range(_DRAWS)]
-    slopes_DLRB = torch.stack([torch.stack(list(example_slopes(draw, batch, directions).values())) for draw in draws])
-    moments = slopes_DLRB.sum(1).square().sum((1, 2)) / exact  # D draws, L layers, R directions, B examples
-    if getattr(train.task, "draws_labels", True) and bool((slopes_DLRB == slopes_DLRB[0]).all()):
-        return CurvatureScale(None, note="the model is so sure that its pseudo-labels do not vary")
-    return CurvatureScale(moments.mean().item(), (moments.std() / _DRAWS**0.5).item())
+        return _measured(train, sample, examples, tolerance)
+    except _NotMeasured as problem:
+        return CurvatureScale(None, note=str(problem))
 
 
 def require_scale(scale: CurvatureScale, tolerance: float, task: Any) -> None:
@@ -83,66 +78,89 @@ def require_scale(scale: CurvatureScale, tolerance: float, task: Any) -> None:
     )
 
 
-def _gauss_newton_curvature(view: LossView, batch: Batch, directions: Mapping[str, Tensor]) -> Tensor | None:
-    """The sum over directions v of (J v)^T H (J v); None where the loss bends in no output of the model."""
-    pairs = [
-        pair
-        for name, layer in view.layers.items()
-        for pair in zip(layer.parameters, layer.by_parameter(directions[name]), strict=True)
-    ]
-    parameters = [parameter for parameter, _ in pairs]
-    math_only = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
-    with torch.enable_grad(), requiring_grad(parameters), math_only:
-        outputs: list[Tensor] = []
-        handle = view.model.register_forward_hook(lambda _m, _i, output: _with_copies(output, outputs))
-        try:
-            loss = view.loss(batch)
-        finally:
-            handle.remove()
-        if not outputs:
-            return None
-        slopes = torch.autograd.grad(loss, outputs, create_graph=True, allow_unused=True)
-        used = [(z, s) for z, s in zip(outputs, slopes, strict=True) if s is not None and s.requires_grad]
-        if not used:
-            return None
-        form = torch.zeros((), dtype=torch.float64, device=view.device)
-        for r in range(DIRECTIONS):
-            form += _quadratic_form(used, parameters, [direction[r] for _, direction in pairs])
-    return form
+class _NotMeasured(Exception):
+    """Says why the scale cannot be measured."""
 
 
-def _quadratic_form(used: list[tuple[Tensor, Tensor]], parameters: list[Tensor], direction: list[Tensor]) -> Tensor:
-    """(J v)^T H (J v) for one direction v, by differentiating twice; used: outputs, and the loss's slopes in them."""
-    outputs, slopes = [z for z, _ in used], [s for _, s in used]
-    dummies = [torch.zeros_like(z, requires_grad=True) for z in outputs]
-    pulled = torch.autograd.grad(outputs, parameters, dummies, create_graph=True, allow_unused=True)
-    pairs = [(g, v) for g, v in zip(pulled, direction, strict=True) if g is not None]
-    pushed = torch.autograd.grad([g for g, _ in pairs], dummies, [v.to(g.dtype) for g, v in pairs])
-    bent = torch.autograd.grad(slopes, outputs, pushed, retain_graph=True, allow_unused=True)
-    forms = [(u.double() * h.double()).sum() for u, h in zip(pushed, bent, strict=True) if h is not None]
-    return torch.stack(forms).sum() if forms else torch.zeros(())
+def _measured(train: LossView, sample: LossView, examples: ProbeExamples, tolerance: float) -> CurvatureScale:
+    if is_sharded(train.model):
+        raise _NotMeasured("the model is sharded; check the task on a small unsharded model")
+    along = random_probes(train)
+    try:
+        batch = _affordable(train, examples)
+        exact = gauss_newton(train, batch, along)
+    except (RuntimeError, NotImplementedError) as problem:
+        raise _NotMeasured(f"no second derivatives: {str(problem).splitlines()[0]}") from problem
+    if exact is None or not exact.curvature > 0:
+        raise _NotMeasured("the loss has no curvature in any tensor that the model returned")
+    _require_all_in_outputs(sample, batch, along, exact)
+    slopes_DRB = _drawn_slopes(sample, batch, exact, min(tolerance, 1.25) - 1)
+    if getattr(train.task, "draws_labels", True) and bool((slopes_DRB == slopes_DRB[0]).all()):
+        raise _NotMeasured("the model is so sure that its pseudo-labels do not vary")
+    mean, error = _mean_and_error(slopes_DRB)
+    return CurvatureScale(mean / exact.curvature, error / exact.curvature)
 
 
-def _with_copies(output: Any, copies: list[Tensor]) -> Any:
-    """A model's (nested) output in which each differentiable tensor is a copy; the copies are added to `copies`.
+def _affordable(view: LossView, examples: ProbeExamples) -> Batch:
+    """As many of the examples in a batch as fit `_LARGEST`, at least one."""
+    with differentiable(view):
+        _, outputs = loss_and_outputs(view, examples.alone[0])
+    size = sum(output.numel() for output in outputs)
+    return examples.together(max(1, _LARGEST // (DIRECTIONS * max(1, size))))
 
-    The loss depends on a copy only where it uses that very output, not where another output was made from it (as
-    logits are from hidden states). What cannot be rebuilt stays as it is.
+
+def _drawn_slopes(sample: LossView, batch: Batch, exact: AlongDirections, allowed: float) -> Tensor:
+    """[D, R, B]: the slope of each example's loss along each direction, in draws of pseudo-labels.
+
+    There are as many draws as make the standard error of their mean square a quarter of what is allowed, relative.
     """
-    if isinstance(output, Tensor):
-        if not output.requires_grad:
-            return output
-        copies.append(output.clone())
-        return copies[-1]
-    if isinstance(output, MutableMapping):
-        rebuilt = copy.copy(output)
-        for key, value in output.items():
-            rebuilt[key] = _with_copies(value, copies)
-        return rebuilt
-    if isinstance(output, list | tuple):
-        items = [_with_copies(value, copies) for value in output]
-        return type(output)(*items) if hasattr(output, "_fields") else type(output)(items)
-    if is_dataclass(output) and not isinstance(output, type):
-        names = [field.name for field in fields(output) if field.init]
-        return replace(output, **{name: _with_copies(getattr(output, name), copies) for name in names})
-    return output
+    rows: list[Tensor] = []
+    for count in range(_FIRST, _MOST + 1, _MORE):
+        rows += [_slopes(replace(sample, seed=draw), batch, exact) for draw in range(len(rows), count)]
+        mean, error = _mean_and_error(torch.stack(rows))
+        if error <= mean * allowed / 4:
+            break
+    return torch.stack(rows)
+
+
+def _mean_and_error(slopes_DRB: Tensor) -> tuple[float, float]:
+    """The mean over draws of the sum of squares, and its standard error."""
+    squares_D = slopes_DRB.square().sum((1, 2))
+    return squares_D.mean().item(), (squares_D.std() / len(squares_D) ** 0.5).item()
+
+
+def _slopes(sample: LossView, batch: Batch, exact: AlongDirections) -> Tensor:
+    """[R, B]: the slope of each example's sampled loss along each direction, by its slopes in the outputs."""
+    with differentiable(sample):
+        loss, outputs = loss_and_outputs(sample, batch)
+    if len(outputs) != exact.returned:
+        raise _NotMeasured(f"with sample=True the model returns {len(outputs)} tensors instead of {exact.returned}")
+    used = [outputs[place] for place in exact.places]
+    slopes = torch.autograd.grad(loss, used, allow_unused=True, materialize_grads=True)
+    if any(slope.shape != pushed.shape[1:] for slope, pushed in zip(slopes, exact.pushed, strict=True)):
+        raise _NotMeasured("with sample=True the model's outputs have other shapes")
+    pairs = zip(exact.pushed, slopes, strict=True)
+    return torch.stack([_by_example(pushed * slope, batch.size) for pushed, slope in pairs]).sum(0)
+
+
+def _by_example(rows: Tensor, size: int) -> Tensor:
+    """[R, B]: sums over all but the axis of examples, which is the first or second of an output, or part of its first.
+
+    Where that is not so the sums are those of no example, as `_require_all_in_outputs` tells.
+    """
+    if rows.ndim > 2 and rows.shape[1] != size and rows.shape[2] == size:
+        rows = rows.transpose(1, 2)
+    if rows.ndim < 2 or rows.shape[1] % size:
+        raise _NotMeasured(f"an output of shape {tuple(rows.shape[1:])} has no axis of {size} examples")
+    return rows.double().reshape(len(rows), size, -1).sum(-1)
+
+
+def _require_all_in_outputs(
+    sample: LossView, batch: Batch, along: Mapping[str, Probes], exact: AlongDirections
+) -> None:
+    """Raise unless one draw's slopes are those of the gradients in the layers, of which nothing is then left out."""
+    expected_RB = _slopes(sample, batch, exact)
+    features = probed(sample, batch, along, "check, slopes").features
+    off = torch.linalg.vector_norm(torch.stack([*features.values()]).sum(0).T - expected_RB)
+    if off > (0.2 if sample.layout.coarse else 0.01) * torch.linalg.vector_norm(expected_RB):
+        raise _NotMeasured("with sample=True the loss depends on the parameters in another way than by those outputs")

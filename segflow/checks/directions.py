@@ -1,9 +1,8 @@
 """Random directions, and the slope of each example's loss along them: gradients are compared without forming them.
 
-Dense directions are for small models (curvature_scale.py differentiates along them); features along rank-one ones cost
-as little as a forward, whatever the model.
+The directions have rank one in each layer, so that features along them cost as little as a forward, whatever the model.
 
-Axes: R directions, B examples, k features, P parts, S positions, O outputs, I inputs of a layer.
+Axes: B examples, k features (one for each direction), P parts, S positions, I inputs of a layer.
 """
 
 from __future__ import annotations
@@ -23,27 +22,6 @@ from ..model.loss_view import LossView
 from ..model.tokens import Tokens
 
 DIRECTIONS = 8
-
-
-def random_directions(view: LossView) -> dict[str, Tensor]:
-    """Standard normal directions [R, P, O, I] for each layer, the same in every run."""
-    generator = torch.Generator().manual_seed(0)
-    return {
-        name: torch.randn(DIRECTIONS, *layer.shape, generator=generator, dtype=view.dtype).to(view.device)
-        for name, layer in view.layers.items()
-    }
-
-
-def example_slopes(view: LossView, batch: Batch, directions: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """<G_b, V> [R, B] in each layer: how the loss of example b changes along each direction V."""
-    slopes: dict[str, Tensor] = {}
-
-    def consume(layer: TrackedLayer, tokens: Tokens) -> None:
-        along = [tokens.times(direction_POI.mT) for direction_POI in directions[layer.name]]
-        slopes[layer.name] = torch.einsum("rpbso,pbso->rb", torch.stack(along), tokens.g_PBSO).double()
-
-    view.capture(batch, consume, FiniteCheck("check, slopes"))
-    return slopes
 
 
 class Inputs(NamedTuple):

@@ -1,28 +1,36 @@
 """Guards: cheap probes that `fit`, `score` and `features` run before their passes, once for each loss and dataset.
 
+`check` runs them all, whatever was probed before, and what it has probed need not be probed again.
+
 A loss takes at most 33 passes of single examples, the pseudo-labels 24 more, and what rounding may explain 16 more; so
-a dataset takes fewer than 100. A layer that no probe reaches is not judged here: the passes themselves do, at their end
-(FiniteCheck.finish). Where all units are stored the probes are run all the same: telling that takes longer than they.
+a dataset takes fewer than 100. `check` alone judges a layer that no probe reaches: the passes themselves do so at their
+end (FiniteCheck.finish). Where all units are stored the probes are run all the same: telling takes longer than they.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache, partial
 from typing import Any
 
+import torch
+
+from ..data.batches import Batch, in_order
 from ..data.changing import reference
 from ..data.readers import Reader
+from ..errors import JoinError
 from ..methods.plan import Plan, Point, curvatures, projected
 from ..model.layers.tracked import TrackedLayer
 from ..model.loss_view import LossView
 from ..model.representation_view import last_matrix
 from ..scoring.query_sets import QuerySet
 from ..stage.context import StageContext
-from .losses import check_loss
+from .losses import check_loss, check_reached
 from .probe_examples import MOST, probe_examples
 from .sampling import check_sampling
+
+_FURTHER = 64  # examples, among which `check` looks for layers that no probe reaches
 
 
 class Guards:
@@ -34,6 +42,38 @@ class Guards:
     def __init__(self) -> None:
         self._passed: list[tuple[tuple[Any, ...], Callable[[], Any]]] = []  # what was probed, and of which dataset
 
+    def check(
+        self,
+        context: StageContext,
+        data: Any,
+        queries: QuerySet | None,
+        sampling: bool,
+        plans: Sequence[Plan] | None,
+    ) -> LossView:
+        """Probe anew what `fit` and `score` may of one stage, and look further for layers that no probe reaches.
+
+        queries: None where there are none; sampling: whether pseudo-labels are probed; plans: None where they are not
+        known. Returns the view of the training loss.
+        """
+        reader, stage, layers = context.train_reader(data), context.stage, context.layers.tracked
+        context.load(context.last)
+        if queries is not None:
+            queries.check(context, layers)
+        make = lru_cache(1)(partial(context.loss_view, "train", data))
+        _probe_loss(context, reader, MOST, make, further=True)
+        self._note((stage, "train", *layers), data)
+        for loss in queries.losses(context, layers) if queries else ():
+            _probe_loss(context, loss.reader, MOST, loss.view, further=True)
+            self._note((stage, *loss.what), loss.data)
+        if stage in _stages_of_outputs(plans):
+            _probe_loss(context, reader, MOST, partial(context.loss_view, "output", data), further=True)
+            self._note((stage, "output"), data)
+        if sampling:
+            _probe_sampling(context, data, MOST, make(), covariances=True)
+            for joined in (False, True):
+                self._note((stage, "sample", joined), data)
+        return make()
+
     def before_fit(
         self, contexts: Sequence[StageContext], trains: Sequence[Any], plans: Sequence[Plan] | None, batch_size: int
     ) -> None:
@@ -41,7 +81,7 @@ class Guards:
         terms = tuple(term for plan in plans or () for term in plan)
         sampled = {curvature.stage for curvature in curvatures(terms)}
         covariances = {curvature.stage for curvature in curvatures(terms) if curvature.kind != "diagonal"}
-        outputs = {inverse.stage for inverse in projected(terms) if inverse.features == "output"}
+        outputs = _stages_of_outputs(plans)
         for context, data in _given(contexts, trains):
             view = self._train(context, data, batch_size)
             if plans is None or context.stage in sampled:
@@ -88,9 +128,13 @@ class Guards:
         if not any(context.ranks.gather(not known)):
             return False
         probe()
+        self._note(what, data)
+        return True
+
+    def _note(self, what: tuple[Any, ...], data: Any) -> None:
+        """Note what was found to be in order, and of which dataset."""
         self._passed = [pair for pair in self._passed if pair[1]() is not None]
         self._passed.append((what, reference(data)))
-        return True
 
 
 def _probe_loss(
@@ -98,12 +142,30 @@ def _probe_loss(
     reader: Reader,
     batch_size: int,
     make_view: Callable[[], LossView],
+    further: bool = False,
 ) -> None:
-    """Probe a loss at the stage's last checkpoint."""
-    context.load(context.last)
-    view = make_view()
+    """Probe a loss at the stage's last checkpoint.
+
+    further: as `check` does, which has loaded the checkpoint: more examples are run where layers are not reached.
+    """
+    if not further:
+        context.load(context.last)
+    view, where = make_view(), context.where(context.last)
+    reached: set[str] = set()
     for examples in probe_examples(reader, view.device, _most(batch_size)):
-        check_loss(view, examples, context.where(context.last))
+        reached |= check_loss(view, examples, where)
+    if further:
+        reader.check_steady(context.ranks)
+        check_reached(view, reached, _few_batches(reader, view.device), where)
+
+
+def _few_batches(reader: Reader, device: torch.device) -> Iterator[Batch]:
+    """The first examples of a dataset, one by one where they cannot be joined."""
+    for rows in in_order(min(len(reader), _FURTHER), MOST):
+        try:
+            yield from reader.probes([rows], device)
+        except JoinError:
+            yield from reader.probes([[row] for row in rows], device)
 
 
 def _probe_sampling(
@@ -119,6 +181,12 @@ def _probe_sampling(
     sample = replace(view, kind="sample", seed=context.settings.seed, place=context.trajectory.steps[0])
     for examples in probe_examples(context.train_reader(dataset), view.device, _most(batch_size)):
         check_sampling(sample, examples, context.where(first), covariances)
+
+
+def _stages_of_outputs(plans: Sequence[Plan] | None) -> set[int]:
+    """The stages whose task's output function the plans' terms need."""
+    terms = tuple(term for plan in plans or () for term in plan)
+    return {inverse.stage for inverse in projected(terms) if inverse.features == "output"}
 
 
 def _most(batch_size: int) -> int:

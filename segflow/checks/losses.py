@@ -30,12 +30,12 @@ _PERTURBATIONS = 2
 _NOISE = 4.0  # times what rounding the parameters changes may be noise
 
 
-def check_loss(view: LossView, examples: ProbeExamples, where: str) -> None:
+def check_loss(view: LossView, examples: ProbeExamples, where: str) -> set[str]:
     """Raise unless the loss repeats itself, leaves buffers alone, is finite, and is a sum over separate examples.
 
     That is so of the loss, and of each layer's share of the gradient. It runs at most 4 batches, and each example
-    alone; where rounding may explain a difference, each example alone twice more. where: names the checkpoint. Raises
-    TaskError and LayerError.
+    alone; where rounding may explain a difference, each example alone twice more. where: names the checkpoint. Returns
+    the layers that were reached; raises TaskError and LayerError.
     """
     along, where = random_probes(view), f"probe of the {view.kind} loss, {where}"
     before = {key: buffer.clone() for key, buffer in view.model.named_buffers()}
@@ -46,24 +46,28 @@ def check_loss(view: LossView, examples: ProbeExamples, where: str) -> None:
     _require_still(view, before)
     _require_repeated(view, together.loss, again)
     if len(examples.alone) == 1:
-        return
+        return {*together.features}
     alone = [_probed_alone(view, single, along, where) for single in examples.alone]
     noise = lru_cache(1)(partial(_rounding, view, examples.alone, alone, along))
     _require_split(view, together, alone, noise)
     if len(alone) <= _FEW:
         backwards = probed(view, examples.together(backwards=True), along, where)
         _require_split(view, backwards, alone[::-1], noise)
+    return {name for probe in (together, *alone) for name in probe.features}
 
 
-def check_reached(view: LossView, data: Iterable[Batch], where: str) -> None:
-    """Raise unless all numbers are finite, and a training loss reaches every tracked layer (other losses one or more).
+def check_reached(view: LossView, reached: set[str], data: Iterable[Batch], where: str) -> None:
+    """Raise unless a training loss reaches every tracked layer, and other losses one or more.
 
-    where: names the checkpoint in errors. Raises LayerError, and TaskError for a loss that is not finite.
+    reached: the layers that are known to be; data: walked only as far as others are still looked for. where: names the
+    checkpoint in errors. Raises LayerError, and TaskError for a loss that is not finite.
     """
-    finite = FiniteCheck(f"check, {view.kind} loss, {where}")
+    finite, found, every = FiniteCheck(f"check, {view.kind} loss, {where}"), set(reached), view.kind == "train"
     for batch in data:
-        view.capture(batch, lambda _layer, _tokens: None, finite)
-    finite.finish(view.layout.reached, Ranks(), every=view.kind == "train")
+        if found >= set(view.layout.reached) or (found and not every):
+            return
+        view.capture(batch, lambda layer, _tokens: found.add(layer.name), finite)
+    finite.finish(set(view.layout.reached) - reached, Ranks(), every)
 
 
 def require_no_mean(view: LossView, total: Tensor, parts: Tensor, count: int) -> None:
@@ -131,7 +135,7 @@ def _require_split(view: LossView, whole: Probed, alone: Sequence[Probed], noise
             raise LayerError(
                 f"layer {name!r}: an example's gradient of the {view.kind} loss differs alone and in a batch, as where "
                 "the model sorts or mixes the examples of a batch, or padding is not masked. Keep examples in order "
-                "in front of the layer and mask what pads them, or leave it out of get_influence_tracked_modules()."
+                f"in front of the layer and mask what pads them, or leave it out: Analyzer(..., exclude=[{name!r}])."
             )
 
 

@@ -1,4 +1,4 @@
-"""Whether a layer's inputs are those of the examples alone, as their covariance must be: padding is to be masked."""
+"""Whether layers' inputs are those of the examples alone, as their covariances must be: padding is to be masked."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from ..curvature.passes import checked_mask, mask_of
+from ..curvature.passes import checked_mask, ignored_mask, mask_of
 from ..data.batches import Batch
 from ..errors import TaskError
 from ..model.loss_view import LossView
@@ -17,6 +17,14 @@ _DO = (
     "Define get_attention_mask, 0 where a position is padding (a mapping by module names where layers see other "
     "positions; a mask of ones accepts padding as it is), or fit with batch_size=1."
 )
+
+
+def require_mask_used(view: LossView, batch: Batch, seen: Probed, where: str) -> None:
+    """Raise TaskError if the task masks positions of a batch, and not those of any layer; seen: of that batch."""
+    mask = checked_mask(view, batch)
+    shapes = {name: (batch.size, inputs.positions) for name, inputs in seen.inputs.items()}
+    if mask is not None and all(mask_of(view.layers[name], shape, mask) is None for name, shape in shapes.items()):
+        raise ignored_mask(where)
 
 
 def require_same_inputs(view: LossView, batch: Batch, draws: Sequence[Probed], alone: Sequence[Probed]) -> None:

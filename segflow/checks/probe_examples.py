@@ -32,9 +32,9 @@ class ProbeExamples:
         """Their places in the dataset."""
         return [int(batch.examples[0]) for batch in self.alone]
 
-    def together(self, backwards: bool = False) -> Batch:
-        """One batch of all of them."""
-        indices = self.indices[::-1] if backwards else self.indices
+    def together(self, most: int = MOST, backwards: bool = False) -> Batch:
+        """One batch of all of them, or of the first."""
+        indices = self.indices[::-1] if backwards else self.indices[:most]
         [batch] = self.reader.probes([indices], self.device)
         return batch
 

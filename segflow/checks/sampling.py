@@ -16,7 +16,7 @@ from ..model.loss_view import LossView
 from ..tasks.task import task_name
 from .directions import Probed, probed, random_probes
 from .losses import require_no_mean
-from .padding import require_same_inputs
+from .padding import require_mask_used, require_same_inputs
 from .probe_examples import ProbeExamples
 
 _DRAWS = 2
@@ -37,6 +37,8 @@ def check_sampling(view: LossView, examples: ProbeExamples, where: str, covarian
         watched.begin()
         view_of_draw = replace(view, task=watched, seed=view.seed + draw)
         draws.append(probed(view_of_draw, examples.together(), along, where))
+    if covariances:
+        require_mask_used(view, examples.together(), draws[0], where)
     if len(examples.alone) > 1:
         watched.begin()
         first = replace(view, task=watched)

@@ -1,83 +1,101 @@
-"""One stage of training checked on a few batches: its checkpoints, its losses, and the curvature of `sample=True`."""
+"""A run checked on a few examples, stage by stage: its checkpoints, its losses, and the curvature of `sample=True`."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
-from ..curvature.passes import covariances
-from ..data.batches import Batch, in_order
-from ..data.readers import Reader
-from ..errors import JoinError
-from ..methods.plan import Point
+from .. import tasks
+from ..arguments import real_number, settle, truth
+from ..errors import TaskError
+from ..methods.plan import Plan, Point
 from ..model.loss_view import LossView
 from ..runtime.progress import track
-from ..runtime.ranks import Ranks
 from ..scoring.query_sets import query_set
 from ..stage.context import StageContext
-from ..tasks.task import defines_output
 from .check_report import CheckReport
-from .curvature_scale import curvature_scale, require_scale
-from .losses import check_loss, check_reached
+from .coverage import Coverages
+from .curvature_scale import CurvatureScale, curvature_scale, require_scale
+from .guards import Guards
 from .probe_examples import probe_examples
-from .sampling import check_sampling
-
-_BATCH = 16  # examples of a batch
-_BATCHES = 4
 
 
-def check_checkpoints(contexts: Sequence[StageContext]) -> None:
-    """Raise TrajectoryError unless every checkpoint of these stages fits the model."""
-    points = [
-        (context, Point.at(context.stage, index)) for context in contexts for index in range(len(context.trajectory))
-    ]
-    for context, point in track(points, "checkpoints fit the model", enabled=contexts[-1].settings.progress):
-        context.load(point)
+@dataclass(frozen=True)
+class CurvatureCheck:
+    """Whether the scale of the curvature of `sample=True` is measured, and the factor by which it may be off.
 
-
-def check_stage(context: StageContext, train: Any, query: Any | None, curvature_tolerance: float) -> CheckReport:
-    """Check one stage's training loss and pseudo-labels, and the measurement where queries are given.
-
-    curvature_tolerance: the factor, at least 1, by which the curvature of `sample=True` may be off. Call it inside
-    `observing(model)`. Raises TaskError and LayerError.
+    Args:
+        wanted: None measures it of a user's own task; the scale of the ready-made ones is proved by tests.
+        tolerance: at least 1; infinity also leaves out whether `sample` changes anything from draw to draw.
     """
-    context.load(context.last)
-    view, reader = context.loss_view("train", train), context.train_reader(train)
-    _check_loss(context, view, reader)
-    if query is not None:
-        queries = query_set(query)
-        queries.check(context, view.layers)
-        for loss in queries.losses(context, view.layers):
-            _check_loss(context, loss.view(), loss.reader)
-    if defines_output(context.task):
-        _check_loss(context, context.loss_view("output", train), reader)
-    sample = replace(view, kind="sample", seed=context.settings.seed)
-    covariances(sample, _few_batches(context, reader), Ranks(), f"check, {context.where(context.last)}")
+
+    wanted: bool | None
+    tolerance: float
+
+    def __post_init__(self) -> None:
+        if self.wanted is not None:
+            settle(self, wanted=truth("curvature", self.wanted, TaskError))
+        settle(self, tolerance=real_number("curvature_tolerance", self.tolerance, TaskError, 1, finite=False))
+
+    def why_not(self, task: Any) -> str:
+        """Why it is not measured of a task; empty if it is."""
+        if self.wanted is False:
+            return "curvature=False"
+        if self.wanted is None and type(task).__module__.startswith(f"{tasks.__name__}."):
+            return f"segflow's own tests prove it for {type(task).__name__}; curvature=True measures it here"
+        return ""
+
+
+def check_checkpoints(contexts: Sequence[StageContext], trains: Sequence[Any]) -> None:
+    """Raise TrajectoryError unless every checkpoint fits the model, from the first stage on whose data is given.
+
+    Only one that does not fit by its tensors' names and shapes is loaded, which tells what is wrong with it.
+    """
+    first = next(place for place, data in enumerate(trains) if data is not None)
+    points = [(context, index) for context in contexts[first:] for index in range(len(context.trajectory))]
+    for context, index in track(points, "checkpoints fit the model", enabled=contexts[-1].settings.progress):
+        if not context.trajectory.fits(context.model, index):
+            context.load(Point.at(context.stage, index))
+
+
+def check_run(
+    guards: Guards,
+    coverages: Coverages,
+    contexts: Sequence[StageContext],
+    trains: Sequence[Any],
+    query: Any | None,
+    curvature: CurvatureCheck,
+    plans: Sequence[Plan] | None,
+) -> CheckReport:
+    """Check every stage of a run whose training data is given; queries are those of the last.
+
+    plans: the method's, None where they are not known before the fit. Call it inside `observing(model)`. Raises
+    TaskError and LayerError.
+    """
+    reports: dict[str, CheckReport] = {}
+    for context, train in zip(contexts, trains, strict=True):
+        if train is not None:
+            stage = context.trajectory.stage
+            queries = None if query is None or context is not contexts[-1] else query_set(query)
+            view = guards.check(context, train, queries, curvature.tolerance < float("inf"), plans)
+            scale = _scale(context, view, train, curvature)
+            skipped, seen = context.layers.skipped, context.trajectory.observed
+            reports[stage] = CheckReport(coverages[stage], skipped, scale, seen, view.slower)
+    *earlier, (_, last) = reports.items()
+    return replace(last, earlier=dict(earlier))
+
+
+def _scale(context: StageContext, view: LossView, train: Any, curvature: CurvatureCheck) -> CurvatureScale:
+    """The scale of the curvature of `sample=True`, or why it is not measured; TaskError where it is too far off.
+
+    view: of the training loss.
+    """
+    if why_not := curvature.why_not(context.task):
+        return CurvatureScale(None, note=why_not)
     context.load(Point.at(context.stage, 0))  # the least converged checkpoint: pseudo-labels still vary there
-    first = context.where(Point.at(context.stage, 0))
-    if curvature_tolerance < float("inf"):
-        for examples in probe_examples(reader, view.device):
-            check_sampling(sample, examples, first, covariances=True)
-    scale = curvature_scale(view, sample, next(_few_batches(context, reader)))
-    require_scale(scale, curvature_tolerance, context.task)
-    parameters = sum(parameter.numel() for parameter in context.model.parameters())
-    return CheckReport(context.parameters, parameters, context.layers.skipped, scale, context.trajectory.observed)
-
-
-def _check_loss(context: StageContext, view: LossView, reader: Reader) -> None:
-    """Check one loss, which `view` sees the model through, on a few examples."""
-    where = context.where(context.last)
-    reader.check_steady(context.ranks)
-    for examples in probe_examples(reader, view.device):
-        check_loss(view, examples, where)
-    check_reached(view, _few_batches(context, reader), where)
-
-
-def _few_batches(context: StageContext, reader: Reader) -> Iterator[Batch]:
-    device = next(context.model.parameters()).device
-    most = min(len(reader), _BATCHES * _BATCH)
-    try:
-        return iter(reader.probes(in_order(most, _BATCH), device))
-    except JoinError:
-        return iter(reader.probes(in_order(most, 1), device))
+    sample = replace(view, kind="sample", seed=context.settings.seed)
+    few = probe_examples(context.train_reader(train), view.device)[0]
+    scale = curvature_scale(view, sample, few, curvature.tolerance)
+    require_scale(scale, curvature.tolerance, context.task)
+    return scale

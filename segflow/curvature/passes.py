@@ -56,12 +56,17 @@ def covariances(view: LossView, data: Iterable[Batch], ranks: Ranks, where: str)
     finite.finish(view.layers, ranks)
     by_rank = ranks.gather([masks, used])
     if any(masks for masks, _ in by_rank) and not any(used for _, used in by_rank):
-        raise TaskError(
-            f"{finite.where}: get_attention_mask() fits no tracked layer's [examples, positions], so it would be "
-            "ignored. Return the mask of the positions that the layers see (shifted as the inputs are), or None."
-        )
+        raise ignored_mask(finite.where)
     ranks.sum_([total for sums in totals.values() for total in vars(sums).values()])
     return totals
+
+
+def ignored_mask(where: str) -> TaskError:
+    """The error for an attention mask that fits no layer."""
+    return TaskError(
+        f"{where}: get_attention_mask() fits no tracked layer's [examples, positions], so it would be ignored. Return "
+        "the mask of the positions that the layers see (shifted as the inputs are), or None."
+    )
 
 
 def corrected_eigenvalues(

@@ -97,6 +97,6 @@ class FiniteCheck:
             raise LayerError(
                 f"{self.where}: layer {unreached[0]!r} was never reached: no batch's loss depends on it"
                 f"{f' (nor on {unreached[1:]})' if unreached[1:] else ''}. "
-                "Leave it out with get_influence_tracked_modules() (under activation checkpointing, pass "
+                f"Leave out what is not used: Analyzer(..., exclude={unreached}) (under activation checkpointing, pass "
                 "use_reentrant=False)."
             )

@@ -60,8 +60,8 @@ def make_loss_view(
     if unreached and (kind != "measurement" or not view.layout.reached):
         raise LayerError(
             f"layer {unreached[0]!r}: never reached by the {kind} loss"
-            f"{f' (nor {unreached[1:]})' if unreached[1:] else ''}. Leave it out with exclude=, or with "
-            "get_influence_tracked_modules()."
+            f"{f' (nor {unreached[1:]})' if unreached[1:] else ''}. Leave out what is not used: "
+            f"Analyzer(..., exclude={unreached})."
         )
     return view
 

@@ -194,6 +194,12 @@ class TensorFile:
         """The tensors' names, in order."""
         return sorted(self._file.keys())
 
+    def layout(self, name: str) -> tuple[tuple[int, ...], str]:
+        """A tensor's shape, and its dtype as the format writes it ("F32"), without reading its numbers."""
+        with self._reading():
+            held = self._file.get_slice(name)
+            return tuple(held.get_shape()), str(held.get_dtype())
+
     def tensor(self, name: str, shape: Shape | None = None, kind: Kind | None = None) -> Tensor:
         """One tensor, on the CPU; one that is absent, or other than expected, is an error.
 

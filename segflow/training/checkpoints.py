@@ -26,6 +26,15 @@ from .optimizers import SECOND_MOMENTS
 
 MODEL, SECOND_MOMENT = "model.", "second_moment."  # what names begin with in a checkpoint of record()
 COUNTS = "example_counts"  # how often each example had been drawn
+Layouts = dict[str, tuple[tuple[int, ...], str]]  # of each tensor its shape, and its dtype as safetensors writes it
+_WRITTEN = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.bool: "BOOL",
+}
 
 
 def check_moment_files(kinds: Sequence[str], files: int, checkpoints: int) -> None:
@@ -97,6 +106,18 @@ def part_names(file: TensorFile, part: str) -> dict[str, str]:
 def read_part(file: TensorFile, part: str) -> dict[str, Tensor]:
     """The tensors of one part of a checkpoint, by their plain names without its prefix."""
     return {plain: file.tensor(name) for plain, name in part_names(file, part).items()}
+
+
+def part_layouts(file: TensorFile, part: str) -> Layouts:
+    """The layouts of one part of a checkpoint, without reading its tensors."""
+    return {plain: file.layout(name) for plain, name in part_names(file, part).items()}
+
+
+def layouts(state: Mapping[str, Any]) -> Layouts:
+    """The layouts of tensors; of others, and of dtypes that no file is read as, ones that no file's equal."""
+    tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+    found: Layouts = {name: (tuple(t.shape), _WRITTEN.get(t.dtype, "")) for name, t in tensors.items()}
+    return dict.fromkeys(state, ((), "")) | found
 
 
 def numbers_of(tensor: Tensor) -> str:

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..errors import TrajectoryError
 from ..runtime.sharding import plain_name
 from ..store.files import TensorFile, inside
-from .checkpoints import COUNTS, MODEL, read_part
+from .checkpoints import COUNTS, MODEL, Layouts, part_layouts, read_part
 from .motion import Moves
 from .optimizers import OptimizerConstants
 from .recording_folder import EXAMPLE_WEIGHTS, STEPS, Description
@@ -44,9 +44,14 @@ class Recorded:
 
     def frozen_state(self) -> dict[str, Tensor]:
         """The parameters that were frozen all along."""
-        if self.frozen is None:
-            return {}
-        return read_part(TensorFile(self.frozen, self.frozen_sha256, TrajectoryError), MODEL)
+        return {} if self.frozen is None else read_part(self._frozen_file(self.frozen), MODEL)
+
+    def frozen_layouts(self) -> Layouts:
+        """The layouts of the parameters that were frozen all along."""
+        return {} if self.frozen is None else part_layouts(self._frozen_file(self.frozen), MODEL)
+
+    def _frozen_file(self, path: Path) -> TensorFile:
+        return TensorFile(path, self.frozen_sha256, TrajectoryError)
 
 
 def read_recorded(folder: Path, description: Description) -> tuple[dict[str, Any], Recorded]:

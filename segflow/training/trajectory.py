@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..arguments import truth, whole_number
 from ..errors import TrajectoryError
-from ..runtime.sharding import named_parameters
+from ..runtime.sharding import named_parameters, state_of
 from ..store.files import TensorFile, file_digest, inside
 from .adapters import check_config, has_adapter
 from .checkpoints import (
@@ -25,7 +25,9 @@ from .checkpoints import (
     check_moment_files,
     check_moments,
     check_steps,
+    layouts,
     open_recorded,
+    part_layouts,
     part_names,
     read_part,
 )
@@ -286,6 +288,15 @@ class Trajectory:
         if match.left:
             check_config(model, self._files[index].parts[0].parent)
         return match.left
+
+    def fits(self, model: nn.Module, index: int) -> bool:
+        """Whether a recorded checkpoint has the model's tensors, by their names, shapes and dtypes alone.
+
+        Where it has not, or others saved it, `load_into` tells what is wrong, if anything is.
+        """
+        recorded = self._file(index)
+        found = {} if recorded is None else self._recorded.frozen_layouts() | part_layouts(recorded, MODEL)
+        return found == layouts(state_of(model))
 
     def load_into(self, model: nn.Module, index: int | Mapping[int, float]) -> None:
         """Copy checkpoint `index` into `model`; TrajectoryError names what does not fit.

@@ -16,7 +16,14 @@ from torch.nn import functional
 from torch.utils.data import TensorDataset
 
 import segflow as sf
+from segflow.checks.directions import random_probes
+from segflow.checks.gauss_newton import gauss_newton
+from segflow.data.batches import Batch
+from segflow.model.capture import Layout
+from segflow.model.layers.registry import choose_layers
+from segflow.model.loss_view import LossView
 
+from ..support import oracles
 from ..support.check_tasks import (
     N,
     TaskOf,
@@ -93,10 +100,41 @@ RIGHT: dict[str, Callable[[], tuple[Any, nn.Module, Any]]] = {
 @pytest.mark.parametrize("name", RIGHT)
 def test_a_right_sampled_loss_has_factor_one(tmp_path: Path, name: str) -> None:
     task, model, train = RIGHT[name]()
-    curvature = check(tmp_path, task, model, train).curvature
+    curvature = check(tmp_path, task, model, train, curvature=True).curvature
     assert curvature.factor is not None
     assert 0 < curvature.error < 0.1
     assert abs(curvature.factor - 1) < 3 * curvature.error
+
+
+def test_every_ready_made_task_is_among_those_that_were_measured() -> None:
+    """Their scale is not measured unless that is asked for; tests/tasks proves it by enumerating labels and noise."""
+    measured = {type(make()[0]) for make in RIGHT.values()}
+    assert {getattr(sf.tasks, name) for name in sf.tasks.__all__} - {sf.Task} <= measured
+
+
+class Halved(sf.tasks.Classification):
+    """A task of a user's own, which changes what a ready-made one samples."""
+
+    def compute_train_loss(self, batch: Any, model: nn.Module, sample: bool = False) -> Tensor:
+        return (0.5 if sample else 1.0) * super().compute_train_loss(batch, model, sample)
+
+
+def test_the_measurement_is_an_option_and_by_default_that_of_a_users_own_tasks(tmp_path: Path) -> None:
+    ready = "not measured (segflow's own tests prove it for Classification; curvature=True measures it here)"
+    assert ready in str(check(tmp_path, sf.tasks.Classification()))
+    assert check(tmp_path, sf.tasks.Classification(), curvature=True).curvature.factor == pytest.approx(1, abs=0.2)
+    with pytest.raises(sf.TaskError, match="Halved: the curvature of sample=True"):
+        check(tmp_path, Halved())
+    assert "curvature of sample=True: not measured (curvature=False)" in str(check(tmp_path, Halved(), curvature=False))
+
+
+@pytest.mark.parametrize("task", [sf.tasks.Classification(), TaskOf()], ids=["ready made", "own"])
+def test_without_the_measurement_it_is_still_tried_whether_sample_is_honoured(tmp_path: Path, task: sf.Task) -> None:
+    task.draws_labels = True
+    ignoring = TaskOf(sample=lambda batch, model: functional.cross_entropy(model(batch[0]), batch[1], reduction="sum"))
+    assert check(tmp_path, task, curvature=False).curvature.factor is None
+    with pytest.raises(sf.TaskError, match="gives the same gradients in every draw"):
+        check(tmp_path, ignoring, curvature=False)
 
 
 WRONG: dict[str, tuple[Callable[[], tuple[Any, nn.Module, Any]], float]] = {
@@ -149,6 +187,91 @@ def test_a_tighter_tolerance_refuses_a_slightly_wrong_scale(tmp_path: Path) -> N
 def test_a_tolerance_below_one_is_refused(tmp_path: Path, tolerance: float) -> None:
     with pytest.raises(sf.TaskError, match=f"curvature_tolerance={tolerance}: expected a number, at least 1"):
         check(tmp_path, TaskOf(), curvature_tolerance=tolerance)
+
+
+@pytest.mark.parametrize("tolerance", [1.02, 1.25, 3.0])
+def test_labels_are_drawn_until_the_error_is_a_quarter_of_what_is_allowed(tmp_path: Path, tolerance: float) -> None:
+    drawn = []
+
+    class Counted(sf.tasks.Classification):
+        def compute_train_loss(self, batch: Any, model: nn.Module, sample: bool = False) -> Tensor:
+            drawn.append(sample)
+            return super().compute_train_loss(batch, model, sample)
+
+    curvature = check(tmp_path, Counted(), curvature_tolerance=tolerance).curvature
+    assert curvature.factor is not None
+    if tolerance == 1.02:  # more than are ever made would be needed
+        assert sum(drawn) > 128 and curvature.error / curvature.factor > 0.02 / 4
+    else:
+        assert sum(drawn) < 64 and curvature.error / curvature.factor <= 0.25 / 4
+
+
+def test_of_long_outputs_fewer_examples_are_measured(tmp_path: Path) -> None:
+    sizes: dict[str, set[int]] = {"few": set(), "many": set()}
+
+    class Sized(sf.tasks.Classification):
+        def compute_train_loss(self, batch: Any, model: nn.Module, sample: bool = False) -> Tensor:
+            if sample:
+                sizes["few" if model[-1].out_features == 3 else "many"].add(len(batch[0]))
+            return super().compute_train_loss(batch, model, sample)
+
+    def wide(outputs: int) -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(5, 2), nn.Linear(2, outputs)).double()
+
+    for outputs in (3, 40_000):
+        curvature = check(tmp_path, Sized(), wide(outputs)).curvature
+        assert curvature.factor == pytest.approx(1, abs=3 * curvature.error)
+    assert sizes == {"few": {1, 8}, "many": {1, 3, 8}}, "probes have 1 and 8"
+
+
+def test_the_exact_curvature_along_directions_is_that_of_the_whole_matrix() -> None:
+    model, data, task = mlp(), vectors(8), sf.tasks.Classification()
+    tracked = choose_layers(model).tracked
+    inputs, labels = data.tensors
+    view = LossView(model, task, "train", tracked, Layout(dict.fromkeys(tracked, 0), {}, False))
+    found = gauss_newton(view, Batch(range(8), (inputs, labels)), along := random_probes(view))
+    assert found is not None
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
+
+    def loss(outputs: Tensor) -> Tensor:
+        return functional.cross_entropy(outputs, labels, reduction="sum")
+
+    exact = oracles.gauss_newton(model, list(model.parameters()), lambda: model(inputs), loss)
+    directions = [
+        torch.cat([part.flatten(1) for part in layer.by_parameter(along[name].gradients(torch.eye(8).double()))], 1)
+        for name, layer in tracked.items()
+    ]
+    v = torch.cat(directions, 1)
+    assert found.curvature == pytest.approx(torch.einsum("ri,ij,rj->", v, exact, v).item(), rel=1e-10)
+
+
+class Turned(nn.Module):
+    """Gives the outputs of an attention head with the positions first, or with all positions of an example in a row."""
+
+    def __init__(self, how: str):
+        super().__init__()
+        self.model, self.how = Attention(), how
+
+    def forward(self, x: Tensor) -> Tensor:
+        outputs = self.model(x)
+        return outputs.transpose(0, 1) if self.how == "positions first" else outputs.flatten(0, 1)
+
+
+@pytest.mark.parametrize("how", ["positions first", "flattened"])
+def test_outputs_may_have_their_examples_on_another_axis(tmp_path: Path, how: str) -> None:
+    def back(logits: Tensor, n: int) -> Tensor:
+        return logits.transpose(0, 1) if how == "positions first" else logits.unflatten(0, (n, -1))
+
+    class OfTurned(Tokens):
+        def compute_train_loss(self, batch: Any, model: nn.Module, sample: bool = False) -> Tensor:
+            return super().compute_train_loss((back(model(batch[0]), len(batch[0])), batch[1]), nn.Identity(), sample)
+
+    plain = check(tmp_path / "plain", Tokens(0.5), Attention(), _sequences()).curvature
+    found = check(tmp_path / "turned", OfTurned(0.5), Turned(how), _sequences()).curvature
+    assert found.factor is not None and found.factor == pytest.approx(plain.factor, abs=0.3)
+    assert found.factor == pytest.approx(1, abs=3 * found.error)
 
 
 class Output(OrderedDict):
@@ -278,6 +401,11 @@ def _linear_loss(batch: Any, model: nn.Module) -> Tensor:
     return model(batch[0]).sum()
 
 
+def _drawn(logits: Tensor) -> Tensor:
+    labels = torch.multinomial(logits.detach().softmax(-1), 1).flatten()
+    return functional.cross_entropy(logits, labels, reduction="sum")
+
+
 def _past_the_model(batch: Any, model: Any) -> Tensor:
     return functional.cross_entropy(model[2:](model[:2](batch[0])), batch[1], reduction="sum")
 
@@ -288,8 +416,19 @@ def _past_the_model(batch: Any, model: Any) -> Tensor:
         (TaskOf(train=_linear_loss), None, "the loss has no curvature in any tensor that the model returned"),
         (TaskOf(_past_the_model), None, "the loss has no curvature in any tensor that the model returned"),
         (TaskOf(), Once(), "no second derivatives: "),
+        (
+            TaskOf(sample=lambda b, m: _drawn(m(b[0])) + _drawn(m[2:](m[:2](b[0])))),
+            None,
+            "with sample=True the loss depends on the parameters in another way",
+        ),
+        (TaskOf(sample=lambda b, m: _drawn(m(b[0])) + _drawn(m(-b[0]))), None, "with sample=True the model returns 2"),
+        (
+            TaskOf(sample=lambda b, m: _drawn(m(b[0][:, None]).flatten(0, 1))),
+            None,
+            "with sample=True the model's outputs have other shapes",
+        ),
     ],
-    ids=["linear", "parts of the model called alone", "not twice differentiable"],
+    ids=["linear", "parts of the model called alone", "not twice differentiable", "parts", "twice", "rows"],
 )
 def test_a_curvature_that_cannot_be_measured_is_said(
     tmp_path: Path, task: sf.Task, model: nn.Module | None, note: str

@@ -385,7 +385,7 @@ def test_a_kronfluence_task_runs_unchanged(tmp_path: Path) -> None:
         ("last", TheirLastLayers()),
     ):
         analyzer = analyzer_of(model, trajectory, tmp_path / name, task, method=sf.Source(segments=2))
-        report = analyzer.check(train, query)
+        report = analyzer.check(train, query, curvature=True)
         assert report.curvature.factor == pytest.approx(1, abs=3 * report.curvature.error)
         analyzer.fit(train)
         scores[name] = analyzer.score(groups, train, query, keep=("layer",))

@@ -537,3 +537,15 @@ def test_segments_partition_the_steps_and_their_lr_steps_and_decay_add_up(tmp_pa
     assert sum(part.lr_steps[0] for part in parts) == pytest.approx(effective.sum(), rel=1e-12)
     shrunk = sum(part.decay_steps[0] for part in parts)
     assert shrunk == pytest.approx((effective * w).sum(), rel=1e-12)
+
+
+def test_a_recordings_checkpoint_fits_with_its_frozen_parameters(tmp_path: Path) -> None:
+    model = mlp()
+    model[0].requires_grad_(False)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    with sf.record(model, optimizer, tmp_path / "run", dataset_size=4, checkpoints=1, total_steps=1):
+        model(torch.ones(4, 5, dtype=torch.float64)).sum().backward()
+        optimizer.step()
+    trajectory = sf.Trajectory.load(tmp_path / "run")
+    assert trajectory.fits(model, len(trajectory) - 1)
+    assert not trajectory.fits(mlp(torch.float32), len(trajectory) - 1)
