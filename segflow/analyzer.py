@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,24 +18,22 @@ from .curvature.fitted_factors import FittedFactors, checkpoint_statistics
 from .curvature.fitting import FactorFitter
 from .curvature.fitting_needs import Needs, check_needs, fitting_needs
 from .data.batches import Collate, checked_batch_size
-from .data.changing import one_call
 from .errors import ScoreError, check_choice
 from .groups.features import check_kind, example_features
 from .groups.groups import Groups, check_groups
-from .methods.method import Cuts, Method, check_cuts, describe, is_additive, is_automatic, prefixed, sizes_of, uncut
+from .methods.method import Cuts, Method, check_cuts, describe, is_additive, is_automatic, sizes_of, uncut
 from .methods.plan import Plan
 from .methods.source import Source
 from .model.layers.choice import Selection, chosen_layers
 from .model.layers.sizes import BlockSizes
-from .model.observing import observing
 from .results.refinement import Refinement, refine
 from .results.scores import Scores, check_additive
 from .runtime.ranks import current
 from .runtime.sharding import unwrap
-from .runtime.signals import orderly
 from .scoring.plan_walk import ScoringRequest, score_parts
 from .scoring.provenance import RunParts, labelled_scores
-from .scoring.query_sets import query_set
+from .scoring.query_sets import checked_labels, query_set
+from .stage.calling import one_call_of
 from .stage.context import Settings, StageContext
 from .stage.opening import (
     check_alike,
@@ -46,8 +43,8 @@ from .stage.opening import (
     training_data,
 )
 from .stage.planning import check_method, plan_for
-from .stage.unfilled import check_unfilled, forget
-from .store.journal import RESERVED, Journal, Summary
+from .stage.unfilled import check_unfilled
+from .store.journal import Journal, Summary
 from .store.shared_store import SharedStore
 from .store.store import MadeFrom, Store
 from .training.trajectory import Trajectory
@@ -281,14 +278,7 @@ class Analyzer:
         place = scored_stage(self.runs[0], stage, trains)
         check_groups(groups, self.context.run.stages[place].dataset_size)
         queries = query_set(query)
-        labels = queries.labels if query_labels is None else names("query_labels", query_labels, ScoreError)
-        if len(labels) != len(queries):
-            raise ScoreError(f"{len(labels)} query labels for {len(queries)} queries: expected one for each.")
-        if twice := [label for label, count in Counter(labels).items() if count > 1]:
-            raise ScoreError(
-                f"two queries are called {twice[0]!r}. Give each a name of its own: in query_labels, or of properties "
-                "as name=."
-            )
+        labels = checked_labels(queries, query_labels)
         of_runs: list[RunParts] = []
         with self._call("score", batch_size=batch_size, groups=len(groups), queries=len(queries)):
             self._coverages.warn(trains, stacklevel=2)
@@ -380,29 +370,9 @@ class Analyzer:
         """What was done so far: units made and found, time and peak memory, for each call and kind of work."""
         return self.context.store.journal.summary()
 
-    @contextmanager
-    def _call(self, name: str, store: bool = True, **facts: Any) -> Iterator[None]:
+    def _call(self, name: str, store: bool = True, **facts: Any) -> AbstractContextManager[None]:
         """One call on all ranks: the store locked, the work logged, the model left as it was."""
-        context, shared = self.context, self.context.store
-        with ExitStack() as stack:
-            stack.enter_context(orderly())
-            stack.enter_context(one_call())
-            stack.enter_context(context.ranks.together(name))
-            held = stack.enter_context(shared.on_rank_0.locked(name)) if store and context.ranks.main else None
-            described = describe(self.method)
-            told = {"ranks": context.ranks.count, **facts}
-            options = prefixed(described, {*told, *RESERVED})
-            stack.enter_context(shared.journal.call(name, **options, **told))
-            if held is not None and held.took_over:
-                shared.journal.event("took_over", holder=held.took_over.as_json())
-            settings = [context.agreement() for contexts in self.runs for context in contexts]
-            context.ranks.agree("the model, task, method and settings", [settings, described, facts])
-            stack.enter_context(observing(context.model))
-            forget(context.model)
-            readers = context.settings.readers
-            readers.begin(digesting=store)
-            yield
-            readers.confirm(context.ranks, context.settings.progress)
+        return one_call_of(self.runs, describe(self.method), name, store, facts)
 
     def _uncut_plan(self, contexts: Sequence[StageContext]) -> Plan:
         """The method's plan for the last stage's data, as far as it is known before its stages are cut."""

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from ..curvature.projection import Probes
 from ..data.batches import Batch
-from ..model.observing import requiring_grad
 from ..model.loss_view import LossView
+from ..model.observing import requiring_grad
 from .directions import DIRECTIONS
 
 

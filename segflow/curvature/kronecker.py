@@ -11,16 +11,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TypeGuard
+from typing import TYPE_CHECKING, TypeGuard
 
 import torch
 from torch import Tensor
 
 from ..errors import FactorError
-from ..model.layers.tracked import TrackedLayer
 from ..model.one_hot import OneHot
 from ..model.tokens import Tokens
 from .preconditioner import RankOne
+
+if TYPE_CHECKING:
+    from ..model.layers.tracked import TrackedLayer
 
 Gradients = dict[str, Tensor]  # by layer, [Q, P, O, I] each
 

@@ -6,7 +6,8 @@ Axes: Q queries, P parts, O outputs, I inputs; a block of gradients is [Q, P, O,
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar, NamedTuple
@@ -14,11 +15,12 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from ..arguments import names
 from ..curvature.kronecker import Eigenbasis
 from ..data.batches import dataset_length, in_order
 from ..data.code_identity import collate_fingerprint, measurement_fingerprint
 from ..data.readers import Reader
-from ..errors import MethodError, TaskError
+from ..errors import MethodError, ScoreError, TaskError
 from ..model.layers.tracked import TrackedLayer
 from ..model.loss_view import LossView
 from ..model.representation_view import representation_view
@@ -252,3 +254,16 @@ def query_set(query: Any) -> QuerySet:
 def _batched(share: QueryShare) -> list[range]:
     """This rank's queries, a batch at a time."""
     return [share.here[batch.start : batch.stop] for batch in in_order(len(share.here), share.batch_size)]
+
+
+def checked_labels(queries: QuerySet, given: Sequence[object] | None) -> tuple[str, ...]:
+    """The queries' names, their own where none are given; ScoreError unless each query has one of its own."""
+    labels = queries.labels if given is None else names("query_labels", given, ScoreError)
+    if len(labels) != len(queries):
+        raise ScoreError(f"{len(labels)} query labels for {len(queries)} queries: expected one for each.")
+    if twice := [label for label, count in Counter(labels).items() if count > 1]:
+        raise ScoreError(
+            f"two queries are called {twice[0]!r}. Give each a name of its own: in query_labels, or of properties as "
+            "name=."
+        )
+    return labels

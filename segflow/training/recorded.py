@@ -46,9 +46,10 @@ class Recorded:
         """The parameters that were frozen all along."""
         return {} if self.frozen is None else read_part(self._frozen_file(self.frozen), MODEL)
 
-    def frozen_layouts(self) -> Layouts:
-        """The layouts of the parameters that were frozen all along."""
-        return {} if self.frozen is None else part_layouts(self._frozen_file(self.frozen), MODEL)
+    def layouts(self, checkpoint: TensorFile) -> Layouts:
+        """The layouts of a checkpoint's tensors, and of those of the parameters that were frozen all along."""
+        frozen = {} if self.frozen is None else part_layouts(self._frozen_file(self.frozen), MODEL)
+        return frozen | part_layouts(checkpoint, MODEL)
 
     def _frozen_file(self, path: Path) -> TensorFile:
         return TensorFile(path, self.frozen_sha256, TrajectoryError)

@@ -27,7 +27,6 @@ from .checkpoints import (
     check_steps,
     layouts,
     open_recorded,
-    part_layouts,
     part_names,
     read_part,
 )
@@ -232,8 +231,8 @@ class Trajectory:
     def saved_moments(self, index: int) -> frozenset[str] | None:
         """The names of the parameters whose second moments were saved at checkpoint `index`; None if none were.
 
-        Of a recording they may be none at all: those that its optimizer had not stepped yet have none.
-        Only names are read, so that the moments themselves may still be refused by `second_moments`.
+        Of a recording they may be none at all: those that its optimizer had not stepped yet have none. Only names are
+        read, so that the moments themselves may still be refused by `second_moments`.
         """
         if not self.preconditioned:
             return None
@@ -271,10 +270,9 @@ class Trajectory:
 
     def digest(self, index: int) -> str:
         """sha256 of each file that is read for the checkpoint, joined by "-"."""
-        digests = self._files[index].digests()
-        digests += self._moment_files[index].digests() if self._moment_files else []
-        digests += [] if self._recorded.frozen is None else [file_digest(self._recorded.frozen, TrajectoryError)]
-        return "-".join(digests)
+        moments = self._moment_files[index].digests() if self._moment_files else []
+        frozen = [] if self._recorded.frozen is None else [file_digest(self._recorded.frozen, TrajectoryError)]
+        return "-".join([*self._files[index].digests(), *moments, *frozen])
 
     def left_alone(self, model: nn.Module, index: int) -> frozenset[str]:
         """The names in the model's state that checkpoint `index` leaves as they are: all but an adapter's, or none.
@@ -290,13 +288,8 @@ class Trajectory:
         return match.left
 
     def fits(self, model: nn.Module, index: int) -> bool:
-        """Whether a recorded checkpoint has the model's tensors, by their names, shapes and dtypes alone.
-
-        Where it has not, or others saved it, `load_into` tells what is wrong, if anything is.
-        """
-        recorded = self._file(index)
-        found = {} if recorded is None else self._recorded.frozen_layouts() | part_layouts(recorded, MODEL)
-        return found == layouts(state_of(model))
+        """Whether record() wrote the checkpoint and it has the model's tensors, by names, shapes and dtypes alone."""
+        return (file := self._file(index)) is not None and self._recorded.layouts(file) == layouts(state_of(model))
 
     def load_into(self, model: nn.Module, index: int | Mapping[int, float]) -> None:
         """Copy checkpoint `index` into `model`; TrajectoryError names what does not fit.
@@ -315,10 +308,8 @@ class Trajectory:
 
     def _trained(self, model: nn.Module) -> set[str]:
         """The parameters that training may have changed: of a parameter group, or else such as require gradients."""
-        parameters = named_parameters(model, remove_duplicate=False).items()
-        if self.parameter_groups is None:
-            return {name for name, parameter in parameters if parameter.requires_grad}
-        return {name for name, _ in parameters if self.group_of(name) is not None}
+        parameters, groups = named_parameters(model, remove_duplicate=False), self.parameter_groups
+        return {n for n, p in parameters.items() if (p.requires_grad if groups is None else n in groups)}
 
     def _mean(self, weights: Mapping[int, float]) -> dict[str, Tensor]:
         total = sum(weights.values())
@@ -394,11 +385,9 @@ class Trajectory:
     @property
     def observed(self) -> dict[str, Any]:
         """What really happened in training and is unlike a textbook's, for provenance and reports, by a short name."""
-        return dict(self._recorded.observed) | seen(self.used, self.parameter_groups) | self._sampled()
-
-    def _sampled(self) -> dict[str, Any]:
         weighted = self._example_weights is not None or self._recorded.counted
-        return {} if weighted else {"sampling": "uniform, as is assumed"}
+        sampling = {} if weighted else {"sampling": "uniform, as is assumed"}
+        return dict(self._recorded.observed) | seen(self.used, self.parameter_groups) | sampling
 
     def group_of(self, parameter: str) -> int | None:
         """The parameter group that trained `parameter`; None if none did."""
