@@ -24,6 +24,7 @@ from .preconditioner import RankOne
 if TYPE_CHECKING:
     from ..model.layers.tracked import TrackedLayer
 
+SideShapes = tuple[tuple[int, ...], tuple[int, ...]]  # of a layer's A and S
 Gradients = dict[str, Tensor]  # by layer, [Q, P, O, I] each
 
 
@@ -40,9 +41,9 @@ class Covariance:
     g_rows: Tensor
 
     @classmethod
-    def zeros(cls, layer: TrackedLayer, dtype: torch.dtype, device: torch.device) -> Covariance:
-        """Empty sums for a layer."""
-        inputs, outputs = (torch.zeros(shape, dtype=dtype, device=device) for shape in side_shapes(layer))
+    def zeros(cls, shapes: SideShapes, dtype: torch.dtype, device: torch.device) -> Covariance:
+        """Empty sums of a layer with covariances of these shapes."""
+        inputs, outputs = (torch.zeros(shape, dtype=dtype, device=device) for shape in shapes)
         rows = torch.zeros((), dtype=torch.float64, device=device)
         return cls(inputs, outputs, rows, rows.clone())
 
@@ -155,7 +156,7 @@ def _add_side_(total: Tensor, side: Tensor | OneHot) -> None:
         total.baddbmm_(tokens_PND.mT, tokens_PND)
 
 
-def side_shapes(layer: TrackedLayer) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def side_shapes(layer: TrackedLayer) -> SideShapes:
     """The shapes of A and of S: [P, D, D], or [P, D] where a side is diagonal."""
     P, O, I = layer.shape
     inputs = (P, I) if layer.diagonal_inputs else (P, I, I)

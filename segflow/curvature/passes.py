@@ -26,7 +26,7 @@ from ..model.tokens import Tokens, joined_examples, scaled_examples
 from ..runtime.ranks import Ranks
 from ..store.files import Tensors
 from ..tasks.task import attention_mask
-from .kronecker import Covariance, Eigenbasis, add_squared_projections_
+from .kronecker import Covariance, Eigenbasis, add_squared_projections_, side_shapes
 from .projection import Probes, join_layers, probes
 
 BATCHING_ERROR = "error of batching"  # beside batched second moments: how far some of them are from exact ones
@@ -39,7 +39,9 @@ def covariances(view: LossView, data: Iterable[Batch], ranks: Ranks, where: str)
 
     Raises TaskError where the task's attention mask is none, or fits no tracked layer.
     """
-    totals = {name: Covariance.zeros(layer, view.dtype, view.device) for name, layer in view.layers.items()}
+    totals = {
+        name: Covariance.zeros(side_shapes(layer), view.dtype, view.device) for name, layer in view.layers.items()
+    }
     finite = FiniteCheck(f"covariance pass, {where}")
     masks = used = 0
     for batch in data:

@@ -20,7 +20,7 @@ from segflow.checks.directions import random_probes
 from segflow.checks.gauss_newton import gauss_newton
 from segflow.data.batches import Batch
 from segflow.model.capture import Layout
-from segflow.model.layers.registry import choose_layers
+from segflow.model.layers.choice import choose_layers
 from segflow.model.loss_view import LossView
 
 from ..support import oracles

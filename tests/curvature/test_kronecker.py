@@ -72,7 +72,7 @@ def test_kfac_s_eigenvalues_are_the_diagonal_of_the_kronecker_product() -> None:
 def test_covariances_count_tokens_that_are_no_padding() -> None:
     tokens, mask = _tokens(), torch.ones(B, S)
     mask[:, -1] = 0
-    sums = Covariance.zeros((P, O, I), torch.float64, torch.device("cpu"))
+    sums = Covariance.zeros(((P, I, I), (P, O, O)), torch.float64, torch.device("cpu"))
     sums.add_(tokens, mask)
     real = tokens.a_PBSI[:, :, :-1].flatten(1, 2)
     torch.testing.assert_close(sums.a_PII, real.mT @ real)
