@@ -15,7 +15,7 @@ from torch.nn import functional
 from torch.utils import checkpoint
 
 import segflow as sf
-from segflow.model.capture import observing
+from segflow.model.observing import observing
 
 from ..support.helpers import FixedLabels, analyzer_of, vectors
 

@@ -16,7 +16,7 @@ from torch.nn import functional
 
 import segflow as sf
 from segflow.methods.plan import Point
-from segflow.model.capture import observing
+from segflow.model.observing import observing
 from segflow.stage.unfilled import forget, unfilled
 from segflow.stage.unit_identity import checkpoint_digest
 
