@@ -11,8 +11,8 @@ from torch import Tensor
 
 from ..errors import TrajectoryError
 from ..runtime.sharding import plain_name
-from ..store.files import file_digest, read_json
-from .checkpoints import read_state_dict, state_dict_names
+from ..store.files import TensorFile, file_digest, read_json
+from .checkpoints import Layouts, part_layouts, read_state_dict, state_dict_names
 
 Content = TypeVar("Content")
 _MODEL = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -39,6 +39,12 @@ class StateFiles:
     def names(self) -> list[str]:
         """The tensors' plain names."""
         return list(self._joined(dict.fromkeys(state_dict_names(part)) for part in self.parts))
+
+    def layouts(self) -> Layouts:
+        """The layouts of the tensors in safetensors files, by their plain names; of other files none."""
+        files = [part for part in self.parts if part.suffix == ".safetensors"]
+        by_part = (part_layouts(TensorFile(part, None, TrajectoryError), "") for part in files)
+        return self._joined(by_part) if len(files) == len(self.parts) else {}
 
     def digests(self) -> list[str]:
         """The sha256 of each file that is read."""

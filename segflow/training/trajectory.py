@@ -271,7 +271,7 @@ class Trajectory:
     def digest(self, index: int) -> str:
         """sha256 of each file that is read for the checkpoint, joined by "-"."""
         moments = self._moment_files[index].digests() if self._moment_files else []
-        frozen = [] if self._recorded.frozen is None else [file_digest(self._recorded.frozen, TrajectoryError)]
+        frozen = [file_digest(path, TrajectoryError) for path in [self._recorded.frozen] if path is not None]
         return "-".join([*self._files[index].digests(), *moments, *frozen])
 
     def left_alone(self, model: nn.Module, index: int) -> frozenset[str]:
@@ -288,20 +288,20 @@ class Trajectory:
         return match.left
 
     def fits(self, model: nn.Module, index: int) -> bool:
-        """Whether record() wrote the checkpoint and it has the model's tensors, by names, shapes and dtypes alone."""
-        return (file := self._file(index)) is not None and self._recorded.layouts(file) == layouts(state_of(model))
+        """Whether checkpoint `index` is seen to have the model's tensors by its names, shapes and dtypes alone."""
+        found = self._recorded.layouts(file) if (file := self._file(index)) else self._files[index].layouts()
+        return found == layouts(state_of(model))
 
     def load_into(self, model: nn.Module, index: int | Mapping[int, float]) -> None:
-        """Copy checkpoint `index` into `model`; TrajectoryError names what does not fit.
+        """Copy checkpoint `index` into `model`, except what an adapter's file lacks; TrajectoryError names what is wrong.
 
-        What an adapter's file does not hold stays as it is in the model.
         index: or {index: weight}, for a weighted mean in double precision; counters and the like are the last one's.
         """
         if isinstance(index, Mapping):
-            state, where = self._mean(index), f"mean of the checkpoints {sorted(index)}"
+            found = self._mean(index), f"mean of the checkpoints {sorted(index)}"
         else:
-            state, where = self.state(index), self._where(index)
-        load_state(model, state, where, self._trained(model))
+            found = self.state(index), self._where(index)
+        load_state(model, *found, self._trained(model))
 
     def _where(self, index: int) -> str:
         return f"checkpoint at step {self.steps[index]} ({self.checkpoints[index].name})"
@@ -313,20 +313,20 @@ class Trajectory:
 
     def _mean(self, weights: Mapping[int, float]) -> dict[str, Tensor]:
         total = sum(weights.values())
-        known_checkpoints = all(index in range(len(self)) for index in weights)
-        if not known_checkpoints or not all(weight >= 0 for weight in weights.values()) or not 0 < total < math.inf:
+        known = all(index in range(len(self)) for index in weights)
+        if not known or not all(weight >= 0 for weight in weights.values()) or not 0 < total < math.inf:
             raise TrajectoryError(
                 f"mean of checkpoints: got {{checkpoint: weight}} {dict(weights)}, expected checkpoints 0 to "
                 f"{len(self) - 1} with finite weights >= 0, not all of them 0."
             )
         last = self.state(max(weights))
         mean = {name: torch.zeros_like(t, dtype=torch.float64) for name, t in last.items() if t.is_floating_point()}
-        for index, weight in [(index, weight) for index, weight in weights.items() if weight > 0]:
+        for index in (index for index, weight in weights.items() if weight > 0):
             state = self.state(index)
             if {name: t.shape for name, t in state.items()} != {name: t.shape for name, t in last.items()}:
                 raise TrajectoryError(f"{self.checkpoints[index]}: its tensors are not those of the last of the mean.")
             for name in mean:
-                mean[name] += state[name].double() * (weight / total)
+                mean[name] += state[name].double() * (weights[index] / total)
         return last | {name: summed.to(last[name].dtype) for name, summed in mean.items()}
 
     def lr_steps(self, start: int, end: int) -> tuple[float, ...]:

@@ -36,7 +36,7 @@ class EmbeddingLayer(TrackedLayer):
 
     def sides(self, value: Tensor, gradient: Tensor) -> tuple[OneHot, Tensor]:
         """The indices, and the gradients of the rows that were looked up."""
-        index_RS, g_RSD = value.flatten(1), gradient.reshape(len(gradient), -1, gradient.shape[-1])
+        index_RS, g_RSD = value.reshape(len(value), -1), gradient.reshape(len(gradient), -1, gradient.shape[-1])
         counts_RS = torch.ones_like(index_RS, dtype=gradient.dtype)
         if self.module.padding_idx is not None:
             counts_RS = counts_RS * (index_RS != self.module.padding_idx)
