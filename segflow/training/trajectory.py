@@ -293,7 +293,7 @@ class Trajectory:
         return found == layouts(state_of(model))
 
     def load_into(self, model: nn.Module, index: int | Mapping[int, float]) -> None:
-        """Copy checkpoint `index` into `model`, except what an adapter's file lacks; TrajectoryError names what is wrong.
+        """Copy checkpoint `index` into `model`, but for what an adapter lacks; TrajectoryError names what does not fit.
 
         index: or {index: weight}, for a weighted mean in double precision; counters and the like are the last one's.
         """
