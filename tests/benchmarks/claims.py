@@ -443,8 +443,37 @@ README: list[tuple[str, Predicate]] = [
     ("agreement with retraining on 14 problems", lambda: len(results()) == 14),
 ]
 
+
+@cache
+def _everything() -> Any:
+    return json.loads((ROOT / "benchmarks" / "every_parameter.json").read_text())
+
+
+def _wide_head(method: str, head: str, part: str = "all") -> float:
+    rows = _everything()["wide heads"]
+    return next(float(r[f"correlation, {part}"]) for r in rows if (r["method"], r["head"]) == (method, head))
+
+
+LAYERS: list[tuple[str, Predicate]] = [
+    ("at .996 (SOURCE, untied head)", lambda: round(_wide_head("Source", "untied"), 3) == 0.996),
+    ("and .9995 (tied)", lambda: round(_wide_head("Source", "tied"), 4) == 0.9995),
+    (
+        "those of the head alone at .94 and .999",
+        lambda: [round(_wide_head("Source", h, "head"), d) for h, d in (("untied", 2), ("tied", 3))] == [0.94, 0.999],
+    ),
+    (
+        "influence functions at .990 and .998",
+        lambda: [round(_wide_head("InfluenceFunction", head), 3) for head in ("untied", "tied")] == [0.99, 0.998],
+    ),
+    (
+        "6% (untied head) or 9% (tied head) more",
+        lambda: [round(100 * _everything()["cost"][k]) for k in ("added", "added, tied head")] == [6, 9],
+    ),
+]
+
 DOCUMENTS: dict[Path, list[tuple[str, Predicate]]] = {
     ROOT / "docs" / "FIDELITY.md": FIDELITY,
     ROOT / "docs" / "GROUPS.md": GROUPS,
+    ROOT / "docs" / "LAYERS.md": LAYERS,
     ROOT / "README.md": README,
 }
