@@ -11,16 +11,17 @@ from torch import Tensor, nn
 
 import segflow as sf
 from segflow.model.capture import capture
-from segflow.model.layers.choice import choose_layers
+from segflow.model.find_layout import find_layout
+from segflow.model.layers import choose_layers
+from segflow.model.layout import CallLayout, Layout
 from segflow.model.observing import observing
 
-from ..support.exactness import (
-    normal,
-    sines,
-)
+from ..support.exactness import normal, sines
 from ..support.helpers import analyzer_of, mlp, perturbed_states, trajectory_of, vectors
 
 DTYPE = torch.float64
+ROWS = CallLayout(0)  # each example has a row of its own
+PLAIN = Layout(dict.fromkeys(("first", "norm.weight", "norm.bias", "second"), ROWS), {}, {}, (), {}, False)
 
 
 class Kept(nn.Module):
@@ -85,7 +86,7 @@ def _observe(model: Kept, fault: str | None) -> None:
         if fault == "before":
             raise OSError("loading")
         assert not any(module.training for module in model.modules())
-        capture(tracked, dict.fromkeys(tracked, 0), loss, consume, torch.float64)
+        capture(tracked, PLAIN, loss, consume, torch.float64, len(x))
         model.train().requires_grad_(True)
         model.first.weight = nn.Parameter(torch.zeros(3, 3))
         if fault == "after":
@@ -119,7 +120,7 @@ def test_observing_leaves_no_trace_whatever_is_thrown(fault: str | None, fused: 
         torch.backends.mha.set_fastpath_enabled(enabled)
 
 
-def test_hooks_are_gone_when_finding_the_axes_fails() -> None:
+def test_hooks_are_gone_when_finding_the_layout_fails() -> None:
     model = Kept()
     before = _snapshot(model)
 
@@ -137,9 +138,8 @@ def test_hooks_are_gone_before_observing_ends() -> None:
     tracked = choose_layers(model).tracked
     with observing(model):
         with pytest.raises(ZeroDivisionError):
-            capture(
-                tracked, dict.fromkeys(tracked, 0), lambda: sines(model, normal(4, 5)), lambda *_: 1 / 0, torch.float64
-            )
+            layout = find_layout(tracked, lambda copies: sines(model, normal(copies, 5)))
+            capture(tracked, layout, lambda: sines(model, normal(4, 5)), lambda *_: 1 / 0, torch.float64, 4)
         assert not any(module._forward_hooks for module in model.modules())
 
 
