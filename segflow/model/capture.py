@@ -19,7 +19,7 @@ from .layers.function import FunctionLayer
 from .layers.tracked import TrackedLayer
 from .layout import ALL_ROWS, CallLayout, Layout, rows_first, spread
 from .taps import Hook, Tap, forward_hooks
-from .tokens import Tokens, joined_calls
+from .tokens import Tokens, joined_calls, no_tokens
 
 Consumer = Callable[[TrackedLayer, Tokens], None]
 
@@ -51,7 +51,7 @@ class _Use:
     def tokens(self, dtype: torch.dtype, examples: int) -> list[Tokens]:
         """The tokens of every call that the loss depends on; the calls are forgotten."""
         used, self.calls = [call for call in self.calls if call.gradient is not None], []
-        return [self._of_call(call, dtype, examples) for call in used]
+        return [_checked(self.layer.name, self._of_call(call, dtype, examples)) for call in used]
 
     def _of_call(self, call: _Call, dtype: torch.dtype, examples: int) -> Tokens:
         if call.value._version != call.version:
@@ -59,18 +59,28 @@ class _Use:
                 f"layer {self.layer.name!r}: its input was changed in place after the call, so its tokens are "
                 "lost. Make the operation that follows out of place."
             )
-        value = rows_first(call.value, self.layout, examples)
-        gradient = call.gradient if self.layout.axis is None else rows_first(call.gradient, self.layout, examples)  # type: ignore[arg-type]
-        rows = 1
-        if self.layout.folded or (examples == 1 and self.layout.axis == 0):
-            rows, left = divmod(len(value), examples)
-            if left or not rows:
-                raise LayerError(
-                    f"layer {self.layer.name!r}: its input has {len(value)} rows for {examples} examples, expected "
-                    "equally many for each, one example's after another's. Where rows are routed or packed, use "
-                    "batch_size=1, or leave the layer out with exclude=."
-                )
+        value, gradient = call.value, call.gradient
+        if examples == 1 and self.layout.axis == 0 and not self.layer.examples_first:
+            return self.layer.tokens(value[None], gradient[None], dtype)  # type: ignore[index]
+        value = rows_first(value, self.layout, examples)
+        gradient = gradient if self.layout.axis is None else rows_first(gradient, self.layout, examples)  # type: ignore[arg-type]
+        rows = self._rows(len(value), examples)
+        if not rows:
+            return no_tokens(self.layer.shape, examples, dtype, value.device)
         return self.layer.tokens(value, gradient, dtype, rows)  # type: ignore[arg-type]
+
+    def _rows(self, given: int, examples: int) -> int:
+        """How many rows each example has, where that is not one."""
+        if not self.layout.folded and not (examples == 1 and self.layout.axis == 0):
+            return 1
+        rows, left = divmod(given, examples)
+        if left:
+            raise LayerError(
+                f"layer {self.layer.name!r}: its input has {given} rows for {examples} examples, expected equally many "
+                "for each, one example's after another's. Where rows are routed or packed, use batch_size=1, or leave "
+                "the layer out with exclude=."
+            )
+        return rows
 
 
 @dataclass(eq=False)
@@ -93,7 +103,7 @@ class _Block:
             raise LayerError(
                 f"layer {self.layer.name!r}: its calls saw {counts} examples, expected one number of them."
             )
-        return self.layer.together(joined_calls(pieces)) if pieces else None
+        return _checked(self.layer.name, self.layer.together(joined_calls(pieces)), self.layer) if pieces else None
 
 
 class _Capture:
@@ -195,6 +205,19 @@ class _Capture:
         tokens = block.tokens(self._dtype, self._examples)
         if tokens is not None:
             self._consume(block.layer, tokens)
+
+
+def _checked(name: str, tokens: Tokens, layer: TrackedLayer | None = None) -> Tokens:
+    """The tokens; LayerError unless both sides have the same positions, and the widths of a block if one is given."""
+    a, g = tokens.a_PBSI.shape, tokens.g_PBSO.shape
+    if a[:3] == g[:3] and (layer is None or layer.shape == (a[0], g[3], a[3])):
+        return tokens
+    wanted = "those of one kind at the other's positions" if layer is None else f"P, O, I = {layer.shape}"
+    raise LayerError(
+        f"layer {name!r}: its calls give inputs [P, B, S, I] = {tuple(a)} and output gradients [P, B, S, O] = "
+        f"{tuple(g)}, expected {wanted}. Its features stand on another axis than its kind has them, or, for a kind of "
+        "your own, mend `sides`."
+    )
 
 
 def _function_calls(

@@ -132,6 +132,7 @@ def assert_seen_exactly(
     *,
     collate: Callable[[Sequence[Any]], Any] = torch.stack,
     training: Training | None = None,
+    kind: str = "train",
     sizes: Sequence[int] = (1, 2, 3),
     tolerance: float = 1e-10,
     unseen: Collection[str] = (),
@@ -142,14 +143,20 @@ def assert_seen_exactly(
     """
     layers = choose_layers(model, None, training).tracked
     alone = [parameter_gradients(model, partial(loss, model, collate([example]))) for example in data]
-    task = Loss(lambda batch, m: loss(m, batch))
+    of_kind = {"train": (lambda batch, m: loss(m, batch), _not_asked), "measurement": (_not_asked, lambda b, m: loss(m, b))}
+    task = Loss(*of_kind[kind])
     with observing(model):
-        view = make_loss_view(model, task, "train", layers, Reader(data, collate))
+        view = make_loss_view(model, task, kind, layers, Reader(data, collate))
+        assert not any(parameter.requires_grad for parameter in model.parameters())
         for size in sizes:
             matrices = in_batches(view, Reader(data, collate), size)
             assert_gradients(layers, matrices, alone, tolerance)
             assert {name for layer in layers.values() for name in layer.parameter_names} == {*alone[0]} - {*unseen}
     return Seen(view, matrices)
+
+
+def _not_asked(_batch: Any, _model: nn.Module) -> Tensor:
+    raise AssertionError("a loss of another kind")
 
 
 def in_batches(view: LossView, reader: Reader, size: int) -> dict[str, Tensor]:

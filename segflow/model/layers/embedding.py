@@ -72,6 +72,7 @@ class EmbeddingBagLayer(EmbeddingLayer):
     """nn.EmbeddingBag with sums or means: every index of a bag is a position."""
 
     modules: ClassVar[Modules] = (nn.EmbeddingBag,)
+    examples_first: ClassVar = True
 
     @classmethod
     def why_not(cls, module: nn.Module) -> str | None:
