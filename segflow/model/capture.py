@@ -14,10 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import LayerError, TaskError
+from ..runtime.sharding import local
 from .function_calls import FunctionCalls
 from .layers.function import FunctionLayer
 from .layers.tracked import TrackedLayer
 from .layout import ALL_ROWS, CallLayout, Layout, rows_first, spread
+from .observing import requiring_grad
 from .taps import Hook, Tap, forward_hooks
 from .tokens import Tokens, joined_calls, no_tokens
 
@@ -120,6 +122,7 @@ class _Capture:
         self._blocks: list[_Block] = []
         self._of_module: dict[nn.Module, list[tuple[_Block, _Use]]] = {}
         self._functions = _function_calls(layers, layout, examples)
+        self.unreached = [(layer, p) for layer in layers.values() if not _has_layout(layer, layout) for p in _own(layer)]
         for layer in layers.values():
             self._add(layer, layout)
 
@@ -165,10 +168,7 @@ class _Capture:
         calls: list[tuple[_Block, _Call]] = []
         for block, use in self._of_module[module]:
             if use not in block.uses:
-                raise LayerError(
-                    f"layer {block.layer.name!r}: not reached by the first example, but by another one. Put an example "
-                    "that reaches every layer first, or leave the layer out with exclude=."
-                )
+                raise _unexpected(block.layer)
             value = use.layer.call_value(args, kwargs)
             calls.append((block, _Call(value.detach(), value._version)))
             use.calls.append(calls[-1][1])
@@ -191,7 +191,10 @@ class _Capture:
                 "no_grad, or uses none of the tracked layers. Return a differentiable loss."
             )
         self._in_backward = True
-        torch.autograd.grad(loss, self._anchor, allow_unused=True)
+        _, *slopes = torch.autograd.grad(loss, [self._anchor, *(p for _, p in self.unreached)], allow_unused=True)
+        for (layer, _), slope in zip(self.unreached, slopes, strict=True):
+            if slope is not None and slope.any():
+                raise _unexpected(layer)
 
     def hand_on_rest(self) -> None:
         """Hand on the tokens of layers some of whose calls the loss does not depend on, and of whole modules."""
@@ -205,6 +208,23 @@ class _Capture:
         tokens = block.tokens(self._dtype, self._examples)
         if tokens is not None:
             self._consume(block.layer, tokens)
+
+
+def _has_layout(layer: TrackedLayer, layout: Layout) -> bool:
+    """Whether some of a layer's calls were seen when the layout was found."""
+    return layer.name in layout.functions or any(use.name in layout.calls for use in layer.uses)
+
+
+def _own(layer: TrackedLayer) -> list[Tensor]:
+    """A layer's parameters, but for those that are spread over ranks, which are whole within calls only."""
+    return [parameter for parameter in layer.parameters if local(parameter) is parameter]
+
+
+def _unexpected(layer: TrackedLayer) -> LayerError:
+    return LayerError(
+        f"layer {layer.name!r}: not reached by the first example, but by another one. Put an example that reaches every "
+        "layer first, or leave the layer out with exclude=."
+    )
 
 
 def _checked(name: str, tokens: Tokens, layer: TrackedLayer | None = None) -> Tokens:
@@ -263,7 +283,8 @@ def capture(
         TaskError: the loss depends on no tracked layer.
     """
     captured = _Capture(layers, layout, consume, dtype, examples)
-    with torch.enable_grad(), forward_hooks(captured.hooks()):
+    watched = requiring_grad([parameter for _, parameter in captured.unreached])
+    with torch.enable_grad(), watched, forward_hooks(captured.hooks()):
         total = loss()
         captured.backward(total)
     captured.hand_on_rest()
