@@ -122,7 +122,9 @@ class _Capture:
         self._blocks: list[_Block] = []
         self._of_module: dict[nn.Module, list[tuple[_Block, _Use]]] = {}
         self._functions = _function_calls(layers, layout, examples)
-        self.unreached = [(layer, p) for layer in layers.values() if not _has_layout(layer, layout) for p in _own(layer)]
+        self.unreached = [
+            (layer, p) for layer in layers.values() if not _has_layout(layer, layout) for p in _own(layer)
+        ]
         for layer in layers.values():
             self._add(layer, layout)
 

@@ -92,7 +92,9 @@ def _settled(view: LossView, reader: Reader) -> LossView:
     [single] = reader.probes([[0]], view.device)
     chosen = {name: view.layers[name] for name in by_tokens}
     exact = autograd_gradients(view.model, chosen, partial(view.loss, single), view.dtype)
-    odd = [n for n in by_tokens if isinstance(view.layers[n], FunctionLayer) or not _alone_agrees(view, n, single, exact)]
+    odd = [
+        n for n in by_tokens if isinstance(view.layers[n], FunctionLayer) or not _alone_agrees(view, n, single, exact)
+    ]
     return _with_alone(view, odd, "gradient")
 
 

@@ -141,7 +141,9 @@ def test_transposed_convolution_tokens_equal_autograd_for_every_geometry(
     layer, x, size = case
     assume(torch.autograd.grad(layer(x, output_size=size).sin().sum(), layer.weight)[0].any())
     found = assert_exact(Calls(lambda m, x: m.layer(x, output_size=size), layer=layer), x)
-    assert list(found) == (["layer"] if layer.bias is None else ["layer", "layer.bias"]), "other positions than the bias"
+    assert list(found) == (["layer"] if layer.bias is None else ["layer", "layer.bias"]), (
+        "other positions than the bias"
+    )
 
 
 @pytest.mark.parametrize("shape", [(4, 3), (3, 2, 3), (2, 2, 2, 3)])

@@ -143,7 +143,10 @@ def assert_seen_exactly(
     """
     layers = choose_layers(model, None, training).tracked
     alone = [parameter_gradients(model, partial(loss, model, collate([example]))) for example in data]
-    of_kind = {"train": (lambda batch, m: loss(m, batch), _not_asked), "measurement": (_not_asked, lambda b, m: loss(m, b))}
+    of_kind = {
+        "train": (lambda batch, m: loss(m, batch), _not_asked),
+        "measurement": (_not_asked, lambda b, m: loss(m, b)),
+    }
     task = Loss(*of_kind[kind])
     with observing(model):
         view = make_loss_view(model, task, kind, layers, Reader(data, collate))

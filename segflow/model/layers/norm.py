@@ -94,3 +94,10 @@ class ChannelNorm(_Norm):
 
     modules: ClassVar[Modules] = (_BatchNorm, nn.GroupNorm)
     features: ClassVar = 1
+
+    @classmethod
+    def why_not(cls, module: nn.Module) -> str | None:
+        """An option that takes statistics of the batch in eval mode as well."""
+        if getattr(module, "track_running_stats", True):
+            return None
+        return "track_running_stats=False makes an example's gradient depend on the rest of the batch"
