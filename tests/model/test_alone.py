@@ -52,7 +52,7 @@ def _two_layouts(model: Any, x: Tensor) -> Tensor:
 
 
 def _routed(model: Any, x: Tensor) -> Tensor:
-    """A mixture of experts: rows of all examples by the expert that is theirs; some examples have none for the second."""
+    """A mixture of experts: all examples' rows by the expert that is theirs; some examples have none for the second."""
     rows = x.flatten(0, 1)
     first = rows[:, 0] > -0.8
     output = rows.new_zeros(len(rows), 2)

@@ -207,7 +207,7 @@ def test_names_are_given_as_one_or_several() -> None:
     with pytest.raises(sf.LayerError, match="layers"):
         Selection.of(3, ())
     with pytest.raises(sf.LayerError, match="exclude"):
-        Selection.of(None, [3])
+        Selection.of(None, {"a": 1})
 
 
 @pytest.mark.parametrize(
@@ -223,7 +223,8 @@ def test_names_are_given_as_one_or_several() -> None:
 def test_a_bias_is_chosen_without_its_weight_and_a_weight_without_its_bias(
     selection: Selection, expected: dict[str, tuple[int, ...]]
 ) -> None:
-    tracked = choose_layers(Nested(), selection=selection).tracked
+    model = Nested()
+    tracked = choose_layers(model, selection=selection).tracked
     assert expected.items() <= {name: layer.shape for name, layer in tracked.items()}.items()
     kinds = {name.rpartition(".")[2] for layer in tracked.values() for name in layer.names}
     if "*bias" in (selection.layers or ()):
@@ -283,7 +284,8 @@ def test_an_empty_choice_is_refused() -> None:
 
 
 def test_some_of_the_fitted_blocks_are_chosen_by_the_same_names() -> None:
-    tracked = choose_layers(Nested()).tracked
+    model = Nested()
+    tracked = choose_layers(model).tracked
     assert list(chosen_layers(tracked, None)) == ALL
     assert list(chosen_layers(tracked, "encoder.*")) == ALL[1:5]
     assert list(chosen_layers(tracked, ["attention.in_proj_bias", "gate"])) == ["gate", *ATTENTION[:3]]

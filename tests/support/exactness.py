@@ -163,7 +163,7 @@ def _not_asked(_batch: Any, _model: nn.Module) -> Tensor:
 
 
 def in_batches(view: LossView, reader: Reader, size: int) -> dict[str, Tensor]:
-    """Every example's gradient in each block, [N, P, O, I], captured in batches of a size; zeros where there is none."""
+    """Every example's gradient in each block, [N, P, O, I], captured in batches of a size; zeros where none is."""
     shapes = {name: layer.shape for name, layer in view.layers.items()}
     found = {name: torch.zeros(len(reader), *shape, dtype=view.dtype) for name, shape in shapes.items()}
     for batch in reader.batches(in_order(len(reader), size), view.device):

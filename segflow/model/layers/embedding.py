@@ -36,7 +36,10 @@ class EmbeddingLayer(TrackedLayer):
 
     def sides(self, value: Tensor, gradient: Tensor) -> tuple[OneHot, Tensor]:
         """The indices, and the gradients of the rows that were looked up."""
-        index_RS, g_RSD = value.flatten(1), gradient.reshape(len(gradient), -1, gradient.shape[-1])
+        index_RS, g_RSD = (
+            value.flatten(1) if value.ndim > 1 else value[:, None],
+            gradient.reshape(len(gradient), -1, gradient.shape[-1]),
+        )
         counts_RS = torch.ones_like(index_RS, dtype=gradient.dtype)
         if self.module.padding_idx is not None:
             counts_RS = counts_RS * (index_RS != self.module.padding_idx)
@@ -69,7 +72,7 @@ class EmbeddingLayer(TrackedLayer):
 
 @register
 class EmbeddingBagLayer(EmbeddingLayer):
-    """nn.EmbeddingBag with sums or means: every index of a bag is a position."""
+    """nn.EmbeddingBag with sums or means: every index of a bag is a position. One of maxima is no sum of them."""
 
     modules: ClassVar[Modules] = (nn.EmbeddingBag,)
     examples_first: ClassVar = True
@@ -79,8 +82,13 @@ class EmbeddingBagLayer(EmbeddingLayer):
         """As an embedding's."""
         return super().why_not(module)
 
+    @classmethod
+    def extra(cls, module: nn.Module) -> list[str]:
+        """The weight, where bags are maxima."""
+        return ["weight"] if module.mode == "max" else super().extra(module)
+
     def call_value(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
-        """[R, S, 2]: each bag's indices, and how often each counts, 0 where a bag has fewer."""
+        """[R, S, 2]: each bag's indices, and the bits of how often each counts, 0 where a bag has fewer."""
         names = ("input", "offsets", "per_sample_weights")
         given = dict(zip(names, args, strict=False)) | dict(kwargs)
         indices, offsets, weights = (given.get(name) for name in names)
@@ -93,11 +101,11 @@ class EmbeddingBagLayer(EmbeddingLayer):
         counts = present.double() if weights is None else present * weights.double()
         if self.module.mode == "mean":
             counts = counts / present.sum(1, keepdim=True).clamp_min(1)
-        return torch.stack([indices.double(), counts], -1)  # type: ignore[union-attr]
+        return torch.stack([indices.long(), counts.view(torch.long)], -1)  # type: ignore[union-attr]
 
     def sides(self, value: Tensor, gradient: Tensor) -> tuple[OneHot, Tensor]:
         """Every index of a bag sees the bag's gradient, as often as it counts."""
-        index_RS, counts_RS = value[..., 0].long(), value[..., 1].to(gradient.dtype)
+        index_RS, counts_RS = value[..., 0], value[..., 1].contiguous().view(torch.double).to(gradient.dtype)
         g_RSD = gradient[:, None].expand(-1, index_RS.shape[1], -1)
         return OneHot(index_RS, counts_RS, self.parameters[0].shape[0]), g_RSD[None]
 
