@@ -224,8 +224,8 @@ def _own(layer: TrackedLayer) -> list[Tensor]:
 
 def _unexpected(layer: TrackedLayer) -> LayerError:
     return LayerError(
-        f"layer {layer.name!r}: not reached by the first example, but by another one. Put an example that reaches every "
-        "layer first, or leave the layer out with exclude=."
+        f"layer {layer.name!r}: not reached by the first example, but by another one. Put an example that reaches "
+        "every layer first, or leave the layer out with exclude=."
     )
 
 

@@ -220,13 +220,13 @@ def _makes_up(view: LossView, tokens: Tokens | None, exact: Tensor, scale: Tenso
 
 
 def _close(view: LossView, tokens: Tokens, exact: Tensor, scale: Tensor) -> bool:
-    """Whether tokens make up a gradient, but for rounding; of what is not finite nothing is said here.
+    """Whether tokens make up a gradient, but for rounding; of one that is not finite nothing is said here.
 
     scale: the largest gradient of all layers: one that is zero but for rounding is what such numbers leave.
     """
     norm, off = torch.linalg.vector_norm(exact), torch.linalg.vector_norm(tokens.total() - exact)
     rounding = 0.01 * view.tolerance * tokens.magnitude().sqrt() + _ROUNDING * torch.finfo(view.dtype).eps * scale
-    return not bool(off > view.tolerance * norm + rounding)
+    return bool((off <= view.tolerance * norm + rounding) | ~torch.isfinite(norm))
 
 
 def _scale(exact: Mapping[str, Tensor]) -> Tensor:
