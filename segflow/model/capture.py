@@ -146,11 +146,11 @@ class _Capture:
     def hooks(self) -> dict[nn.Module, Hook]:
         """For each module that is watched, what its calls run."""
         hooks: dict[nn.Module, Hook] = dict.fromkeys(self._of_module, self._see)
-        return hooks | {module: calls.hook(self.watches, self.tap) for module, calls in self._functions.items()}
+        return hooks | {module: calls.hook(self.records, self.tap) for module, calls in self._functions.items()}
 
-    def watches(self) -> bool:
-        """Whether calls count now: not those of a recomputed forward, nor those of which no gradient is wanted."""
-        return not self._in_backward and torch.is_grad_enabled()
+    def records(self) -> bool:
+        """Whether calls count now: those of a forward that is recomputed in the backward must only be the same again."""
+        return not self._in_backward
 
     def tap(self, output: Tensor, receive: Callable[[Tensor], None], layer: TrackedLayer) -> Tensor:
         """An output with a tap that catches its gradient."""
@@ -165,15 +165,9 @@ class _Capture:
 
     def _see(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> Any:
         """Record one call of a module; returns its output with a tap."""
-        if not self.watches():
+        if not torch.is_grad_enabled():
             return output
-        calls: list[tuple[_Block, _Call]] = []
-        for block, use in self._of_module[module]:
-            if use not in block.uses:
-                raise _unexpected(block.layer)
-            value = use.layer.call_value(args, kwargs)
-            calls.append((block, _Call(value.detach(), value._version)))
-            use.calls.append(calls[-1][1])
+        calls = self._recorded(module, args, kwargs) if self.records() else []
         block, use = self._of_module[module][0]
 
         def receive(gradient: Tensor) -> None:
@@ -184,6 +178,19 @@ class _Capture:
 
         copied = spread(output, self._examples) if use.layout.axis is None else output
         return self.tap(copied, receive, block.layer)
+
+    def _recorded(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> list[tuple[_Block, _Call]]:
+        """One call of a module, for each block that it is of."""
+        calls: list[tuple[_Block, _Call]] = []
+        for block, use in self._of_module[module]:
+            if use not in block.uses:
+                raise _unexpected(block.layer)
+            value = use.layer.call_value(args, kwargs)
+            calls.append((block, _Call(value.detach(), value._version)))
+            use.calls.append(calls[-1][1])
+        return calls
 
     def backward(self, loss: Tensor) -> None:
         """Walk back from the loss, handing on each layer's tokens as soon as its last call has its gradient."""

@@ -35,6 +35,7 @@ class Kept(nn.Module):
         self.second = nn.Linear(3, 2)
         self.register_buffer("calls", torch.zeros(()), persistent=False)
         self.register_buffer("last", None)
+        self.computed = torch.ones(2)
         self.first.bias.requires_grad_(False)
         self.norm.eval()
         self.second.weight.grad = torch.ones_like(self.second.weight)
@@ -44,6 +45,7 @@ class Kept(nn.Module):
         self.calls = self.calls + 1  # another tensor in its place
         self.norm.running_mean += 1
         self.last = x
+        self.computed = self.second.weight.mean(1)
         return self.second(self.drop(self.norm(self.first(x))))
 
 
@@ -55,6 +57,7 @@ def _snapshot(model: nn.Module) -> dict[str, Any]:
         "flags": [parameter.requires_grad for parameter in model.parameters()],
         "identities": {name: id(tensor) for name, tensor in tensors.items()},
         "registers": [(list(m._parameters), list(m._buffers)) for m in model.modules()],
+        "computed": [(id(t), t.tolist()) for m in model.modules() for t in vars(m).values() if isinstance(t, Tensor)],
         "values": {name: tensor.detach().clone().numpy().tobytes() for name, tensor in tensors.items()},
         "gradients": {name: None if p.grad is None else (id(p.grad), p.grad.tolist()) for name, p in tensors.items()},
         "hooks": [[list(getattr(module, kind)) for kind in hooks] for module in model.modules()],
