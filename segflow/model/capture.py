@@ -149,7 +149,7 @@ class _Capture:
         return hooks | {module: calls.hook(self.records, self.tap) for module, calls in self._functions.items()}
 
     def records(self) -> bool:
-        """Whether calls count now: those of a forward that is recomputed in the backward must only be the same again."""
+        """Whether calls count now: a forward that is recomputed in the backward must only be as before."""
         return not self._in_backward
 
     def tap(self, output: Tensor, receive: Callable[[Tensor], None], layer: TrackedLayer) -> Tensor:

@@ -187,12 +187,11 @@ def _pair(reader: Reader, device: torch.device) -> Batch | None:
 def _tried(view: LossView, layers: Mapping[str, TrackedLayer], batch: Batch) -> dict[str, Tokens] | None:
     """The tokens of these layers alone in a batch; None where the model cannot be run so, or gives another loss."""
     found: dict[str, Tokens] = {}
-    layout = view.layout._replace(alone={}, reached=tuple(layers))
+    trial = replace(view, layers=layers, layout=view.layout._replace(alone={}, reached=tuple(layers)))
+    with torch.enable_grad(), seeded(0):  # a task may differentiate by itself
+        expected = view.loss(batch).detach().double()
     try:
         with seeded(0):
-            expected = view.loss(batch).detach().double()
-        with seeded(0):
-            trial = replace(view, layers=layers, layout=layout)
             loss = trial.capture(batch, lambda layer, tokens: found.update({layer.name: tokens}), FiniteCheck(""))
     except DetachedError:
         return {}

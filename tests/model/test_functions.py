@@ -1,4 +1,4 @@
-"""Modules that no kind of layer knows, and bare parameters: each example's gradient, exact, a vector for each tensor."""
+"""Modules that no kind of layer knows, and bare parameters: exact gradients, and a vector for each tensor."""
 
 from __future__ import annotations
 
@@ -13,8 +13,6 @@ from torch.nn import functional
 from torch.nn.utils import parametrizations, parametrize, prune
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from torch.utils.checkpoint import checkpoint
-
-from segflow.model.observing import observing
 
 from ..support.exactness import Calls, Seen, assert_seen_exactly, normal
 
@@ -135,6 +133,7 @@ ODD: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], dict[str, int]]] 
 def test_a_module_that_computes_otherwise_than_its_kind_is_exact_for_all_examples_at_once(case: str) -> None:
     make, shape, sizes = ODD[case]
     model = Calls(lambda m, x: m.odd(x.tanh()).cumsum(-1), odd=make()).eval()
+    model(normal(4, *shape))
     computed = {name: value.clone() for name, value in vars(model.odd).items() if isinstance(value, Tensor)}
     seen = assert_seen_exactly(model, normal(4, *shape))
     assert _vectors(seen) == {f"odd.{name}": size for name, size in sizes.items()}
