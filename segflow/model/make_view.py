@@ -155,11 +155,16 @@ def _mixed(view: LossView, reader: Reader) -> list[str]:
 
 
 def _separate(view: LossView, batch: Batch, singles: Sequence[Batch]) -> bool:
-    """Whether a batch's loss is the sum of its examples' losses alone."""
+    """Whether a batch's loss is the sum of its examples' losses alone; not so where one cannot be run alone."""
     losses = []
-    for one in (batch, *singles):
-        with torch.enable_grad(), seeded(0):  # a task may differentiate by itself
-            losses.append(view.loss(one).detach().double())
+    try:
+        for one in (batch, *singles):
+            with torch.enable_grad(), seeded(0):  # a task may differentiate by itself
+                losses.append(view.loss(one).detach().double())
+    except torch.OutOfMemoryError:
+        raise
+    except _FAULTS:
+        return False
     off = losses[0] - torch.stack(losses[1:]).sum()
     return bool(off.abs() <= view.tolerance * torch.stack(losses[1:]).abs().sum())
 

@@ -92,6 +92,21 @@ def test_gradients_are_exact_wherever_a_call_counts_the_examples(case: str, posi
     assert (not seen.alone) == together
 
 
+def test_a_convolution_that_sees_no_row_of_an_example_has_a_gradient_of_zero_there() -> None:
+    """Images routed to one of two convolutions: each batch of one leaves the other without any."""
+
+    def run(model: Any, x: Tensor) -> Tensor:
+        left = x[:, 0, 0] > 0
+        output = x.new_zeros(len(x), 2, 3)
+        output[left], output[~left] = model.left(x[left]), model.right(x[~left])
+        return output
+
+    x = normal(5, 1, 4)
+    x[:, 0, 0] = torch.tensor([1.0, -1, 1, 1, -1])
+    model = Calls(run, left=nn.Conv1d(1, 2, 2), right=nn.Conv1d(1, 2, 2))
+    assert assert_seen_exactly(model, x).alone.keys() == {"left", "right"}
+
+
 def test_a_loss_that_mixes_its_examples_is_taken_of_each_alone() -> None:
     seen = assert_seen_exactly(
         Calls(lambda m, x: m.fc(x[:, None] + x[None, :]).sum(1), fc=nn.Linear(3, 2)), normal(4, 3)

@@ -68,7 +68,7 @@ def attention_and_run(draw: st.DrawFn) -> tuple[nn.MultiheadAttention, Callable[
 
 
 @pytest.mark.filterwarnings("ignore:Support for mismatched:UserWarning")
-@settings(RANDOMISED, max_examples=16)
+@settings(RANDOMISED, max_examples=12)
 @given(attention_and_run())
 def test_attention_is_exact_with_every_option_and_gives_the_untouched_module_s_outputs(
     case: tuple[nn.MultiheadAttention, Callable[[Any, Tensor], Any]],

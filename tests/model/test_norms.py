@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -34,7 +34,7 @@ def _turned(norm: nn.Module) -> nn.Module:
     return Calls(lambda m, x: m.norm(x.exp()).cumsum(-1).sin(), norm=_filled(norm))
 
 
-@RANDOMISED
+@settings(RANDOMISED, max_examples=25)
 @given(st.data())
 def test_norms_of_the_last_axes_equal_autograd(data: st.DataObject) -> None:
     shape = data.draw(st.lists(st.integers(2, 3), min_size=2, max_size=4), "examples, positions, features")
