@@ -14,12 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import LayerError, TaskError
+from ..runtime.sharding import local
 from .function_calls import FunctionCalls
 from .layers.function import FunctionLayer
 from .layers.tracked import TrackedLayer
 from .layout import ALL_ROWS, CallLayout, Layout, rows_first, spread
+from .observing import requiring_grad
 from .taps import Hook, Tap, forward_hooks
-from .tokens import Tokens, joined_calls
+from .tokens import Tokens, joined_calls, no_tokens
 
 Consumer = Callable[[TrackedLayer, Tokens], None]
 
@@ -51,7 +53,7 @@ class _Use:
     def tokens(self, dtype: torch.dtype, examples: int) -> list[Tokens]:
         """The tokens of every call that the loss depends on; the calls are forgotten."""
         used, self.calls = [call for call in self.calls if call.gradient is not None], []
-        return [self._of_call(call, dtype, examples) for call in used]
+        return [_checked(self.layer.name, self._of_call(call, dtype, examples)) for call in used]
 
     def _of_call(self, call: _Call, dtype: torch.dtype, examples: int) -> Tokens:
         if call.value._version != call.version:
@@ -59,18 +61,28 @@ class _Use:
                 f"layer {self.layer.name!r}: its input was changed in place after the call, so its tokens are "
                 "lost. Make the operation that follows out of place."
             )
-        value = rows_first(call.value, self.layout, examples)
-        gradient = call.gradient if self.layout.axis is None else rows_first(call.gradient, self.layout, examples)  # type: ignore[arg-type]
-        rows = 1
-        if self.layout.folded or (examples == 1 and self.layout.axis == 0):
-            rows, left = divmod(len(value), examples)
-            if left or not rows:
-                raise LayerError(
-                    f"layer {self.layer.name!r}: its input has {len(value)} rows for {examples} examples, expected "
-                    "equally many for each, one example's after another's. Where rows are routed or packed, use "
-                    "batch_size=1, or leave the layer out with exclude=."
-                )
+        value, gradient = call.value, call.gradient
+        if examples == 1 and self.layout.axis == 0 and not self.layer.examples_first:
+            return self.layer.tokens(value[None], gradient[None], dtype)  # type: ignore[index]
+        value = rows_first(value, self.layout, examples)
+        gradient = gradient if self.layout.axis is None else rows_first(gradient, self.layout, examples)  # type: ignore[arg-type]
+        rows = self._rows(len(value), examples)
+        if not rows:
+            return no_tokens(self.layer.shape, examples, dtype, value.device)
         return self.layer.tokens(value, gradient, dtype, rows)  # type: ignore[arg-type]
+
+    def _rows(self, given: int, examples: int) -> int:
+        """How many rows each example has, where that is not one."""
+        if not self.layout.folded and not (examples == 1 and self.layout.axis == 0):
+            return 1
+        rows, left = divmod(given, examples)
+        if left:
+            raise LayerError(
+                f"layer {self.layer.name!r}: its input has {given} rows for {examples} examples, expected equally many "
+                "for each, one example's after another's. Where rows are routed or packed, use batch_size=1, or leave "
+                "the layer out with exclude=."
+            )
+        return rows
 
 
 @dataclass(eq=False)
@@ -93,7 +105,7 @@ class _Block:
             raise LayerError(
                 f"layer {self.layer.name!r}: its calls saw {counts} examples, expected one number of them."
             )
-        return self.layer.together(joined_calls(pieces)) if pieces else None
+        return _checked(self.layer.name, self.layer.together(joined_calls(pieces)), self.layer) if pieces else None
 
 
 class _Capture:
@@ -110,6 +122,9 @@ class _Capture:
         self._blocks: list[_Block] = []
         self._of_module: dict[nn.Module, list[tuple[_Block, _Use]]] = {}
         self._functions = _function_calls(layers, layout, examples)
+        self.unreached = [
+            (layer, p) for layer in layers.values() if not _has_layout(layer, layout) for p in _own(layer)
+        ]
         for layer in layers.values():
             self._add(layer, layout)
 
@@ -131,11 +146,11 @@ class _Capture:
     def hooks(self) -> dict[nn.Module, Hook]:
         """For each module that is watched, what its calls run."""
         hooks: dict[nn.Module, Hook] = dict.fromkeys(self._of_module, self._see)
-        return hooks | {module: calls.hook(self.watches, self.tap) for module, calls in self._functions.items()}
+        return hooks | {module: calls.hook(self.records, self.tap) for module, calls in self._functions.items()}
 
-    def watches(self) -> bool:
-        """Whether calls count now: not those of a recomputed forward, nor those of which no gradient is wanted."""
-        return not self._in_backward and torch.is_grad_enabled()
+    def records(self) -> bool:
+        """Whether calls count now: a forward that is recomputed in the backward must only be as before."""
+        return not self._in_backward
 
     def tap(self, output: Tensor, receive: Callable[[Tensor], None], layer: TrackedLayer) -> Tensor:
         """An output with a tap that catches its gradient."""
@@ -150,18 +165,9 @@ class _Capture:
 
     def _see(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> Any:
         """Record one call of a module; returns its output with a tap."""
-        if not self.watches():
+        if not torch.is_grad_enabled():
             return output
-        calls: list[tuple[_Block, _Call]] = []
-        for block, use in self._of_module[module]:
-            if use not in block.uses:
-                raise LayerError(
-                    f"layer {block.layer.name!r}: not reached by the first example, but by another one. Put an example "
-                    "that reaches every layer first, or leave the layer out with exclude=."
-                )
-            value = use.layer.call_value(args, kwargs)
-            calls.append((block, _Call(value.detach(), value._version)))
-            use.calls.append(calls[-1][1])
+        calls = self._recorded(module, args, kwargs) if self.records() else []
         block, use = self._of_module[module][0]
 
         def receive(gradient: Tensor) -> None:
@@ -173,6 +179,19 @@ class _Capture:
         copied = spread(output, self._examples) if use.layout.axis is None else output
         return self.tap(copied, receive, block.layer)
 
+    def _recorded(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> list[tuple[_Block, _Call]]:
+        """One call of a module, for each block that it is of."""
+        calls: list[tuple[_Block, _Call]] = []
+        for block, use in self._of_module[module]:
+            if use not in block.uses:
+                raise _unexpected(block.layer)
+            value = use.layer.call_value(args, kwargs)
+            calls.append((block, _Call(value.detach(), value._version)))
+            use.calls.append(calls[-1][1])
+        return calls
+
     def backward(self, loss: Tensor) -> None:
         """Walk back from the loss, handing on each layer's tokens as soon as its last call has its gradient."""
         if not loss.requires_grad:
@@ -181,7 +200,10 @@ class _Capture:
                 "no_grad, or uses none of the tracked layers. Return a differentiable loss."
             )
         self._in_backward = True
-        torch.autograd.grad(loss, self._anchor, allow_unused=True)
+        _, *slopes = torch.autograd.grad(loss, [self._anchor, *(p for _, p in self.unreached)], allow_unused=True)
+        for (layer, _), slope in zip(self.unreached, slopes, strict=True):
+            if slope is not None and slope.any():
+                raise _unexpected(layer)
 
     def hand_on_rest(self) -> None:
         """Hand on the tokens of layers some of whose calls the loss does not depend on, and of whole modules."""
@@ -195,6 +217,36 @@ class _Capture:
         tokens = block.tokens(self._dtype, self._examples)
         if tokens is not None:
             self._consume(block.layer, tokens)
+
+
+def _has_layout(layer: TrackedLayer, layout: Layout) -> bool:
+    """Whether some of a layer's calls were seen when the layout was found."""
+    return layer.name in layout.functions or any(use.name in layout.calls for use in layer.uses)
+
+
+def _own(layer: TrackedLayer) -> list[Tensor]:
+    """A layer's parameters, but for those that are spread over ranks, which are whole within calls only."""
+    return [parameter for parameter in layer.parameters if local(parameter) is parameter]
+
+
+def _unexpected(layer: TrackedLayer) -> LayerError:
+    return LayerError(
+        f"layer {layer.name!r}: not reached by the first example, but by another one. Put an example that reaches "
+        "every layer first, or leave the layer out with exclude=."
+    )
+
+
+def _checked(name: str, tokens: Tokens, layer: TrackedLayer | None = None) -> Tokens:
+    """The tokens; LayerError unless both sides have the same positions, and the widths of a block if one is given."""
+    a, g = tokens.a_PBSI.shape, tokens.g_PBSO.shape
+    if a[:3] == g[:3] and (layer is None or layer.shape == (a[0], g[3], a[3])):
+        return tokens
+    wanted = "those of one kind at the other's positions" if layer is None else f"P, O, I = {layer.shape}"
+    raise LayerError(
+        f"layer {name!r}: its calls give inputs [P, B, S, I] = {tuple(a)} and output gradients [P, B, S, O] = "
+        f"{tuple(g)}, expected {wanted}. Its features stand on another axis than its kind has them, or, for a kind of "
+        "your own, mend `sides`."
+    )
 
 
 def _function_calls(
@@ -240,7 +292,8 @@ def capture(
         TaskError: the loss depends on no tracked layer.
     """
     captured = _Capture(layers, layout, consume, dtype, examples)
-    with torch.enable_grad(), forward_hooks(captured.hooks()):
+    watched = requiring_grad([parameter for _, parameter in captured.unreached])
+    with torch.enable_grad(), watched, forward_hooks(captured.hooks()):
         total = loss()
         captured.backward(total)
     captured.hand_on_rest()

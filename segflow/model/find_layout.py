@@ -113,9 +113,21 @@ def _see(
     output: Any,
 ) -> Any:
     """Note one call; its output comes back with taps that note which of its tensors the loss depends on."""
-    if seen.backward or not torch.is_grad_enabled():
+    if not torch.is_grad_enabled():
         return output
     leaves, spec = tree_flatten(output)
+    of_uses = [] if seen.backward else _noted(seen, uses, args, kwargs, leaves)  # a forward that is recomputed
+    for place, leaf in enumerate(leaves):
+        if isinstance(leaf, Tensor) and leaf.is_floating_point():
+            seen.coarse |= leaf.dtype in _COARSE
+            leaves[place] = Tap.apply(leaf.clone(), anchor, partial(_note, of_uses, place))
+    return tree_unflatten(leaves, spec)
+
+
+def _noted(
+    seen: _Run, uses: list[TrackedLayer], args: tuple[Any, ...], kwargs: Mapping[str, Any], leaves: list[Any]
+) -> list[_Seen]:
+    """What is noted of one call, for each use."""
     given, _ = tree_flatten((args, dict(kwargs)))
     whole = _Seen(_shapes(given), _shapes(leaves))
     if any(isinstance(use, FunctionLayer) for use in uses):
@@ -125,11 +137,7 @@ def _see(
         if not isinstance(use, FunctionLayer):
             of_uses.append(_Seen(_shapes([use.call_value(args, kwargs)]), _shapes(leaves)))
             seen.calls.setdefault(use.name, []).append(of_uses[-1])
-    for place, leaf in enumerate(leaves):
-        if isinstance(leaf, Tensor) and leaf.is_floating_point():
-            seen.coarse |= leaf.dtype in _COARSE
-            leaves[place] = Tap.apply(leaf.clone(), anchor, partial(_note, of_uses, place))
-    return tree_unflatten(leaves, spec)
+    return of_uses
 
 
 def _note(of_uses: list[_Seen], place: int, _gradient: Tensor) -> None:

@@ -46,20 +46,21 @@ class FunctionCalls:
     examples: int
     calls: list[_Call] = field(default_factory=list)
 
-    def hook(self, watches: Callable[[], bool], tap: Callable[..., Tensor]) -> Hook:
+    def hook(self, records: Callable[[], bool], tap: Callable[..., Tensor]) -> Hook:
         """Records one call, and taps every output that is counted by examples or shared by them.
 
-        watches: whether calls count now; tap: given an output, what receives its gradient, and a layer.
+        records: whether calls count now; tap: given an output, what receives its gradient, and a layer.
         """
 
         def see(_module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> Any:
-            if not watches():
+            if not torch.is_grad_enabled():
                 return output
             leaves, spec = tree_flatten((args, dict(kwargs)))
             kept = [leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
             versions = [leaf._version if isinstance(leaf, Tensor) else None for leaf in leaves]
             call = _Call(kept, versions, spec)
-            self.calls.append(call)
+            if records():
+                self.calls.append(call)
             outputs, out_spec = tree_flatten(output)
             layouts = self.layout.outputs
             if len(outputs) != len(layouts):
@@ -85,7 +86,7 @@ class FunctionCalls:
                 totals[name] = totals[name] + gradient if name in totals else gradient
         for layer in self.layers:
             if layer.attribute in totals:
-                yield layer, totals[layer.attribute].flatten(1)
+                yield layer, totals[layer.attribute].reshape(self.examples, -1)
 
     def _of_call(self, call: _Call) -> dict[str, Tensor]:
         """The gradients [B, ...] of one call, by the parameters' names in the module."""
@@ -169,7 +170,7 @@ def _for_each(one: Callable[..., Any], inputs: list[Tensor], outputs: list[Tenso
     if module not in _ONE_BY_ONE and not isinstance(module, nn.RNNBase):
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("error")
+                warnings.filterwarnings("error", "There is a performance drop")  # vmap's, where it has no rule
                 return vmap(one)(inputs, outputs)
         except _NO_RULE:
             _ONE_BY_ONE.add(module)

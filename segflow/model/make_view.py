@@ -5,7 +5,7 @@ Where a layer's tokens do not give an example's gradient exactly as autograd doe
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..data.batches import Batch, evenly_spaced
 from ..data.draws import seeded
 from ..data.readers import Reader
-from ..errors import JoinError, LayerError, SegflowError, TaskError
+from ..errors import JoinError, LayerError, SegflowError
 from ..runtime.sharding import is_sharded
 from ..tasks.task import summed_loss
 from .capture import DetachedError
@@ -54,8 +54,9 @@ def make_loss_view(
             return summed_loss(task, batch.content, model, kind=kind)
 
     view = LossView(model, task, kind, layers, find_layout(layers, run))
-    if kind != "sample":  # pseudo-labels may differ between two evaluations
-        view = _compared(view, reader)
+    if kind == "sample":  # what is drawn for an example may depend on its batch, what a loss does with it does not
+        view = replace(view, layout=_compared(replace(view, kind="train"), reader).layout)
+    view = _compared(view, reader)
     unreached = [name for name in layers if name not in view.layout.reached]
     if unreached and (kind != "measurement" or not view.layout.reached):
         raise LayerError(
@@ -69,29 +70,39 @@ def make_loss_view(
 def _compared(view: LossView, reader: Reader) -> LossView:
     """The view in which every layer gives what autograd does, those that do not in a batch example by example."""
     [twice] = reader.probes([[0, 0]], view.device)
-    exact = autograd_gradients(view.model, view.layers, partial(view.loss, twice), view.dtype)
-    view = _with_alone(view, dict.fromkeys(_used_elsewhere(view, reader), "gradient"))
-    view = _with_alone(view, dict.fromkeys(_mixed(view, reader), "tokens"))
-    off = _off(view, twice, exact)
-    view = _with_alone(view, dict.fromkeys(off, "tokens"))
+    if view.kind == "sample":
+        steady = _repeats(view, twice)
+        return _settled(_with_alone(view, _off(view, twice)) if steady else view, reader)
+    view = _with_alone(view, _used_elsewhere(view, reader), "gradient")
+    view = _with_alone(view, _mixed(view, reader))
+    return _settled(_with_alone(view, _off(view, twice)), reader)
+
+
+def _settled(view: LossView, reader: Reader) -> LossView:
+    """The view in which of layers that are run example by example, those whose calls do not suffice give gradients."""
     by_tokens = [name for name, how in view.layout.alone.items() if how == "tokens"]
-    if by_tokens:
-        if is_sharded(view.model):
-            raise LayerError(
-                f"layer {by_tokens[0]!r}: its calls in a batch do not make up its gradient of the {view.kind} loss, so "
-                "its examples have to be run one by one, which a sharded model does not allow. Call the module "
-                "wherever its weight is used, on inputs [examples, ..., features], or leave it out with exclude=."
-            )
-        [single] = reader.probes([[0]], view.device)
-        chosen = {name: view.layers[name] for name in by_tokens}
-        alone = autograd_gradients(view.model, chosen, partial(view.loss, single), view.dtype)
-        odd = [
-            n
-            for n in by_tokens
-            if isinstance(view.layers[n], FunctionLayer) or not _alone_agrees(view, n, single, alone)
-        ]
-        view = _with_alone(view, dict.fromkeys(odd, "gradient"))
-    return view
+    if not by_tokens:
+        return view
+    if is_sharded(view.model):
+        raise LayerError(
+            f"layer {by_tokens[0]!r}: its calls in a batch do not make up its gradient of the {view.kind} loss, so "
+            "its examples have to be run one by one, which a sharded model does not allow. Call the module "
+            "wherever its weight is used, on inputs [examples, ..., features], or leave it out with exclude=."
+        )
+    [single] = reader.probes([[0]], view.device)
+    chosen = {name: view.layers[name] for name in by_tokens}
+    exact = autograd_gradients(view.model, chosen, partial(view.loss, single), view.dtype)
+    odd = [
+        n for n in by_tokens if isinstance(view.layers[n], FunctionLayer) or not _alone_agrees(view, n, single, exact)
+    ]
+    return _with_alone(view, odd, "gradient")
+
+
+def _repeats(view: LossView, batch: Batch) -> bool:
+    """Whether the loss of a batch is the same again, as where all that is drawn depends on its examples."""
+    with torch.enable_grad():  # a task may differentiate by itself
+        first, second = (view.loss(batch).detach().double() for _ in range(2))
+    return bool((first - second).abs() <= view.tolerance * first.abs())
 
 
 def _used_elsewhere(view: LossView, reader: Reader) -> list[str]:
@@ -105,8 +116,9 @@ def _used_elsewhere(view: LossView, reader: Reader) -> list[str]:
     return [name for name in uncalled if name in used]
 
 
-def _with_alone(view: LossView, alone: Mapping[str, str]) -> LossView:
-    """The view with these layers run example by example."""
+def _with_alone(view: LossView, names: Sequence[str], how: str = "tokens") -> LossView:
+    """The view with these layers run example by example; how: as `Layout.alone` says."""
+    alone = dict.fromkeys(names, how)
     reached = (*view.layout.reached, *(name for name in alone if name not in view.layout.reached))
     return replace(view, layout=view.layout._replace(alone={**view.layout.alone, **alone}, reached=reached))
 
@@ -123,26 +135,47 @@ def _unsure(layout: Layout, layers: Mapping[str, TrackedLayer]) -> list[str]:
 
 
 def _mixed(view: LossView, reader: Reader) -> list[str]:
-    """Of the layers that are unsure, those in which two examples' gradients in a batch are not those of each alone.
+    """The layers in which two examples' gradients in a batch are not those of each alone.
 
-    All of them where no two examples can be joined; none where there is one example.
+    Of layers that are unsure, all where no two examples can be joined; none of any where there is one example. Others
+    are compared where the loss of both is the sum of theirs: rows that are routed may be as many as the examples are.
     """
-    unsure = _unsure(view.layout, view.layers)
-    if not unsure or len(reader) == 1:
-        return []
-    pair = _pair(reader, view.device)
+    unsure, pair = _unsure(view.layout, view.layers), _pair(reader, view.device)
     if pair is None:
-        return unsure
-    chosen = {name: view.layers[name] for name in unsure}
-    exact = [
-        autograd_gradients(view.model, chosen, partial(view.loss, single), view.dtype)
-        for single in reader.probes([[index] for index in pair.examples], view.device)
-    ]
-    found = _tried(view, chosen, pair)
-    if found is None and len(unsure) > 1:  # one of them cannot be run so: which?
-        each = {name: _tried(view, {name: layer}, pair) for name, layer in chosen.items()}
+        return unsure if len(reader) > 1 else []
+    singles = reader.probes([[index] for index in pair.examples], view.device)
+    names = [name for name in view.layout.reached if name not in view.layout.alone]
+    names = names if _separate(view, pair, singles) else unsure
+    if not names:
+        return []
+    chosen = {name: view.layers[name] for name in names}
+    exact = [autograd_gradients(view.model, chosen, partial(view.loss, single), view.dtype) for single in singles]
+    found = _found(view, chosen, pair)
+    return [name for name in names if not _agree(view, name, found.get(name), exact)]
+
+
+def _separate(view: LossView, batch: Batch, singles: Sequence[Batch]) -> bool:
+    """Whether a batch's loss is the sum of its examples' losses alone; not so where one cannot be run alone."""
+    losses = []
+    try:
+        for one in (batch, *singles):
+            with torch.enable_grad(), seeded(0):  # a task may differentiate by itself
+                losses.append(view.loss(one).detach().double())
+    except torch.OutOfMemoryError:
+        raise
+    except _FAULTS:
+        return False
+    off = losses[0] - torch.stack(losses[1:]).sum()
+    return bool(off.abs() <= view.tolerance * torch.stack(losses[1:]).abs().sum())
+
+
+def _found(view: LossView, layers: Mapping[str, TrackedLayer], batch: Batch) -> dict[str, Tokens]:
+    """The tokens of these layers in a batch, of each that the model can be run with."""
+    found = _tried(view, layers, batch)
+    if found is None and len(layers) > 1:  # one of them cannot be run so: which?
+        each = {name: _tried(view, {name: layer}, batch) for name, layer in layers.items()}
         found = {name: of[name] for name, of in each.items() if of is not None and name in of}
-    return [name for name in unsure if not _agree(view, name, (found or {}).get(name), exact)]
+    return found or {}
 
 
 def _pair(reader: Reader, device: torch.device) -> Batch | None:
@@ -159,12 +192,11 @@ def _pair(reader: Reader, device: torch.device) -> Batch | None:
 def _tried(view: LossView, layers: Mapping[str, TrackedLayer], batch: Batch) -> dict[str, Tokens] | None:
     """The tokens of these layers alone in a batch; None where the model cannot be run so, or gives another loss."""
     found: dict[str, Tokens] = {}
-    layout = view.layout._replace(alone={}, reached=tuple(layers))
+    trial = replace(view, layers=layers, layout=view.layout._replace(alone={}, reached=tuple(layers)))
+    with torch.enable_grad(), seeded(0):  # a task may differentiate by itself
+        expected = view.loss(batch).detach().double()
     try:
         with seeded(0):
-            expected = view.loss(batch).detach().double()
-        with seeded(0):
-            trial = replace(view, layers=layers, layout=layout)
             loss = trial.capture(batch, lambda layer, tokens: found.update({layer.name: tokens}), FiniteCheck(""))
     except DetachedError:
         return {}
@@ -186,14 +218,19 @@ def _agree(view: LossView, name: str, tokens: Tokens | None, exact: list[dict[st
     return all(_close(view, of, e[name], _scale(e)) for of, e in zip(singles, exact, strict=True))
 
 
+def _makes_up(view: LossView, tokens: Tokens | None, exact: Tensor, scale: Tensor) -> bool:
+    """As `_close`; no tokens at all are a gradient of zero."""
+    return not bool(exact.any()) if tokens is None else _close(view, tokens, exact, scale)
+
+
 def _close(view: LossView, tokens: Tokens, exact: Tensor, scale: Tensor) -> bool:
-    """Whether tokens make up a gradient, but for rounding; of what is not finite nothing is said here.
+    """Whether tokens make up a gradient, but for rounding; of one that is not finite nothing is said here.
 
     scale: the largest gradient of all layers: one that is zero but for rounding is what such numbers leave.
     """
     norm, off = torch.linalg.vector_norm(exact), torch.linalg.vector_norm(tokens.total() - exact)
     rounding = 0.01 * view.tolerance * tokens.magnitude().sqrt() + _ROUNDING * torch.finfo(view.dtype).eps * scale
-    return not bool(off > view.tolerance * norm + rounding)
+    return bool((off <= view.tolerance * norm + rounding) | ~torch.isfinite(norm))
 
 
 def _scale(exact: Mapping[str, Tensor]) -> Tensor:
@@ -201,19 +238,12 @@ def _scale(exact: Mapping[str, Tensor]) -> Tensor:
     return torch.stack([torch.linalg.vector_norm(gradient) for gradient in exact.values()]).amax()
 
 
-def _off(view: LossView, batch: Batch, exact: Mapping[str, Tensor]) -> list[str]:
+def _off(view: LossView, batch: Batch) -> list[str]:
     """The layers whose tokens in a batch do not make up their gradients, as where a weight is used outside of calls."""
-    off: dict[str, bool] = {}
-    scale = _scale(exact)
-
-    def consume(layer: TrackedLayer, tokens: Tokens) -> None:
-        off[layer.name] = not _close(view, tokens, exact[layer.name], scale)
-
-    together = view.only([name for name in view.layers if name not in view.layout.alone])
-    if together.layers:
-        with seeded(0):
-            together.capture(batch, consume, FiniteCheck(""))
-    return [name for name in together.layers if off.get(name, bool(exact[name].any()))]
+    exact = autograd_gradients(view.model, view.layers, partial(view.loss, batch), view.dtype)
+    together = {name: layer for name, layer in view.layers.items() if name not in view.layout.alone}
+    found = _found(view, together, batch) if together else {}
+    return [name for name in together if not _makes_up(view, found.get(name), exact[name], _scale(exact))]
 
 
 def _alone_agrees(view: LossView, name: str, single: Batch, exact: Mapping[str, Tensor]) -> bool:
@@ -221,6 +251,8 @@ def _alone_agrees(view: LossView, name: str, single: Batch, exact: Mapping[str, 
     try:
         with seeded(0):
             tokens = view.of_one(single).get(name)
-    except (LayerError, TaskError):
+    except torch.OutOfMemoryError:
+        raise
+    except _FAULTS:
         return False
-    return _close(view, tokens, exact[name], _scale(exact)) if tokens is not None else not bool(exact[name].any())
+    return _makes_up(view, tokens, exact[name], _scale(exact))

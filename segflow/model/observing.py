@@ -32,6 +32,7 @@ def observing(model: nn.Module) -> Iterator[None]:
     flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
     values = [(tensor, tensor.detach().clone()) for tensor in (*model.parameters(), *model.buffers())]
     registers = [(register, dict(register)) for module in modes for register in (module._parameters, module._buffers)]
+    computed = [(vars(module), {n: t for n, t in vars(module).items() if isinstance(t, Tensor)}) for module in modes]
     fused = torch.backends.mha.get_fastpath_enabled()
     devices = [p.device for p in model.parameters() if p.device.type == "cuda"][:1]
     with torch.random.fork_rng(devices=devices), running_plainly(model):
@@ -46,6 +47,8 @@ def observing(model: nn.Module) -> Iterator[None]:
             for register, content in registers:
                 register.clear()
                 register.update(content)  # type: ignore[arg-type]
+            for attributes, tensors in computed:  # such as the weights that weight norm computes in each call
+                attributes.update(tensors)
             with torch.no_grad():
                 for tensor, value in values:
                     tensor.copy_(value)

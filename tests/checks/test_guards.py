@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
+from torch.testing import assert_close
 from torch.utils.data import ConcatDataset, Subset, TensorDataset
 
 import segflow as sf
@@ -103,7 +104,6 @@ FAULTS: dict[str, tuple[Callable[[], Any], Callable[[], nn.Module], str]] = {
     "mean over tokens": (lambda: TaskOf(train=mean_over_tokens), mlp, "no mean over the batch's tokens"),
     "squared sum": (lambda: TaskOf(train=squared_sum), mlp, "examples' losses add up to"),
     "rows sorted": (TaskOf, sorting, f"layer '(first|head)': .*{ALONE}"),
-    "rows reversed": (TaskOf, reversing, f"layer '(first|head)': .*{ALONE}"),
     "attention over the batch": (TaskOf, attending, "examples that do not interact"),
     "batch norm": (
         lambda: TaskOf(train=in_train_mode),
@@ -160,9 +160,20 @@ def test_a_dataset_that_begins_with_equal_rows_is_judged_by_distinct_ones(tmp_pa
 @pytest.mark.parametrize("count", [2, 3, N])
 def test_a_dataset_in_the_models_own_order_does_not_hide_that_it_sorts(tmp_path: Path, count: int) -> None:
     x, labels = vectors(count).tensors
-    for name, order in (("up", _order(x)), ("down", _order(x).flip(0))):
-        with pytest.raises(sf.LayerError, match=f"train loss {ALONE}"):
-            _call(tmp_path / name, "score", TaskOf(), sorting(), TensorDataset(x[order], labels), vectors(1))
+    with pytest.raises(sf.LayerError, match=f"train loss {ALONE}"):
+        _call(tmp_path, "score", TaskOf(), sorting(), TensorDataset(x[_order(x)], labels), vectors(1))
+
+
+@pytest.mark.parametrize("rows", [reversing, sorting])
+def test_rows_that_a_model_is_seen_to_move_are_scored_as_each_example_is_alone(
+    tmp_path: Path, rows: Callable[[], Rows]
+) -> None:
+    """The first example and the last change places: the layers are run example by example."""
+    x, labels = vectors(N).tensors
+    train = TensorDataset(x[_order(x).flip(0)], labels)
+    plain, moved = Rows(lambda x: x, lambda z, x: z), rows()
+    expected = _call(tmp_path / "plain", "score", TaskOf(), plain, train, vectors(1)).values
+    assert_close(_call(tmp_path / "moved", "score", TaskOf(), moved, train, vectors(1)).values, expected)
 
 
 def test_a_property_whose_outputs_see_other_rows_is_refused(tmp_path: Path) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -15,8 +18,10 @@ from segflow.curvature.kronecker import (
     example_gradients,
     kfac_eigenvalues,
     mean_over,
+    side_shapes,
     weighted_mean,
 )
+from segflow.model.one_hot import OneHot
 from segflow.model.tokens import Tokens
 
 P, B, S, O, I = 2, 5, 3, 4, 6
@@ -28,6 +33,12 @@ def _random(*shape: int, seed: int = 0) -> Tensor:
 
 def _tokens(positions: int = S) -> Tokens:
     return Tokens(_random(P, B, positions, I), _random(P, B, positions, O, seed=1))
+
+
+def _sums(parts: int, diagonal: bool = False) -> Covariance:
+    """Empty sums for a layer of such sides."""
+    layer: Any = SimpleNamespace(shape=(parts, O, I), diagonal_inputs=diagonal, diagonal_outputs=diagonal)
+    return Covariance.zeros(side_shapes(layer), torch.float64, torch.device("cpu"))
 
 
 def _basis() -> Eigenbasis:
@@ -59,6 +70,114 @@ def test_squared_projections_are_those_of_every_example(positions: int, budget: 
     torch.testing.assert_close(example_gradients(tokens, basis), gradients)
 
 
+# ---- diagonal sides and one-hot inputs ----
+
+
+def _hot(positions: int = S) -> Tokens:
+    """Fewer indices than positions, and weights of which some are zero."""
+    index = torch.randint(0, I, (B, positions), generator=torch.Generator().manual_seed(2))
+    weights = _random(B, positions, seed=3) * (_random(B, positions, seed=4) > -0.5)
+    return Tokens(OneHot(index, weights, I), _random(1, B, positions, O, seed=1))
+
+
+SIDES = ["dense", "axes", "factors"]
+
+
+def _side(kind: str, parts: int, size: int) -> Tensor | None:
+    """Eigenvectors, the axes, or the axes times factors."""
+    if kind == "dense":
+        return torch.linalg.qr(_random(parts, size, size, seed=size)).Q
+    return None if kind == "axes" else _random(parts, size, seed=size)
+
+
+def _matrix(side: Tensor | None, part: int, size: int) -> Tensor:
+    """What a side multiplies by, as a matrix."""
+    if side is None:
+        return torch.eye(size).double()
+    return side[part].diag() if side.ndim == 2 else side[part]
+
+
+def _naive_rotated(basis: Eigenbasis | None, gradients_BPOI: Tensor) -> Tensor:
+    if basis is None:
+        return gradients_BPOI
+    rows = []
+    for gradient in gradients_BPOI:
+        sides = [(_matrix(basis.outputs_POO, p, O), _matrix(basis.inputs_PII, p, I)) for p in range(len(gradient))]
+        rows.append(torch.stack([left.T @ g @ right for g, (left, right) in zip(gradient, sides, strict=True)]))
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("hot", [True, False])
+@pytest.mark.parametrize("inputs", SIDES)
+@pytest.mark.parametrize("outputs", SIDES)
+@pytest.mark.parametrize("rooted", [True, False])
+@pytest.mark.parametrize("positions", [1, S, 40])
+def test_squared_projections_are_those_of_every_example_on_diagonal_sides_and_of_one_hot_inputs(
+    hot: bool, inputs: str, outputs: str, rooted: bool, positions: int
+) -> None:
+    if hot and inputs == "dense":
+        return  # an embedding's input side is diagonal always
+    tokens = _hot(positions) if hot else _tokens(positions)
+    parts = tokens.g_PBSO.shape[0]
+    formed = _naive(Tokens(tokens.dense_a, tokens.g_PBSO))
+    roots = _random(parts, O, I, seed=9).abs() if rooted else None
+    for basis in (None, Eigenbasis(_side(inputs, parts, I), _side(outputs, parts, O))):
+        gradients = _naive_rotated(basis, formed if roots is None else formed * roots)
+        for budget in (1, 1 << 20):
+            total = torch.ones(parts, O, I).double()
+            add_squared_projections_(total, tokens, basis, budget, roots)
+            torch.testing.assert_close(total, 1 + gradients.square().sum(0))
+        torch.testing.assert_close(example_gradients(tokens, basis), _naive_rotated(basis, formed))
+
+
+@pytest.mark.parametrize("inputs", SIDES)
+@pytest.mark.parametrize("outputs", SIDES)
+def test_a_basis_with_diagonal_sides_rotates_gradients_and_tokens_alike_and_back(inputs: str, outputs: str) -> None:
+    basis, gradients = Eigenbasis(_side(inputs, P, I), _side(outputs, P, O)), _naive(_tokens())
+    expected = _naive_rotated(basis, gradients)
+    torch.testing.assert_close(basis.rotate(gradients), expected)
+    torch.testing.assert_close(_naive(basis.rotate_tokens(_tokens())), expected)
+    if "factors" not in (inputs, outputs):
+        torch.testing.assert_close(basis.unrotate(expected), gradients)
+    sides = (basis.outputs_POO, basis.inputs_PII)
+    for p in range(P):
+        Q = torch.kron(*(_matrix(side, p, size).contiguous() for side, size in zip(sides, (O, I), strict=True)))
+        P_OI = _random(P, O, I, seed=8)
+        dense = (Q.T @ P_OI[p].flatten().diag() @ Q).diagonal().reshape(O, I)
+        torch.testing.assert_close(basis.diagonal(P_OI)[p], dense)
+
+
+@pytest.mark.parametrize("outputs", SIDES)
+@pytest.mark.parametrize("inputs", ["axes", "factors"])
+def test_one_hot_tokens_are_rotated_as_the_formed_ones(inputs: str, outputs: str) -> None:
+    basis, tokens = Eigenbasis(_side(inputs, 1, I), _side(outputs, 1, O)), _hot()
+    rotated = basis.rotate_tokens(tokens)
+    assert isinstance(rotated.a_PBSI, OneHot), "the inputs are not formed"
+    formed = Tokens(tokens.dense_a, tokens.g_PBSO)
+    torch.testing.assert_close(rotated.dense_a, basis.rotate_tokens(formed).a_PBSI)
+    torch.testing.assert_close(rotated.g_PBSO, basis.rotate_tokens(formed).g_PBSO)
+
+
+def test_covariances_of_diagonal_sides_are_the_diagonals_of_dense_ones() -> None:
+    """With a mask and with weights, of one-hot and of other inputs."""
+    mask, weights = torch.ones(B, S), _random(B, seed=5).abs()
+    mask[1:, -1] = 0
+    for tokens in (_hot(), Tokens(_hot().dense_a, _hot().g_PBSO)):
+        for mask_BS, weights_B in ((None, None), (mask, None), (None, weights), (mask, weights)):
+            dense, diagonal = (_sums(1, kind) for kind in (False, True))
+            dense.add_(Tokens(tokens.dense_a, tokens.g_PBSO), mask_BS, weights_B)
+            diagonal.add_(tokens, mask_BS, weights_B)
+            for whole, axes in ((dense.a_PII, diagonal.a_PII), (dense.g_POO, diagonal.g_POO)):
+                torch.testing.assert_close(axes, whole.diagonal(dim1=1, dim2=2))
+            assert (diagonal.a_rows, diagonal.g_rows) == (dense.a_rows, dense.g_rows)
+
+
+def test_kfac_s_eigenvalues_on_diagonal_sides_are_the_diagonals_themselves() -> None:
+    A, S_ = _random(P, I, seed=1).abs(), _random(P, O, seed=2).abs()
+    found = kfac_eigenvalues(Eigenbasis(None, None), A, S_)
+    torch.testing.assert_close(found, torch.stack([torch.outer(S_[p], A[p]) for p in range(P)]))
+
+
 def test_kfac_s_eigenvalues_are_the_diagonal_of_the_kronecker_product() -> None:
     sides = [_random(P, D, D, seed=D) for D in (I, O)]
     A, G = (side @ side.mT for side in sides)
@@ -72,7 +191,7 @@ def test_kfac_s_eigenvalues_are_the_diagonal_of_the_kronecker_product() -> None:
 def test_covariances_count_tokens_that_are_no_padding() -> None:
     tokens, mask = _tokens(), torch.ones(B, S)
     mask[:, -1] = 0
-    sums = Covariance.zeros(((P, I, I), (P, O, O)), torch.float64, torch.device("cpu"))
+    sums = _sums(P)
     sums.add_(tokens, mask)
     real = tokens.a_PBSI[:, :, :-1].flatten(1, 2)
     torch.testing.assert_close(sums.a_PII, real.mT @ real)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import pytest
@@ -15,18 +16,21 @@ from torch.utils.checkpoint import checkpoint
 
 import segflow as sf
 from segflow.model.capture import capture
-from segflow.model.layers.choice import choose_layers
+from segflow.model.find_layout import find_layout
+from segflow.model.layers import TrackedLayer, choose_layers
 from segflow.model.observing import observing
+from segflow.model.tokens import Tokens
 
-from ..support import oracles
 from ..support.exactness import (
     RANDOMISED,
     Along,
     Calls,
     assert_exact,
+    by_parameter,
     captured,
     example_matrices,
     normal,
+    parameter_gradients,
     sines,
 )
 
@@ -143,7 +147,8 @@ class Residual(nn.Module):
 
 
 def test_a_residual_net_with_batch_norm_is_exact() -> None:
-    assert list(assert_exact(Residual().eval(), normal(3, 2, 4, 4))) == ["stem", "conv", "head"]
+    found = assert_exact(Residual().eval(), normal(3, 2, 4, 4))
+    assert list(found) == ["stem", "norm.weight", "norm.bias", "conv", "head"]
 
 
 @pytest.mark.parametrize("batch_first", [True, False])
@@ -151,7 +156,9 @@ def test_a_residual_net_with_batch_norm_is_exact() -> None:
 def test_transformer_layers_are_exact_and_not_bypassed_by_fused_attention(batch_first: bool, norm_first: bool) -> None:
     layer = nn.TransformerEncoderLayer(4, 2, 6, 0.1, batch_first=batch_first, norm_first=norm_first).eval()
     axis = 0 if batch_first else 1
-    assert list(assert_exact(Along(layer, axis), normal(3, 3, 4))) == ["layer.linear1", "layer.linear2"]
+    blocks = ["self_attn.q", "self_attn.k", "self_attn.v", "self_attn.out_proj", "linear1", "linear2"]
+    norms = [f"norm{number}.{parameter}" for number in (1, 2) for parameter in ("weight", "bias")]
+    assert list(assert_exact(Along(layer, axis), normal(3, 3, 4))) == [f"layer.{name}" for name in [*blocks, *norms]]
 
 
 def test_a_padded_transformer_encoder_does_not_turn_to_nested_tensors() -> None:
@@ -163,7 +170,7 @@ def test_a_padded_transformer_encoder_does_not_turn_to_nested_tensors() -> None:
     def run(model: Any, x: Tensor) -> Tensor:
         return model.encoder(x, src_key_padding_mask=padding.expand(len(x), 3))[:, :2]
 
-    assert len(assert_exact(Calls(run, encoder=encoder), normal(3, 3, 4))) == 4
+    assert len(assert_exact(Calls(run, encoder=encoder), normal(3, 3, 4))) == 2 * 10
 
 
 def test_activation_checkpointing_is_exact() -> None:
@@ -243,12 +250,11 @@ def test_under_autocast_tokens_are_float32_finite_and_close(inside: bool) -> Non
             found[layer.name] = tokens
 
         capture(tracked, layout, lambda: loss(model, x), consume, torch.float32, len(x))
-    modules = {name: layer.module for name, layer in tracked.items()}
-    exact = oracles.example_gradients(model, modules, lambda i: model(x[i : i + 1]).sin().sum(), len(x))
-    for name, tokens in found.items():
-        assert all(side.dtype == torch.float32 and side.isfinite().all() for side in tokens)
-        error = (example_matrices(tokens) - exact[name]).norm() / exact[name].norm()
-        assert 1e-6 < error < 0.05, "bfloat16 rounds, but only so much"
+    alone = [parameter_gradients(model, partial(sines, model, x[i : i + 1])) for i in range(len(x))]
+    assert all(side.dtype == torch.float32 and side.isfinite().all() for tokens in found.values() for side in tokens)
+    for name, got in by_parameter(tracked, {n: example_matrices(tokens) for n, tokens in found.items()}).items():
+        exact = torch.stack([of_example[name] for of_example in alone])
+        assert 1e-6 < (got - exact).norm() / exact.norm() < 0.05, "bfloat16 rounds, but only so much"
     assert found.keys() == {"0", "3"}
 
 
@@ -257,8 +263,8 @@ def test_tokens_have_the_dtype_asked_for(dtype: torch.dtype) -> None:
     model, found = nn.Linear(3, 2, dtype=dtype), []
     tracked = choose_layers(model).tracked
     with observing(model):
-        loss = lambda: model(normal(4, 3, dtype=dtype)).sum()  # noqa: E731
-        capture(tracked, {"": 0}, loss, lambda _l, t: found.append(t), torch.float32)
+        loss = lambda copies=4: model(normal(copies, 3, dtype=dtype)).sum()  # noqa: E731
+        capture(tracked, find_layout(tracked, loss), loss, lambda _l, t: found.append(t), torch.float32, 4)
     assert [side.dtype for side in found[0]] == [torch.float32] * 2
 
 
@@ -274,64 +280,7 @@ def test_a_loss_cut_off_from_every_layer_is_refused() -> None:
         captured(model, choose_layers(model).tracked, normal(4, 3), lambda m, x: m(x).detach().sum())
 
 
-# ---- inputs without an axis of examples ----
-
-
-def _flattened(model: Any, x: Tensor) -> Tensor:
-    return model.fc(x.flatten(0, 1)).unflatten(0, x.shape[:2])
-
-
-def _frames(model: Any, x: Tensor) -> Tensor:
-    return model.fc(x.flatten(0, 1)[:, None]).squeeze(1).unflatten(0, x.shape[:2])
-
-
-def _shared_by_the_batch(model: Any, x: Tensor) -> Tensor:
-    return x @ model.fc(torch.ones(2, 3)).T
-
-
-def _broadcast(model: Any, x: Tensor) -> Tensor:
-    return x.flatten(1).sum(1)[:, None] * model.fc(torch.ones(1, 3))
-
-
-def _one_by_one(model: Any, x: Tensor) -> Tensor:
-    return torch.stack([model.fc(row) for row in x])
-
-
-def _two_layouts(model: Any, x: Tensor) -> Tensor:
-    return model.fc(x).sum(1) + model.fc(x.transpose(0, 1)).sum(0)
-
-
-def _pairs(model: Any, x: Tensor) -> Tensor:
-    return model.fc(x[:, None] + x[None, :]).sum(1)
-
-
-WITHOUT_AXIS: dict[str, tuple[Callable[..., Tensor], Callable[[], nn.Module]]] = {
-    "flattened": (_flattened, lambda: nn.Linear(3, 2)),
-    "frames": (_frames, lambda: nn.Conv1d(1, 1, 2)),
-    "shared": (_shared_by_the_batch, lambda: nn.Linear(3, 3)),
-    "broadcast": (_broadcast, lambda: nn.Linear(3, 2)),
-    "one by one": (_one_by_one, lambda: nn.Linear(3, 2)),
-    "two layouts": (_two_layouts, lambda: nn.Linear(3, 2)),
-    "pairs": (_pairs, lambda: nn.Linear(3, 2)),
-    "once for each": (lambda m, x: sum(m.fc(x * row) for row in x), lambda: nn.Linear(3, 2)),
-}
-
-
-@pytest.mark.parametrize("case", WITHOUT_AXIS)
-@pytest.mark.parametrize("positions", [2, 4])
-def test_a_layer_whose_input_does_not_count_the_examples_is_refused_by_name(case: str, positions: int) -> None:
-    run, layer = WITHOUT_AXIS[case]
-    model = Calls(run, fc=layer())
-    with pytest.raises(sf.LayerError, match=r"layer 'fc': its input has shape \(.*\) for 2 .* so no axis of it counts"):
-        captured(model, choose_layers(model).tracked, normal(4, positions, 3))
-
-
-def test_a_sequence_first_convolution_is_refused() -> None:
-    layers = choose_layers(nn.Conv2d(1, 1, 1)).tracked
-    conv = layers[""].module
-    for shape in ((5, 1, -1, 4), (5, 1, 4, -1)):
-        with pytest.raises(sf.LayerError, match=r"layer '': its input has shape \(5, 1, .* no axis of it counts"):
-            example_axes(layers, lambda n, shape=shape: conv(torch.ones([n if size < 0 else size for size in shape])))
+# ---- refused ----
 
 
 def test_calls_that_see_different_numbers_of_examples_are_refused() -> None:

@@ -11,16 +11,17 @@ from torch import Tensor, nn
 
 import segflow as sf
 from segflow.model.capture import capture
-from segflow.model.layers.choice import choose_layers
+from segflow.model.find_layout import find_layout
+from segflow.model.layers import choose_layers
+from segflow.model.layout import CallLayout, Layout
 from segflow.model.observing import observing
 
-from ..support.exactness import (
-    normal,
-    sines,
-)
+from ..support.exactness import normal, sines
 from ..support.helpers import analyzer_of, mlp, perturbed_states, trajectory_of, vectors
 
 DTYPE = torch.float64
+ROWS = CallLayout(0)  # each example has a row of its own
+PLAIN = Layout(dict.fromkeys(("first", "norm.weight", "norm.bias", "second"), ROWS), {}, {}, (), {}, False)
 
 
 class Kept(nn.Module):
@@ -34,6 +35,7 @@ class Kept(nn.Module):
         self.second = nn.Linear(3, 2)
         self.register_buffer("calls", torch.zeros(()), persistent=False)
         self.register_buffer("last", None)
+        self.computed = torch.ones(2)
         self.first.bias.requires_grad_(False)
         self.norm.eval()
         self.second.weight.grad = torch.ones_like(self.second.weight)
@@ -43,6 +45,7 @@ class Kept(nn.Module):
         self.calls = self.calls + 1  # another tensor in its place
         self.norm.running_mean += 1
         self.last = x
+        self.computed = self.second.weight.mean(1)
         return self.second(self.drop(self.norm(self.first(x))))
 
 
@@ -54,6 +57,7 @@ def _snapshot(model: nn.Module) -> dict[str, Any]:
         "flags": [parameter.requires_grad for parameter in model.parameters()],
         "identities": {name: id(tensor) for name, tensor in tensors.items()},
         "registers": [(list(m._parameters), list(m._buffers)) for m in model.modules()],
+        "computed": [(id(t), t.tolist()) for m in model.modules() for t in vars(m).values() if isinstance(t, Tensor)],
         "values": {name: tensor.detach().clone().numpy().tobytes() for name, tensor in tensors.items()},
         "gradients": {name: None if p.grad is None else (id(p.grad), p.grad.tolist()) for name, p in tensors.items()},
         "hooks": [[list(getattr(module, kind)) for kind in hooks] for module in model.modules()],
@@ -85,7 +89,7 @@ def _observe(model: Kept, fault: str | None) -> None:
         if fault == "before":
             raise OSError("loading")
         assert not any(module.training for module in model.modules())
-        capture(tracked, dict.fromkeys(tracked, 0), loss, consume, torch.float64)
+        capture(tracked, PLAIN, loss, consume, torch.float64, len(x))
         model.train().requires_grad_(True)
         model.first.weight = nn.Parameter(torch.zeros(3, 3))
         if fault == "after":
@@ -119,7 +123,7 @@ def test_observing_leaves_no_trace_whatever_is_thrown(fault: str | None, fused: 
         torch.backends.mha.set_fastpath_enabled(enabled)
 
 
-def test_hooks_are_gone_when_finding_the_axes_fails() -> None:
+def test_hooks_are_gone_when_finding_the_layout_fails() -> None:
     model = Kept()
     before = _snapshot(model)
 
@@ -137,9 +141,8 @@ def test_hooks_are_gone_before_observing_ends() -> None:
     tracked = choose_layers(model).tracked
     with observing(model):
         with pytest.raises(ZeroDivisionError):
-            capture(
-                tracked, dict.fromkeys(tracked, 0), lambda: sines(model, normal(4, 5)), lambda *_: 1 / 0, torch.float64
-            )
+            layout = find_layout(tracked, lambda copies: sines(model, normal(copies, 5)))
+            capture(tracked, layout, lambda: sines(model, normal(4, 5)), lambda *_: 1 / 0, torch.float64, 4)
         assert not any(module._forward_hooks for module in model.modules())
 
 
@@ -154,7 +157,7 @@ def test_an_exception_in_the_users_loss_leaves_the_model_as_it_was(tmp_path: Pat
         def compute_train_loss(self, batch: Any, model: nn.Module, sample: bool = False) -> Tensor:
             calls.append(sample)
             loss = super().compute_train_loss(batch, model, sample)
-            if armed and len(calls) == at:
+            if armed and len(calls) >= at:
                 raise ArithmeticError("the user's own")
             return loss
 

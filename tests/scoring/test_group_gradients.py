@@ -14,6 +14,7 @@ from torch.utils.data import Subset, TensorDataset
 
 import segflow as sf
 from segflow.model.layers.registry import track
+from segflow.model.one_hot import OneHot
 from segflow.model.tokens import Tokens
 from segflow.runtime.ranks import Ranks
 from segflow.scoring.group_gradients import GroupGradients
@@ -186,23 +187,27 @@ def test_one_token_singletons_take_the_fast_path_and_equal_the_general_one(
 @pytest.mark.parametrize("rank", [0, 1, 2])
 @pytest.mark.parametrize("sizes", [(3, 1, 2), (1,) * 6, (6,)])
 @pytest.mark.parametrize("positions", [1, 4])
+@pytest.mark.parametrize("hot", [False, True])
 def test_few_queries_meet_tokens_and_many_meet_sums_with_the_same_products(
-    sizes: tuple[int, ...], positions: int, rank: int
+    sizes: tuple[int, ...], positions: int, rank: int, hot: bool
 ) -> None:
-    """Of queries that are sums of `rank` outer products, or are formed (0)."""
+    """Of queries that are sums of `rank` outer products, or are formed (0); hot: of an embedding's one-hot inputs."""
     layer, B, (P, O, I) = track("layer", nn.Linear(5, 3), True), sum(sizes), (1, 3, 6)
     generator = torch.Generator().manual_seed(0)
     a, g = (torch.randn(P, B, positions, D, generator=generator, dtype=torch.float64) for D in (I, O))
+    index = torch.randint(0, I, (B, positions), generator=generator)
+    tokens = Tokens(OneHot(index, a[0, :, :, 0], I), g) if hot else Tokens(a, g)
     summed = [False, False]
     for place, Q in enumerate((1, 40)):
         sides = [torch.randn(P, Q, max(1, rank), D, generator=generator, dtype=torch.float64) for D in (O, I)]
         stack = OuterProducts(*sides, scale_POI=torch.rand(P, O, I, generator=generator, dtype=torch.float64))
         side = GroupGradients(MetQueries({"layer": stack if rank else stack.formed()}, {}, 1, Ranks()), len(sizes), 99)
-        side.add(layer, Tokens(a, g), GroupBatch(np.arange(B), sizes, 0))
+        side.add(layer, tokens, GroupBatch(np.arange(B), sizes, 0))
         summed[place] = bool(side._sums)
-        of = torch.einsum("qpoi,pbso,pbsi->qb", stack.formed(), g, a).split(sizes, 1)
+        of = torch.einsum("qpoi,pbso,pbsi->qb", stack.formed(), g, tokens.dense_a).split(sizes, 1)
         assert _close(side.scores()[0], torch.stack([part.sum(1) for part in of], 1))
-    assert summed == [False, positions > 1 or max(sizes) > 1]
+    few = positions > 1 and len(sizes) < B if hot else positions > 1 or max(sizes) > 1
+    assert summed == [False, few]
 
 
 # ---- what does not fit ----

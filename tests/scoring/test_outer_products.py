@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import segflow as sf
 from segflow.curvature.kronecker import Eigenbasis
 from segflow.data.readers import Reader
+from segflow.model.one_hot import OneHot
 from segflow.model.tokens import Tokens
 from segflow.scoring import outer_products as outer
 from segflow.scoring import query_gradients
@@ -48,6 +49,35 @@ def _naive(stack: OuterProducts) -> Tensor:
     rows = [[sum(torch.outer(g, a) for g, a in of_part) for of_part in of_query] for of_query in pairs]
     plain = torch.stack([torch.stack(row) for row in rows])
     return plain if stack.scale_POI is None else plain * stack.scale_POI
+
+
+def _hot(examples: int = 3, positions: int = 4) -> Tokens:
+    """Of an embedding: indices that repeat, with weights."""
+    index = torch.randint(0, I, (examples, positions), generator=torch.Generator().manual_seed(5))
+    return Tokens(OneHot(index, _random(examples, positions, seed=6), I), _random(1, examples, positions, O, seed=7))
+
+
+@pytest.mark.parametrize("scale", [None, (1, O, I), ()], ids=["plain", "scaled", "by a number"])
+@pytest.mark.parametrize("budget", [1, 1 << 20])
+@pytest.mark.parametrize("kept", ["formed", "outer"])
+def test_one_hot_tokens_meet_queries_as_the_formed_ones_do(scale: Any, budget: int, kept: str) -> None:
+    scale_POI = None if scale is None else _random(*scale, seed=2)
+    queries = OuterProducts(_random(1, Q, 1, O), _random(1, Q, 1, I, seed=1), scale_POI)
+    tokens = _hot()
+    gradients = torch.einsum("pbso,pbsi->bpoi", tokens.g_PBSO, tokens.dense_a)
+    expected = torch.stack(
+        [torch.stack([(query * gradient).sum() for gradient in gradients]) for query in queries.formed()]
+    )
+    stack = queries.formed() if kept == "formed" else queries
+    torch.testing.assert_close(token_products(stack, tokens, budget), expected)
+
+
+def test_one_hot_queries_are_kept_as_outer_products_of_formed_inputs() -> None:
+    tokens = _hot(Q, 2)
+    gradients = torch.einsum("pbso,pbsi->bpoi", tokens.g_PBSO, tokens.dense_a)
+    basis = Eigenbasis(_random(1, I, seed=3), torch.linalg.qr(_random(1, O, O)).Q)
+    torch.testing.assert_close(OuterProducts.of(tokens, None).formed(), gradients)
+    torch.testing.assert_close(OuterProducts.of(tokens, basis).formed(), basis.rotate(gradients))
 
 
 @pytest.mark.parametrize("scale", [None, (P, O, I), ()], ids=["plain", "scaled", "by a number"])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,17 +12,18 @@ from hypothesis import settings
 from torch import Tensor, nn
 
 import segflow as sf
+from segflow.data.batches import in_order
 from segflow.data.readers import Reader
 from segflow.model.capture import capture
 from segflow.model.find_layout import find_layout
+from segflow.model.finite_check import FiniteCheck
 from segflow.model.layers import choose_layers
+from segflow.model.layers.choice import Training
 from segflow.model.layers.tracked import TrackedLayer
 from segflow.model.loss_view import LossView
 from segflow.model.make_view import make_loss_view
 from segflow.model.observing import observing
 from segflow.model.tokens import Tokens
-
-from . import oracles
 
 LossFunction = Callable[[nn.Module, Tensor], Tensor]
 RANDOMISED = settings(max_examples=60, deadline=None, derandomize=True, database=None)
@@ -38,7 +41,7 @@ def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Te
 def captured(
     model: nn.Module, layers: Mapping[str, TrackedLayer], x: Tensor, loss: LossFunction = sines
 ) -> tuple[Tensor, dict[str, Tokens]]:
-    """The loss of the batch x, and each layer's tokens."""
+    """The loss of the batch x, and each layer's tokens, by a layout that nothing is compared with."""
     found: dict[str, Tokens] = {}
 
     def consume(layer: TrackedLayer, tokens: Tokens) -> None:
@@ -52,28 +55,125 @@ def captured(
 
 
 def example_matrices(tokens: Tokens) -> Tensor:
-    return torch.einsum("pbso,pbsi->bpoi", tokens.g_PBSO, tokens.a_PBSI)
+    return torch.einsum("pbso,pbsi->bpoi", tokens.g_PBSO, tokens.dense_a)
 
 
 def assert_exact(
     model: nn.Module, x: Tensor, loss: LossFunction = sines, names: Collection[str] | None = None
 ) -> dict[str, TrackedLayer]:
-    """Every tracked layer's tokens make up autograd's gradient: summed, and of each example alone."""
+    """Every tracked layer's tokens make up autograd's gradient of each example alone, by the layout as it was found."""
     tracked = choose_layers(model, names).tracked
-    modules = {name: layer.module for name, layer in tracked.items()}
     total, found = captured(model, tracked, x, loss)
     torch.testing.assert_close(total, loss(model, x).detach(), rtol=1e-12, atol=0)
-    alone = oracles.example_gradients(model, modules, lambda i: loss(model, x[i : i + 1]), len(x))
-    summed = oracles.example_gradients(model, modules, lambda _i: loss(model, x), 1)
     assert found.keys() == tracked.keys()
-    for name, layer in tracked.items():
-        got = example_matrices(found[name])
-        assert layer.shape == got.shape[1:]
-        scale = max(1.0, summed[name].abs().max().item())
-        torch.testing.assert_close(got, alone[name], rtol=0, atol=1e-10 * scale)
-        torch.testing.assert_close(got.sum(0), summed[name][0], rtol=0, atol=1e-10 * scale)
-        assert summed[name].abs().max() > 0, "a gradient of zero proves nothing"
+    matrices = {name: example_matrices(tokens) for name, tokens in found.items()}
+    alone = [parameter_gradients(model, partial(loss, model, x[i : i + 1])) for i in range(len(x))]
+    assert_gradients(tracked, matrices, alone)
     return tracked
+
+
+def parameter_gradients(model: nn.Module, loss: Callable[[], Tensor]) -> dict[str, Tensor]:
+    """Autograd's gradient of every trained parameter, zeros where the loss does not depend on it."""
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    slopes = torch.autograd.grad(loss(), list(trained.values()), allow_unused=True)
+    pairs = zip(trained.items(), slopes, strict=True)
+    return {name: torch.zeros_like(p) if slope is None else slope.to_dense() for (name, p), slope in pairs}
+
+
+def by_parameter(layers: Mapping[str, TrackedLayer], matrices: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The blocks' gradients [B, P, O, I] as those of their parameters, whose parts are added up."""
+    found: dict[str, Tensor] = {}
+    for name, matrix in matrices.items():
+        layer = layers[name]
+        tensors = layer.by_parameter(matrix)
+        torch.testing.assert_close(layer.gradient_matrices(tensors), matrix, rtol=0, atol=0)
+        for parameter, tensor in zip(layer.parameter_names, tensors, strict=True):
+            found[parameter] = found[parameter] + tensor if parameter in found else tensor
+    return found
+
+
+def assert_gradients(
+    layers: Mapping[str, TrackedLayer],
+    matrices: Mapping[str, Tensor],
+    alone: Sequence[Mapping[str, Tensor]],
+    tolerance: float = 1e-10,
+) -> None:
+    """The blocks' gradients are each example's own in every parameter that they are of."""
+    for name, matrix in matrices.items():
+        assert layers[name].shape == matrix.shape[1:]
+        assert layers[name].size == matrix[0].numel()
+    for parameter, got in by_parameter(layers, matrices).items():
+        exact = torch.stack([of_example[parameter] for of_example in alone]).to(got.dtype)
+        scale = max(1.0, exact.abs().max().item())
+        torch.testing.assert_close(got, exact, rtol=0, atol=tolerance * scale, msg=lambda m, p=parameter: f"{p}: {m}")
+        assert exact.abs().max() > 0, f"{parameter}: a gradient of zero proves nothing"
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A model as a view sees it, and what was captured of it; alone: as the view's layout has it."""
+
+    view: LossView
+    matrices: dict[str, Tensor]
+
+    @property
+    def alone(self) -> dict[str, str]:
+        return self.view.layout.alone
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, int, int]]:
+        return {name: layer.shape for name, layer in self.view.layers.items()}
+
+
+def assert_seen_exactly(
+    model: nn.Module,
+    data: Sequence[Any],
+    loss: LossFunction = sines,
+    *,
+    collate: Callable[[Sequence[Any]], Any] = torch.stack,
+    training: Training | None = None,
+    kind: str = "train",
+    sizes: Sequence[int] = (1, 2, 3),
+    tolerance: float = 1e-10,
+    unseen: Collection[str] = (),
+) -> Seen:
+    """A view gives autograd's gradient of each example alone in every trained parameter, in batches of every size.
+
+    unseen: parameters that are trained and not attributed.
+    """
+    layers = choose_layers(model, None, training).tracked
+    alone = [parameter_gradients(model, partial(loss, model, collate([example]))) for example in data]
+    of_kind = {
+        "train": (lambda batch, m: loss(m, batch), _not_asked),
+        "measurement": (_not_asked, lambda b, m: loss(m, b)),
+    }
+    task = Loss(*of_kind[kind])
+    with observing(model):
+        view = make_loss_view(model, task, kind, layers, Reader(data, collate))
+        assert not any(parameter.requires_grad for parameter in model.parameters())
+        for size in sizes:
+            matrices = in_batches(view, Reader(data, collate), size)
+            assert_gradients(layers, matrices, alone, tolerance)
+            assert {name for layer in layers.values() for name in layer.parameter_names} == {*alone[0]} - {*unseen}
+    return Seen(view, matrices)
+
+
+def _not_asked(_batch: Any, _model: nn.Module) -> Tensor:
+    raise AssertionError("a loss of another kind")
+
+
+def in_batches(view: LossView, reader: Reader, size: int) -> dict[str, Tensor]:
+    """Every example's gradient in each block, [N, P, O, I], captured in batches of a size; zeros where none is."""
+    shapes = {name: layer.shape for name, layer in view.layers.items()}
+    found = {name: torch.zeros(len(reader), *shape, dtype=view.dtype) for name, shape in shapes.items()}
+    for batch in reader.batches(in_order(len(reader), size), view.device):
+
+        def consume(layer: TrackedLayer, tokens: Tokens, indices: Any = batch.examples) -> None:
+            found[layer.name][list(indices)] += example_matrices(tokens)
+            torch.testing.assert_close(tokens.total(), example_matrices(tokens).sum(0))
+
+        view.capture(batch, consume, FiniteCheck("test"))
+    return found
 
 
 class Along(nn.Module):
@@ -114,9 +214,8 @@ class Loss(sf.Task):
 
 
 def view_of(model: nn.Module, task: sf.Task, data: Any, kind: str = "train", collate: Any = None) -> LossView:
-    return make_loss_view(
-        model, task, kind, choose_layers(model, None, lambda _name: None).tracked, Reader(data, collate)
-    )
+    training = Training(lambda _name: None)
+    return make_loss_view(model, task, kind, choose_layers(model, None, training).tracked, Reader(data, collate))
 
 
 def ignore(_layer: Any, _tokens: Any) -> None:

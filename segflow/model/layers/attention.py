@@ -44,7 +44,7 @@ class Projection(nn.Module):
         """[E, inputs]."""
         attention = self.attention
         if attention.in_proj_weight is None:
-            return attention.get_parameter(f"{self.part}_proj_weight")
+            return getattr(attention, f"{self.part}_proj_weight")  # type: ignore[no-any-return]  # no parameter in torch.func
         return attention.in_proj_weight[self.rows]
 
     @property

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Collection, Hashable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import NamedTuple
 
@@ -18,7 +18,7 @@ from .function import FunctionLayer, UnfollowedLayer
 from .registry import kind_of, why_never
 from .sizes import BlockSizes
 from .tied import TiedLayer
-from .tracked import Owner, TrackedLayer
+from .tracked import Owner, TrackedLayer, VectorLayer
 
 Alike = Callable[[str, str], bool]
 
@@ -77,6 +77,7 @@ def choose_layers(
     """
     training, selection = training or Training(), selection or Selection()
     canonical, aliases = _names(model)
+    training = replace(training, apart={*training.apart, *_asked_apart(canonical, named, selection)})
     untrained = _untrained(model, training, aliases)
     found, skipped = _blocks(model, canonical, untrained, training, sizes or BlockSizes())
     blocks = _tied(found)
@@ -85,6 +86,18 @@ def choose_layers(
         reasons = "; ".join(f"{name}: {reason}" for name, reason in skipped.items()) or "no module has parameters"
         raise LayerError(f"no layer can be attributed ({reasons}).")
     return LayerChoice(chosen, skipped)
+
+
+def _asked_apart(canonical: Mapping[str, str], named: Collection[str] | None, selection: Selection) -> set[str]:
+    """The biases that a name or pattern means without their weights, or the weights of without them: blocks apart."""
+    apart = set()
+    for pattern in (*(named or ()), *(selection.layers or ()), *selection.exclude):
+        means = {name for name in canonical if fnmatchcase(name, pattern)}
+        for name in canonical:
+            weight = f"{name.removesuffix('bias')}weight"
+            if name.endswith("bias") and weight in canonical and (name in means) != (weight in means):
+                apart.add(canonical[name])
+    return apart
 
 
 def _identity(parameter: Tensor) -> Hashable:
@@ -141,7 +154,7 @@ def _blocks(
     found: list[_Found] = []
     skipped: dict[str, str] = {}
     inside: set[nn.Module] = set()  # what is differentiated with a module around it
-    shared = _shared(model)
+    shared, doubled = _shared(model), _doubled(model)
     for name, module in named_modules(model).items():
         if module in inside:
             continue
@@ -149,7 +162,7 @@ def _blocks(
         if not attributes:
             continue
         prefix = f"{name}." if name else ""
-        reasons = {a: _why_not(module, a, untrained(canonical[prefix + a])) for a in attributes}
+        reasons = {a: _why_not(module, a, untrained(canonical[prefix + a]), doubled) for a in attributes}
         names = {a: canonical[prefix + a] for a, reason in reasons.items() if reason is None}
         if not names:
             skipped[name] = next(iter(reasons.values())) or ""
@@ -172,7 +185,9 @@ def _attributes(module: nn.Module, inside: set[nn.Module]) -> list[str]:
     return own
 
 
-def _why_not(module: nn.Module, attribute: str, why_untrained: str | None) -> str | None:
+def _why_not(
+    module: nn.Module, attribute: str, why_untrained: str | None, doubled: Mapping[Hashable, str]
+) -> str | None:
     """Why a parameter of a module is not attributed; None if it is."""
     parameter = module.get_parameter(attribute)
     if isinstance(parameter, nn.UninitializedParameter):
@@ -181,7 +196,21 @@ def _why_not(module: nn.Module, attribute: str, why_untrained: str | None) -> st
         return f"it was not trained: {why_untrained}"
     if not parameter.is_floating_point():
         return f"its numbers are {parameter.dtype}, whose gradients are not taken"
-    return why_never(module)
+    return doubled.get(_identity(parameter)) or why_never(module)
+
+
+def _doubled(model: nn.Module) -> dict[Hashable, str]:
+    """Why memory that two parameters share is not attributed: neither's gradient is that of the memory."""
+    first: dict[Hashable, str] = {}
+    reasons: dict[Hashable, str] = {}
+    for name, parameter in named_parameters(model).items():
+        identity = _identity(parameter)
+        if first.setdefault(identity, name) != name:
+            reasons[identity] = (
+                f"{first[identity]!r} and {name!r} are two parameters in one memory. Tie them by having one parameter "
+                "in both places"
+            )
+    return reasons
 
 
 def _shared(model: nn.Module) -> set[Hashable]:
@@ -275,8 +304,14 @@ def selected(
 
 
 def _answers_to(layer: TrackedLayer) -> set[str]:
-    """The names that a block answers to."""
-    return {layer.name, *layer.names, *(use.name for use in layer.uses), *(n for use in layer.uses for n in use.names)}
+    """The names that a block answers to: its own, its modules', and its parameters' in each of these."""
+    own = {f"{use.name}.weight".lstrip(".") for use in layer.uses if not isinstance(use, VectorLayer)}
+    return own | {
+        layer.name,
+        *layer.names,
+        *(use.name for use in layer.uses),
+        *(n for u in layer.uses for n in u.names),
+    }
 
 
 def _wanted(

@@ -68,9 +68,10 @@ class EmbeddingLayer(TrackedLayer):
 
 @register
 class EmbeddingBagLayer(EmbeddingLayer):
-    """nn.EmbeddingBag with sums or means: every index of a bag is a position."""
+    """nn.EmbeddingBag with sums or means: every index of a bag is a position. One of maxima is no sum of them."""
 
     modules: ClassVar[Modules] = (nn.EmbeddingBag,)
+    examples_first: ClassVar = True
 
     @classmethod
     def knows(cls, module: nn.Module) -> bool:
@@ -78,7 +79,7 @@ class EmbeddingBagLayer(EmbeddingLayer):
         return module.mode != "max"
 
     def call_value(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
-        """[R, S, 2]: each bag's indices, and how often each counts, 0 where a bag has fewer."""
+        """[R, S, 2]: each bag's indices, and the bits of how often each counts, 0 where a bag has fewer."""
         names = ("input", "offsets", "per_sample_weights")
         given = dict(zip(names, args, strict=False)) | dict(kwargs)
         indices, offsets, weights = (given.get(name) for name in names)
@@ -91,11 +92,11 @@ class EmbeddingBagLayer(EmbeddingLayer):
         counts = present.double() if weights is None else present * weights.double()
         if self.module.mode == "mean":
             counts = counts / present.sum(1, keepdim=True).clamp_min(1)
-        return torch.stack([indices.double(), counts], -1)  # type: ignore[union-attr]
+        return torch.stack([indices.long(), counts.view(torch.long)], -1)  # type: ignore[union-attr]
 
     def sides(self, value: Tensor, gradient: Tensor) -> tuple[OneHot, Tensor]:
         """Every index of a bag sees the bag's gradient, as often as it counts."""
-        index_RS, counts_RS = value[..., 0].long(), value[..., 1].to(gradient.dtype)
+        index_RS, counts_RS = value[..., 0], value[..., 1].contiguous().view(torch.double).to(gradient.dtype)
         g_RSD = gradient[:, None].expand(-1, index_RS.shape[1], -1)
         return OneHot(index_RS, counts_RS, self.parameters[0].shape[0]), g_RSD[None]
 

@@ -17,8 +17,8 @@ class FunctionLayer(VectorLayer):
     """A parameter of a module whose calls are differentiated as a whole, example by example or for all at once."""
 
     def vectors(self, _value: Tensor, gradient: Tensor) -> Tensor:
-        """The gradient as it is: what is handed on here is differentiated already."""
-        return gradient.flatten(1)
+        """The gradient [B, D] as it is: what is handed on here is differentiated already."""
+        return gradient
 
     @classmethod
     def of(cls, owner: Owner) -> list[TrackedLayer]:

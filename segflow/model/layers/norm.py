@@ -61,13 +61,19 @@ class _Norm(TrackedLayer):
     def blocks(cls, owner: Owner) -> list[TrackedLayer]:
         """A block for each parameter."""
         found: list[TrackedLayer] = []
+        axis = cls.axis_of(owner.module)
         if "weight" in owner.names:
             names = (owner.names["weight"],)
             name, module = owner.within("weight"), owner.module
-            found.append(ScaleLayer(name, module, False, names, owner.sizes, "weight", cls.features))
+            found.append(ScaleLayer(name, module, False, names, owner.sizes, "weight", axis))
         if "bias" in owner.names:
-            found.append(BiasLayer.of(owner, "bias", cls.features, cls.features == 1))
+            found.append(BiasLayer.of(owner, "bias", axis, axis == 1))
         return found
+
+    @classmethod
+    def axis_of(cls, _module: nn.Module) -> int:
+        """The axis of the output that counts a parameter's numbers: 1, or the last ones."""
+        return cls.features
 
     def sides(self, value: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
         """Of no use: the blocks are vectors."""
@@ -83,10 +89,16 @@ class LastAxesNorm(_Norm):
     @classmethod
     def base_of(cls, module: nn.Module) -> type[nn.Module] | None:
         """torch's, or a class that is called so and has no other parameters than a weight and a bias."""
-        if base := super().base_of(module):
-            return base if type(module).forward is base.forward else type(module)
+        base = super().base_of(module)
+        if base is not None and type(module).forward is base.forward:
+            return base
         named = type(module).__name__.endswith(_FAMILIES) and not list(module.children())
         return type(module) if named and "weight" in module._parameters else None
+
+    @classmethod
+    def axis_of(cls, module: nn.Module) -> int:
+        """The last ones, but for ConvNext's and others that say otherwise."""
+        return 1 if getattr(module, "data_format", None) == "channels_first" else -1
 
 
 @register
@@ -95,3 +107,10 @@ class ChannelNorm(_Norm):
 
     modules: ClassVar[Modules] = (_BatchNorm, _InstanceNorm, nn.GroupNorm)
     features: ClassVar = 1
+
+    @classmethod
+    def why_not(cls, module: nn.Module) -> str | None:
+        """An option that takes statistics of the batch in eval mode as well."""
+        if getattr(module, "track_running_stats", True):
+            return None
+        return "track_running_stats=False makes an example's gradient depend on the rest of the batch"

@@ -49,7 +49,7 @@ class TiedLayer(TrackedLayer):
     """A block whose gradient is the sum over several modules' calls; its tokens are those of all of them.
 
     Its curvature has one basis for all uses: A and S are of all tokens alike. Eigenvalues are of the summed gradients,
-    with the rank-one part of P inside: the exact P would take them out of the span of S, where a basis is arbitrary.
+    with the rank-one part of P inside: the exact P would take gradients out of S's span, where a basis is arbitrary.
 
     tied: each use, in the block's orientation, the first of which says how the gradient is laid out.
     """

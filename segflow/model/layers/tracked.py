@@ -258,7 +258,7 @@ class VectorLayer(TrackedLayer):
 
     def gradient_matrices(self, tensors_Q: Sequence[Tensor]) -> Tensor:
         """[Q, 1, D, 1]."""
-        return tensors_Q[0].flatten(1)[:, None, :, None]
+        return tensors_Q[0].reshape(-1, *self.shape)
 
     def by_parameter(self, gradient_QPOI: Tensor) -> list[Tensor]:
         """[Q, ...], shaped as the tensor."""
