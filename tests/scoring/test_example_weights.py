@@ -306,7 +306,9 @@ def test_covariances_count_tokens_as_often_as_their_example_where_padding_differ
     a, g = (torch.randn(2, 4, 5, D, generator=generator, dtype=torch.float64) for D in (3, 2))
     mask = torch.arange(5)[None, :] < torch.tensor([5, 1, 3, 4])[:, None]
     for masked in (mask, None):
-        weighted, repeated = (Covariance.zeros(((2, 3, 3), (2, 2, 2)), torch.float64, torch.device("cpu")) for _ in range(2))
+        weighted, repeated = (
+            Covariance.zeros(((2, 3, 3), (2, 2, 2)), torch.float64, torch.device("cpu")) for _ in range(2)
+        )
         weighted.add_(Tokens(a, g), masked, times.double())
         rows = torch.repeat_interleave(torch.arange(4), times)
         repeated.add_(Tokens(a[:, rows], g[:, rows]), None if masked is None else masked[rows])

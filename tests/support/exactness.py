@@ -13,7 +13,7 @@ import segflow as sf
 from segflow.data.readers import Reader
 from segflow.model.capture import capture
 from segflow.model.find_layout import find_layout
-from segflow.model.layers import choose_layers
+from segflow.model.layers.choice import Training, choose_layers
 from segflow.model.layers.tracked import TrackedLayer
 from segflow.model.loss_view import LossView
 from segflow.model.make_view import make_loss_view
@@ -115,7 +115,7 @@ class Loss(sf.Task):
 
 def view_of(model: nn.Module, task: sf.Task, data: Any, kind: str = "train", collate: Any = None) -> LossView:
     return make_loss_view(
-        model, task, kind, choose_layers(model, None, lambda _name: None).tracked, Reader(data, collate)
+        model, task, kind, choose_layers(model, None, Training(lambda _name: None)).tracked, Reader(data, collate)
     )
 
 

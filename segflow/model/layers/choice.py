@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Collection, Hashable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import NamedTuple
 
@@ -24,10 +24,14 @@ Alike = Callable[[str, str], bool]
 
 
 class LayerChoice(NamedTuple):
-    """The tracked layers by name, and why every other module, or parameter of a module, is not attributed."""
+    """The tracked layers by name, and why every other module, block or parameter is not attributed.
+
+    left_out: the blocks among those, which could be attributed, and are not as the user chose.
+    """
 
     tracked: dict[str, TrackedLayer]
     skipped: dict[str, str]
+    left_out: Mapping[str, TrackedLayer]
 
 
 @dataclass(frozen=True)
@@ -78,13 +82,17 @@ def choose_layers(
     training, selection = training or Training(), selection or Selection()
     canonical, aliases = _names(model)
     untrained = _untrained(model, training, aliases)
-    found, skipped = _blocks(model, canonical, untrained, training, sizes or BlockSizes())
+    rest = model, canonical, untrained
+    found, skipped = _blocks(*rest, training, sizes or BlockSizes())
+    named_alone = _biases_apart(found, [*(named or ()), *(selection.layers or ()), *selection.exclude])
+    if named_alone:
+        found, skipped = _blocks(*rest, replace(training, apart={*training.apart, *named_alone}), sizes or BlockSizes())
     blocks = _tied(found)
     chosen = _chosen(model, blocks, named, selection, skipped)
     if not chosen:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in skipped.items()) or "no module has parameters"
         raise LayerError(f"no layer can be attributed ({reasons}).")
-    return LayerChoice(chosen, skipped)
+    return LayerChoice(chosen, skipped, {name: layer for name, layer in blocks.items() if name not in chosen})
 
 
 def _identity(parameter: Tensor) -> Hashable:
@@ -160,6 +168,17 @@ def _blocks(
         blocks = FunctionLayer.of(owner) if kind is None else kind.blocks(owner)
         found += [_Found(block, _identity(block.parameters[0])) for block in blocks]
     return found, skipped
+
+
+def _biases_apart(found: Iterable[_Found], patterns: Collection[str]) -> set[str]:
+    """The biases of blocks of which some pattern means the weight or the bias, not both."""
+    weighted = [layer.names for layer, _ in found if layer.has_bias]
+    return {b for w, b in weighted if any(_fits(pattern, w) != _fits(pattern, b) for pattern in patterns)}
+
+
+def _fits(pattern: str, answer: str) -> bool:
+    """Whether a name or pattern means what has this name, or what it is in."""
+    return pattern in ("", answer) or answer.startswith(f"{pattern}.") or fnmatchcase(answer, pattern)
 
 
 def _attributes(module: nn.Module, inside: set[nn.Module]) -> list[str]:
@@ -263,14 +282,7 @@ def selected(
     found = {}
     for pattern in patterns:
         means = first.get(pattern, pattern)
-        found[pattern] = {
-            name
-            for name, answers in of_block.items()
-            if any(
-                means in ("", answer) or answer.startswith(f"{means}.") or fnmatchcase(answer, means)
-                for answer in answers
-            )
-        }
+        found[pattern] = {name for name, answers in of_block.items() if any(_fits(means, answer) for answer in answers)}
     return found
 
 
