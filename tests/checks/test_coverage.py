@@ -159,6 +159,18 @@ def test_what_no_example_has_a_gradient_of_is_named_with_its_reason(tmp_path: Pa
     assert _lines(report, "not attributed: ") == [f"{reason}: 1 module, 28 parameters (0)"]
 
 
+@pytest.mark.parametrize("reason", REFUSED)
+def test_a_tensor_that_some_module_uses_so_is_left_out_of_all_modules(tmp_path: Path, reason: str) -> None:
+    model = Tied(False)
+    model.embed, weight = REFUSED[reason](), model.embed.weight
+    model.embed.weight = weight
+    with pytest.warns(UserWarning, match=LOW):
+        report = _analyzer(tmp_path, model).check(_tokens())
+    assert (report.attributed, report.parameters) == (20, 48)
+    assert _lines(report, "not attributed: ") == [f"{reason}: 1 module, 28 parameters (embed)"]
+    assert report.skipped["head"] == reason
+
+
 class Tied(nn.Module):
     """An embedding whose weight is the head's as well; apart: in a Parameter object of its own."""
 

@@ -149,7 +149,7 @@ def _blocks(
     found: list[_Found] = []
     skipped: dict[str, str] = {}
     inside: set[nn.Module] = set()  # what is differentiated with a module around it
-    shared = _shared(model)
+    shared, never = _shared(model), _never(model)
     for name, module in named_modules(model).items():
         if module in inside:
             continue
@@ -157,7 +157,7 @@ def _blocks(
         if not attributes:
             continue
         prefix = f"{name}." if name else ""
-        reasons = {a: _why_not(module, a, untrained(canonical[prefix + a])) for a in attributes}
+        reasons = {a: _why_not(module, a, untrained(canonical[prefix + a]), never) for a in attributes}
         names = {a: canonical[prefix + a] for a, reason in reasons.items() if reason is None}
         if not names:
             skipped[name] = next(iter(reasons.values())) or ""
@@ -191,8 +191,18 @@ def _attributes(module: nn.Module, inside: set[nn.Module]) -> list[str]:
     return own
 
 
-def _why_not(module: nn.Module, attribute: str, why_untrained: str | None) -> str | None:
-    """Why a parameter of a module is not attributed; None if it is."""
+def _never(model: nn.Module) -> dict[Hashable, str]:
+    """Why no gradient of a tensor belongs to an example, of those that some module uses so."""
+    reasons: dict[Hashable, str] = {}
+    for module in model.modules():
+        reason = why_never(module)
+        if reason is not None:
+            reasons |= {_identity(parameter): reason for parameter in module.parameters()}
+    return reasons
+
+
+def _why_not(module: nn.Module, attribute: str, why_untrained: str | None, never: Mapping[Hashable, str]) -> str | None:
+    """Why a parameter of a module is not attributed; None if it is. never: what `_never` found."""
     parameter = module.get_parameter(attribute)
     if isinstance(parameter, nn.UninitializedParameter):
         return "it is lazy and not initialised yet"
@@ -200,7 +210,7 @@ def _why_not(module: nn.Module, attribute: str, why_untrained: str | None) -> st
         return f"it was not trained: {why_untrained}"
     if not parameter.is_floating_point():
         return f"its numbers are {parameter.dtype}, whose gradients are not taken"
-    return why_never(module)
+    return never.get(_identity(parameter))
 
 
 def _shared(model: nn.Module) -> set[Hashable]:
