@@ -17,7 +17,18 @@ from torch.utils.data import TensorDataset
 import segflow as sf
 from segflow import cli
 
-from .support.helpers import ConvNet, FixedLabels, analyzer_of, images, mlp, perturbed_states, trajectory_of, vectors
+from .support import oracles
+from .support.helpers import (
+    ConvNet,
+    FixedLabels,
+    analyzer_of,
+    example_loss,
+    images,
+    mlp,
+    perturbed_states,
+    trajectory_of,
+    vectors,
+)
 
 N = 12
 
@@ -318,7 +329,7 @@ def test_an_undamped_influence_function_ignores_directions_without_curvature(tmp
 
 
 @pytest.mark.parametrize("share", [0.01, 0.2])
-def test_a_weight_used_outside_its_calls_is_refused_in_float32(tmp_path: Path, share: float) -> None:
+def test_a_weight_used_outside_its_calls_is_attributed_exactly_in_float32(tmp_path: Path, share: float) -> None:
     class Reuse(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -329,8 +340,20 @@ def test_a_weight_used_outside_its_calls_is_refused_in_float32(tmp_path: Path, s
             h = torch.tanh(self.a(x))
             return self.b(h + share * nn.functional.linear(torch.tanh(h), self.a.weight))
 
-    with pytest.raises(sf.LayerError, match="layer 'a': its calls do not make up its gradient"):
-        _setting(tmp_path, model=Reuse()).fit(vectors(N, torch.float32))
+    model, train, query = Reuse(), vectors(N, torch.float32), vectors(3, torch.float32, seed=4)
+    analyzer = _setting(tmp_path, model=model, method=sf.GradientDot())
+    assert analyzer.check(train).slow == {"a": "example by example, in batches of one"}
+    found = analyzer.score(sf.Groups.singletons(N), train, query, keep="layer").by_layer
+    analyzer.context.trajectory.load_into(model, 1)
+    losses = (
+        example_loss(model.double(), vectors(N), FixedLabels()),
+        example_loss(model, vectors(3, seed=4), FixedLabels(), "measurement"),
+    )
+    layers = {"a": model.a, "b": model.b}
+    given, asked = (oracles.example_gradients(model, layers, loss, n) for loss, n in zip(losses, (N, 3), strict=True))
+    for name, values in found.items():
+        expected = asked[name].flatten(1) @ given[name].flatten(1).mT / N
+        torch.testing.assert_close(values.double(), expected, rtol=0, atol=1e-5 * expected.abs().max().item())
 
 
 def test_examples_that_change_places_before_a_layer_are_refused(tmp_path: Path) -> None:

@@ -78,7 +78,7 @@ def test_the_language_model_task_has_the_curvature_s_scale(tmp_path: Path) -> No
     analyzer = analyzer_of(model, trajectory, tmp_path / "store", given["LanguageModel"](), method=sf.Source(1))
     report = analyzer.check(data, data)
     assert report.curvature.factor == pytest.approx(1, abs=4 * report.curvature.error)
-    assert "Embedding is not supported: 1 module, 42 parameters (embed)" in str(report)
+    assert "attributed: 133 of 133 trained parameters (100.0%)" in str(report)
 
 
 def test_the_commands_and_the_picture_exist() -> None:

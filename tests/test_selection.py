@@ -80,6 +80,27 @@ def test_names_and_patterns_mean_modules_blocks_and_parameters(
     assert set(analyzer.context.layers.skipped) == set(ALL) - set(expected)
 
 
+PARTS = [
+    ({}, ["0", "1.0", "1.1.weight", "1.1.bias", "2"], 111),
+    ({"exclude": "*.bias"}, ["0", "1.0", "1.1.weight", "2"], 111 - 6 - 6 - 6 - 3),
+    ({"exclude": ["1", "2.weight"]}, ["0", "2.bias"], 36 + 3),
+    ({"layers": "0.bias"}, ["0.bias"], 6),
+    ({"exclude": "1"}, ["0", "2"], 36 + 21),
+]
+
+
+@pytest.mark.parametrize(("options", "expected", "parameters"), PARTS)
+def test_a_weight_or_a_bias_that_is_named_alone_is_a_block_by_itself(
+    tmp_path: Path, options: dict[str, Any], expected: list[str], parameters: int
+) -> None:
+    model = network()
+    torch.save(model.state_dict(), tmp_path / "state.pt")
+    trajectory = sf.Trajectory([tmp_path / "state.pt"], [10], 0.1, N)
+    analyzer = sf.Analyzer(model, sf.tasks.Classification(), trajectory, store=tmp_path / "store", **options)
+    assert tracked(analyzer) == expected
+    assert analyzer.context.parameters == parameters
+
+
 @pytest.mark.parametrize("option", ["layers", "exclude"])
 def test_a_name_that_means_nothing_is_refused_with_the_closest(
     run: tuple[nn.Sequential, Path], tmp_path: Path, option: str

@@ -17,12 +17,12 @@ _NAMED = 3
 
 
 class LeftOut(NamedTuple):
-    """What one reason leaves out: names of modules, or of single parameters where the reason is theirs alone."""
+    """What one reason leaves out: names of modules, of single parameters, or of blocks that are part of a tensor."""
 
     reason: str
     names: tuple[str, ...]
     parameters: int
-    unit: str  # "module" or "parameter tensor"
+    unit: str  # "module", "parameter tensor" or "block"
 
     def __str__(self) -> str:
         many = "s" if len(self.names) > 1 else ""
@@ -59,20 +59,22 @@ class Coverage:
 def coverage(context: StageContext) -> Coverage:
     """What a stage attributes; where no parameter groups are known, what requires gradients now was trained."""
     tensors = _tensors(context.model)
-    why_untrained = _why_untrained(context)
-    taken = {name for layer in context.layers.tracked.values() for name in layer.parameter_names}
-    missing: list[tuple[str, str, int]] = []  # the reason, whose it is, and a number of parameters
-    untrained: list[tuple[str, str, int]] = []
+    why_untrained, skipped = _why_untrained(context), context.layers.skipped
+    blocks = {**context.layers.tracked, **context.layers.left_out}
+    missing = [(skipped[name], name, blocks[name].size) for name in context.layers.left_out]
+    taken = {name for layer in blocks.values() for name in layer.parameter_names}
+    untrained: list[tuple[str, str, int]] = []  # the reason, whose it is, and a number of parameters
     for names, size in tensors:
         reasons = [why_untrained(name) for name in names]
         if reasons[0] is not None and None not in reasons:
             untrained.append((reasons[0], names[0], size))
         elif not taken.intersection(names):
-            missing.append((*_why_skipped(names, context.layers.skipped), size))
+            missing.append((*_why_skipped(names, skipped), size))
     total = sum(size for _, size in tensors)
     trained = total - sum(size for _, _, size in untrained)
-    modules = {name for name, _ in context.model.named_modules()}
-    return Coverage(context.parameters, trained, total, _by_reason(missing, modules), _by_reason(untrained, modules))
+    units = dict.fromkeys((name for names, _ in tensors for name in names), "parameter tensor")
+    units |= {name: "module" for name, _ in context.model.named_modules()}
+    return Coverage(context.parameters, trained, total, _by_reason(missing, units), _by_reason(untrained, units))
 
 
 class Coverages:
@@ -106,9 +108,9 @@ def _warning(low: Mapping[str, Coverage], several: bool) -> str:
     rest = f"; and {len(largest) - _NAMED} reasons more" if len(largest) > _NAMED else ""
     return (
         f"segflow attributes {of_stages}, and scores leave out what the others learned. Not attributed: "
-        f"{'; '.join(map(str, largest[:_NAMED]))}{rest}. print(analyzer.check(...)) shows all. Give modules that are "
-        "not supported a kind of layer (segflow.model.layers.register), choose more layers where some were chosen, or "
-        "take the scores as those of the attributed part alone."
+        f"{'; '.join(map(str, largest[:_NAMED]))}{rest}. print(analyzer.check(...)) shows all. Choose more layers "
+        "where some were chosen (layers=, exclude=, get_influence_tracked_modules()), or take the scores as those of "
+        "the attributed part alone."
     )
 
 
@@ -150,11 +152,11 @@ def _holders(name: str) -> list[str]:
     return [".".join(words[:end]) for end in range(len(words), 0, -1)] + ([""] if len(words) == 1 else [])
 
 
-def _by_reason(left: Iterable[tuple[str, str, int]], modules: set[str]) -> tuple[LeftOut, ...]:
-    """One entry for each reason, and unit that it is given for; the largest first."""
+def _by_reason(left: Iterable[tuple[str, str, int]], units: Mapping[str, str]) -> tuple[LeftOut, ...]:
+    """One entry for each reason, and unit that it is given for; the largest first. units: of modules and parameters."""
     grouped: dict[tuple[str, str], dict[str, int]] = {}
     for reason, holder, size in left:
-        sizes = grouped.setdefault((reason, "module" if holder in modules else "parameter tensor"), {})
+        sizes = grouped.setdefault((reason, units.get(holder, "block")), {})
         sizes[holder] = sizes.get(holder, 0) + size
     found = [LeftOut(reason, tuple(sizes), sum(sizes.values()), unit) for (reason, unit), sizes in grouped.items()]
     return tuple(sorted(found, key=lambda group: -group.parameters))

@@ -296,7 +296,8 @@ class CoupledFunction:
             raise MethodError(
                 f"CoupledFunction(stage={self.stage}, kind={self.kind!r}): weight decay adds {sorted(counted)} in the "
                 "layers' parameter groups, and a function of all layers together needs one number. Use "
-                "curvature='ekfac', whose layers may differ, or train all parameters with the same weight decay."
+                "curvature='ekfac', whose layers may differ, attribute those of one weight decay alone (layers=, "
+                "exclude=), or train all parameters with the same."
             )
 
 

@@ -19,6 +19,7 @@ from ..support.check_tasks import N, TaskOf, check
 from ..support.helpers import analyzer_of, mlp, trajectory_of, vectors
 
 LOW = "segflow attributes"
+LEFT_OUT = "left out with exclude="
 
 
 class Normed(nn.Module):
@@ -47,30 +48,43 @@ def _analyzer(
     return analyzer_of(model, trajectory, folder / "store", task or sf.tasks.Classification(), **options)
 
 
+def _tokens() -> TensorDataset:
+    """Pairs of one of 7 tokens and the token that follows it."""
+    return TensorDataset(*torch.randint(0, 7, (2, N), generator=torch.Generator().manual_seed(0)))
+
+
 def _lines(report: Any, start: str) -> list[str]:
     return [line.removeprefix(start) for line in str(report).splitlines() if line.startswith(start)]
 
 
-def test_what_is_left_out_is_grouped_by_reason_the_largest_first(tmp_path: Path) -> None:
+def test_everything_that_was_trained_is_attributed(tmp_path: Path) -> None:
     report = _analyzer(tmp_path, Normed()).check(vectors(N))
-    assert str(report).splitlines()[0] == "attributed: 57 of 120 trained parameters (47.5%)"
+    assert str(report).splitlines()[0] == "attributed: 120 of 120 trained parameters (100.0%)"
+    assert not _lines(report, "not ") and not report.skipped
+
+
+def test_what_is_left_out_is_grouped_by_reason_the_largest_first(tmp_path: Path) -> None:
+    report = _analyzer(tmp_path, Normed(), task=TaskOf(tracked=["first", "norms"]), exclude="norms").check(vectors(N))
+    assert str(report).splitlines()[0] == "attributed: 36 of 120 trained parameters (30.0%)"
+    unnamed = "not among the tracked modules that the task names"
     assert _lines(report, "not attributed: ") == [
-        "LayerNorm is not supported: 5 modules, 60 parameters (norms.0, norms.1, norms.2, ...)",
-        "Normed is not supported: 1 module, 3 parameters (the model itself)",
+        f"{LEFT_OUT}: 10 parameter tensors, 60 parameters (norms.0.weight, norms.0.bias, norms.1.weight, ...)",
+        f"{unnamed}: 1 module, 21 parameters (head)",
+        f"{unnamed}: 1 parameter tensor, 3 parameters (scale)",
     ]
-    assert len(report.skipped) == 6 and report.skipped["norms.3"] == "LayerNorm is not supported"
+    assert len(report.skipped) == 12 and report.skipped["norms.3.bias"] == LEFT_OUT
 
 
 def test_what_training_did_not_change_is_no_part_of_the_share_and_said_with_its_reason(tmp_path: Path) -> None:
     model = Normed()
     trained = {name: 0 for name, _ in model.named_parameters() if name not in ("first.bias", "norms.0.weight", "scale")}
-    report = _analyzer(tmp_path, model, trained).check(vectors(N))
+    report = _analyzer(tmp_path, model, trained, exclude="norms").check(vectors(N))
     assert (report.attributed, report.parameters, report.total) == (51, 120 - 15, 120)
     assert str(report).splitlines()[0] == ("attributed: 51 of 105 trained parameters (48.6%); the model has 120 in all")
     assert _lines(report, "not trained: ") == [
         "it is in no parameter group: 3 parameter tensors, 15 parameters (scale, first.bias, norms.0.weight)"
     ]
-    assert _lines(report, "not attributed: ")[0].startswith("LayerNorm is not supported: 5 modules, 54 parameters")
+    assert _lines(report, "not attributed: ")[0].startswith(f"{LEFT_OUT}: 9 parameter tensors, 54 parameters")
 
 
 @pytest.mark.parametrize("frozen", [("0.weight", "0.bias"), ("0.weight",), ("0.bias",)])
@@ -82,29 +96,83 @@ def test_without_parameter_groups_what_requires_gradients_was_trained(tmp_path: 
     left = sum(model.get_parameter(name).numel() for name in frozen)
     assert report.total - report.parameters == left
     assert _lines(report, "not trained: it does not require gradients: ")[0].endswith(f"({', '.join(frozen)})")
-    alone = 6 if frozen == ("0.weight",) else 0  # a bias without its weight has no layer that takes it
-    assert report.parameters - report.attributed == alone
-    reason = "its weight was not trained: it does not require gradients"
-    assert _lines(report, "not attributed: ") == ([f"{reason}: 1 module, 6 parameters (0)"] if alone else [])
+    assert report.attributed == report.parameters, "a bias alone too"
+    assert not _lines(report, "not attributed: ")
 
 
-def test_parameters_that_are_skipped_singly_count_by_themselves(tmp_path: Path) -> None:
+def _apart(folder: Path, **options: Any) -> sf.Analyzer:
+    """Of a model whose biases were trained at a rate of their own."""
     model = mlp()
     groups = {name: int(name.endswith("bias")) for name in model.state_dict()}
-    files = trajectory_of(tmp_path / "run", [model.state_dict()], N).checkpoints
+    files = trajectory_of(folder / "run", [model.state_dict()], N).checkpoints
     rates = torch.tensor([[0.1, 0.2]]).expand(10, 2)
     trajectory = sf.Trajectory(files, [10], rates, N, sf.OptimizerConstants("SGD"), groups)
-    analyzer = analyzer_of(model, trajectory, tmp_path / "store", sf.tasks.Classification(), method=sf.TracIn())
-    report = analyzer.check(vectors(N))
+    task = sf.tasks.Classification()
+    return analyzer_of(model, trajectory, folder / "store", task, method=sf.TracIn(), **options)
+
+
+def test_parameters_that_are_left_out_singly_count_by_themselves(tmp_path: Path) -> None:
+    assert _apart(tmp_path / "whole").check(vectors(N)).attributed == 79
+    report = _apart(tmp_path / "part", exclude="*.bias").check(vectors(N))
     assert (report.attributed, report.parameters) == (66, 79)
     assert _lines(report, "not attributed: ") == [
-        "it was trained with another learning rate than the weight: 3 parameter tensors, 13 parameters "
-        "(0.bias, 2.bias, 4.bias)"
+        f"{LEFT_OUT}: 3 parameter tensors, 13 parameters (0.bias, 2.bias, 4.bias)"
     ]
 
 
+class Attending(nn.Module):
+    """An attention whose projections of queries, keys and values are one tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.attention = nn.Linear(5, 6), nn.MultiheadAttention(6, 2, batch_first=True)
+        self.head = nn.Linear(6, 3)
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        steps = torch.stack([self.first(x), self.first(x.flip(1))], 1)
+        return self.head(self.attention(steps, steps, steps)[0].sum(1))
+
+
+def test_blocks_that_are_a_part_of_a_tensor_are_left_out_by_their_own_names_and_sizes(tmp_path: Path) -> None:
+    report = _analyzer(tmp_path, Attending(), exclude=["attention.q", "attention.v"]).check(vectors(N))
+    assert report.parameters - report.attributed == 2 * 6 * 7
+    assert _lines(report, "not attributed: ") == [f"{LEFT_OUT}: 2 blocks, 84 parameters (attention.q, attention.v)"]
+
+
+REFUSED: dict[str, Callable[[], nn.Module]] = {
+    "max_norm= changes its weight in the forward": lambda: nn.Embedding(7, 4, max_norm=1.0),
+    "scale_grad_by_freq= makes an example's gradient depend on the rest of the batch": lambda: nn.Embedding(
+        7, 4, scale_grad_by_freq=True
+    ),
+}
+
+
+@pytest.mark.parametrize("reason", REFUSED)
+def test_what_no_example_has_a_gradient_of_is_named_with_its_reason(tmp_path: Path, reason: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(REFUSED[reason](), nn.Linear(4, 7)).double()
+    with pytest.warns(UserWarning, match=LOW):
+        report = _analyzer(tmp_path, model).check(_tokens())
+    assert (report.attributed, report.parameters) == (35, 63)
+    assert _lines(report, "not attributed: ") == [f"{reason}: 1 module, 28 parameters (0)"]
+
+
+@pytest.mark.parametrize("reason", REFUSED)
+def test_a_tensor_that_some_module_uses_so_is_left_out_of_all_modules(tmp_path: Path, reason: str) -> None:
+    model = Tied(False)
+    model.embed, weight = REFUSED[reason](), model.embed.weight
+    model.embed.weight = weight
+    with pytest.warns(UserWarning, match=LOW):
+        report = _analyzer(tmp_path, model).check(_tokens())
+    assert (report.attributed, report.parameters) == (20, 48)
+    assert _lines(report, "not attributed: ") == [f"{reason}: 1 module, 28 parameters (embed)"]
+    assert report.skipped["head"] == reason
+
+
 class Tied(nn.Module):
-    """Two embeddings, the second of which is the head's weight, in a Parameter object of its own."""
+    """An embedding whose weight is the head's as well; apart: in a Parameter object of its own."""
 
     def __init__(self, apart: bool) -> None:
         super().__init__()
@@ -122,11 +190,12 @@ class Tied(nn.Module):
 
 @pytest.mark.parametrize("apart", [False, True])
 def test_a_tensor_with_several_names_counts_once(tmp_path: Path, apart: bool) -> None:
-    model = Tied(apart)
-    generator = torch.Generator().manual_seed(0)
-    data = TensorDataset(*torch.randint(0, 7, (2, N), generator=generator))
+    model, data = Tied(apart), _tokens()
     report = _analyzer(tmp_path, model).check(data)
-    assert (report.attributed, report.parameters, report.total) == (20, 48, 48)
+    assert (report.attributed, report.parameters, report.total) == (48, 48, 48)
+    part = _analyzer(tmp_path, model, exclude="embed").check(data)
+    assert (part.attributed, part.parameters, part.total) == (20, 48, 48)
+    assert _lines(part, "not attributed: ") == [f"{LEFT_OUT}: 1 module, 28 parameters (head)"]
     one_name = _analyzer(tmp_path, model, {"embed.weight": 0, "first.weight": 0, "first.bias": 0})
     if not apart:
         assert one_name.check(data).parameters == 48, "the optimizer knows a tied tensor by its first name"
@@ -153,7 +222,8 @@ def test_each_stage_has_its_own_share(tmp_path: Path) -> None:
 
 def test_blocks_that_are_computed_slowly_are_said_by_the_way_they_are(tmp_path: Path) -> None:
     report = _analyzer(tmp_path, Normed()).check(vectors(N))
-    assert not _lines(report, "slow: ")
+    assert _lines(report, "slow: ") == ["its module's calls repeated by torch.func, vmapped: 1 block (scale)"]
+    assert not _lines(_analyzer(tmp_path, Normed(), exclude="scale").check(vectors(N)), "slow: ")
     ways = {f"gru.{number}": "example by example" for number in range(4)} | {"max": "by one copy for each example"}
     assert _lines(replace(report, slow=ways), "slow: ") == [
         "example by example: 4 blocks (gru.0, gru.1, gru.2, ...)",
@@ -173,14 +243,17 @@ CALLS: dict[str, Callable[[sf.Analyzer], Any]] = {
 
 @pytest.mark.parametrize("call", CALLS)
 def test_little_attributed_is_warned_of_once_wherever_work_begins(tmp_path: Path, call: str) -> None:
-    analyzer = _analyzer(tmp_path, Normed(), method=sf.TracIn() if call == "score" else sf.Source(segments=1))
+    method = sf.TracIn() if call == "score" else sf.Source(segments=1)
+    analyzer = _analyzer(tmp_path, Normed(), method=method, exclude="norms")
     with pytest.warns(UserWarning, match=LOW) as caught:
         CALLS[call](analyzer)
     assert caught[0].filename == __file__
     text = str(caught[0].message)
-    assert "57 of 120 trained parameters (47.5%)" in text
-    assert "LayerNorm is not supported: 5 modules, 60 parameters (norms.0, norms.1, norms.2, ...)" in text
-    assert "segflow.model.layers.register" in text
+    assert "60 of 120 trained parameters (50.0%)" in text
+    assert (
+        f"{LEFT_OUT}: 10 parameter tensors, 60 parameters (norms.0.weight, norms.0.bias, norms.1.weight, ...)" in text
+    )
+    assert "Choose more layers where some were chosen (layers=, exclude=, " in text
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for another in ("check", "fit", "score") if call != "score" else ("check", "score"):
@@ -188,36 +261,33 @@ def test_little_attributed_is_warned_of_once_wherever_work_begins(tmp_path: Path
 
 
 def test_from_95_percent_on_nothing_is_warned_of(tmp_path: Path) -> None:
-    def mostly(width: int) -> nn.Module:
-        return nn.Sequential(nn.Linear(5, width), nn.LayerNorm(width), nn.Linear(width, 3)).double()
+    model = nn.Sequential(nn.Linear(5, 40), nn.Linear(40, 40), nn.Linear(40, 3)).double()
 
-    def share(width: int) -> float:
-        return (6 * width + 3 * width + 3) / (6 * width + 3 * width + 3 + 2 * width)
+    def share(exclude: str) -> float:
+        return _analyzer(tmp_path / exclude[0], model, exclude=exclude).check(vectors(N)).coverage.share
 
-    assert share(100) < 0.95
     with pytest.warns(UserWarning, match=LOW):
-        _analyzer(tmp_path / "below", mostly(100)).check(vectors(N))
-    model = nn.Sequential(nn.Linear(5, 40), nn.Linear(40, 40), nn.LayerNorm(40), nn.Linear(40, 3)).double()
+        assert share("2") == pytest.approx(0.9386, abs=1e-4)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert _analyzer(tmp_path / "above", model).check(vectors(N)).coverage.share >= 0.95
+        assert share("1.bias") == pytest.approx(0.9800, abs=1e-4)
 
 
 def test_the_warning_names_the_stage_that_it_is_about(tmp_path: Path) -> None:
     model = Normed()
     files = trajectory_of(tmp_path / "run", [model.state_dict()], N).checkpoints
-    linear = {name: 0 for name in model.state_dict() if name.startswith(("first", "head"))}
+    some = {name: 0 for name in model.state_dict() if not name.startswith("norms")}
     every = dict.fromkeys(model.state_dict(), 0)
     stages = sf.Trajectory(files, [10], 0.1, N, None, every, stage="pretrain")
-    both = sf.Trajectory(files, [10], 0.1, N, None, linear, stage="finetune").after(stages)
-    analyzer = analyzer_of(model, both, tmp_path / "store", TaskOf(), method=sf.TracIn())
-    with pytest.warns(UserWarning, match=r"segflow attributes in stage 'pretrain' 57 of 120 trained parameters") as one:
+    both = sf.Trajectory(files, [10], 0.1, N, None, some, stage="finetune").after(stages)
+    analyzer = analyzer_of(model, both, tmp_path / "store", TaskOf(), method=sf.TracIn(), exclude="norms")
+    with pytest.warns(UserWarning, match=r"segflow attributes in stage 'pretrain' 60 of 120 trained parameters") as one:
         analyzer.check({"pretrain": vectors(N), "finetune": vectors(N)})
     assert "finetune" not in str(one[0].message)
-    last = analyzer_of(model, both, tmp_path / "store", TaskOf(), method=sf.TracIn())
+    last = analyzer_of(model, both, tmp_path / "store", TaskOf(), method=sf.TracIn(), exclude="norms")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert last.check({"finetune": vectors(N)}).attributed == 57, "no data of the other stage is given"
+        assert last.check({"finetune": vectors(N)}).attributed == 60, "no data of the other stage is given"
 
 
 def test_layers_that_were_chosen_are_warned_of_too(tmp_path: Path) -> None:

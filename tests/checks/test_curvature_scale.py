@@ -19,9 +19,7 @@ import segflow as sf
 from segflow.checks.directions import random_probes
 from segflow.checks.gauss_newton import gauss_newton
 from segflow.data.batches import Batch
-from segflow.model.capture import Layout
-from segflow.model.layers.choice import choose_layers
-from segflow.model.loss_view import LossView
+from segflow.model.observing import observing
 
 from ..support import oracles
 from ..support.check_tasks import (
@@ -29,6 +27,7 @@ from ..support.check_tasks import (
     TaskOf,
     check,
 )
+from ..support.exactness import view_of
 from ..support.helpers import ConvNet, images, mlp, vectors
 
 
@@ -227,9 +226,9 @@ def test_of_long_outputs_fewer_examples_are_measured(tmp_path: Path) -> None:
 
 def test_the_exact_curvature_along_directions_is_that_of_the_whole_matrix() -> None:
     model, data, task = mlp(), vectors(8), sf.tasks.Classification()
-    tracked = choose_layers(model).tracked
     inputs, labels = data.tensors
-    view = LossView(model, task, "train", tracked, Layout(dict.fromkeys(tracked, 0), {}, False))
+    with observing(model):
+        view = view_of(model, task, data)
     found = gauss_newton(view, Batch(range(8), (inputs, labels)), along := random_probes(view))
     assert found is not None
     for parameter in model.parameters():
@@ -241,7 +240,7 @@ def test_the_exact_curvature_along_directions_is_that_of_the_whole_matrix() -> N
     exact = oracles.gauss_newton(model, list(model.parameters()), lambda: model(inputs), loss)
     directions = [
         torch.cat([part.flatten(1) for part in layer.by_parameter(along[name].gradients(torch.eye(8).double()))], 1)
-        for name, layer in tracked.items()
+        for name, layer in view.layers.items()
     ]
     v = torch.cat(directions, 1)
     assert found.curvature == pytest.approx(torch.einsum("ri,ij,rj->", v, exact, v).item(), rel=1e-10)

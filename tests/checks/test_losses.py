@@ -103,7 +103,7 @@ def test_dropout_and_batch_norm_in_eval_mode_are_in_order(tmp_path: Path, middle
 @pytest.mark.parametrize(
     ("used", "text"),
     [
-        ("no", r"layer 'side': never reached by the train loss's forward\. .* Analyzer\(\.\.\., exclude=\['side'\]\)"),
+        ("no", r"layer 'side': never reached by the train loss\. .* Analyzer\(\.\.\., exclude=\['side'\]\)"),
         (
             "detached",
             r"check, train loss, checkpoint at step 10: layer 'side' was never reached: no batch's loss.* "

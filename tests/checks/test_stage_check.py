@@ -42,17 +42,22 @@ class Mixed(nn.Module):
 
 
 def test_the_report_says_what_share_is_attributed_and_why_the_rest_is_not(tmp_path: Path) -> None:
-    report = check(tmp_path, TaskOf(), Mixed())
-    assert (report.attributed, report.parameters) == (57, 72)
+    report = check(tmp_path, TaskOf(tracked=["first", "norm", "scale"]), Mixed())
+    assert (report.attributed, report.parameters) == (51, 72)
     lines = str(report).splitlines()
-    assert lines[0] == "attributed: 57 of 72 trained parameters (79.2%)"
-    assert lines[1:3] == [
-        "not attributed: LayerNorm is not supported: 1 module, 12 parameters (norm)",
-        "not attributed: Mixed is not supported: 1 module, 3 parameters (the model itself)",
-    ]
+    assert lines[0] == "attributed: 51 of 72 trained parameters (70.8%)"
+    unnamed = "not among the tracked modules that the task names"
+    assert lines[1] == f"not attributed: {unnamed}: 1 module, 21 parameters (head)"
+    assert lines[2] == "slow: its module's calls repeated by torch.func, vmapped: 1 block (scale)"
     assert lines[3] == "seen in training: sampling: uniform, as is assumed"
     assert "every tracked layer is reached" in lines[4]
     assert re.fullmatch(r"curvature of sample=True: [\d.]+ \+- [\d.]+ times the exact Gauss-Newton curvature", lines[5])
+
+
+def test_the_exact_curvature_is_compared_with_that_of_all_kinds_of_blocks(tmp_path: Path) -> None:
+    report = check(tmp_path, TaskOf(), Mixed())
+    assert str(report).splitlines()[0] == "attributed: 72 of 72 trained parameters (100.0%)"
+    assert report.curvature.factor == pytest.approx(1, abs=3 * report.curvature.error)
 
 
 def test_the_check_does_not_depend_on_the_random_state_and_leaves_it(tmp_path: Path) -> None:

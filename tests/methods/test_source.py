@@ -251,28 +251,30 @@ def test_parameter_groups_have_their_own_learning_rate_and_weight_decay(tmp_path
 
 
 @pytest.mark.parametrize("what", ["learning rate", "momentum", "dampening", "weight decay"])
-def test_a_bias_trained_otherwise_than_its_weight_is_left_out_by_name(tmp_path: Path, what: str) -> None:
-    model, train = mlp(), vectors(N)
+def test_a_bias_trained_otherwise_than_its_weight_is_scored_with_its_own_constants(tmp_path: Path, what: str) -> None:
+    """As if the whole model, with biases as blocks by themselves, were trained with the constants of each group."""
+    model, train, query = mlp(), vectors(N), vectors(QUERIES, seed=5)
     groups = {name: int(name.endswith("bias")) for name in model.state_dict()}
-    same, pair = (torch.tensor([[0.1, second]], dtype=torch.float64).expand(10, 2) for second in (0.1, 0.2))
-    given = dict.fromkeys(("learning rate", "momentum", "dampening", "weight decay"), same) | {what: pair}
-    rates, momentum, dampening, decay = given.values()
-    files = trajectory_of(tmp_path, [model.state_dict()], N).checkpoints
-    optimizer = sf.OptimizerConstants("SGD", momentum, dampening, decay)
+    names = ("learning rate", "momentum", "dampening", "weight decay")
+    same, pair = (torch.tensor([[0.1, second]], dtype=torch.float64).expand(20, 2) for second in (0.1, 0.2))
+    files = trajectory_of(tmp_path, perturbed_states(model, 2), N).checkpoints
 
-    def analyzed(constants: sf.OptimizerConstants, learning_rates: Tensor, of: dict[str, int]) -> sf.Analyzer:
-        trajectory = sf.Trajectory(files, [10], learning_rates, N, constants, of)
-        return analyzer_of(model, trajectory, tmp_path / "store", method=sf.Source(segments=1))
+    def by_layer(label: str, constants: list[Tensor], of: dict[str, int] | None, **chosen: Any) -> dict[str, Tensor]:
+        rates, *others = constants
+        trajectory = sf.Trajectory(files, [10, 20], rates, N, sf.OptimizerConstants("SGD", *others), of)
+        analyzer = analyzer_of(model, trajectory, tmp_path / label, method=apart(), **chosen)
+        assert not analyzer.context.layers.skipped
+        analyzer.fit(train)
+        return dict(analyzer.score(GROUPS, train, query, keep=("layer",)).by_layer)
 
-    analyzer = analyzed(optimizer, rates, groups)
-    report = str(analyzer.check(train, curvature_tolerance=float("inf")))
-    assert f"it was trained with another {what} than the weight: 3 parameter tensors, 13 parameters (0.bias, " in report
-    weights = 5 * 6 + 6 * 4 + 4 * 3
-    assert f"attributed: {weights} of {weights + 13} trained parameters" in report
-    analyzer.fit(train)
-    scores = analyzer.score(GROUPS, train, vectors(QUERIES))
-    assert set(scores.provenance["not_attributed"]) == {"0.bias", "2.bias", "4.bias"}
-    alone = {name: 0 for name in groups if name.endswith("weight")}  # the weights' group, biases not trained
-    plain = sf.OptimizerConstants("SGD", momentum[:, :1], dampening[:, :1], decay[:, :1])
-    expected = analyzed(plain, rates[:, :1], alone).score(GROUPS, train, vectors(QUERIES))
-    torch.testing.assert_close(scores.values, expected.values, rtol=1e-12, atol=0)
+    both = by_layer("both", [pair if name == what else same for name in names], groups)
+    assert list(both) == ["0", "0.bias", "2", "2.bias", "4", "4.bias"]
+    split = {"layers": ["*.weight", "*.bias"]}
+    weights, biases = (
+        by_layer(f"group {g}", [(pair if name == what else same)[:, g : g + 1] for name in names], None, **split)
+        for g in (0, 1)
+    )
+    for name, found in both.items():
+        own, other = (biases, weights) if name.endswith("bias") else (weights, biases)
+        torch.testing.assert_close(found, own[name], rtol=1e-9, atol=1e-14)
+        assert not torch.allclose(found, other[name], rtol=1e-4, atol=0), "the constants count"

@@ -81,11 +81,12 @@ def test_the_other_layers_are_scored_as_if_there_were_no_other_optimizer(tmp_pat
     torch.testing.assert_close(values[0], values[1], rtol=1e-9, atol=1e-12)
 
 
-def test_a_bias_of_another_optimizer_than_its_weights_is_left_out_by_name(tmp_path: Path) -> None:
+def test_a_bias_of_another_optimizer_than_its_weights_is_a_block_by_itself(tmp_path: Path) -> None:
     made = trajectory_of(tmp_path / "run", perturbed_states(mlp(), 2), N)
     groups = {name: int(name == "2.bias") for name in mlp().state_dict()}
     constants = sf.OptimizerConstants(name=["Muon", "SGD"])
     kinds = {"kinds": ("Muon", "SGD"), "has_moments": (False, False)}
     trajectory = history(made, groups, by_span((20, (0.3, 0.3))), optimizer=constants, **kinds)
     analyzer = analyzer_of(mlp(), trajectory, tmp_path / "store", method=sf.GradientDot())
-    assert analyzer.context.layers.skipped["2.bias"] == "it was trained with another optimizer than the weight"
+    assert list(analyzer.context.layers.tracked) == ["0", "2", "2.bias", "4"]
+    assert analyzer.context.parameter_groups == {"0": 0, "2": 0, "2.bias": 1, "4": 0}

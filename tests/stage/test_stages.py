@@ -185,11 +185,12 @@ def test_training_data_of_stages_must_be_named_and_complete_from_the_attributed_
         analyzer_of(mlp(), second.after(first), tmp_path / "s", method=sf.Source(segments=[10]))
 
 
-def test_a_bias_that_one_stage_trained_otherwise_is_left_out_of_all_stages_by_name(tmp_path: Path) -> None:
+def test_a_bias_that_one_stage_trained_otherwise_is_a_block_by_itself_in_all_stages(tmp_path: Path) -> None:
     """As in fine-tuning with AdamW without decay on biases, after pretraining with one parameter group.
 
     The second stage has no length: it changes only the parameters at which queries are measured. So the scores are
-    those of one run without biases, whose last step, of no length, leads to the same parameters.
+    those of one run whose biases are blocks by themselves too, and whose last step, of no length, leads to the same
+    parameters.
     """
     first, second = _two_stages(tmp_path)
     groups = {name: int(name.endswith("bias")) for name, _ in mlp().named_parameters()}
@@ -210,17 +211,18 @@ def test_a_bias_that_one_stage_trained_otherwise_is_left_out_of_all_stages_by_na
     analyzer = analyzer_of(mlp(), split.after(first), tmp_path / "both", method=method)
     analyzer.fit(data)
     scores = analyzer.score(SOME, data, query, stage="pretrain", keep=("layer",))
-    assert {"0.bias", "2.bias", "4.bias"} <= set(scores.provenance["not_attributed"])
-    bare = {name: 0 for name in groups if name.endswith("weight")}
+    assert not scores.provenance["not_attributed"]
+    assert set(scores.by_layer) == {"0", "0.bias", "2", "2.bias", "4", "4.bias"}
+    assert all(stage.layers.tracked["2"].size == 6 * 4 for stage in analyzer.runs[0])
     one_run = sf.Trajectory(
         [*first.checkpoints, second.checkpoints[-1]],
         [*first.steps, 31],
         [0.2] * 30 + [1e-12],
         N,
         first.optimizer,
-        bare,
     )
-    alone = analyzer_of(mlp(), one_run, tmp_path / "alone", method=replace(method, segments=[30]))
+    options = {"method": replace(method, segments=[30]), "layers": ["*.weight", "*.bias"]}
+    alone = analyzer_of(mlp(), one_run, tmp_path / "alone", **options)
     alone.fit(train)
     expected = alone.score(SOME, train, query, keep=("term",)).by_term["segment 1: steps 1-30"]
     torch.testing.assert_close(scores.values, expected, rtol=1e-9, atol=1e-9 * expected.abs().max().item())

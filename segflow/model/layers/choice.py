@@ -24,10 +24,14 @@ Alike = Callable[[str, str], bool]
 
 
 class LayerChoice(NamedTuple):
-    """The tracked layers by name, and why every other module, or parameter of a module, is not attributed."""
+    """The tracked layers by name, and why every other module, block or parameter is not attributed.
+
+    left_out: the blocks among those, which could be attributed, and are not as the user chose.
+    """
 
     tracked: dict[str, TrackedLayer]
     skipped: dict[str, str]
+    left_out: Mapping[str, TrackedLayer]
 
 
 @dataclass(frozen=True)
@@ -85,7 +89,7 @@ def choose_layers(
     if not chosen:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in skipped.items()) or "no module has parameters"
         raise LayerError(f"no layer can be attributed ({reasons}).")
-    return LayerChoice(chosen, skipped)
+    return LayerChoice(chosen, skipped, {name: layer for name, layer in blocks.items() if name not in chosen})
 
 
 def _asked_apart(canonical: Mapping[str, str], named: Collection[str] | None, selection: Selection) -> set[str]:
@@ -154,7 +158,7 @@ def _blocks(
     found: list[_Found] = []
     skipped: dict[str, str] = {}
     inside: set[nn.Module] = set()  # what is differentiated with a module around it
-    shared, doubled = _shared(model), _doubled(model)
+    shared, never = _shared(model), _never(model) | _doubled(model)
     for name, module in named_modules(model).items():
         if module in inside:
             continue
@@ -162,7 +166,7 @@ def _blocks(
         if not attributes:
             continue
         prefix = f"{name}." if name else ""
-        reasons = {a: _why_not(module, a, untrained(canonical[prefix + a]), doubled) for a in attributes}
+        reasons = {a: _why_not(module, a, untrained(canonical[prefix + a]), never) for a in attributes}
         names = {a: canonical[prefix + a] for a, reason in reasons.items() if reason is None}
         if not names:
             skipped[name] = next(iter(reasons.values())) or ""
@@ -175,6 +179,11 @@ def _blocks(
     return found, skipped
 
 
+def _fits(pattern: str, answer: str) -> bool:
+    """Whether a name or pattern means what has this name, or what it is in."""
+    return pattern in ("", answer) or answer.startswith(f"{pattern}.") or fnmatchcase(answer, pattern)
+
+
 def _attributes(module: nn.Module, inside: set[nn.Module]) -> list[str]:
     """A module's own parameters, and those that it computes its own from (parametrizations)."""
     own = [name for name, parameter in module._parameters.items() if parameter is not None]
@@ -185,10 +194,18 @@ def _attributes(module: nn.Module, inside: set[nn.Module]) -> list[str]:
     return own
 
 
-def _why_not(
-    module: nn.Module, attribute: str, why_untrained: str | None, doubled: Mapping[Hashable, str]
-) -> str | None:
-    """Why a parameter of a module is not attributed; None if it is."""
+def _never(model: nn.Module) -> dict[Hashable, str]:
+    """Why no gradient of a tensor belongs to an example, of those that some module uses so."""
+    reasons: dict[Hashable, str] = {}
+    for module in model.modules():
+        reason = why_never(module)
+        if reason is not None:
+            reasons |= {_identity(parameter): reason for parameter in module.parameters()}
+    return reasons
+
+
+def _why_not(module: nn.Module, attribute: str, why_untrained: str | None, never: Mapping[Hashable, str]) -> str | None:
+    """Why a parameter of a module is not attributed; None if it is. never: what `_never` found."""
     parameter = module.get_parameter(attribute)
     if isinstance(parameter, nn.UninitializedParameter):
         return "it is lazy and not initialised yet"
@@ -196,7 +213,7 @@ def _why_not(
         return f"it was not trained: {why_untrained}"
     if not parameter.is_floating_point():
         return f"its numbers are {parameter.dtype}, whose gradients are not taken"
-    return doubled.get(_identity(parameter)) or why_never(module)
+    return never.get(_identity(parameter))
 
 
 def _doubled(model: nn.Module) -> dict[Hashable, str]:
@@ -292,14 +309,7 @@ def selected(
     found = {}
     for pattern in patterns:
         means = first.get(pattern, pattern)
-        found[pattern] = {
-            name
-            for name, answers in of_block.items()
-            if any(
-                means in ("", answer) or answer.startswith(f"{means}.") or fnmatchcase(answer, means)
-                for answer in answers
-            )
-        }
+        found[pattern] = {name for name, answers in of_block.items() if any(_fits(means, answer) for answer in answers)}
     return found
 
 
