@@ -27,6 +27,7 @@ from .layers.function import FunctionLayer
 from .layers.tracked import TrackedLayer
 from .layout import Layout
 from .loss_view import LossView, naming_loss
+from .row_moves import moved_layers
 from .tokens import Tokens
 
 _TRIED = 8  # examples of which one is looked for that can be joined with the first
@@ -69,13 +70,33 @@ def make_loss_view(
 
 def _compared(view: LossView, reader: Reader) -> LossView:
     """The view in which every layer gives what autograd does, those that do not in a batch example by example."""
-    [twice] = reader.probes([[0, 0]], view.device)
-    if view.kind == "sample":
-        steady = _repeats(view, twice)
-        return _settled(_with_alone(view, _off(view, twice)) if steady else view, reader)
-    view = _with_alone(view, _used_elsewhere(view, reader), "gradient")
-    view = _with_alone(view, _mixed(view, reader))
-    return _settled(_with_alone(view, _off(view, twice)), reader)
+    batches = _batches(reader, view.device)
+    if view.kind == "sample" and not _repeats(view, batches[0]):
+        return _settled(view, reader)
+    if view.kind != "sample":
+        view = _with_alone(view, _used_elsewhere(view, reader), "gradient")
+        view = _with_alone(view, _moved(view, batches[-1]))
+        view = _with_alone(view, _mixed(view, reader))
+    for batch in batches:
+        view = _with_alone(view, _off(view, batch))
+    return _settled(view, reader)
+
+
+def _batches(reader: Reader, device: torch.device) -> list[Batch]:
+    """The first example twice, and some others in a batch, or alone where they cannot be joined."""
+    chosen = evenly_spaced(len(reader), _TRIED)
+    try:
+        return reader.probes([[0, 0], chosen], device)
+    except JoinError:
+        return reader.probes([[0, 0], *([index] for index in chosen)], device)
+
+
+def _moved(view: LossView, batch: Batch) -> list[str]:
+    """The layers that get rows which the model has moved, so that their order tells nothing."""
+    if is_sharded(view.model):
+        return []
+    layers = {name: view.layers[name] for name in view.layout.reached if name not in view.layout.alone}
+    return moved_layers(layers, batch.content, partial(view.loss, batch)) if layers else []
 
 
 def _settled(view: LossView, reader: Reader) -> LossView:
@@ -89,13 +110,12 @@ def _settled(view: LossView, reader: Reader) -> LossView:
             "its examples have to be run one by one, which a sharded model does not allow. Call the module "
             "wherever its weight is used, on inputs [examples, ..., features], or leave it out with exclude=."
         )
-    [single] = reader.probes([[0]], view.device)
     chosen = {name: view.layers[name] for name in by_tokens}
-    exact = autograd_gradients(view.model, chosen, partial(view.loss, single), view.dtype)
-    odd = [
-        n for n in by_tokens if isinstance(view.layers[n], FunctionLayer) or not _alone_agrees(view, n, single, exact)
-    ]
-    return _with_alone(view, odd, "gradient")
+    odd = {name for name, layer in chosen.items() if isinstance(layer, FunctionLayer)}
+    for single in reader.probes([[index] for index in evenly_spaced(len(reader), _TRIED)], view.device):
+        exact = autograd_gradients(view.model, chosen, partial(view.loss, single), view.dtype)
+        odd |= {name for name in by_tokens if name not in odd and not _alone_agrees(view, name, single, exact)}
+    return _with_alone(view, [name for name in by_tokens if name in odd], "gradient")
 
 
 def _repeats(view: LossView, batch: Batch) -> bool:
