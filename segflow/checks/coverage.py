@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from ..runtime.sharding import named_parameters
 from ..stage.context import StageContext
 
 _ENOUGH = 0.95  # of the trained parameters
@@ -123,7 +124,7 @@ def first_names(names: Sequence[str]) -> str:
 def _tensors(model: nn.Module) -> list[tuple[list[str], int]]:
     """All names of each tensor that is a parameter, and its size; 0 of one that is not initialised yet."""
     found: dict[object, tuple[list[str], int]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
+    for name, parameter in named_parameters(model, remove_duplicate=False).items():
         size = 0 if is_lazy(parameter) else parameter.numel()
         place = parameter.data_ptr() if size else 0
         key = (parameter.device, place, size) if place else id(parameter)
@@ -135,7 +136,7 @@ def _why_untrained(context: StageContext) -> Callable[[str], str | None]:
     """Tells for a parameter's name why training did not change it, None if it did."""
     if context.trajectory.parameter_groups is not None:
         return context.trajectory.why_untrained
-    frozen = {n for n, p in context.model.named_parameters(remove_duplicate=False) if not p.requires_grad}
+    frozen = {n for n, p in named_parameters(context.model, remove_duplicate=False).items() if not p.requires_grad}
     return lambda name: "it does not require gradients" if name in frozen else None
 
 

@@ -23,7 +23,9 @@ def require_mask_used(view: LossView, batch: Batch, seen: Probed, where: str) ->
     """Raise TaskError if the task masks positions of a batch, and not those of any layer; seen: of that batch."""
     mask = checked_mask(view, batch)
     shapes = {name: (batch.size, inputs.positions) for name, inputs in seen.inputs.items()}
-    if mask is not None and all(mask_of(view.layers[name], shape, mask) is None for name, shape in shapes.items()):
+    if mask is not None and all(
+        mask_of(view, view.layers[name], shape, mask) is None for name, shape in shapes.items()
+    ):
         raise ignored_mask(where)
 
 
@@ -37,9 +39,9 @@ def require_same_inputs(view: LossView, batch: Batch, draws: Sequence[Probed], a
         alone: of its examples, in the first draw.
     """
     mask = checked_mask(view, batch)
-    for name in (name for name in view.layers if name in draws[0].inputs):
+    for name in (name for name in view.layers if name in draws[0].inputs and name not in view.layout.alone):
         together = draws[0].inputs[name]
-        if mask_of(view.layers[name], (batch.size, together.positions), mask) is not None:
+        if mask_of(view, view.layers[name], (batch.size, together.positions), mask) is not None:
             continue
         singles = [single.inputs.get(name) for single in alone]
         number = next((n for n, one in enumerate(singles) if one and one.positions != together.positions), None)

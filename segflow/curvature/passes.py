@@ -22,7 +22,7 @@ from ..methods.plan import Projection
 from ..model.finite_check import FiniteCheck
 from ..model.layers.tracked import TrackedLayer, VectorLayer
 from ..model.loss_view import LossView
-from ..model.tokens import Tokens, joined_examples, scaled_examples
+from ..model.tokens import Tokens, joined_examples, masked_outputs, scaled_examples
 from ..runtime.ranks import Ranks
 from ..store.files import Tensors
 from ..tasks.task import attention_mask
@@ -50,8 +50,10 @@ def covariances(view: LossView, data: Iterable[Batch], ranks: Ranks, where: str)
 
         def consume(layer: TrackedLayer, tokens: Tokens, mask: Any = mask, weights_B: Any = batch.weights) -> None:
             nonlocal used
-            mask_BS = mask_of(layer, tokens.a_PBSI.shape[1:3], mask)
-            used += mask_BS is not None
+            alone = layer.name in view.layout.alone
+            mask_BS = tokens.filled() if alone else mask_of(view, layer, tokens.a_PBSI.shape[1:3], mask)
+            used += mask_BS is not None and not alone
+            tokens = masked_outputs(tokens, mask_BS) if len(layer.uses) > 1 else tokens
             totals[layer.name].add_(tokens, mask_BS, weights_B)
 
         view.capture(batch, consume, finite)
@@ -289,15 +291,19 @@ def checked_mask(view: LossView, batch: Batch) -> Tensor | Mapping[str, Tensor] 
     return mask
 
 
-def mask_of(layer: TrackedLayer, shape_BS: Sequence[int], mask: Tensor | Mapping[str, Tensor] | None) -> Tensor | None:
+def mask_of(
+    view: LossView, layer: TrackedLayer, shape_BS: Sequence[int], mask: Tensor | Mapping[str, Tensor] | None
+) -> Tensor | None:
     """The mask [B, S] of a layer's tokens; None where it has another shape, as that of other positions.
 
-    Where a tensor is tied, the uses' positions follow one another, and each use has the mask's.
+    Where a layer is called several times, or a tensor is tied, the calls' positions follow one another, and each has
+    the mask's. Examples that are run alone are not padded.
     """
-    if isinstance(layer, VectorLayer):
+    if isinstance(layer, VectorLayer) or layer.name in view.layout.alone:
         return None
     if isinstance(mask, Mapping):
         mask = mask.get(layer.name)
-    if mask is not None and mask.ndim == 2 and shape_BS[1] == len(layer.uses) * mask.shape[1]:
-        mask = mask.repeat(1, len(layer.uses))
+    times = view.layout.times.get(layer.name, 1)
+    if mask is not None and mask.ndim == 2 and shape_BS[1] == times * mask.shape[1]:
+        mask = mask.repeat(1, times)
     return mask if mask is not None and tuple(mask.shape) == tuple(shape_BS) else None

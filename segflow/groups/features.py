@@ -25,7 +25,7 @@ from ..model.capture import Consumer
 from ..model.finite_check import FiniteCheck
 from ..model.layers.tracked import TrackedLayer
 from ..model.loss_view import LossView
-from ..model.representation_view import RepresentationView, last_matrix
+from ..model.representation_view import last_matrix, representation_view
 from ..model.tokens import Tokens
 from ..runtime.ranks import Ranks
 from ..runtime.sharding import whole
@@ -139,7 +139,7 @@ def _gradients(view: LossView, finite: FiniteCheck) -> _Extractor:
 
 def _representations(view: LossView, finite: FiniteCheck) -> _Extractor:
     """The layer's input, averaged over positions."""
-    representations = RepresentationView(view, normalized=False)
+    representations = representation_view(view, None, normalized=False)
     width = representations.layers[representations.layer.name].shape[-1]
     none_D = torch.zeros(width, dtype=view.dtype, device=view.device)
     return _Extractor(width, _captured(representations.capture, lambda tokens: tokens.dense_a[0, :, 0], none_D, finite))

@@ -167,6 +167,8 @@ class _Capture:
         """Record one call of a module; returns its output with a tap."""
         if not torch.is_grad_enabled():
             return output
+        if not isinstance(output, Tensor):
+            raise LayerError(f"layer {self._of_module[module][0][0].layer.name!r}: returns no single tensor.")
         calls = self._recorded(module, args, kwargs) if self.records() else []
         block, use = self._of_module[module][0]
 
@@ -176,7 +178,7 @@ class _Capture:
                 if block.complete:
                     self._hand_on(block)
 
-        copied = spread(output, self._examples) if use.layout.axis is None else output
+        copied = spread(output, use.layout, self._examples) if use.layout.axis is None else output
         return self.tap(copied, receive, block.layer)
 
     def _recorded(
@@ -303,7 +305,7 @@ def capture(
 def of_one(layers: Sequence[TrackedLayer]) -> Layout:
     """The layout of a batch of one example, to which all rows of these layers' inputs belong."""
     uses = {use.name: ALL_ROWS for layer in layers for use in layer.uses}
-    return Layout(uses, {}, {}, tuple(layer.name for layer in layers), {}, False)
+    return Layout(uses, {}, {}, tuple(layer.name for layer in layers), {}, {}, False)
 
 
 def _refuse_double_backward(layer: TrackedLayer) -> None:

@@ -76,7 +76,9 @@ def find_layout(layers: Mapping[str, TrackedLayer], run: Callable[[int], Tensor]
         if called:
             reached.append(name)
             alone |= {} if of_function is not None else {name: "tokens"}
-    return Layout(calls, functions, shapes, tuple(reached), alone, two.coarse)
+    counted = {n: sum(len(_used(two.calls.get(use.name, []))) for use in of.uses) for n, of in layers.items()}
+    times = {name: count for name, count in counted.items() if count}
+    return Layout(calls, functions, shapes, tuple(reached), alone, times, two.coarse)
 
 
 def _key(layer: TrackedLayer) -> str:
@@ -160,8 +162,10 @@ def _use_layout(two: list[_Seen], three: list[_Seen]) -> CallLayout | None:
         return None
     found = set()
     for a, b in zip(_used(two), _used(three), strict=True):
-        pairs = zip((a.inputs[0], a.outputs[0]), (b.inputs[0], b.outputs[0]), strict=True)
-        found |= {call_layout(x, y) if x is not None and y is not None else None for x, y in pairs}
+        pairs = zip((a.inputs[0], *a.outputs), (b.inputs[0], *b.outputs), strict=False)
+        given, *returned = (call_layout(x, y) if x is not None and y is not None else None for x, y in pairs)
+        output = returned[0] if len(returned) == 1 else None  # says what a shared tensor's first axis is
+        found.add(output if given and output and given[:2] == output[:2] else None)
     return found.pop() if len(found) == 1 else None
 
 

@@ -67,7 +67,7 @@ class FunctionCalls:
                 raise LayerError(f"{self._where}: it returned {len(outputs)} things, expected {len(layouts)}.")
             for place, (leaf, layout) in enumerate(zip(outputs, layouts, strict=True)):
                 if layout is not None and isinstance(leaf, Tensor) and leaf.is_floating_point():
-                    copied = spread(leaf, self.examples) if layout.axis is None else leaf.clone()
+                    copied = spread(leaf, layout, self.examples) if layout.axis is None else leaf.clone()
                     outputs[place] = tap(copied, _keep(call, place), self.layers[0])
             return tree_unflatten(outputs, out_spec)
 
@@ -120,6 +120,13 @@ class FunctionCalls:
         """The places among the arguments of the tensors that the examples are counted in."""
         if len(call.leaves) != len(self.layout.inputs):
             raise LayerError(f"{self._where}: called with {len(call.leaves)} arguments, not as with the first example.")
+        given = zip(call.leaves, self.layout.inputs, strict=True)
+        if self.examples > 1 and any(isinstance(leaf, Tensor) and layout is None for leaf, layout in given):
+            raise LayerError(
+                f"{self._where}: called with a tensor where the first example had none, as a mask that only ragged "
+                "batches have, so that its examples cannot be told apart. Put an example first with which it has one, "
+                "or use batch_size=1."
+            )
         pairs = enumerate(self.layout.inputs)
         return [(place, layout) for place, layout in pairs if layout is not None and layout.axis is not None]
 

@@ -16,11 +16,13 @@ class CallLayout(NamedTuple):
     """Where a tensor counts the examples of a batch.
 
     axis: None for a tensor that all examples share, as position indices of shape [1, S]; folded: whether every example
-    has several rows in a row on it, as where frames of clips are flattened into one axis.
+    has several rows in a row on it, as where frames of clips are flattened into one axis; unit: whether the first axis
+    of a shared tensor has length one in the place of the examples.
     """
 
     axis: int | None
     folded: bool = False
+    unit: bool = False
 
     @property
     def plain(self) -> bool:
@@ -48,6 +50,7 @@ class Layout(NamedTuple):
         reached: the blocks that the loss reaches.
         alone: the blocks whose examples cannot be told apart in a batch, and so are run one by one, and whether their
             "tokens" or their "gradient" are taken there.
+        times: how often a forward calls each block, over all of its uses.
         coarse: True if some layer computes in 16 bits.
     """
 
@@ -56,6 +59,7 @@ class Layout(NamedTuple):
     shapes: dict[str, torch.Size]
     reached: tuple[str, ...]
     alone: dict[str, str]
+    times: dict[str, int]
     coarse: bool
 
 
@@ -70,7 +74,7 @@ def call_layout(two: Sequence[int], three: Sequence[int]) -> CallLayout | None:
         return None
     differing = [axis for axis, (a, b) in enumerate(zip(two, three, strict=True)) if a != b]
     if not differing:
-        return CallLayout(None)
+        return CallLayout(None, unit=len(two) > 2 and two[0] == 1)
     axis = differing[0]
     if len(differing) > 1 or 3 * two[axis] != 2 * three[axis]:
         return None
@@ -82,15 +86,16 @@ def call_layout(two: Sequence[int], three: Sequence[int]) -> CallLayout | None:
 def rows_first(tensor: Tensor, layout: CallLayout, examples: int) -> Tensor:
     """The tensor with its rows on the first axis; one that is shared has a row for each example."""
     if layout.axis is None:
-        return tensor.expand(examples, *shared_row(tensor).shape)
+        return shared(tensor, layout, examples)
     return tensor.movedim(layout.axis, 0)
 
 
-def shared_row(tensor: Tensor) -> Tensor:
-    """What all examples share of a tensor, without a first axis of length 1."""
-    return tensor[0] if tensor.ndim and tensor.shape[0] == 1 else tensor
+def shared(tensor: Tensor, layout: CallLayout, examples: int) -> Tensor:
+    """A row for every example of a tensor that they share; a first axis of length one may stand for them."""
+    row = tensor[0] if layout.unit and tensor.shape[0] == 1 else tensor
+    return row.expand(examples, *row.shape)
 
 
-def spread(tensor: Tensor, examples: int) -> Tensor:
+def spread(tensor: Tensor, layout: CallLayout, examples: int) -> Tensor:
     """A copy for every example of a tensor that they share, so that each has a gradient of its own."""
-    return tensor.expand(examples, *shared_row(tensor).shape).clone()
+    return shared(tensor, layout, examples).clone()

@@ -89,14 +89,19 @@ class RepresentationView:
 def representation_view(view: LossView, name: str | None, normalized: bool) -> RepresentationView:
     """A view of one tracked layer's input (None: the last layer's); LayerError if it is not reached."""
     chosen = last_matrix(view.layers) if name is None else name
-    if chosen not in view.layout.reached or isinstance(view.layers[chosen], VectorLayer):
-        others = [other for other in view.layout.reached if not isinstance(view.layers[other], VectorLayer)]
-        why = f"the {view.kind} loss does not reach it" if chosen not in view.layout.reached else "it is no matrix"
+    if chosen not in view.layout.reached or not _has_inputs(view, chosen):
+        others = [other for other in view.layout.reached if _has_inputs(view, other)]
+        reached = chosen in view.layout.reached
+        why = "its inputs are no features" if reached else f"the {view.kind} loss does not reach it"
         raise LayerError(
-            f"layer {chosen!r}: {why}, so it has no representation there. Name another one with "
-            f"RepresentationSimilarity(layer=...): {others[:8]}."
+            f"layer {chosen!r}: {why}, so it has no representation there. Name another one with layer=: {others[:8]}."
         )
     return RepresentationView(view.only([chosen]), normalized)
+
+
+def _has_inputs(view: LossView, name: str) -> bool:
+    """Whether what a layer hands on as inputs is what it was given."""
+    return not isinstance(view.layers[name], VectorLayer) and view.layout.alone.get(name) != "gradient"
 
 
 def last_matrix(layers: Mapping[str, TrackedLayer]) -> str:

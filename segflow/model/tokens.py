@@ -69,11 +69,14 @@ class Tokens(NamedTuple):
         a = self.a_PBSI.weight_BS if isinstance(self.a_PBSI, OneHot) else self.a_PBSI
         return (torch.linalg.vector_norm(a) * torch.linalg.vector_norm(self.g_PBSO)).square()
 
+    def filled(self) -> Tensor:
+        """Whether a position's input is not zero, [B, S], as it is where examples of more positions made others pad."""
+        a = self.a_PBSI
+        return a.weight_BS != 0 if isinstance(a, OneHot) else (a != 0).any(3).any(0)
+
     def live(self) -> Tensor:
         """Whether some position of an example has neither an input nor an output gradient of zero, [B]."""
-        a = self.a_PBSI
-        a_BS = a.weight_BS != 0 if isinstance(a, OneHot) else (a != 0).any(3).any(0)
-        return (a_BS & (self.g_PBSO != 0).any(3).any(0)).any(1)
+        return (self.filled() & (self.g_PBSO != 0).any(3).any(0)).any(1)
 
 
 def no_tokens(shape: tuple[int, int, int], examples: int, dtype: torch.dtype, device: torch.device) -> Tokens:
@@ -88,6 +91,13 @@ def scaled_examples(tokens: Tokens, factors_B: Tensor | None) -> Tokens:
     if factors_B is None:
         return tokens
     return Tokens(tokens.a_PBSI, tokens.g_PBSO * factors_B[:, None, None])
+
+
+def masked_outputs(tokens: Tokens, mask_BS: Tensor | None) -> Tokens:
+    """Tokens whose output gradients are zero where a mask is 0; None masks nothing."""
+    if mask_BS is None:
+        return tokens
+    return Tokens(tokens.a_PBSI, tokens.g_PBSO * mask_BS.to(tokens.g_PBSO.dtype)[None, :, :, None])
 
 
 def joined_examples(tokens: Tokens, size: int) -> Tokens:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..arguments import settle, truth, whole_number
+from ..arguments import settle, shown, truth, whole_number
 from ..data.batches import Batch, Collate, Indices, dataset_length, weighted
 from ..data.code_identity import task_fingerprint
 from ..data.fingerprints import digest
@@ -66,6 +66,8 @@ class Settings:
         settle(self, num_workers=whole_number("num_workers", self.num_workers, SegflowError, advice=advice))
         advice = "It counts views of each training example; 1 where reading draws nothing at random."
         settle(self, views=whole_number("views", self.views, SegflowError, 1, advice=advice))
+        if not isinstance(self.block_sizes, BlockSizes):
+            raise SegflowError(f"block_sizes={shown(self.block_sizes)}: expected segflow.BlockSizes(vector=, side=).")
         settle(self, readers=Readers(self.seed, self.num_workers))
 
 

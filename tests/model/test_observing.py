@@ -21,7 +21,7 @@ from ..support.helpers import analyzer_of, mlp, perturbed_states, trajectory_of,
 
 DTYPE = torch.float64
 ROWS = CallLayout(0)  # each example has a row of its own
-PLAIN = Layout(dict.fromkeys(("first", "norm.weight", "norm.bias", "second"), ROWS), {}, {}, (), {}, False)
+PLAIN = Layout(dict.fromkeys(("first", "norm.weight", "norm.bias", "second"), ROWS), {}, {}, (), {}, {}, False)
 
 
 class Kept(nn.Module):

@@ -350,6 +350,8 @@ def chosen_layers(tracked: Mapping[str, TrackedLayer], layers: object) -> dict[s
     if layers is None:
         return dict(tracked)
     found = selected(tracked, names("layers", layers, LayerError))
+    if not found:
+        raise LayerError("layers=[]: expected names or patterns of layers, or None for all.")
     for pattern, means in found.items():
         if not means:
             _refuse(pattern, tracked, {}, {}, "layers=")

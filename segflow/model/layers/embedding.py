@@ -67,6 +67,22 @@ class EmbeddingLayer(TrackedLayer):
 
 
 @register
+class ScaledEmbeddingLayer(EmbeddingLayer):
+    """The transformers families' embeddings whose output is multiplied by a constant, `embed_scale`."""
+
+    @classmethod
+    def base_of(cls, module: nn.Module) -> type[nn.Module] | None:
+        """By the class's name: each family has its own."""
+        scaled = isinstance(module, nn.Embedding) and type(module).__name__.endswith("ScaledWordEmbedding")
+        return type(module) if scaled and hasattr(module, "embed_scale") else None
+
+    def sides(self, value: Tensor, gradient: Tensor) -> tuple[OneHot, Tensor]:
+        """As an embedding's, of gradients that are scaled back."""
+        scale: Any = self.module.embed_scale
+        return super().sides(value, gradient * (scale.to(gradient) if isinstance(scale, Tensor) else scale))
+
+
+@register
 class EmbeddingBagLayer(EmbeddingLayer):
     """nn.EmbeddingBag with sums or means: every index of a bag is a position. One of maxima is no sum of them."""
 

@@ -5,8 +5,10 @@ Axes: R rows, D numbers of a parameter.
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -93,12 +95,18 @@ class LastAxesNorm(_Norm):
         if base is not None and type(module).forward is base.forward:
             return base
         named = type(module).__name__.endswith(_FAMILIES) and not list(module.children())
-        return type(module) if named and "weight" in module._parameters else None
+        return type(module) if named and "weight" in module._parameters and _takes_one(type(module).forward) else None
 
     @classmethod
     def axis_of(cls, module: nn.Module) -> int:
         """The last ones, but for ConvNext's and others that say otherwise."""
         return 1 if getattr(module, "data_format", None) == "channels_first" else -1
+
+
+def _takes_one(forward: Callable[..., Any]) -> bool:
+    """Whether a forward takes the module and one tensor, and nothing else that it needs."""
+    needed = [p for p in inspect.signature(forward).parameters.values() if p.default is p.empty]
+    return len(needed) == 2 and all(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in needed)
 
 
 @register
