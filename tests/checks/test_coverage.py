@@ -207,6 +207,17 @@ def test_a_model_that_is_a_layer_itself_is_attributed_whole(tmp_path: Path) -> N
     assert not _lines(report, "not ")
 
 
+def test_a_part_that_is_compiled_counts_under_its_plain_name(tmp_path: Path) -> None:
+    model = mlp()
+    model[0] = torch.compile(model[0], backend="eager")
+    report = _analyzer(tmp_path / "all", model).check(vectors(N))
+    assert (report.attributed, report.parameters, report.total) == (79, 79, 79)
+    with pytest.warns(UserWarning, match=LOW):
+        left = _analyzer(tmp_path / "part", model, exclude="0").check(vectors(N))
+    assert (left.attributed, left.parameters) == (43, 79)
+    assert _lines(left, "not attributed: ")
+
+
 def test_each_stage_has_its_own_share(tmp_path: Path) -> None:
     model = mlp()
     files = trajectory_of(tmp_path / "run", [model.state_dict()], N).checkpoints

@@ -139,3 +139,26 @@ def test_indices_of_a_vocabulary_that_single_precision_cannot_count_are_kept() -
     value = layer.call_value((torch.tensor([[(1 << 24) + 1, 3]]),), {})
     tokens = layer.tokens(value, torch.ones(1, 1), torch.float32)
     assert isinstance(tokens.a_PBSI, OneHot) and tokens.a_PBSI.index_BS.tolist() == [[(1 << 24) + 1, 3]]
+
+
+class TinyScaledWordEmbedding(nn.Embedding):
+    """As those of Gemma and BART."""
+
+    def __init__(self, scale: float | Tensor):
+        super().__init__(WORDS, 3)
+        self.embed_scale = scale
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return super().forward(ids) * self.embed_scale
+
+
+@pytest.mark.parametrize("scale", [3.0, torch.tensor(0.5)])
+def test_scaled_embeddings_are_exact_in_batches_also_where_they_are_tied(scale: Any) -> None:
+    def run(model: Any, x: Tensor) -> Tensor:
+        return model.head(model.embed(x).tanh())
+
+    model = Calls(run, embed=TinyScaledWordEmbedding(scale), head=nn.Linear(3, WORDS, bias=False))
+    for _ in range(2):
+        seen = assert_seen_exactly(model, _indices(4, 3))
+        assert not seen.alone and not seen.view.layout.functions
+        model.head.weight = model.embed.weight

@@ -171,3 +171,32 @@ def test_a_norm_of_which_one_parameter_was_trained_has_one_block(frozen: str) ->
 def test_a_norm_without_parameters_has_no_block() -> None:
     model = nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3, elementwise_affine=False), nn.BatchNorm1d(3, affine=False))
     assert list(choose_layers(model).tracked) == ["0"]
+
+
+class AdaptiveRMSNorm(nn.Module):
+    """Called as the families' norms, but with a condition as well."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(4) + 0.5)
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        return nn.functional.rms_norm(x, (4,)) * self.weight * condition
+
+
+class FusedLayerNorm(nn.Module):
+    """Called as torch's, and gives back its input too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(4) + 0.5)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return nn.functional.layer_norm(x, (4,), self.weight), x
+
+
+def test_norms_that_take_or_give_more_than_one_tensor_are_exact_though_their_names_are_those_of_norms() -> None:
+    adaptive = Calls(lambda m, x: m.norm(x.exp(), x.cos()).cumsum(-1), norm=AdaptiveRMSNorm())
+    assert_seen_exactly(adaptive, list(normal(5, 3, 4)))
+    fused = Calls(lambda m, x: sum(m.norm(x.exp())).cumsum(-1), norm=FusedLayerNorm())
+    assert_seen_exactly(fused, list(normal(5, 3, 4)))
