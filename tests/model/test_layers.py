@@ -14,10 +14,9 @@ from torch import Tensor, nn
 import segflow as sf
 from segflow.model.layers import LinearLayer, choose_layers, register
 from segflow.model.layers.choice import Training
-from segflow.model.layers.registry import track
 
 from ..support import oracles
-from ..support.exactness import RANDOMISED, Along, Calls, assert_exact, assert_seen_exactly, normal
+from ..support.exactness import RANDOMISED, Along, Calls, assert_exact, assert_seen_exactly, normal, track
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.utils.data import Subset, TensorDataset
 
 import segflow as sf
-from segflow.model.layers.registry import track
 from segflow.model.one_hot import OneHot
 from segflow.model.tokens import Tokens
 from segflow.runtime.ranks import Ranks
@@ -22,6 +21,7 @@ from segflow.scoring.meeting import MetQueries
 from segflow.scoring.outer_products import OuterProducts
 from segflow.scoring.tiles import GroupBatch, shares, tiles
 
+from ..support.exactness import track
 from ..support.helpers import ConvNet, FixedLabels, analyzer_of, images, mlp, perturbed_states, trajectory_of, vectors
 
 # ---- scores ----

@@ -19,7 +19,9 @@ from segflow.model.find_layout import find_layout
 from segflow.model.finite_check import FiniteCheck
 from segflow.model.layers import choose_layers
 from segflow.model.layers.choice import Training
-from segflow.model.layers.tracked import TrackedLayer
+from segflow.model.layers.registry import kind_of
+from segflow.model.layers.sizes import BlockSizes
+from segflow.model.layers.tracked import Owner, TrackedLayer
 from segflow.model.loss_view import LossView
 from segflow.model.make_view import make_loss_view
 from segflow.model.observing import observing
@@ -220,3 +222,12 @@ def view_of(model: nn.Module, task: sf.Task, data: Any, kind: str = "train", col
 
 def ignore(_layer: Any, _tokens: Any) -> None:
     pass
+
+
+def track(name: str, module: nn.Module, has_bias: bool) -> TrackedLayer:
+    """A module as one layer to attribute."""
+    kind = kind_of(module)
+    assert kind is not None
+    names = ("weight", "bias") if has_bias else ("weight",)
+    own = {attribute: f"{name}.{attribute}" if name else attribute for attribute in names}
+    return kind.blocks(Owner(name, module, own, lambda _one, _other: True, BlockSizes()))[0]

@@ -8,8 +8,7 @@ from torch import nn
 
 from ...data.as_written import hides_method
 from ...errors import LayerError
-from .sizes import BlockSizes
-from .tracked import Owner, TrackedLayer
+from .tracked import TrackedLayer
 
 Kind = TypeVar("Kind", bound=type[TrackedLayer])
 _KINDS: list[type[TrackedLayer]] = []  # the latest first, so that a user's own kind comes before the built-in ones
@@ -43,16 +42,6 @@ def why_never(module: nn.Module) -> str | None:
     """Why no gradient of the module's parameters belongs to an example, because of its options; None if it does."""
     kind = next((kind for kind in _KINDS if kind.base_of(module)), None)
     return None if kind is None else kind.why_not(module)
-
-
-def track(name: str, module: nn.Module, has_bias: bool) -> TrackedLayer:
-    """A module as one layer to attribute; LayerError where no kind claims it."""
-    kind = kind_of(module)
-    if kind is None:
-        raise LayerError(f"module {name!r}: no kind of layer claims {type(module).__name__}.")
-    names = ("weight", "bias") if has_bias else ("weight",)
-    own = {attribute: f"{name}.{attribute}" if name else attribute for attribute in names}
-    return kind.blocks(Owner(name, module, own, lambda _one, _other: True, BlockSizes()))[0]
 
 
 def _overridden(module: nn.Module, kind: type[TrackedLayer]) -> bool:
