@@ -3,7 +3,7 @@
 `check` runs them all, whatever was probed before, and what it has probed need not be probed again.
 
 A loss takes at most 33 passes of single examples, the pseudo-labels 24 more, and what rounding may explain 16 more; so
-a dataset takes fewer than 100. `check` alone judges a layer that no probe reaches: the passes themselves do so at their
+a dataset takes at most 130. `check` alone judges a layer that no probe reaches: the passes themselves do so at their
 end (FiniteCheck.finish). Where all units are stored the probes are run all the same: telling takes longer than they.
 """
 

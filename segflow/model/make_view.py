@@ -30,7 +30,7 @@ from .loss_view import LossView, naming_loss
 from .row_moves import moved_layers
 from .tokens import Tokens
 
-_TRIED = 8  # examples of which one is looked for that can be joined with the first
+_TRIED = 4  # examples of which one is looked for that can be joined with the first
 _ROUNDING = 100  # units in the last place
 _FAULTS = (RuntimeError, ValueError, IndexError, TypeError, AssertionError, SegflowError)  # of a model run otherwise
 

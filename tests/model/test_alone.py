@@ -69,7 +69,7 @@ def _of_both(model: Any, x: Tensor) -> Tensor:
 FOLDED: dict[str, tuple[Callable[..., Tensor], Callable[[], nn.Module], bool]] = {
     "example-major": (_flattened, lambda: nn.Linear(3, 2), True),
     "frames": (_frames, lambda: nn.Conv1d(1, 1, 2), True),
-    "broadcast": (_broadcast, lambda: nn.Linear(3, 2), True),
+    "broadcast": (_broadcast, lambda: nn.Linear(3, 2), False),
     "position-major": (_position_major, lambda: nn.Linear(3, 2), False),
     "shared": (_shared_by_the_batch, lambda: nn.Linear(3, 3), False),
     "one by one": (_one_by_one, lambda: nn.Linear(3, 2), False),

@@ -119,6 +119,6 @@ class ChannelNorm(_Norm):
     @classmethod
     def why_not(cls, module: nn.Module) -> str | None:
         """An option that takes statistics of the batch in eval mode as well."""
-        if getattr(module, "track_running_stats", True):
+        if not isinstance(module, _BatchNorm) or module.track_running_stats:
             return None
         return "track_running_stats=False makes an example's gradient depend on the rest of the batch"
