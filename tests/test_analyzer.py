@@ -356,7 +356,7 @@ def test_a_weight_used_outside_its_calls_is_attributed_exactly_in_float32(tmp_pa
         torch.testing.assert_close(values.double(), expected, rtol=0, atol=1e-5 * expected.abs().max().item())
 
 
-def test_examples_that_change_places_before_a_layer_are_refused(tmp_path: Path) -> None:
+def test_examples_that_change_places_before_a_layer_are_scored_one_by_one(tmp_path: Path) -> None:
     class Sorted(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -366,8 +366,13 @@ def test_examples_that_change_places_before_a_layer_are_refused(tmp_path: Path) 
             order = x[:, 0].argsort()
             return self.fc(x[order])[order.argsort()]
 
-    with pytest.raises(sf.LayerError, match=r"layer 'fc': an example's gradient .* differs alone and in a batch"):
-        _setting(tmp_path, model=Sorted()).check(vectors(N))
+    sorting, plain, values = Sorted(), nn.Linear(5, 3).double(), []
+    plain.load_state_dict(sorting.fc.state_dict())
+    for name, model in (("sorted", sorting), ("plain", plain)):
+        analyzer = _setting(tmp_path / name, model=model, method=sf.GradientDot())
+        values.append(analyzer.score(sf.Groups.random(N, 4), vectors(N), vectors(3)).values)
+        assert bool(analyzer.check(vectors(N), curvature=False).slow) == (name == "sorted")
+    torch.testing.assert_close(values[0], values[1], rtol=1e-9, atol=1e-14)
 
 
 def test_a_task_that_ignores_sample_is_named(tmp_path: Path) -> None:

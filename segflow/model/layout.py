@@ -67,8 +67,10 @@ def call_layout(two: Sequence[int], three: Sequence[int]) -> CallLayout | None:
     """The layout of a tensor of these shapes for two and for three examples; None where there is none.
 
     Example:
-        >>> call_layout((2, 7, 5), (3, 7, 5)), call_layout((14, 5), (21, 5)), call_layout((1, 7), (1, 7))
-        (CallLayout(axis=0, folded=False), CallLayout(axis=0, folded=True), CallLayout(axis=None, folded=False))
+        >>> call_layout((2, 7, 5), (3, 7, 5)), call_layout((14, 5), (21, 5))
+        (CallLayout(axis=0, folded=False, unit=False), CallLayout(axis=0, folded=True, unit=False))
+        >>> call_layout((1, 7, 5), (1, 7, 5))
+        CallLayout(axis=None, folded=False, unit=True)
     """
     if len(two) != len(three):
         return None

@@ -249,8 +249,9 @@ def _close(view: LossView, tokens: Tokens, exact: Tensor, scale: Tensor) -> bool
     scale: the largest gradient of all layers: one that is zero but for rounding is what such numbers leave.
     """
     norm, off = torch.linalg.vector_norm(exact), torch.linalg.vector_norm(tokens.total() - exact)
-    rounding = 0.01 * view.tolerance * tokens.magnitude().sqrt() + _ROUNDING * torch.finfo(view.dtype).eps * scale
-    return bool((off <= view.tolerance * norm + rounding) | ~torch.isfinite(norm))
+    allowed = view.tolerance * norm + _ROUNDING * torch.finfo(view.dtype).eps * scale
+    rounding = 0.01 * view.tolerance * tokens.magnitude().sqrt()  # no number where a factor overflows
+    return bool((off <= allowed) | (off <= allowed + rounding) | ~torch.isfinite(norm))
 
 
 def _scale(exact: Mapping[str, Tensor]) -> Tensor:
