@@ -24,6 +24,16 @@ def network() -> nn.Sequential:
     return nn.Sequential(nn.Linear(5, 6), block, nn.Linear(6, 3)).double()
 
 
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, folder: Path, steps: int) -> None:
+    """Whole batches, recorded."""
+    x, y = TRAIN.tensors
+    with sf.record(model, optimizer, folder, dataset_size=N, total_steps=steps, checkpoints=4):
+        for _ in range(steps):
+            optimizer.zero_grad()
+            functional.cross_entropy(model(x), y).backward()
+            optimizer.step()
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[nn.Sequential, Path]:
     """Trained with AdamW, without weight decay on biases and norms."""
@@ -32,13 +42,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[nn.Sequential, Path]:
         {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": 0.1},
         {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0},
     ]
-    optimizer = torch.optim.AdamW(groups, lr=1e-2)
-    x, y = TRAIN.tensors
-    with sf.record(model, optimizer, folder, dataset_size=N, total_steps=12, checkpoints=4):
-        for _ in range(12):
-            optimizer.zero_grad()
-            functional.cross_entropy(model(x), y).backward()
-            optimizer.step()
+    train(model, torch.optim.AdamW(groups, lr=1e-2), folder, steps=12)
     return model, folder
 
 
@@ -120,12 +124,7 @@ METHODS = [sf.Source(segments=2), sf.Source(segments=1, curvature="coupled"), sf
 def test_scores_of_some_of_the_fitted_layers_are_their_parts_of_all(tmp_path: Path, method: Any) -> None:
     folder, model = tmp_path / "run", network()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, weight_decay=0.01)
-    x, y = TRAIN.tensors
-    with sf.record(model, optimizer, folder, dataset_size=N, total_steps=6, checkpoints=4):
-        for _ in range(6):
-            optimizer.zero_grad()
-            functional.cross_entropy(model(x), y).backward()
-            optimizer.step()
+    train(model, optimizer, folder, steps=6)
     analyzer = analyzer_of((model, folder), tmp_path / "store", method=method)
     parts = scored(analyzer, keep="layer").by_layer
     fitted = sorted(path.name for path in (tmp_path / "store").rglob("*.safetensors") if "scores" not in path.parts)

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from ..model.layers.choice import parameter_aliases
 from ..runtime.sharding import named_parameters
 from ..stage.context import StageContext
 
@@ -123,13 +124,9 @@ def first_names(names: Sequence[str]) -> str:
 
 def _tensors(model: nn.Module) -> list[tuple[list[str], int]]:
     """All names of each tensor that is a parameter, and its size; 0 of one that is not initialised yet."""
-    found: dict[object, tuple[list[str], int]] = {}
-    for name, parameter in named_parameters(model, remove_duplicate=False).items():
-        size = 0 if is_lazy(parameter) else parameter.numel()
-        place = parameter.data_ptr() if size else 0
-        key = (parameter.device, place, size) if place else id(parameter)
-        found.setdefault(key, ([], size))[0].append(name)
-    return list(found.values())
+    parameters = named_parameters(model, remove_duplicate=False)
+    sizes = {name: 0 if is_lazy(parameter) else parameter.numel() for name, parameter in parameters.items()}
+    return [(names, sizes[first]) for first, names in parameter_aliases(model).items()]
 
 
 def _why_untrained(context: StageContext) -> Callable[[str], str | None]:

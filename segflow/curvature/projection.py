@@ -41,9 +41,8 @@ class Probes:
         if self.outputs_kPO is None:
             return example_gradients(tokens).flatten(1)
         (_, _, S, I), O, k = tokens.a_PBSI.shape, tokens.g_PBSO.shape[-1], len(self.outputs_kPO)
-        if not isinstance(tokens.a_PBSI, OneHot) and S * O * I + k * O * I < S * k * (
-            O + I
-        ):  # fewer multiplications, with many positions
+        fewer = S * O * I + k * O * I < S * k * (O + I)  # multiplications, with many positions
+        if fewer and not isinstance(tokens.a_PBSI, OneHot):
             return self.of_gradients(example_gradients(tokens))
         left = torch.einsum("pbso,kpo->pbsk", tokens.g_PBSO, self.outputs_kPO)
         right = tokens.times(self.inputs_kPI.permute(1, 2, 0))  # type: ignore[union-attr]

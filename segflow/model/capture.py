@@ -20,7 +20,7 @@ from .layers.function import FunctionLayer
 from .layers.tracked import TrackedLayer
 from .layout import ALL_ROWS, CallLayout, Layout, rows_first, spread
 from .observing import requiring_grad
-from .taps import Hook, Tap, forward_hooks
+from .taps import Hook, Tap, anchor_like, forward_hooks
 from .tokens import Tokens, joined_calls, no_tokens
 
 Consumer = Callable[[TrackedLayer, Tokens], None]
@@ -116,9 +116,7 @@ class _Capture:
     ):
         self._consume, self._dtype, self._examples = consume, dtype, examples
         self._in_backward = False  # True only during our own, to tell it from a backward inside the loss
-        parameter = next(iter(layers.values())).parameters[0]
-        kind = parameter.dtype if parameter.is_floating_point() else torch.float32
-        self._anchor = torch.zeros((), dtype=kind, device=parameter.device, requires_grad=True)
+        self._anchor = anchor_like(next(iter(layers.values())).parameters[0])
         self._blocks: list[_Block] = []
         self._of_module: dict[nn.Module, list[tuple[_Block, _Use]]] = {}
         self._functions = _function_calls(layers, layout, examples)
@@ -136,11 +134,9 @@ class _Capture:
             return
         block = _Block(layer, [])
         for use in layer.uses:
-            if use.name in layout.calls:
-                block.uses.append(_Use(use, layout.calls[use.name]))
-                self._of_module.setdefault(use.module, []).append((block, block.uses[-1]))
-            else:
-                self._of_module.setdefault(use.module, []).append((block, _Use(use, CallLayout(None))))
+            seen = _Use(use, layout.calls.get(use.name, CallLayout(None)))
+            block.uses += [seen] if use.name in layout.calls else []
+            self._of_module.setdefault(use.module, []).append((block, seen))
         self._blocks.append(block)
 
     def hooks(self) -> dict[nn.Module, Hook]:

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from .layers.function import FunctionLayer, UnfollowedLayer
 from .layers.tracked import TrackedLayer
 from .layout import CallLayout, FunctionLayout, Layout, call_layout
-from .taps import Tap, forward_hooks
+from .taps import Tap, anchor_like, forward_hooks
 
 _COARSE = {torch.bfloat16, torch.float16}
 _Shapes = tuple[torch.Size | None, ...]
@@ -61,21 +61,20 @@ def find_layout(layers: Mapping[str, TrackedLayer], run: Callable[[int], Tensor]
             continue
         if isinstance(layer, FunctionLayer):
             of_function = _function_layout(*(seen.calls.get(_key(layer), []) for seen in (two, three)))
-            called = _key(layer) in two.calls
+            called, laid_out = _key(layer) in two.calls, of_function is not None
             if of_function is not None:
                 functions[name] = of_function
         else:
             uses = {use.name: [seen.calls.get(use.name, []) for seen in (two, three)] for use in layer.uses}
             found = {use: _use_layout(*pair) for use, pair in uses.items() if any(pair)}
-            called, of_function = bool(found), None
-            if called and all(found.values()):
+            called, laid_out = bool(found), all(found.values())
+            if laid_out:
                 calls |= {use: of_use for use, of_use in found.items() if of_use is not None}
-                of_function = FunctionLayout((), ())
             first = next((pair[0][0].inputs[0] for pair in uses.values() if pair[0]), None)
             shapes |= {} if first is None else {name: first}
         if called:
             reached.append(name)
-            alone |= {} if of_function is not None else {name: "tokens"}
+            alone |= {} if laid_out else {name: "tokens"}
     counted = {n: sum(len(_used(two.calls.get(use.name, []))) for use in of.uses) for n, of in layers.items()}
     times = {name: count for name, count in counted.items() if count}
     return Layout(calls, functions, shapes, tuple(reached), alone, times, two.coarse)
@@ -89,9 +88,7 @@ def _key(layer: TrackedLayer) -> str:
 def _run(layers: Mapping[str, TrackedLayer], run: Callable[[int], Tensor], copies: int) -> _Run:
     """The calls of a batch of copies."""
     seen = _Run()
-    parameter = next(iter(layers.values())).parameters[0]
-    kind = parameter.dtype if parameter.is_floating_point() else torch.float32
-    anchor = torch.zeros((), dtype=kind, device=parameter.device, requires_grad=True)
+    anchor = anchor_like(next(iter(layers.values())).parameters[0])
     uses: dict[nn.Module, list[TrackedLayer]] = {}
     for layer in layers.values():
         for use in layer.uses if not isinstance(layer, UnfollowedLayer) else ():

@@ -168,13 +168,18 @@ def _single(of_example: Tensor, layout: CallLayout) -> Tensor:
 
 def how_repeated(module: nn.Module) -> str:
     """In words how a module's calls are differentiated, as far as that is known by now."""
-    one_by_one = module in _ONE_BY_ONE or isinstance(module, nn.RNNBase)
-    return f"its module's calls repeated by torch.func, {'one example after the other' if one_by_one else 'vmapped'}"
+    way = "one example after the other" if _one_by_one(module) else "vmapped"
+    return f"its module's calls repeated by torch.func, {way}"
+
+
+def _one_by_one(module: nn.Module) -> bool:
+    """Whether vmap is known to have no rule for a module."""
+    return module in _ONE_BY_ONE or isinstance(module, nn.RNNBase)
 
 
 def _for_each(one: Callable[..., Any], inputs: list[Tensor], outputs: list[Tensor], module: nn.Module) -> Any:
     """`one` of every example, for all at once where torch can."""
-    if module not in _ONE_BY_ONE and not isinstance(module, nn.RNNBase):
+    if not _one_by_one(module):
         try:
             with warnings.catch_warnings():
                 warnings.filterwarnings("error", "There is a performance drop")  # vmap's, where it has no rule

@@ -35,6 +35,12 @@ class Tap(torch.autograd.Function):
         return gradient, None, None
 
 
+def anchor_like(parameter: Tensor) -> Tensor:
+    """What taps hang on: a differentiable zero on a parameter's device, of its dtype where that is differentiable."""
+    dtype = parameter.dtype if parameter.is_floating_point() else torch.float32
+    return torch.zeros((), dtype=dtype, device=parameter.device, requires_grad=True)
+
+
 @contextmanager
 def forward_hooks(hooks: Mapping[nn.Module, Hook]) -> Iterator[None]:
     """Inside, each call of a module runs its hook; what that returns replaces the output."""

@@ -54,15 +54,11 @@ class Tokens(NamedTuple):
         """The sum of all examples' gradients, [P, O, I]."""
         if isinstance(self.a_PBSI, OneHot):
             sums = self.g_PBSO.new_zeros(1, self.g_PBSO.shape[3], self.a_PBSI.size)
-            self.add_sums_(sums[None], torch.zeros(self.examples, dtype=torch.long, device=sums.device))
+            into_one_B = torch.zeros(self.examples, dtype=torch.long, device=sums.device)
+            self.a_PBSI.add_sums_(sums, into_one_B, self.g_PBSO[0])
             return sums
         a, g = (side.flatten(1, 2) for side in (self.a_PBSI, self.g_PBSO))
         return torch.bmm(g.mT, a)
-
-    def add_sums_(self, sums_KPOI: Tensor, of_example_B: Tensor) -> None:
-        """Add the gradients of one-hot inputs to the sums that their examples belong to, in place."""
-        if isinstance(self.a_PBSI, OneHot):
-            self.a_PBSI.add_sums_(sums_KPOI[:, 0], of_example_B, self.g_PBSO[0])
 
     def magnitude(self) -> Tensor:
         """|a|^2 |g|^2: not finite if a token is not, or if a square or a product of squares may overflow."""

@@ -56,7 +56,8 @@ class GroupGradients:
             self._sums[layer.name] = tokens.g_PBSO.new_zeros(self.count, P, O, I)
         sums_KPOI = self._sums[layer.name][batch.first : batch.first + len(sizes)]
         if isinstance(tokens.a_PBSI, OneHot):
-            tokens.add_sums_(sums_KPOI, _groups_of(sizes).to(tokens.g_PBSO.device))
+            groups_B = _groups_of(sizes).to(tokens.g_PBSO.device)
+            tokens.a_PBSI.add_sums_(sums_KPOI[:, 0], groups_B, tokens.g_PBSO[0])
             return
         a, g = _by_group(tokens.a_PBSI, sizes), _by_group(tokens.g_PBSO, sizes)
         sums_KPOI.view(-1, O, I).baddbmm_(g.mT, a)

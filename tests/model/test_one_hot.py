@@ -143,7 +143,7 @@ def test_sums_of_groups_are_added_in_place() -> None:
     tokens, of_example = _tokens(), torch.tensor([1, 0, 1, 1])
     sums = normal(2, 1, O, I)
     expected = sums.index_add(0, of_example, example_matrices(tokens))
-    tokens.add_sums_(sums, of_example)
+    tokens.a_PBSI.add_sums_(sums[:, 0], of_example, tokens.g_PBSO[0])
     assert_close(sums, expected)
 
 
