@@ -261,8 +261,8 @@ class Analyzer:
             batch_size: examples in one forward and backward.
             stage: whose training data is scored, of training in several stages; by default the last one's.
             query_labels: names for the queries; by default their indices, or the properties' names.
-            keep: "term", "layer" and "run": keep the scores' parts in `by_term` (for SOURCE: by segment), `by_layer`
-                and, of an ensemble, `by_run`.
+            keep: "term", "layer", "run" and "token": keep the scores' parts in `by_term` (for SOURCE: by segment),
+                `by_layer`, of an ensemble `by_run`, and of groups of one example each `by_token` (see `Scores.tokens`).
             layers: names or patterns of layers whose scores alone are summed, out of all that were fitted.
 
         Returns:
@@ -273,7 +273,7 @@ class Analyzer:
             GroupError, ScoreError, TrajectoryError: groups, queries or training data do not fit.
         """
         for part in (keep := names("keep", keep, ScoreError)):
-            check_choice("keep", part, ("term", "layer", "run"), ScoreError)
+            check_choice("keep", part, ("term", "layer", "run", "token"), ScoreError)
         batch_size, trains = checked_batch_size(batch_size), self._by_stage(train)
         place = scored_stage(self.runs[0], stage, trains)
         check_groups(groups, self.context.run.stages[place].dataset_size)
@@ -289,9 +289,11 @@ class Analyzer:
                 cuts = self._cuts(contexts, {p: fitted.train_from(p) for p in given}) if self._automatic else None
                 plan = plan_for(self.method, contexts, place, cuts)
                 chosen = chosen_layers(contexts[place].layers.tracked, layers)
-                request = ScoringRequest(fitted, place, plan, groups, queries, batch_size, "layer" in keep, chosen)
-                parts, error, shares = score_parts(request), fitted.batching_error(plan), fitted.told_trace_shares(plan)
-                of_runs.append(RunParts(contexts, plan, cuts, parts, error, shares, chosen))
+                asked = groups, queries, batch_size, "layer" in keep, chosen, "token" in keep
+                scored = score_parts(ScoringRequest(fitted, place, plan, *asked))
+                parts, tokens = (scored.sum(-1), scored) if "token" in keep else (scored, None)
+                error, shares = fitted.batching_error(plan), fitted.told_trace_shares(plan)
+                of_runs.append(RunParts(contexts, plan, cuts, parts, error, shares, chosen, tokens))
             return labelled_scores(of_runs, self.method, groups, place, labels, keep, queries)
 
     def features(

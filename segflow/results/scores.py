@@ -20,13 +20,15 @@ from ..errors import ScoreError
 from ..groups.groups import Groups, membership_digest
 from ..groups.nesting import parents
 from ..store.json_form import fitting, parse_json
+from .frames import as_numpy, dataset, frame
+from .score_checks import check_part, check_sum, distinct_labels, place
 from .sealed import as_bytes, read_sealed, write_sealed
 from .slope import CALIBRATION, HasSlope, Slope, slope_for
 
 FORMAT = 1
 GROUP_DIGEST = "group_digest"  # in the provenance: `Groups.digest` of the groups that were scored
-_KINDS = ("by_term", "by_layer", "by_run")
-_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+REST = "rest"  # in `by_token`: what is of no token
+_KINDS = ("by_term", "by_layer", "by_run", "by_token")
 _LABELS = {
     "query_labels": [str],
     "group_labels": [str],
@@ -58,6 +60,8 @@ class Scores:
         by_term: {term: [Q, K]}, which add up to `values`; empty unless asked for.
         by_layer: {layer: [Q, K]}, which add up to `values`; empty unless asked for.
         by_run: {run: [Q, K]} of an ensemble, whose mean is `values`; empty unless asked for.
+        by_token: {"rest", "0", "1", ...: [Q, K]} of groups of one example each, which add up to `values`: what the
+            example's tokens add to its score, and what is of no token; empty unless asked for. See `tokens`.
         spread: [Q, K], the standard deviation over the runs of an ensemble; None for one run.
 
     Raises:
@@ -74,10 +78,11 @@ class Scores:
     by_term: Mapping[str, Tensor] = field(default_factory=dict)
     by_layer: Mapping[str, Tensor] = field(default_factory=dict)
     by_run: Mapping[str, Tensor] = field(default_factory=dict)
+    by_token: Mapping[str, Tensor] = field(default_factory=dict)
     spread: Tensor | None = None
 
     def __post_init__(self) -> None:
-        labels = {name: _distinct_labels(name, getattr(self, name)) for name in ("query_labels", "group_labels")}
+        labels = {name: distinct_labels(name, getattr(self, name)) for name in ("query_labels", "group_labels")}
         advice = "It counts the examples of a group."
         sizes = whole_numbers("group_sizes", self.group_sizes, ScoreError, 1, advice=advice)
         expected = (len(labels["query_labels"]), len(labels["group_labels"]))
@@ -86,11 +91,11 @@ class Scores:
         named = {name: part for kind in _KINDS for name, part in getattr(self, kind).items()}
         spread = {} if self.spread is None else {"spread": self.spread}
         for name, part in ({"values": self.values} | named | spread).items():
-            _check_part(name, part, expected)
+            check_part(name, part, expected)
         if self.spread is not None and (self.spread < 0).any():
             raise ScoreError("spread: holds negative numbers, expected standard deviations.")
         for kind in _KINDS:
-            _check_sum(kind, list(getattr(self, kind).values()), self.values)
+            check_sum(kind, list(getattr(self, kind).values()), self.values)
         settle(self, **labels, group_sizes=sizes, provenance=_as_json(self.provenance))
 
     def _parts(self) -> dict[str, Tensor]:
@@ -179,7 +184,7 @@ class Scores:
             sums = part.new_zeros(len(part), len(coarse), dtype=torch.float64)
             return sums.index_add_(1, parent_K, part.double()).to(part.dtype)
 
-        mapped = self._mapped(added)
+        mapped = self._mapped(added) | {"by_token": {}}  # one text's tokens are not another's
         return replace(
             self,
             **mapped,
@@ -253,13 +258,31 @@ class Scores:
         order = torch.argsort(row, descending=falling, stable=True)[:count].tolist()
         return [Ranked(index, self.group_labels[index], row[index].item()) for index in order]
 
+    def tokens(self, query: int | str, group: int | str) -> Tensor:
+        """[S]: what each token of a training example adds to its score, where `by_token` was asked for.
+
+        A token's share is that of its position in every layer that sees the example's positions, so that it also holds
+        what later tokens take of it; "rest" in `by_token` is what no position has, as of a layer on pooled features.
+        Longer examples have more tokens: those beyond an example's own are 0.
+
+        Args:
+            query, group: by place or by label.
+
+        Raises:
+            ScoreError: there is no such query or group, or no `by_token`.
+
+        Example:
+            >>> parts = {name: torch.tensor([[part]]) for name, part in (("rest", 0.5), ("0", 2.0), ("1", -1.0))}
+            >>> Scores(torch.tensor([[1.5]]), ("q",), ("7",), (1,), by_token=parts).tokens("q", "7")
+            tensor([ 2., -1.])
+        """
+        if not self.by_token:
+            raise ScoreError('tokens: these scores keep no tokens. Score with keep=("token",).')
+        row, column = self._row(query), place("group", group, self.group_labels)
+        return torch.stack([part[row, column] for name, part in self.by_token.items() if name != REST])
+
     def _row(self, query: int | str) -> int:
-        if isinstance(query, str):
-            if query not in self.query_labels:
-                raise ScoreError(f"no query {query!r}; the queries are {list(self.query_labels[:8])}...")
-            return self.query_labels.index(query)
-        count = len(self.query_labels)
-        return whole_number("query", query, ScoreError, -count, count - 1, f"There are {count} queries.")
+        return place("query", query, self.query_labels)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write everything to one safetensors file, atomically."""
@@ -290,7 +313,7 @@ class Scores:
     def _labelled(cls, tensors: Mapping[str, Tensor], labels: Mapping[str, Any]) -> Scores:
         parts = {}
         for kind in _KINDS:
-            names = _distinct_labels(kind, labels.get(kind, ()))
+            names = distinct_labels(kind, labels.get(kind, ()))
             parts[kind] = {name: tensors[f"{kind}.{index}"] for index, name in enumerate(names)}
         return cls(
             tensors["values"],
@@ -304,74 +327,16 @@ class Scores:
 
     def numpy(self) -> np.ndarray:
         """The values as a NumPy array [Q, K]; those in bfloat16, which NumPy lacks, in single precision."""
-        return _as_numpy(self.values)
+        return as_numpy(self.values)
 
     def to_pandas(self) -> Any:
         """A pandas DataFrame: one row for each query, one column for each group."""
-        import pandas
-
-        index = pandas.Index(self.query_labels, name="query")
-        return pandas.DataFrame(self.numpy(), index=index, columns=pandas.Index(self.group_labels, name="group"))
+        return frame(self.values, self.query_labels, self.group_labels)
 
     def to_xarray(self) -> Any:
-        """An xarray Dataset: values (query, group), group_size, spread, by_term, by_layer and by_run if there."""
-        import xarray
-
-        coords: dict[str, Any] = {"query": list(self.query_labels), "group": list(self.group_labels)}
-        data: dict[str, Any] = {"values": (("query", "group"), self.numpy())}
-        data["group_size"] = (("group",), np.array(self.group_sizes))
-        if self.spread is not None:
-            data["spread"] = (("query", "group"), _as_numpy(self.spread))
-        for kind in _KINDS:
-            parts, axis = getattr(self, kind), kind.removeprefix("by_")
-            if parts:
-                coords[axis] = list(parts)
-                data[kind] = ((axis, "query", "group"), np.stack([_as_numpy(part) for part in parts.values()]))
-        return xarray.Dataset(data, coords, attrs={"provenance": json.dumps(self.provenance)})
-
-
-def _as_numpy(part: Tensor) -> np.ndarray:
-    array: np.ndarray = (part.float() if part.dtype == torch.bfloat16 else part).detach().cpu().numpy()
-    return array
-
-
-def _distinct_labels(name: str, given: Any) -> tuple[str, ...]:
-    """The labels, if they are text and no two are alike."""
-    labels = tuple(given) if isinstance(given, list | tuple) else (None,)
-    if not all(isinstance(label, str) for label in labels):
-        raise ScoreError(f"{name}={shown(given)}: expected a tuple of text.")
-    if len(set(labels)) < len(labels):
-        twice = next(label for label in labels if labels.count(label) > 1)
-        raise ScoreError(f"{name}: {shown(twice)} comes twice. Give each a label of its own.")
-    return labels
-
-
-def _check_part(name: str, part: Any, expected: tuple[int, int]) -> None:
-    if not isinstance(part, Tensor) or part.dtype not in _DTYPES:
-        found = part.dtype if isinstance(part, Tensor) else type(part).__name__
-        raise ScoreError(f"{name}: {found}, expected a tensor of floating-point numbers.")
-    if tuple(part.shape) != expected:
-        raise ScoreError(f"{name}: shape {tuple(part.shape)}, expected {expected} from the labels.")
-    if not torch.isfinite(part).all():
-        raise ScoreError(f"{name}: holds numbers that are not finite.")
-
-
-def _check_sum(kind: str, parts: list[Tensor], values: Tensor) -> None:
-    """ScoreError unless the parts add up to the values, or the runs' mean is theirs, to rounding."""
-    if not parts:
-        return
-    count = len(parts) if kind == "by_run" else 1
-    stacked = torch.stack([part.double() for part in parts]) / count
-    scale = stacked.abs().sum(0) + values.double().abs()
-    rounding = torch.finfo(values.dtype).eps ** 0.5
-    off = ((stacked.sum(0) - values.double()).abs() > rounding * scale).nonzero()
-    if len(off):
-        query, group = off[0].tolist()
-        what = "the mean of the runs" if kind == "by_run" else "the sum of the parts"
-        raise ScoreError(
-            f"{kind}: {what} is {stacked.sum(0)[query, group].item():g} for query {query} and group {group}, but the "
-            f"value is {values[query, group].item():g}. Change the parts together with the values, or leave them out."
-        )
+        """An xarray Dataset: values (query, group), group_size, spread, and by_term and the like if there."""
+        sizes, parts = self.group_sizes, {kind: getattr(self, kind) for kind in _KINDS}
+        return dataset(self.values, self.query_labels, self.group_labels, sizes, self.spread, parts, self.provenance)
 
 
 def _as_json(provenance: Mapping[str, Any]) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from ..model.one_hot import OneHot
 from ..model.representation_view import FeatureLayer, RepresentationView
 from ..model.tokens import Tokens, scaled_examples
 from .meeting import MetQueries
-from .outer_products import Stack, products, reference, token_cost, token_products
+from .outer_products import Stack, example_products, products, reference, token_cost
 from .tiles import GroupBatch, Tile
 
 AnyView = LossView | RepresentationView
@@ -76,7 +76,7 @@ class GroupGradients:
 
     def _add_products(self, layer: TrackedLayer | FeatureLayer, tokens: Tokens, batch: GroupBatch) -> None:
         """Add the products of all queries with each example, summed over the groups' examples."""
-        products_QB, K = token_products(self.queries.values[layer.name], tokens, self.budget), len(batch.sizes)
+        products_QB, K = example_products(self.queries.values[layer.name], tokens, self.budget), len(batch.sizes)
         if layer.name not in self._scores:
             self._scores[layer.name] = products_QB.new_zeros(len(products_QB), self.count)
         scores_QK = self._scores[layer.name][:, batch.first : batch.first + K]

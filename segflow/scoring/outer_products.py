@@ -149,8 +149,13 @@ def products(stack: Stack, sums_KPOI: Tensor, budget: int) -> Tensor:
     return stack.flatten(1) @ sums_KPOI.flatten(1).mT
 
 
+def example_products(stack: Stack, tokens: Tokens, budget: int) -> Tensor:
+    """[Q, B]: <query, gradient of each example>, no example's gradient being formed."""
+    return token_products(stack, tokens, budget).sum(2)
+
+
 def token_products(stack: Stack, tokens: Tokens, budget: int) -> Tensor:
-    """[Q, B]: <query, gradient of each example>, g^T R a summed over its positions: no example's gradient is formed."""
+    """[Q, B, S]: g^T R a of each token, which add up to <query, gradient> of an example over its positions."""
     P, B, S, _ = tokens.a_PBSI.shape
     if isinstance(tokens.a_PBSI, OneHot):
         return _one_hot_products(stack, tokens.a_PBSI, tokens.g_PBSO[0], budget)
@@ -159,7 +164,7 @@ def token_products(stack: Stack, tokens: Tokens, budget: int) -> Tensor:
         sides = ((stack.g_PQRO, g_PTO), (stack.a_PQRI, a_PTI))
         with_g, with_a = (torch.bmm(side.flatten(1, 2), tokens_PTD.mT) for side, tokens_PTD in sides)
         products_QT = (with_g * with_a).sum(0).unflatten(0, (-1, stack.rank)).sum(1)
-        return products_QT.unflatten(1, (B, S)).sum(2)
+        return products_QT.unflatten(1, (B, S))
     O, room = g_PTO.shape[2], _quick(budget, g_PTO) // g_PTO.element_size()
     products_QT = g_PTO.new_empty(len(stack), B * S)
     tokens_at_once = max(1, room // (P * O))
@@ -171,7 +176,7 @@ def token_products(stack: Stack, tokens: Tokens, budget: int) -> Tensor:
             block_QPOI = _formed_rows(stack, first, first + step)
             answered_PQOt = torch.bmm(block_QPOI.movedim(1, 0).flatten(1, 2), a_PtI.mT).unflatten(1, (-1, O))
             products_QT[first : first + step, start:stop] = answered_PQOt.mul_(g_PtO.mT[:, None]).sum((0, 2))
-    return products_QT.unflatten(1, (B, S)).sum(2)
+    return products_QT.unflatten(1, (B, S))
 
 
 def _one_hot_products(stack: Stack, a: OneHot, g_BSO: Tensor, budget: int) -> Tensor:
@@ -183,7 +188,7 @@ def _one_hot_products(stack: Stack, a: OneHot, g_BSO: Tensor, budget: int) -> Te
     for first in range(0, len(stack), step):
         columns_QOT = _formed_rows(stack, first, first + step)[:, 0].index_select(2, index_T)
         products_QT[first : first + step] = torch.einsum("qot,to->qt", columns_QOT, weighted_TO)
-    return products_QT.unflatten(1, (B, S)).sum(2)
+    return products_QT.unflatten(1, (B, S))
 
 
 def _formed_rows(stack: Stack, start: int, stop: int) -> Tensor:

@@ -8,7 +8,7 @@ Axes: Q queries, K groups, P parts, O outputs, I inputs, L layers, T terms.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache, partial
 from itertools import pairwise
@@ -20,12 +20,13 @@ from torch import Tensor
 
 from ..curvature.fitted_factors import FittedFactors
 from ..curvature.kronecker import weighted_mean
-from ..data.batches import in_order
+from ..data.batches import Batch, in_order
 from ..errors import ScoreError
 from ..groups.groups import Groups
 from ..methods.plan import Plan, Point, Term, curvatures, mixes_layers
 from ..model.finite_check import FiniteCheck
 from ..model.layers.tracked import TrackedLayer
+from ..model.loss_view import LossView
 from ..model.representation_view import representation_view
 from ..stage.context import StageContext
 from ..stage.unit_identity import checkpoint_digest
@@ -37,6 +38,7 @@ from .meeting import MetQueries, Traffic, met_queries, outer_layers
 from .query_operators import Queries, QueryOperators
 from .query_sets import QuerySet, QueryShare
 from .tiles import Tile, shares, tiles
+from .token_scores import TokenScores, by_position, check_tokens, tile_token_scores, widened
 from .unit_names import groups_identity, score_unit, sketch, term_identity
 
 # Shares of the memory budget: a half for queries, a quarter for groups, an eighth for what is formed on the way.
@@ -50,7 +52,8 @@ class ScoringRequest:
     """What is scored: groups of a stage's training data against queries, by a plan.
 
     fitted: what `fit` left for every stage; stage: whose data; batch_size: examples in one forward and backward;
-    per_layer: keep the layers' scores apart; layers: of which scores are made, all or some of those that were fitted.
+    per_layer: keep the layers' scores apart; per_token: and those of the examples' tokens; layers: of which scores are
+    made, all or some of those that were fitted.
     """
 
     fitted: FittedFactors
@@ -61,6 +64,7 @@ class ScoringRequest:
     batch_size: int
     per_layer: bool
     layers: Mapping[str, TrackedLayer]
+    per_token: bool = False
 
     @property
     def context(self) -> StageContext:
@@ -81,12 +85,15 @@ class QueryBlocks(NamedTuple):
 def score_parts(request: ScoringRequest) -> Tensor:
     """Scores [T, L, Q, K] of a plan's terms (L = 1, the layers' sum, unless per_layer); only inside `observing(model)`.
 
+    With per_token [T, L, Q, K, 1 + W]: what is of no token, and then each token's (see `token_scores`).
+
     Queries and groups are taken in blocks and tiles that fit the memory budget; each term, checkpoint and block of
     queries is a unit of the store, so that a run that was stopped goes on where it was, on any number of ranks.
     """
     context, walk = request.context, _PlanWalk(request)
     blocks = in_order(len(request.queries), walk.room(walk.query_bytes()))
-    at_a_time = context.ranks.count if len(blocks) > 1 else 1  # blocks of one round, each on a rank of its own
+    alone = len(blocks) == 1 or request.per_token  # tokens meet all queries of a round at once
+    at_a_time = 1 if alone else context.ranks.count  # blocks of one round, each on a rank of its own
     rounds = [blocks[start : start + at_a_time] for start in range(0, len(blocks), at_a_time)]
     passes = len(rounds) * sum(len(term.train) for term in request.plan)
     context.store.journal.expect({"groups": walk.examples * passes})
@@ -108,10 +115,14 @@ class _PlanWalk:
                 'keep=("layer",): the method\'s terms compare gradients and representations, or those of different '
                 "layers, whose parts do not belong together. Leave it out."
             )
+        if request.per_token:
+            check_tokens(self.groups, self.plan)
         self.view = self.fitted.loss_view(request.stage).only(request.layers)
         self.scored_from = groups_identity(self.fitted, request.queries, request.stage, members, request.per_layer)
         if self.view.layers.keys() != context.layers.tracked.keys():
             self.scored_from["layers"] = list(self.view.layers)
+        if request.per_token:
+            self.scored_from["per_token"] = True
         self.gradient_bytes = sum(layer.size for layer in self.view.layers.values()) * self.view.dtype.itemsize
         size = max(1, min(len(self.groups), context.memory // _GROUP_SHARE // self.gradient_bytes))
         size = size - size % batch_size if size > batch_size else size
@@ -161,7 +172,8 @@ class _PlanWalk:
         blocks = self.fitted.curvature(queries.basis) if queries.basis else None
         examples = int(self.groups.sizes.sum()) * points
         tokens = {name: examples * self.view.positions(name) for name in queries.values}
-        traffic = Traffic(sum(query_blocks.sizes), len(self.groups) * points, tokens)
+        sums = max(tokens.values()) if self.request.per_token else len(self.groups) * points
+        traffic = Traffic(sum(query_blocks.sizes), sums, tokens)
         room, holders = self.room(self.gradient_bytes), len(query_blocks.sizes)
         return met_queries(queries.values, blocks, traffic, room, holders, self.context.ranks)
 
@@ -175,7 +187,8 @@ class _PlanWalk:
         identity = self.scored_from | term_identity(self.fitted, context, term, list(met.values))
         inputs, sketches = self.fitted.unit_names(term), context.ranks.gather(sketch(met.values))
         layers = len(met.values) if self.request.per_layer else 1
-        shapes = [(layers, size, len(self.groups)) for size in query_blocks.sizes]
+        columns = (None,) if self.request.per_token else ()
+        shapes = [(layers, size, len(self.groups), *columns) for size in query_blocks.sizes]
         by_layer = self._layer_weights(term, list(met.values))
         at_points = []
         for place, point in enumerate(term.train):
@@ -204,7 +217,7 @@ class _PlanWalk:
             return weighted_mean(at_points, for_group(term.weights, 0))
         if self.request.per_layer:
             pairs = zip(by_layer, at_points, strict=True)
-            at_points = [weights_L.to(scores_LQK)[:, None, None] * scores_LQK for weights_L, scores_LQK in pairs]
+            at_points = [_weighted(weights_L, scores) for weights_L, scores in pairs]
         return torch.stack(at_points).sum(0)
 
     def _recipes(
@@ -244,14 +257,11 @@ class _PlanWalk:
             tile = tile_of_rank[ranks.index]
             lists = [batch.examples for batch in tile.batches]
             data = context.walk(self.view, train, lists, f"groups, {where}", views, weights_N)
-            gradients = GroupGradients(met, len(tile.groups), context.memory // _PASSING_SHARE, normalized)
-            of_tile_LQK = tile_scores(view, data, tile, gradients, finite, views)
-            of_tile_LQK = of_tile_LQK if self.request.per_layer else _summed(of_tile_LQK, weights_L)
-            if scores is None and ranks.main:
-                scores = of_tile_LQK.new_zeros(*of_tile_LQK.shape[:2], len(self.groups))
-            for scored, columns in zip(tile_of_rank, ranks.collect(of_tile_LQK), strict=False):
-                if scores is not None and columns is not None:
-                    scores.index_add_(2, torch.from_numpy(scored.groups).to(scores.device), columns)
+            of_tile = self._of_tile(view, data, tile, (met, normalized), finite)
+            of_tile = of_tile if self.request.per_layer else _summed(of_tile, weights_L)
+            for scored, columns in zip(tile_of_rank, ranks.collect(of_tile), strict=False):
+                if columns is not None:
+                    scores = _placed(scores, columns, scored.groups, len(self.groups))
         in_groups = int(self.groups.sizes.sum())  # some examples alone may reach few layers
         finite.finish(view.layers, ranks, every=in_groups == context.trajectory.dataset_size)
         if scores is not None and not torch.isfinite(scores).all():
@@ -260,6 +270,21 @@ class _PlanWalk:
                 "Use a model in float64, or more damping."
             )
         return scores
+
+    def _of_tile(
+        self, view: AnyView, data: Iterable[Batch], tile: Tile, met: tuple[MetQueries, bool], finite: FiniteCheck
+    ) -> Tensor:
+        """Scores [L, Q, K] of a tile's pieces, or with per_token [L, Q, K, 1 + W] of its examples.
+
+        met: the queries, and whether groups' gradients are normalized.
+        """
+        (queries, normalized), settings = met, self.context.settings
+        count, budget = len(tile.groups), self.context.memory // _PASSING_SHARE
+        if self.request.per_token and isinstance(view, LossView):
+            of_tokens = TokenScores(by_position(view), queries, count, budget)
+            return tile_token_scores(data, tile, of_tokens, finite, settings.views)
+        gradients = GroupGradients(queries, count, budget, normalized)
+        return tile_scores(view, data, tile, gradients, finite, settings.views)
 
     def _seen(self, term: Term, point: Point) -> tuple[AnyView, Tensor | None]:
         """What a term's training data is seen through at a point, and the weights [N] of the examples' gradients."""
@@ -272,6 +297,21 @@ def _split(block: range, count: int) -> list[range]:
     """A block of queries in nearly even shares, one for each rank."""
     ends = [len(block) * rank // count for rank in range(count + 1)]
     return [block[start:end] for start, end in pairwise(ends)]
+
+
+def _placed(scores: Tensor | None, columns: Tensor, groups: np.ndarray, count: int) -> Tensor:
+    """Scores [L, Q, K] or [L, Q, K, 1 + W] with those of a tile's pieces added to their groups; count: K."""
+    if scores is None:
+        scores = columns.new_zeros(*columns.shape[:2], count, *columns.shape[3:])
+    if columns.ndim == 4:
+        width = max(scores.shape[3], columns.shape[3])
+        scores, columns = widened(scores, width), widened(columns, width)
+    return scores.index_add_(2, torch.from_numpy(groups).to(scores.device), columns)
+
+
+def _weighted(weights_L: Tensor, scores: Tensor) -> Tensor:
+    """Scores [L, ...] with each layer's times its weight."""
+    return weights_L.to(scores).reshape(-1, *[1] * (scores.ndim - 1)) * scores
 
 
 def _summed(scores_LQK: Tensor, weights_L: Tensor | None) -> Tensor:

@@ -18,7 +18,7 @@ from ..methods.method import Cuts, Method, describe, is_additive, prefixed
 from ..methods.plan import Plan, Point, SampledFisher, fishers, preconditioners
 from ..model.layers.tracked import TrackedLayer
 from ..model.representation_view import last_matrix
-from ..results.scores import GROUP_DIGEST, Scores
+from ..results.scores import GROUP_DIGEST, REST, Scores
 from ..results.slope import CALIBRATION
 from ..stage.context import StageContext
 from ..version import __version__
@@ -29,6 +29,7 @@ class RunParts(NamedTuple):
     """One run's stage contexts, plan, automatic cuts, and scores [T, L, Q, K].
 
     batching_error: of the plan's batched second moments (see passes.BATCHING_ERROR); None where nothing is batched.
+    tokens_TLQKW: where they were asked for, the scores of what is of no token, and of the examples' tokens.
     trace_shares: the layers' shares of each curvature whose eigenvalues the plan divides by them. layers: that were
     scored.
     """
@@ -40,6 +41,7 @@ class RunParts(NamedTuple):
     batching_error: float | None
     trace_shares: dict[str, dict[str, float]]
     layers: Mapping[str, TrackedLayer]
+    tokens_TLQKW: Tensor | None = None
 
 
 def labelled_scores(
@@ -51,7 +53,7 @@ def labelled_scores(
     keep: Collection[str],
     queries: QuerySet,
 ) -> Scores:
-    """The mean over the runs, with the parts that `keep` names: "term", "layer", "run".
+    """The mean over the runs, with the parts that `keep` names: "term", "layer", "run", "token".
 
     stage: whose training data was scored; labels: the queries'. ScoreError for "term" where the runs' terms differ.
     """
@@ -76,8 +78,16 @@ def labelled_scores(
         by_term=dict(zip(terms, by_term, strict=True)) if "term" in keep else {},
         by_layer=dict(zip(layers, by_layer, strict=True)) if "layer" in keep else {},
         by_run={f"run {number}": part for number, part in enumerate(values_RQK, start=1)} if "run" in keep else {},
+        by_token=_by_token(runs) if "token" in keep else {},
         spread=values_RQK.std(0) if len(runs) > 1 else None,
     )
+
+
+def _by_token(runs: Sequence[RunParts]) -> dict[str, Tensor]:
+    """The mean over the runs of the scores of what is of no token, and of each token."""
+    of_runs = [run.tokens_TLQKW.sum((0, 1)) for run in runs if run.tokens_TLQKW is not None]
+    rest, *tokens = torch.stack(of_runs).mean(0).unbind(-1)
+    return {REST: rest} | {str(place): part for place, part in enumerate(tokens)}
 
 
 def _layers_of(run: RunParts) -> list[str]:

@@ -20,13 +20,13 @@ from segflow.scoring import query_gradients
 from segflow.scoring.meeting import outer_layers
 from segflow.scoring.outer_products import (
     OuterProducts,
+    example_products,
     formed,
     plus,
     products,
     squared_norms,
     times,
     together,
-    token_products,
 )
 
 from ..support.helpers import ConvNet, analyzer_of, images, mlp, perturbed_states, trajectory_of, vectors
@@ -69,7 +69,7 @@ def test_one_hot_tokens_meet_queries_as_the_formed_ones_do(scale: Any, budget: i
         [torch.stack([(query * gradient).sum() for gradient in gradients]) for query in queries.formed()]
     )
     stack = queries.formed() if kept == "formed" else queries
-    torch.testing.assert_close(token_products(stack, tokens, budget), expected)
+    torch.testing.assert_close(example_products(stack, tokens, budget), expected)
 
 
 def test_one_hot_queries_are_kept_as_outer_products_of_formed_inputs() -> None:
@@ -97,8 +97,8 @@ def test_products_and_norms_are_those_of_formed_gradients(scale: Any, budget: in
         tokens = Tokens(_random(P, K, positions, I, seed=4), _random(P, K, positions, O, seed=5))
         examples = torch.einsum("pkso,pksi->kpoi", tokens.g_PBSO, tokens.a_PBSI)
         expected = torch.einsum("qpoi,kpoi->qk", naive, examples)
-        torch.testing.assert_close(token_products(stack, tokens, budget), expected)
-        torch.testing.assert_close(token_products(naive, tokens, budget), expected)
+        torch.testing.assert_close(example_products(stack, tokens, budget), expected)
+        torch.testing.assert_close(example_products(naive, tokens, budget), expected)
 
 
 def test_factors_for_all_queries_and_for_each() -> None:

@@ -37,6 +37,11 @@ class ScaleLayer(VectorLayer):
         """Where channels are on axis 1."""
         return self.axis == 1
 
+    @property
+    def counts_last(self) -> bool:
+        """But for norms of channels."""
+        return self.axis == -1
+
     def vectors(self, value: Tensor, gradient: Tensor) -> Tensor:
         """The output's gradient times what the weight multiplies."""
         return summed_to(gradient * self._normalised(value), self.parameters[0].ndim, self.axis)

@@ -209,10 +209,12 @@ class VectorLayer(TrackedLayer):
 
     Its curvature is the second moment of the examples' gradients, dense up to `sizes.vector` numbers, diagonal beyond.
 
-    attribute: the tensor's name in the module.
+    attribute: the tensor's name in the module. each_position: whether a sequence's positions are kept apart, as one
+    token each, which is of use where they are scored one by one.
     """
 
     attribute: str = ""
+    each_position: bool = field(default=False, kw_only=True)
     exact_P: ClassVar[bool] = True
 
     @abstractmethod
@@ -221,16 +223,26 @@ class VectorLayer(TrackedLayer):
 
     def sides(self, value: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
         """A single input that is 1, and the gradient."""
-        g_RD = self.vectors(value, gradient)
-        return g_RD.new_ones(1, len(g_RD), 1, 1), g_RD[None, :, None]
+        R, positions, last = len(gradient), 1, gradient.ndim - self.parameters[0].ndim  # the first of the vector's axes
+        if self.each_position and self.counts_last and value.shape[:last] == gradient.shape[:last]:
+            value, gradient = (side.reshape(-1, 1, *side.shape[last:]) for side in (value, gradient))
+            positions = len(gradient) // R
+        g_RSD = self.vectors(value, gradient).reshape(R, positions, -1)
+        return g_RSD.new_ones(1, R, positions, 1), g_RSD[None]
+
+    @property
+    def counts_last(self) -> bool:
+        """Whether it is the last axes of an output that count the vector's numbers."""
+        return False
 
     def tokens(self, value: Tensor, gradient: Tensor, dtype: torch.dtype, rows: int = 1) -> Tokens:
         """One token for each example, summed over its rows."""
-        return one_token(super().tokens(value, gradient, dtype, rows))
+        tokens = super().tokens(value, gradient, dtype, rows)
+        return tokens if self.each_position else one_token(tokens)
 
     def together(self, tokens: Tokens) -> Tokens:
         """One token, summed over the calls."""
-        return one_token(tokens)
+        return tokens if self.each_position else one_token(tokens)
 
     def positions(self, _shape: torch.Size) -> int:
         """One."""
@@ -286,6 +298,11 @@ class BiasLayer(VectorLayer):
     def examples_first(self) -> bool:  # type: ignore[override]
         """As the layer that the bias is of."""
         return self.first
+
+    @property
+    def counts_last(self) -> bool:
+        """But for convolutions'."""
+        return self.axis == -1
 
     def vectors(self, _value: Tensor, gradient: Tensor) -> Tensor:
         """The output's gradient, summed over the positions."""
