@@ -38,7 +38,7 @@ from segflow.scoring.meeting import MetQueries
 from segflow.scoring.outer_products import Stacks, formed
 from segflow.scoring.query_gradients import query_gradients
 from segflow.scoring.tiles import shares, tiles
-from segflow.tasks.ready_made import Classification
+from segflow.tasks import Classification
 
 PEER_QUERIES = 200
 BOUND_MISSED = 3  # the exit status; 1 and 2 are those of a crash and of wrong arguments

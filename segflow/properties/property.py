@@ -23,7 +23,7 @@ from ..data.batches import Batch, Collate, dataset_length, in_order
 from ..data.code_identity import reached
 from ..data.readers import batches
 from ..errors import TaskError
-from ..tasks.ready_made import inputs_and_targets, outputs_of
+from ..tasks.calling import Keys, as_key, as_keys, logits_in, outputs_of, targets_of
 
 Seen = TypeVar("Seen")
 
@@ -34,7 +34,7 @@ class Property(ABC):
     Args:
         data: a map-style dataset.
         name: the query's label; by default the class's name, and the built-in ones' options that are not the defaults.
-        inputs, targets: the keys of a mapping batch.
+        inputs, targets: the keys of a mapping batch, as for `segflow.tasks.Classification`.
         collate_fn: joins examples into a batch, as for a DataLoader; by default the analyzer's.
 
     Example:
@@ -54,15 +54,16 @@ class Property(ABC):
         data: Any,
         *,
         name: str | None = None,
-        inputs: str = "inputs",
-        targets: str = "labels",
+        inputs: Keys = None,
+        targets: str | None = None,
         collate_fn: Collate | None = None,
     ):
         dataset_length(data, f"{type(self).__name__}'s")
         if name is not None and not isinstance(name, str):
             raise TaskError(f"{type(self).__name__}: name={shown(name)}: expected text.")
         self.data, self.name = data, name or type(self).__name__
-        self.inputs, self.targets, self.collate_fn = inputs, targets, collate_fn
+        self.inputs, self.targets = as_keys("inputs", inputs), as_key("targets", targets)
+        self.collate_fn = collate_fn
 
     def _named_by(self, name: str | None, **options: object) -> None:
         """Tell this property by its options where it has no name of its own: "SoftF1(positive=0)".
@@ -76,15 +77,12 @@ class Property(ABC):
 
     def outputs(self, batch: Any, model: nn.Module) -> Tensor:
         """What the model says of each example, [B, ...]: by default its logits."""
-        returned = outputs_of(model, inputs_and_targets(batch, self.inputs, self.targets)[0])
-        outputs = getattr(returned, "logits", returned)
-        if not isinstance(outputs, Tensor):
-            raise TaskError(f"{self.name}: the model returns a {type(outputs).__name__}. Define outputs(batch, model).")
-        return outputs
+        returned = outputs_of(model, batch, self.inputs, (self.targets,))
+        return logits_in(returned, self.name, "Define outputs(batch, model).")
 
     def targets_of(self, batch: Any) -> Tensor:
         """What `value` needs to know of each example, [B, ...]: by default its labels."""
-        return inputs_and_targets(batch, self.inputs, self.targets)[1]
+        return targets_of(batch, self.targets)
 
     def outputs_and_targets(self, batch: Batch, model: nn.Module) -> tuple[Tensor, Tensor]:
         """A batch's outputs and targets, [B, ...] each; TaskError unless both have one row for each example."""

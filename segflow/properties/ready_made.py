@@ -22,7 +22,7 @@ from ..data.code_identity import measurement_fingerprint, task_fingerprint
 from ..data.indices import as_distinct_indices
 from ..data.labels import distinct_labels
 from ..errors import TaskError
-from ..tasks.ready_made import margins
+from ..tasks.classification import margins
 from ..tasks.task import check_task
 from .property import Property
 

@@ -1,7 +1,7 @@
 """What a task is, the loss that trained the model and the measurement to explain, and the class that one derives from.
 
-Tasks to use as they are stand in `ready_made.py`. The method names are Kronfluence's, so that its tasks run here
-unchanged. Axes: B examples of a batch, S positions.
+Tasks to use as they are stand beside it, a file for each family. The method names are Kronfluence's, so that its tasks
+run here unchanged. Axes: B examples of a batch, S positions.
 """
 
 from __future__ import annotations

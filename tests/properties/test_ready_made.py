@@ -17,7 +17,7 @@ import segflow as sf
 from segflow import properties as props
 from segflow.errors import MethodError, TaskError
 from segflow.runtime.ranks import current
-from segflow.tasks.ready_made import margins
+from segflow.tasks.classification import margins
 
 from ..support.gang import Failed, Gang
 from ..support.helpers import analyzer_of, mlp, perturbed_states, trajectory_of, vectors

@@ -43,7 +43,11 @@ def _regression(n: int = 6, outputs: int = 3) -> tuple[nn.Module, tuple[Tensor, 
     "task",
     [*(Classification(m) for m in ("loss", "margin", "log_probability"))]
     + [Regression(r, m) for r in ("sum", "mean") for m in ("loss", "prediction")],
-    ids=lambda task: f"{type(task).__name__}-{'-'.join(vars(task).values())}",
+    ids=lambda task: (
+        f"{type(task).__name__}-{task.measurement}-{getattr(task, 'reduction', '')}"
+        if isinstance(task, sf.Task)
+        else None
+    ),
 )
 def test_losses_are_sums_over_the_batch(task: sf.Task, kind: str) -> None:
     model, batch = (mlp(), _batch()) if isinstance(task, Classification) else _regression()
@@ -209,7 +213,7 @@ def test_sampled_losses_ignore_the_given_targets_and_vary() -> None:
 
 
 def _dictionary(x: Tensor) -> dict[str, Tensor]:
-    return {"logits": x}
+    return {"scores": x}
 
 
 class _Returning(nn.Module):
@@ -235,8 +239,12 @@ FAULTS = {
     ),
     "a tensor": (lambda: Regression().compute_measurement(X, nn.Identity()), "found Tensor"),
     "missing key": (
-        lambda: Classification().compute_train_loss({"x": X, "labels": Y}, nn.Identity()),
-        r"the batch has no 'inputs', only \['labels', 'x'\]\. Name its keys",
+        lambda: Classification().compute_train_loss({"x": X, "labels": Y}, nn.Linear(3, 3)),
+        r"the model's forward takes \['input'\], and the batch has \['labels', 'x'\]\. Say what it is given: inputs=",
+    ),
+    "missing named key": (
+        lambda: Classification(inputs="z").compute_train_loss({"x": X, "labels": Y}, nn.Identity()),
+        r"the batch has no 'z', only \['labels', 'x'\]\. Give its key in the task: inputs=",
     ),
     "token logits": (
         lambda: Classification().compute_train_loss((X[None], Y[None]), nn.Identity()),
@@ -244,7 +252,7 @@ FAULTS = {
     ),
     "one-hot labels": (
         lambda: Classification().compute_train_loss((X, X), nn.Identity()),
-        r"found \(4, 3\) and \(4, 3\)\. Derive a Task of your own",
+        r"found \(4, 3\) and \(4, 3\)\. Take MultiLabel for several labels of an example",
     ),
     "float labels": (
         lambda: Classification().compute_train_loss((X, Y.float()), nn.Identity()),
@@ -252,11 +260,11 @@ FAULTS = {
     ),
     "mapping output": (
         lambda: Classification().compute_train_loss((X, Y), _Returning(_dictionary)),
-        "Classification: expected the model to return a tensor, found dict",
+        "Classification: expected the model to return logits .*, found dict with",
     ),
     "tuple output": (
-        lambda: Regression().compute_train_loss((X, X), _Returning(lambda x: (x, x))),
-        "Regression: expected the model to return a tensor, found tuple",
+        lambda: Regression().compute_train_loss((X, X), _Returning(lambda x: [x, x])),
+        r"Regression: expected the model to return logits .*, found list of \['Tensor', 'Tensor'\]",
     ),
     "broadcast": (
         lambda: Regression().compute_train_loss((X[:, :1], X[:, 0]), _Returning(lambda x: x[:, 0:1].expand(4, 4))),
