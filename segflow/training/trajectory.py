@@ -36,6 +36,7 @@ from .sampling import example_weights_by_checkpoint, nearest_bounds, weights_at_
 from .saved import SavedCheckpoints
 from .state_files import state_files
 from .state_names import check_trained, filled, load_state, under_own_names, with_tied
+from .trainer_folder import TrainerFolder, TrainerWords
 
 
 class Trajectory:
@@ -147,6 +148,57 @@ class Trajectory:
             ) from problem
         recorded = replace(recorded, missing=None) if partial else recorded
         trajectory._saved = replace(trajectory._saved, recorded=recorded)
+        return trajectory
+
+    @classmethod
+    def from_trainer(  # noqa: PLR0913 (one argument for each thing to say of a run)
+        cls,
+        output_dir: str | os.PathLike[str],
+        model: nn.Module,
+        *,
+        dataset_size: int,
+        args: Any = None,
+        stage: str = "train",
+        learning_rates: PerStep | Mapping[int, float] | None = None,
+        clip_factors: PerStep | None = None,
+        parameter_names: Sequence[str] | None = None,
+        batch_size: int | None = None,
+        example_weights: Any = None,
+        unfinished: bool = False,
+    ) -> Trajectory:
+        """Read what a run of transformers' Trainer left in its output_dir: its checkpoint-* folders.
+
+        Parameters and second moments are brought to the model's names, the learning rate of every step is rebuilt from
+        the schedule's definition and checked against all that was logged and saved, and clipping follows from the
+        logged norms: those between are interpolated, with a warning if any was clipped (logging_steps=1 logs them
+        all). Steps are the optimizer's. Sampling is taken to be uniform. docs/TRAINING.md says more.
+
+        Args:
+            output_dir: the Trainer's. Its last checkpoint must be the end of training; or else trainer.save_model()
+                and trainer.save_state() have put the end there, for which the last checkpoint's second moments stand.
+            model: as it was trained, with the same parameters frozen; its values do not matter.
+            dataset_size: number of training examples N.
+            args: the TrainingArguments, or a dict of their values. None: read from training_args.bin, none of whose
+                code is run.
+            stage: what this stage of training is called; see `after`.
+            learning_rates: of every optimizer step, for schedules of your own; they are checked in the same way.
+            clip_factors: what clipping left of each step's gradient, where norms were not logged; 1.0 if it never did.
+            parameter_names: of the optimizer's parameters in its order, for one that the Trainer did not make.
+            batch_size: examples in one optimizer step. None: as the files say, as far as they do.
+            example_weights: see `Trajectory`.
+            unfinished: explain the model of the last checkpoint, although training went on or was stopped after it.
+
+        Raises:
+            TrajectoryError: a file is missing, the schedule does not meet a logged point, or it cannot be told which
+                parameter is which, or what clipping did.
+        """
+        unfinished = truth("unfinished", unfinished, TrajectoryError)
+        words = TrainerWords(args, learning_rates, clip_factors, parameter_names, batch_size, unfinished)
+        folder = TrainerFolder(Path(output_dir), model, words)
+        trajectory = cls(**folder.arguments, dataset_size=dataset_size, stage=stage, example_weights=example_weights)
+        moments = folder.moments if trajectory.preconditioned else None
+        recorded = Recorded(unmoved=folder.unmoved, observed=folder.observed)
+        trajectory._saved = replace(trajectory._saved, moments=moments, recorded=recorded)
         return trajectory
 
     def after(self, earlier: Trajectory) -> Trajectory:
