@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -12,12 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import TrajectoryError
-from ..runtime.sharding import named_parameters
+from ..runtime.sharding import named_parameters, state_of
 from ..store.files import TensorFile, file_digest
-from .checkpoints import MODEL, SECOND_MOMENT, Layouts, check_moments, open_recorded, part_names, read_part
+from .adapters import check_config, has_adapter
+from .checkpoints import MODEL, SECOND_MOMENT, check_moments, layouts, open_recorded, part_names, read_part
 from .recorded import Recorded
 from .state_files import StateFiles
-from .state_names import under_own_names, with_tied
+from .state_names import check_trained, filled, under_own_names, with_tied
 
 
 class MomentFiles(Protocol):
@@ -80,10 +81,24 @@ class SavedCheckpoints:
                 mean[name] += state[name].double() * (weights[index] / total)
         return last | {name: summed.to(last[name].dtype) for name, summed in mean.items()}
 
-    def layouts(self, index: int) -> Layouts:
-        """The layouts of the tensors of checkpoint `index`, as far as they are told without reading them."""
+    def fits(self, model: nn.Module, index: int) -> bool:
+        """Whether checkpoint `index` is seen to have the model's tensors by its names, shapes and dtypes alone."""
         file = self.recorded_file(index)
-        return self.files[index].layouts() if file is None else self.recorded.layouts(file)
+        found = self.files[index].layouts() if file is None else self.recorded.layouts(file)
+        return found == layouts(state_of(model))
+
+    def left_alone(self, model: nn.Module, index: int, where: str, trained: Collection[str]) -> frozenset[str]:
+        """The names in the model's state that checkpoint `index` leaves as they are; see `Trajectory.left_alone`.
+
+        where: names the checkpoint. trained: the parameters that must not be among them.
+        """
+        if self.recorded_file(index) is not None or not has_adapter(model):
+            return frozenset()
+        match = filled(self.files[index].names(), model, where)
+        check_trained(match, trained, where)
+        if match.left:
+            check_config(model, self.files[index].parts[0].parent)
+        return match.left
 
     def digest(self, index: int) -> str:
         """sha256 of each file that is read for the checkpoint, joined by "-"."""

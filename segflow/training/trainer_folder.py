@@ -206,7 +206,7 @@ class TrainerFolder:
         betas = [float((group.get("betas") or (0.0,))[0]) for group in known]
         batch_size = self.words.batch_size
         return OptimizerConstants(
-            name=kinds,
+            name=kinds[0] if len(set(kinds)) == 1 else kinds,
             momentum=by_step("momentum"),
             dampening=by_step("dampening"),
             weight_decay=by_step("weight_decay"),

@@ -15,10 +15,9 @@ from torch import Tensor, nn
 
 from ..arguments import truth, whole_number
 from ..errors import TrajectoryError
-from ..runtime.sharding import named_parameters, state_of
+from ..runtime.sharding import named_parameters
 from ..store.files import inside
-from .adapters import check_config, has_adapter
-from .checkpoints import check_moment_files, check_steps, layouts
+from .checkpoints import check_moment_files, check_steps
 from .motion import Moves, motion, steps_used
 from .observed import seen
 from .optimizers import SECOND_MOMENTS, OptimizerConstants, decoupled_by_group, require_known
@@ -35,7 +34,7 @@ from .recording_folder import STAGES, check_stage, read_description, stage_names
 from .sampling import example_weights_by_checkpoint, nearest_bounds, weights_at_checkpoints
 from .saved import SavedCheckpoints
 from .state_files import state_files
-from .state_names import check_trained, filled, load_state, under_own_names, with_tied
+from .state_names import load_state, under_own_names, with_tied
 from .trainer_folder import TrainerFolder, TrainerWords
 
 
@@ -292,18 +291,11 @@ class Trajectory:
 
         TrajectoryError where one of them was trained, or the checkpoint is not of the model's adapter.
         """
-        if self._saved.recorded_file(index) is not None or not has_adapter(model):
-            return frozenset()
-        files = self._saved.files[index]
-        match = filled(files.names(), model, where := self._where(index))
-        check_trained(match, self._trained(model), where)
-        if match.left:
-            check_config(model, files.parts[0].parent)
-        return match.left
+        return self._saved.left_alone(model, index, self._where(index), self._trained(model))
 
     def fits(self, model: nn.Module, index: int) -> bool:
         """Whether checkpoint `index` is seen to have the model's tensors by its names, shapes and dtypes alone."""
-        return self._saved.layouts(index) == layouts(state_of(model))
+        return self._saved.fits(model, index)
 
     def load_into(self, model: nn.Module, index: int | Mapping[int, float]) -> None:
         """Copy checkpoint `index` into `model`, but for what an adapter lacks; TrajectoryError names what does not fit.
