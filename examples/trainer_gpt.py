@@ -1,4 +1,4 @@
-"""Which books, and which speeches, taught a language model what it writes? A run of the Hugging Face Trainer, explained.
+"""Which books, and which speeches, taught a language model what it writes? Two runs of the Trainer, explained.
 
 A tutorial to read from top to bottom. A small GPT is trained twice: first on presidents' State of the Union addresses,
 then on the King James Bible. Then it completes a few sentences, and segflow says which books and which presidents made
@@ -11,19 +11,21 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 import tarfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from segflow.integrations.transformers import RecordCallback
 from tokenizers import ByteLevelBPETokenizer
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast, Trainer, TrainingArguments
 
 import segflow as sf
 from benchmarks.downloads import fetch, member
+from segflow.integrations.transformers import RecordCallback
 
 WORDS, LENGTH = 2048, 64  # of the vocabulary, and the most tokens of a passage
 PASSAGES, SHORTEST = 1500, 16  # of each stage, and the fewest tokens of one
@@ -51,7 +53,7 @@ def speeches() -> list[tuple[str, str]]:
     found = []
     with tarfile.open(fetch("speeches")) as archive:
         for name in sorted(name for name in archive.getnames() if name.endswith(".txt")):
-            president = re.sub(r"^\d+_|_\w$", "", Path(name).stem).replace("_", " ").title()
+            president = re.sub(r"^\d+_|_[a-z]+$", "", Path(name).stem).replace("_", " ").title()
             file = archive.extractfile(name)
             found.append((president, file.read().decode() if file else ""))
     return found
@@ -119,68 +121,86 @@ def analyzer_of(model: GPT2LMHeadModel, data: dict[str, list[Any]], folder: Path
     )
 
 
-def told(scores: sf.Scores, count: int = 4) -> list[str]:
-    """Each query's groups whose removal lowers the completion's log-probability most, and raises it most."""
-    lines = []
-    for query in scores.query_labels:
-        # A score is the change if the group were removed: what taught the completion has a negative one.
-        taught = [f"{one.label} {-one.score:+.3f}" for one in scores.top(query, count, largest=False)]
-        against = [f"{one.label} {-one.score:+.3f}" for one in scores.top(query, 2)]
-        lines.append(f"{query!r}\n    for it: {', '.join(taught)}\n    against: {', '.join(against)}")
-    return lines
+def ranked(scores: sf.Scores, query: str, count: int = 4) -> dict[str, list[tuple[str, float]]]:
+    """The groups that raised the log-probability of a completion most, and those that lowered it."""
+    # A score is the change if the group were removed: what taught the completion has a negative one.
+    taught = [(one.label, -one.score) for one in scores.top(query, count, largest=False)]
+    return {"for it": taught, "against it": [(one.label, -one.score) for one in scores.top(query, 2)]}
 
 
-def strongest(words: Sequence[str], shares: Sequence[float], count: int = 5) -> str:
-    """The words with the largest shares."""
-    order = sorted(range(len(words)), key=lambda place: -abs(shares[place]))[:count]
-    return ", ".join(f"{words[place].strip()!r} {shares[place]:+.4f}" for place in sorted(order))
+def show(found: Any) -> str:
+    """Labels and numbers in one line."""
+    return ", ".join(f"{label} {number:+.3f}" for label, number in found)
 
 
-def main(folder: Path = Path("trainer-gpt"), result: Path | None = None) -> dict[str, Any]:
-    """Train, explain, print; with `result` a file of figures is written."""
-    books, addresses = bible(), speeches()
-    tokenizer = make_tokenizer([text for _, text in (*books, *addresses)])
-    by_stage = {"speeches": passages(addresses, tokenizer), "bible": passages(books, tokenizer)}
-    data = {stage: passages_of for stage, (passages_of, _) in by_stage.items()}
+def strongest(words: Sequence[str], shares: Sequence[float], count: int = 5) -> list[tuple[str, float]]:
+    """The words with the largest shares, in the order of the text."""
+    order = sorted(range(len(shares)), key=lambda place: -abs(shares[place]))[:count]
+    return [(repr(words[place].strip()), shares[place]) for place in sorted(order)]
+
+
+def trained(by_stage: dict[str, Any], folder: Path) -> GPT2LMHeadModel:
+    """The model after both stages."""
     torch.manual_seed(0)
     size = {"n_layer": 4, "n_embd": 128, "n_head": 4, "n_positions": LENGTH, "vocab_size": WORDS}
     model = GPT2LMHeadModel(GPT2Config(**size, bos_token_id=None, eos_token_id=None))
     for stage, rate in (("speeches", 2e-3), ("bible", 1e-3)):
-        train(model, data[stage], stage, folder, rate)
+        train(model, by_stage[stage], stage, folder, rate)
+    return model
 
+
+def main(folder: Path = Path("trainer-gpt"), result: Path | None = None) -> None:
+    """Train, explain, print; with `result` the figures are written to a file as well."""
+    begun, figures = time.perf_counter(), dict[str, Any]()
+    books, addresses = bible(), speeches()
+    tokenizer = make_tokenizer([text for _, text in (*books, *addresses)])
+    of_stage = {"speeches": passages(addresses, tokenizer), "bible": passages(books, tokenizer)}
+    data = {stage: chosen for stage, (chosen, _) in of_stage.items()}
+    groups = {stage: sf.Groups.by(sources) for stage, (_, sources) in of_stage.items()}
+    model = trained(data, folder)
+    figures["seconds of training"] = time.perf_counter() - begun
+
+    begun = time.perf_counter()
     analyzer = analyzer_of(model, data, folder)
-    print(analyzer.check(data, data["bible"][:2]))
+    print(analyzer.check(data))
     analyzer.fit(data, batch_size=32)
-
     query = sf.tasks.Completions(tokenizer, [p for p, _ in SENTENCES], [c for _, c in SENTENCES])
     labels = [prompt + completion for prompt, completion in SENTENCES]
-    groups = {stage: sf.Groups.by(sources) for stage, (_, sources) in by_stage.items()}
-    found = {stage: analyzer.score(groups[stage], data, query, stage=stage, query_labels=labels) for stage in by_stage}
-    for stage, scores in found.items():
-        print(f"\nWhat taught the model its completions, of the {len(groups[stage])} sources of {stage}:")
-        print("\n".join(told(scores)))
+    for stage, of_groups in groups.items():
+        scores = analyzer.score(of_groups, data, query, stage=stage, query_labels=labels)
+        figures[stage] = {label: ranked(scores, label) for label in labels}
+        print(f"\nWhat taught the model its completions, of the {len(of_groups)} sources of {stage}:")
+        for label, found in figures[stage].items():
+            print(f"{label!r}\n    for it: {show(found['for it'])}\n    against it: {show(found['against it'])}")
 
-    # The passages of the book that taught the first completion most, one by one, and their tokens.
-    best = found["bible"].top(labels[0], 1, largest=False)[0]
-    members = groups["bible"].members[best.group].tolist()
+    # The passages of the book that taught the first completion most, one by one, and the tokens of the first of them.
+    book = figures["bible"][labels[0]]["for it"][0][0]
+    members = groups["bible"].members[groups["bible"].labels.index(book)].tolist()
     singles = sf.Groups.from_lists([[i] for i in members], PASSAGES, labels=members, partial=True)
     scores = analyzer.score(singles, data, query, query_labels=labels, keep=("token",))
-    passage = scores.top(labels[0], 1, largest=False)[0]
-    words = tokenizer.batch_decode([[i] for i in data["bible"][int(passage.label)]["input_ids"]])
-    shares = (-scores.tokens(labels[0], passage.label)).tolist()[: len(words)]
-    print(f"\nThe passage of {best.label} that taught it most ({-passage.score:+.4f}):\n    {''.join(words)}")
-    print(f"    its strongest tokens: {strongest(words, shares)}")
+    [(passage, taught)] = ranked(scores, labels[0], 1)["for it"]
+    words = tokenizer.batch_decode([[i] for i in data["bible"][int(passage)]["input_ids"]])
+    figures["passage"] = {"of": book, "text": "".join(words), "taught": taught}
+    figures["passage"]["tokens"] = strongest(words, (-scores.tokens(labels[0], passage)).tolist()[: len(words)])
+    print(f"\nThe passage of {book} that taught it most ({taught:+.3f}):\n    {''.join(words)}")
+    print(f"    its strongest tokens: {show(figures['passage']['tokens'])}")
 
-    # And of the completion's own tokens: which of them did the book teach?
+    # And of the completion's own tokens: which did the book teach?
     tokens = sf.tasks.each_token(query)
-    of_tokens = analyzer.score(groups["bible"], data, tokens, query_labels=tokens.labels)
-    column = groups["bible"].labels.index(best.label)
-    print(f"\nWhat {best.label} adds to the log-probability of each token:")
-    for row, label in enumerate(tokens.labels):
-        print(f"    {label}: {-of_tokens.values[row, column].item():+.4f}")
+    scores = analyzer.score(groups["bible"], data, tokens, query_labels=tokens.labels)
+    column = -scores.values[: query_length(query[0]), groups["bible"].labels.index(book)]
+    figures["completion"] = list(zip(tokens.labels, column.tolist(), strict=False))
+    print(f"\nWhat {book} adds to the log-probability of each token: {show(figures['completion'])}")
+    figures["seconds of explaining"] = time.perf_counter() - begun
     print(analyzer.summary())
-    return {}
+    if result is not None:
+        result.write_text(json.dumps(figures, indent=1) + "\n")
+
+
+def query_length(query: dict[str, Any]) -> int:
+    """How many tokens a query's completion has."""
+    return sum(label != -100 for label in query["labels"])
 
 
 if __name__ == "__main__":
-    main()
+    main(result=Path(sys.argv[1]) if len(sys.argv) > 1 else None)
