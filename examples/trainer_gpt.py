@@ -142,8 +142,9 @@ def strongest(words: Sequence[str], shares: Sequence[float], count: int = 5) -> 
 def trained(by_stage: dict[str, Any], folder: Path) -> GPT2LMHeadModel:
     """The model after both stages."""
     torch.manual_seed(0)
-    size = {"n_layer": 4, "n_embd": 128, "n_head": 4, "n_positions": LENGTH, "vocab_size": WORDS}
-    model = GPT2LMHeadModel(GPT2Config(**size, bos_token_id=None, eos_token_id=None))
+    config = GPT2Config(n_layer=4, n_embd=128, n_head=4, n_positions=LENGTH, vocab_size=WORDS)
+    config.bos_token_id = config.eos_token_id = None
+    model = GPT2LMHeadModel(config)
     for stage, rate in (("speeches", 2e-3), ("bible", 1e-3)):
         train(model, by_stage[stage], stage, folder, rate)
     return model

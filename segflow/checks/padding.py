@@ -6,10 +6,11 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from ..curvature.passes import checked_mask, ignored_mask, mask_of
+from ..curvature.passes import ignored_mask
 from ..data.batches import Batch
 from ..errors import TaskError
 from ..model.loss_view import LossView
+from ..model.masks import checked_mask, mask_of, takes_masks
 from ..tasks.task import task_name
 from .directions import Inputs, Probed
 
@@ -23,8 +24,10 @@ def require_mask_used(view: LossView, batch: Batch, seen: Probed, where: str) ->
     """Raise TaskError if the task masks positions of a batch, and not those of any layer; seen: of that batch."""
     mask = checked_mask(view, batch)
     shapes = {name: (batch.size, inputs.positions) for name, inputs in seen.inputs.items()}
-    if mask is not None and all(
-        mask_of(view, view.layers[name], shape, mask) is None for name, shape in shapes.items()
+    if (
+        mask is not None
+        and takes_masks(view)
+        and all(mask_of(view, view.layers[name], shape, mask) is None for name, shape in shapes.items())
     ):
         raise ignored_mask(where)
 

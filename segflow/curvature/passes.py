@@ -10,7 +10,7 @@ Axes: P parts, O outputs, I inputs of a layer, B examples, k features of a proje
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -20,12 +20,12 @@ from ..data.batches import Batch
 from ..errors import FactorError, TaskError
 from ..methods.plan import Projection
 from ..model.finite_check import FiniteCheck
-from ..model.layers.tracked import TrackedLayer, VectorLayer
+from ..model.layers.tracked import TrackedLayer
 from ..model.loss_view import LossView
+from ..model.masks import checked_mask, mask_of, takes_masks
 from ..model.tokens import Tokens, joined_examples, masked_outputs, scaled_examples
 from ..runtime.ranks import Ranks
 from ..store.files import Tensors
-from ..tasks.task import attention_mask
 from .kronecker import Covariance, Eigenbasis, add_squared_projections_, side_shapes
 from .projection import Probes, join_layers, probes
 
@@ -59,7 +59,7 @@ def covariances(view: LossView, data: Iterable[Batch], ranks: Ranks, where: str)
         view.capture(batch, consume, finite)
     finite.finish(view.layers, ranks)
     by_rank = ranks.gather([masks, used])
-    if any(masks for masks, _ in by_rank) and not any(used for _, used in by_rank):
+    if takes_masks(view) and any(masks for masks, _ in by_rank) and not any(used for _, used in by_rank):
         raise ignored_mask(finite.where)
     ranks.sum_([total for sums in totals.values() for total in vars(sums).values()])
     return totals
@@ -276,34 +276,3 @@ def _means(totals: dict[str, Tensor], examples: Tensor, what: str, finite: Finit
             "Their sum over the data overflows; use a model in float64."
         )
     return {name: total / examples.to(total.dtype) for name, total in totals.items()}
-
-
-def checked_mask(view: LossView, batch: Batch) -> Tensor | Mapping[str, Tensor] | None:
-    """The task's mask; TaskError unless it is None, a tensor, or a mapping from tracked layers' names to tensors."""
-    mask = attention_mask(view.task, batch.content)
-    masks = mask if isinstance(mask, Mapping) else {} if mask is None else {next(iter(view.layers)): mask}
-    unknown = sorted(set(masks) - set(view.layers))
-    if unknown or not all(isinstance(given, Tensor) for given in masks.values()):
-        raise TaskError(
-            f"get_attention_mask(): expected a tensor [examples, positions], or a mapping to such tensors from names "
-            f"of {list(view.layers)[:8]}, found {f'names {unknown[:4]}' if unknown else type(mask).__name__}."
-        )
-    return mask
-
-
-def mask_of(
-    view: LossView, layer: TrackedLayer, shape_BS: Sequence[int], mask: Tensor | Mapping[str, Tensor] | None
-) -> Tensor | None:
-    """The mask [B, S] of a layer's tokens; None where it has another shape, as that of other positions.
-
-    Where a layer is called several times, or a tensor is tied, the calls' positions follow one another, and each has
-    the mask's. Examples that are run alone are not padded.
-    """
-    if isinstance(layer, VectorLayer) or layer.name in view.layout.alone:
-        return None
-    if isinstance(mask, Mapping):
-        mask = mask.get(layer.name)
-    times = view.layout.times.get(layer.name, 1)
-    if mask is not None and mask.ndim == 2 and shape_BS[1] == times * mask.shape[1]:
-        mask = mask.repeat(1, times)
-    return mask if mask is not None and tuple(mask.shape) == tuple(shape_BS) else None

@@ -22,6 +22,7 @@ from .function_calls import how_repeated
 from .gradient_tokens import autograd_gradients, gradient_tokens
 from .layers.tracked import TrackedLayer
 from .layout import Layout
+from .masks import checked_mask, masked_alone
 from .tokens import Tokens, joined_batches, no_tokens
 
 
@@ -134,10 +135,11 @@ class LossView:
         singles = [batch] if batch.size == 1 or batch.alone is None else batch.alone()
         pieces: dict[str, list[Tokens]] = {}
         for single in singles:
-            of_single = self.of_one(single)
+            of_single, mask = self.of_one(single), checked_mask(self, single)
             for name in self.layout.alone:
                 nothing = no_tokens(self.layers[name].shape, 1, self.dtype, self.device)
-                pieces.setdefault(name, []).append(of_single.get(name, nothing))
+                tokens = masked_alone(self, self.layers[name], of_single.get(name, nothing), mask)
+                pieces.setdefault(name, []).append(tokens)
         return {name: joined_batches(tokens) for name, tokens in pieces.items()}
 
     def of_one(self, single: Batch) -> dict[str, Tokens]:

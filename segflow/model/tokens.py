@@ -96,6 +96,13 @@ def masked_outputs(tokens: Tokens, mask_BS: Tensor | None) -> Tokens:
     return Tokens(tokens.a_PBSI, tokens.g_PBSO * mask_BS.to(tokens.g_PBSO.dtype)[None, :, :, None])
 
 
+def masked_inputs(tokens: Tokens, mask_BS: Tensor) -> Tokens:
+    """Tokens whose inputs are zero where a mask is 0, and so is the output gradient: their product is as before."""
+    a, kept_BS = tokens.a_PBSI, (mask_BS != 0) | (tokens.g_PBSO != 0).any(3).any(0)
+    factors_BS = kept_BS.to(tokens.g_PBSO.dtype)
+    return Tokens(a.masked(factors_BS) if isinstance(a, OneHot) else a * factors_BS[None, :, :, None], tokens.g_PBSO)
+
+
 def joined_examples(tokens: Tokens, size: int) -> Tokens:
     """Tokens in which every `size` examples in a row are one, with all of their positions: its gradient is their sum.
 

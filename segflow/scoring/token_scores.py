@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ..curvature.passes import checked_mask
 from ..data.batches import Batch
 from ..errors import ScoreError
 from ..groups.groups import Groups
@@ -23,6 +22,7 @@ from ..model.finite_check import FiniteCheck
 from ..model.layers.function import FunctionLayer
 from ..model.layers.tracked import TrackedLayer, VectorLayer
 from ..model.loss_view import LossView
+from ..model.masks import checked_mask
 from ..model.tokens import Tokens, scaled_examples
 from .meeting import MetQueries
 from .outer_products import token_products
