@@ -221,7 +221,8 @@ class TrainerFolder:
     @property
     def moments(self) -> tuple[OptimizerFile, ...]:
         """The file of the second moments of each checkpoint; an end without one has those of the last."""
-        files = [OptimizerFile(one.path, one.names, one.kinds) for one in self.optimizers]
+        without = frozenset(self.unmoved)
+        files = [OptimizerFile(one.path, one.names, one.kinds, without) for one in self.optimizers]
         return tuple([*files, files[-1]] if self.beyond else files)
 
     @property
@@ -243,10 +244,10 @@ class TrainerFolder:
         best = self.last.best
         if not self.args.get("load_best_model_at_end") or best is None or Path(best).name == self.folders[-1].name:
             return None
-        return f"the last step's is explained, and not that of {Path(best).name}, which the Trainer loaded as the best"
+        return f"the last step's is explained, not that of {Path(best).name}, which the Trainer loaded as the best"
 
     def _warn(self, clipping: ClipLog) -> None:
-        found = [f"the model of {words}" if (words := self._which_model()) else None, clipping.warning]
+        found = [f"of the models {words}" if (words := self._which_model()) else None, clipping.warning]
         if self.beyond:
             found.append(
                 f"training ended at step {self.total}, after the last checkpoint (step {self.taken[-2]}), whose second "
