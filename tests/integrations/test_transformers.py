@@ -100,12 +100,13 @@ def test_a_llama_with_its_own_norms_agrees_too(tmp_path: Path) -> None:
 
 
 class Stop(TrainerCallback):
-    """Raises after a step, or ends training there."""
+    """Raises after a step, or ends training at an event after it."""
 
-    def __init__(self, step: int, error: type[BaseException] | None = None):
+    def __init__(self, step: int, error: type[BaseException] | None = None, event: str = "on_step_end"):
         self.step, self.error = step, error
+        setattr(self, event, self.stop)
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **others: Any) -> Any:
+    def stop(self, args: Any, state: Any, control: Any, **others: Any) -> Any:
         if state.global_step == self.step:
             if self.error is not None:
                 raise self.error("here")
@@ -230,6 +231,25 @@ def test_training_is_bit_identical_with_a_recording(tmp_path: Path) -> None:
     assert sf.Trajectory.load(tmp_path / "run").optimizer.batch_size == 5
 
 
+def test_a_batch_size_that_was_too_large_leaves_no_recording(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = trainer_of(
+        tmp_path / "out", model_of("gpt2"), callbacks=[RecordCallback(tmp_path / "run")], auto_find_batch_size=True
+    )
+    compute_loss = trainer.compute_loss
+
+    def full(model: nn.Module, inputs: Any, *others: Any, **options: Any) -> Any:
+        if len(inputs["input_ids"]) > 2:
+            raise RuntimeError("CUDA out of memory.")
+        return compute_loss(model, inputs, *others, **options)
+
+    monkeypatch.setattr(trainer, "compute_loss", full)
+    before = watched()
+    trainer.train()
+    found = sf.Trajectory.load(tmp_path / "run")
+    assert found.total_steps == STEPS and found.optimizer.batch_size == 2
+    assert watched() == before and hooks_of(trainer) == 0
+
+
 def test_options_of_record_are_passed_on(tmp_path: Path) -> None:
     weights = [2.0] + [1.0] * (N - 1)
     callback = RecordCallback(
@@ -243,7 +263,12 @@ def test_options_of_record_are_passed_on(tmp_path: Path) -> None:
     assert shares is not None and shares[0] == 2 * shares[1]
 
 
-def test_the_last_step_is_recorded_and_not_the_best_that_the_trainer_loads(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("event", "last", "best"), [("on_step_end", 6, 4), ("on_evaluate", 6, 4), ("on_epoch_end", 4, 2)]
+)
+def test_the_last_step_is_recorded_and_not_the_best_that_the_trainer_loads(
+    tmp_path: Path, event: str, last: int, best: int
+) -> None:
     """Training that ends early loads another checkpoint's weights before it says that it has ended."""
     model, ends = model_of("gpt2"), []
 
@@ -252,16 +277,17 @@ def test_the_last_step_is_recorded_and_not_the_best_that_the_trainer_loads(tmp_p
             ends.append({name: value.clone() for name, value in others["model"].state_dict().items()})
 
     options = {"eval_strategy": "steps", "eval_steps": 2, "save_steps": 2, "eval_dataset": sentences(4, seed=2)}
-    options |= {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": True}
-    callbacks = [RecordCallback(tmp_path / "run", checkpoints=[2, STEPS]), Note(), Stop(6)]
+    options |= {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": best == 4}
+    callbacks = [RecordCallback(tmp_path / "run", checkpoints=[2, STEPS]), Note(), Stop(last, event=event)]
     trainer = trainer_of(tmp_path / "out", model, callbacks=callbacks, **options)
-    with pytest.warns(UserWarning, match="training ended at step 6"):
+    with pytest.warns(UserWarning, match=f"training ended at step {last}"):
         trainer.train()
     found = sf.Trajectory.load(tmp_path / "run")
-    assert found.steps == (2, 6)
+    assert found.steps == (2, last)
     for name, value in ends[-1].items():
         assert torch.equal(found.state(1)[name], value), name
     assert not all(torch.equal(ends[-1][name], value) for name, value in model.state_dict().items())
-    with pytest.warns(UserWarning, match="not that of checkpoint-4, which the Trainer loaded"):
-        folder = sf.Trajectory.from_trainer(tmp_path / "out", model, dataset_size=N)
-    assert folder.steps == (2, 4, 6) and "checkpoint-4" in folder.observed["model"]
+    with pytest.warns(UserWarning, match=f"not that of checkpoint-{best}, which the Trainer loaded"):
+        unfinished = event == "on_epoch_end"  # nothing in the folder says that training ended there
+        folder = sf.Trajectory.from_trainer(tmp_path / "out", model, dataset_size=N, unfinished=unfinished)
+    assert folder.steps[-1] == last and f"checkpoint-{best}" in folder.observed["model"]

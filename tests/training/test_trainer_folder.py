@@ -137,11 +137,16 @@ def test_names_that_torch_saved_are_used(copied: Folders) -> None:
     groups = read(folder).parameter_groups or {}
     names = [name for name in groups if name != "lm_head.weight"]
 
+    def decay(content: dict[str, Any]) -> None:
+        content["param_groups"][1]["weight_decay"] = 0.3  # no Trainer's groups any more
+
     def name(content: dict[str, Any]) -> None:
         for group in content["param_groups"]:
             group["param_names"] = [f"module.{names[number]}" for number in group["params"]]
-        content["param_groups"][1]["weight_decay"] = 0.3  # no Trainer's groups any more
 
+    for step in (4, 8):
+        edit_saved(folder / f"checkpoint-{step}" / "optimizer.pt", decay)
+    refused(folder, "its groups are not those that a Trainer makes")
     for step in (4, 8):
         edit_saved(folder / f"checkpoint-{step}" / "optimizer.pt", name)
     assert read(folder).parameter_groups == groups
