@@ -373,3 +373,27 @@ def test_what_the_user_says_is_used(made: Folders) -> None:
     shares = found.example_weights(0)
     assert shares is not None and shares[0] == 3 * shares[1]
     assert read(made()).observed["sampling"].startswith("uniform")
+
+
+class Touch:
+    """Unpickled by pickle, it makes a file."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.path,)
+
+
+def test_nothing_that_saved_arguments_name_is_run(copied: Folders, tmp_path: Path) -> None:
+    folder, mark = copied(), tmp_path / "mark"
+    torch.save({"optim": Touch(mark)}, folder / "checkpoint-8" / "training_args.bin")
+    refused(folder, "Give args=")
+    assert not mark.exists()
+    load_torch_unsafely = torch.serialization.load
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            "segflow.training.trainer_files.load_torch", lambda path: load_torch_unsafely(path, weights_only=False)
+        )
+        refused(folder, "Give args=")
+    assert mark.exists()
