@@ -105,6 +105,14 @@ def batch_size_of(arguments: Mapping[str, Any], state: TrainerState) -> int | No
     return state.batch_size * int(arguments.get("gradient_accumulation_steps") or 1) * int(processes)
 
 
+def scheduled_steps(folder: Path) -> int | None:
+    """How many steps a schedule of the step alone had taken; None where scheduler.pt is missing or of another kind."""
+    path = folder / SCHEDULER
+    content = read_saved(path) if path.is_file() else {}
+    found = content.get("last_epoch") if isinstance(content, dict) and "lr_lambdas" in content else None
+    return found if isinstance(found, int) else None
+
+
 @dataclass(frozen=True)
 class TrainerState:
     """What trainer_state.json says.

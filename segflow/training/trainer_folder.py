@@ -30,6 +30,7 @@ from .trainer_files import (
     batch_size_of,
     read_state,
     schedule_of,
+    scheduled_steps,
     training_arguments,
 )
 from .trainer_schedule import LoggedRate, check_logged, is_close, schedule_factors
@@ -118,8 +119,13 @@ class TrainerFolder:
         """How many steps the optimizer had taken at each checkpoint."""
         taken = []
         for state, optimizer in zip(self.states, self.optimizers, strict=True):
-            counts = optimizer.steps()
-            steps = state.step if counts is None else max(counts.values())
+            counts, scheduled = optimizer.steps(), scheduled_steps(optimizer.path.parent)
+            steps = max(counts.values()) if counts is not None else state.step if scheduled is None else scheduled
+            if scheduled not in (None, steps) and steps <= state.step:
+                raise TrajectoryError(
+                    f"{optimizer.path}: the optimizer has taken {steps} steps, and its scheduler {scheduled}. Restore "
+                    "the folder, or train with RecordCallback."
+                )
             if steps > state.step:
                 raise TrajectoryError(
                     f"{optimizer.path}: the optimizer has taken {steps} steps, and the Trainer counts {state.step}, so "
@@ -228,7 +234,7 @@ class TrainerFolder:
     @property
     def observed(self) -> dict[str, Any]:
         """What the folder says, and what it does not, for `Trajectory.observed`."""
-        counted = self.optimizers[-1].steps() is not None
+        counted = self.optimizers[-1].steps() is not None or scheduled_steps(self.folders[-1]) is not None
         skipped = self.states[-1].step - self.taken[len(self.states) - 1]
         words = {
             "read from": "a Trainer's folder",

@@ -275,6 +275,19 @@ def test_steps_that_mixed_precision_left_out_are_no_steps(copied: Folders) -> No
     assert found.lr_steps(0, 8) == expected.lr_steps(0, 8)
 
 
+def test_an_optimizer_and_a_scheduler_that_count_apart_are_refused(copied: Folders) -> None:
+    folder = copied()
+    edit_saved(folder / "checkpoint-8" / "scheduler.pt", lambda content: content.update(last_epoch=7))
+    refused(folder, "the optimizer has taken 8 steps, and its scheduler 7")
+
+
+def test_of_an_optimizer_that_does_not_count_the_scheduler_tells_the_steps(copied: Folders) -> None:
+    folder = copied(optim="sgd", lr_scheduler_type="constant")
+    edit_saved(folder / "checkpoint-8" / "scheduler.pt", lambda content: content.update(last_epoch=7))
+    found = read(folder)
+    assert found.steps == (4, 7) and found.observed["skipped steps"] == 1
+
+
 # Folders that are refused, and ends
 
 
