@@ -66,19 +66,25 @@ class OptimizerState:
 
 @dataclass(frozen=True)
 class OptimizerFile:
-    """The second moments in an optimizer.pt, for `SavedCheckpoints`; order: the names of the parameters by number."""
+    """The second moments in an optimizer.pt, for `SavedCheckpoints`.
+
+    Args:
+        order: the names of the parameters by number. kinds: each parameter group's optimizer.
+        without: parameters that are not attributed.
+    """
 
     path: Path
     order: tuple[str, ...]
     kinds: tuple[str, ...]
+    without: frozenset[str] = frozenset()
 
     def names(self) -> list[str]:
         """The names of the parameters that have second moments."""
-        return [name for name, _ in self._opened().moments()]
+        return list(self.read())
 
     def read(self) -> dict[str, Tensor]:
         """The bias-corrected second moments by these names."""
-        return dict(self._opened().moments())
+        return {name: values for name, values in self._opened().moments() if name not in self.without}
 
     def digests(self) -> list[str]:
         """The sha256 of the file."""

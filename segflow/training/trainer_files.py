@@ -14,6 +14,7 @@ import torch
 
 from ..errors import TrajectoryError
 from ..store.files import read_content
+from .checkpoints import load_torch
 from .trainer_schedule import ScheduleDefinition
 
 ARGUMENTS, STATE, OPTIMIZER, SCHEDULER = "training_args.bin", "trainer_state.json", "optimizer.pt", "scheduler.pt"
@@ -36,7 +37,7 @@ def read_saved(path: Path) -> Any:
             "save_only_model=False on one process group (neither FSDP nor DeepSpeed), or with RecordCallback."
         )
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)  # noqa: TID251
+        return load_torch(path, mmap=True)
     except Exception as problem:  # torch raises many kinds here, none of its own
         raise TrajectoryError(
             f"{path}: not readable as plain tensors and numbers ({type(problem).__name__}: {problem}). Train with "
@@ -65,7 +66,7 @@ def _read_arguments(path: Path) -> Any:
         names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
         stubs: Any = [(_Stub, name) for name in names]
         with torch.serialization.safe_globals(stubs):
-            return _plain(torch.load(path, map_location="cpu", weights_only=True))  # noqa: TID251
+            return _plain(load_torch(path))
     except Exception as problem:  # torch raises many kinds here, none of its own
         raise TrajectoryError(
             f"{path}: not readable ({type(problem).__name__}: {problem}). Give args=, the TrainingArguments of this "
@@ -102,6 +103,14 @@ def batch_size_of(arguments: Mapping[str, Any], state: TrainerState) -> int | No
     if not processes or not state.batch_size:
         return None
     return state.batch_size * int(arguments.get("gradient_accumulation_steps") or 1) * int(processes)
+
+
+def scheduled_steps(folder: Path) -> int | None:
+    """How many steps a schedule of the step alone had taken; None where scheduler.pt is missing or of another kind."""
+    path = folder / SCHEDULER
+    content = read_saved(path) if path.is_file() else {}
+    found = content.get("last_epoch") if isinstance(content, dict) and "lr_lambdas" in content else None
+    return found if isinstance(found, int) else None
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,7 @@ from .trainer_files import (
     batch_size_of,
     read_state,
     schedule_of,
+    scheduled_steps,
     training_arguments,
 )
 from .trainer_schedule import LoggedRate, check_logged, is_close, schedule_factors
@@ -118,8 +119,13 @@ class TrainerFolder:
         """How many steps the optimizer had taken at each checkpoint."""
         taken = []
         for state, optimizer in zip(self.states, self.optimizers, strict=True):
-            counts = optimizer.steps()
-            steps = state.step if counts is None else max(counts.values())
+            counts, scheduled = optimizer.steps(), scheduled_steps(optimizer.path.parent)
+            steps = max(counts.values()) if counts is not None else state.step if scheduled is None else scheduled
+            if scheduled not in (None, steps) and steps <= state.step:
+                raise TrajectoryError(
+                    f"{optimizer.path}: the optimizer has taken {steps} steps, and its scheduler {scheduled}. Restore "
+                    "the folder, or train with RecordCallback."
+                )
             if steps > state.step:
                 raise TrajectoryError(
                     f"{optimizer.path}: the optimizer has taken {steps} steps, and the Trainer counts {state.step}, so "
@@ -221,13 +227,14 @@ class TrainerFolder:
     @property
     def moments(self) -> tuple[OptimizerFile, ...]:
         """The file of the second moments of each checkpoint; an end without one has those of the last."""
-        files = [OptimizerFile(one.path, one.names, one.kinds) for one in self.optimizers]
+        without = frozenset(self.unmoved)
+        files = [OptimizerFile(one.path, one.names, one.kinds, without) for one in self.optimizers]
         return tuple([*files, files[-1]] if self.beyond else files)
 
     @property
     def observed(self) -> dict[str, Any]:
         """What the folder says, and what it does not, for `Trajectory.observed`."""
-        counted = self.optimizers[-1].steps() is not None
+        counted = self.optimizers[-1].steps() is not None or scheduled_steps(self.folders[-1]) is not None
         skipped = self.states[-1].step - self.taken[len(self.states) - 1]
         words = {
             "read from": "a Trainer's folder",
@@ -243,10 +250,10 @@ class TrainerFolder:
         best = self.last.best
         if not self.args.get("load_best_model_at_end") or best is None or Path(best).name == self.folders[-1].name:
             return None
-        return f"the last step's is explained, and not that of {Path(best).name}, which the Trainer loaded as the best"
+        return f"the last step's is explained, not that of {Path(best).name}, which the Trainer loaded as the best"
 
     def _warn(self, clipping: ClipLog) -> None:
-        found = [f"the model of {words}" if (words := self._which_model()) else None, clipping.warning]
+        found = [f"of the models {words}" if (words := self._which_model()) else None, clipping.warning]
         if self.beyond:
             found.append(
                 f"training ended at step {self.total}, after the last checkpoint (step {self.taken[-2]}), whose second "

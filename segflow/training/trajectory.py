@@ -198,7 +198,7 @@ class Trajectory:
         moments = folder.moments if trajectory.preconditioned else None
         recorded = Recorded(unmoved=folder.unmoved, observed=folder.observed)
         trajectory._saved = replace(trajectory._saved, moments=moments, recorded=recorded)
-        return trajectory
+        return trajectory.of_model(model)
 
     def after(self, earlier: Trajectory) -> Trajectory:
         """This stage of training as the one that went on where `earlier` ended (pretraining, then fine-tuning).

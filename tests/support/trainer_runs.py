@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +18,16 @@ N, STEPS = 10, 8
 
 
 def model_of(kind: str) -> nn.Module:
-    """ "gpt2" (a tied head), "llama" or "lora" (adapters of a GPT-2), always with the same values."""
+    """A "gpt2" (with a tied head), "llama" or "lora" (adapters of a GPT-2), always with the same values."""
     torch.manual_seed(0)
     if kind != "lora":
         return {"gpt2": gpt2, "llama": llama}[kind]().double()
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(r=2, lora_alpha=4, target_modules=["c_attn", "c_fc"], lora_dropout=0.0, fan_in_fan_out=True)
-    adapted = get_peft_model(gpt2(), config).double()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)  # peft reads an old name
+        adapted = get_peft_model(gpt2(), config).double()
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():
             if "lora_B" in name:  # peft begins with zeros, from which A has no gradient
