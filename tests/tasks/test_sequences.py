@@ -22,7 +22,7 @@ from ..support.helpers import analyzer_of, trajectory_of
 from ..support.model_tasks import causal_data, classed_data, masked_data
 from ..support.models import bert_classifier, gpt2, llama, masked_bert
 
-LENGTHS, NO = (4, 7, 2, 5), -100
+LENGTHS, NO, CLASSES = (4, 7, 2, 5), -100, "bert, classes"
 
 
 def _prompted(lengths: Any) -> list[dict[str, Tensor]]:
@@ -39,7 +39,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[Any], Any], Callable[
     "gpt2, completions": (gpt2, _prompted, lambda: CausalLM("token sum", label_smoothing=0.1)),
     "llama": (llama, causal_data, lambda: CausalLM("batch token mean", mean_tokens=3)),
     "bert, masked words": (masked_bert, masked_data, MaskedLM),
-    "bert, classes": (bert_classifier, classed_data, SequenceClassification),
+    CLASSES: (bert_classifier, classed_data, SequenceClassification),
 }
 
 
@@ -51,12 +51,12 @@ def _gradients(task: sf.Task, model: nn.Module, batch: Any, sample: bool, number
 
 
 @pytest.mark.parametrize("sample", [False, True])
-@pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(  # a pooler of classes takes the first position, whatever it is
+    ("name", "side"),
+    [(name, side) for name in MODELS for side in ("left", "right") if (name, side) != (CLASSES, "left")],
+)
 def test_gradients_and_drawn_labels_do_not_depend_on_padding(name: str, side: str, sample: bool) -> None:
     make, make_data, make_task = MODELS[name]
-    if make is bert_classifier and side == "left":
-        pytest.skip("its pooler takes the first position, whatever it is")
     torch.manual_seed(0)
     model, data, task = make().double().eval(), make_data(LENGTHS), make_task()
     if make is not llama and side == "left":
@@ -191,6 +191,11 @@ class Bigram(nn.Module):
 
 
 STEPS, LOWERED, LENGTHS_8 = 12, 1e-3, (3, 12, 2, 7, 4, 10, 5, 9)
+CONFUSED_WITH = {
+    "sequence mean": "batch token mean",
+    "token sum": "sequence mean",
+    "batch token mean": "sequence mean",
+}
 RATES = {"sequence mean": 0.05, "token sum": 0.01, "batch token mean": 0.05}
 # Of the losses [B, S] of a batch, 0 where there is no target, and what these are with one example's weight lowered.
 OBJECTIVES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
@@ -237,9 +242,9 @@ def _predicted(objective: str, data: Any, query: Any, states: Any, rate: float, 
     return -analyzer.score(sf.Groups.singletons(len(data)), data, query).values
 
 
-@pytest.mark.parametrize("size", [8, 4], ids=["full batches", "half batches"])
+@pytest.mark.parametrize("size", [8, pytest.param(4, marks=pytest.mark.slow)], ids=["full batches", "half batches"])
 @pytest.mark.parametrize("trained", list(OBJECTIVES))
-def test_each_objective_agrees_with_training_by_it_and_the_others_do_not(
+def test_each_objective_agrees_with_training_by_it_and_another_one_does_not(
     tmp_path: Path, trained: str, size: int
 ) -> None:
     data, query = _texts(LENGTHS_8), _texts((6, 5, 4))
@@ -251,10 +256,10 @@ def test_each_objective_agrees_with_training_by_it_and_the_others_do_not(
     before, states = measured(None), _trained(trained, data, size)[1]
     changes_QN = torch.stack([(measured(n) - before) / LOWERED for n in range(len(data))], 1)
     off = {}
-    for objective in OBJECTIVES:
+    for objective in (trained, CONFUSED_WITH[trained]):
         found_QN = _predicted(objective, data, query, states, RATES[trained], tmp_path / objective.split()[0])
         off[objective] = ((found_QN - changes_QN).norm() / changes_QN.norm()).item()
         slope = ((found_QN * changes_QN).sum() / changes_QN.square().sum()).item()
         assert objective != trained or abs(slope - 1) < 0.05
-    others = [off[objective] for objective in OBJECTIVES if objective != trained]
-    assert off[trained] < (0.1 if size == len(data) else 0.2) and min(others) > 3 * off[trained]
+    assert off[trained] < (0.1 if size == len(data) else 0.2)
+    assert off[CONFUSED_WITH[trained]] > 3 * off[trained]
