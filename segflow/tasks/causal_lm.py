@@ -19,9 +19,10 @@ class CausalLM(TokenTask):
     """Cross-entropy of the next token: logits [B, S, C], and labels [B, S] that are the tokens themselves.
 
     Labels are those of transformers: position s is asked for the label at s + 1. Where a batch has none, they are its
-    `input_ids` where `attention_mask` is 1. A sequence's first token is no target, also where padding stands before it
-    (which a trainer's loss then asks for it). Pseudo-labels are drawn for targets alone. The weight of a target is
-    1/T ("sequence mean", of a sequence with T targets), 1 ("token sum") or 1/mean_tokens ("batch token mean").
+    `input_ids` where `attention_mask` is 1. Padding is asked for nothing, so that the first token of a row that is
+    padded on the left is no target, though transformers' own loss counts it. Pseudo-labels are drawn for targets alone.
+    The weight of a target is 1/T ("sequence mean", of a sequence with T targets), 1 ("token sum") or 1/mean_tokens
+    ("batch token mean").
 
     The model's own loss is not used: what it adds to the cross-entropy, as the balancing loss of a mixture of experts
     (`aux_loss`), is not attributed.
@@ -66,7 +67,7 @@ class CausalLM(TokenTask):
         return super()._targets(_own_part(batch), model)
 
     def _labels(self, batch: Any) -> Tensor:
-        """The label that comes next, but for that of a first token, which padding on the left would be asked for."""
+        """What each position is asked for; nothing at padding, which would be asked for the first token of a row."""
         labels_BS, mask_BS = super()._labels(batch), attention_mask_of(batch)
         if mask_BS is None or mask_BS.shape != labels_BS.shape:
             return labels_BS

@@ -52,8 +52,8 @@ def mean_tokens(
         shifted = trainer_shifts(model)
     if shifted is None and every != later:
         raise TaskError(
-            f"mean_tokens: {every - later} of {len(counts)} examples begin with a label that is not ignored. Say "
-            "whether the trainer counted these: model= (the Trainer's, by which it decides), shifted=True for CausalLM where "
+            f"mean_tokens: {every - later} of {len(counts)} examples begin with a label that is not ignored. Say if "
+            "the trainer counted these: model= (the Trainer's, by which it decides), shifted=True for CausalLM where "
             "it did not, or shifted=False, as for MaskedLM and TokenClassification."
         )
     total = later if shifted else every
