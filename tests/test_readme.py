@@ -12,7 +12,9 @@ from torch.utils.data import DataLoader
 
 import segflow as sf
 
-from .support.helpers import analyzer_of, mlp, trajectory_of, vectors
+from .support.helpers import mlp, vectors
+from .support.model_tasks import WORDS
+from .support.trainer_runs import model_of, sentences, trainer_of
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
@@ -21,7 +23,7 @@ BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 def test_the_api_example_runs_and_is_short(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    code, sizes, groups, _ = BLOCKS
+    code, sizes, _, groups = BLOCKS
     assert len(code.splitlines()) <= 32
     monkeypatch.chdir(tmp_path)
     train, model = vectors(40, torch.float32), mlp(torch.float32)
@@ -54,31 +56,23 @@ def test_the_api_example_runs_and_is_short(
     assert (tmp_path / "retraining.png").is_file() and (tmp_path / "retraining.json").is_file()
 
 
-class TokenModel(torch.nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.embed, self.mix, self.head = torch.nn.Embedding(7, 6), torch.nn.Linear(6, 6), torch.nn.Linear(6, 7)
+class Letters:
+    """A tokenizer of sorts."""
 
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        h = self.embed(tokens)
-        past = torch.ones(tokens.shape[1], tokens.shape[1]).tril().log()
-        return self.head(torch.tanh(self.mix((h @ h.mT + past).softmax(-1) @ h)))
+    def encode(self, text: str) -> list[int]:
+        return [1 + ord(letter) % (WORDS - 1) for letter in text[:4]]
 
 
-def test_the_language_model_task_has_the_curvature_s_scale(tmp_path: Path) -> None:
-    given: dict[str, Any] = {"torch": torch, "sf": sf}
-    exec(compile(BLOCKS[3], "README.md", "exec"), given)
-    generator = torch.Generator().manual_seed(1)
-    tokens = torch.randint(0, 7, (24, 9), generator=generator)
-    lengths = torch.randint(4, 10, (24,), generator=generator)
-    data = [{"tokens": t, "mask": torch.arange(9) < n} for t, n in zip(tokens, lengths, strict=True)]
-    model = TokenModel()
-    trajectory = trajectory_of(tmp_path / "run", [model.state_dict()], 24)
-    analyzer = analyzer_of(model, trajectory, tmp_path / "store", given["LanguageModel"](), method=sf.Source(1))
-    report = analyzer.check(data, data)
-    assert report.curvature.factor == pytest.approx(1, abs=4 * report.curvature.error)
-    assert "attributed: 133 of 133 trained parameters (100.0%)" in str(report)
+def test_a_trainers_folder_is_explained_in_ten_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code = BLOCKS[2]
+    assert len(code.strip().splitlines()) <= 11  # one of them is empty
+    monkeypatch.chdir(tmp_path)
+    with torch.random.fork_rng():
+        trainer_of(tmp_path / "out", model_of("llama").float()).train()
+    data = [{"input_ids": one["input_ids"], "labels": one["labels"]} for one in sentences()]
+    given: dict[str, Any] = {"sf": sf, "train": data, "tokenizer": Letters(), "books": ["Genesis", "Mark"] * 5}
+    exec(compile(code, "README.md", "exec"), given)
+    assert given["scores"].values.shape == (1, 2) and given["scores"].values.all()
 
 
 def test_the_commands_and_the_picture_exist() -> None:
