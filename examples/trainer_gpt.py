@@ -107,7 +107,7 @@ def analyzer_of(model: GPT2LMHeadModel, data: dict[str, list[Any]], folder: Path
     """Explains the two stages. The Trainer averages the tokens of a batch, so the task needs their mean number."""
     tasks = {
         stage: sf.tasks.CausalLM(
-            "batch token mean", mean_tokens=sf.tasks.mean_tokens(of_stage), measurement="log_probability"
+            "batch token mean", mean_tokens=sf.tasks.mean_tokens(of_stage, model=model), measurement="log_probability"
         )
         for stage, of_stage in data.items()
     }
@@ -187,20 +187,16 @@ def main(folder: Path = Path("trainer-gpt"), result: Path | None = None) -> None
     print(f"    its strongest tokens: {show(figures['passage']['tokens'])}")
 
     # And of the completion's own tokens: which did the book teach?
-    tokens = sf.tasks.each_token(query)
+    tokens = sf.tasks.each_token(sf.tasks.Completions(tokenizer, [SENTENCES[0][0]], [SENTENCES[0][1]]))
     scores = analyzer.score(groups["bible"], data, tokens, query_labels=tokens.labels)
-    column = -scores.values[: query_length(query[0]), groups["bible"].labels.index(book)]
-    figures["completion"] = list(zip(tokens.labels, column.tolist(), strict=False))
+    column = -scores.values[:, groups["bible"].labels.index(book)]
+    names = [label.split(":", 1)[1].strip() for label in tokens.labels]
+    figures["completion"] = list(zip(names, column.tolist(), strict=True))
     print(f"\nWhat {book} adds to the log-probability of each token: {show(figures['completion'])}")
     figures["seconds of explaining"] = time.perf_counter() - begun
     print(analyzer.summary())
     if result is not None:
         result.write_text(json.dumps(figures, indent=1) + "\n")
-
-
-def query_length(query: dict[str, Any]) -> int:
-    """How many tokens a query's completion has."""
-    return sum(label != -100 for label in query["labels"])
 
 
 if __name__ == "__main__":

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import gc
+import os
+import subprocess
+import sys
 import weakref
 from pathlib import Path
 from typing import Any
@@ -15,6 +18,7 @@ from torch.utils.data import IterableDataset
 
 import segflow as sf
 
+from ..support.gang import free_port
 from ..support.trainer_runs import STEPS, N, model_of, scores, sentences, trainer_of
 
 pytest.importorskip("transformers")
@@ -291,3 +295,41 @@ def test_the_last_step_is_recorded_and_not_the_best_that_the_trainer_loads(
         unfinished = event == "on_epoch_end"  # nothing in the folder says that training ended there
         folder = sf.Trajectory.from_trainer(tmp_path / "out", model, dataset_size=N, unfinished=unfinished)
     assert folder.steps[-1] == last and f"checkpoint-{best}" in folder.observed["model"]
+
+
+RANK = """
+import sys, warnings
+import torch
+import segflow as sf
+from segflow.integrations.transformers import RecordCallback
+from tests.support.trainer_runs import model_of, trainer_of
+
+folder = sys.argv[1]
+trainer = trainer_of(
+    folder + "/out", model_of("gpt2"), callbacks=[RecordCallback(folder + "/run", checkpoints=2)],
+    per_device_train_batch_size=2, max_grad_norm=0.5, ddp_backend="gloo",
+)
+trainer.train()
+"""
+
+
+@pytest.mark.slow
+def test_a_trainer_on_two_processes_is_recorded_once_as_its_folder_says(tmp_path: Path) -> None:
+    script = tmp_path / "rank.py"
+    script.write_text(RANK)
+    root = Path(__file__).parents[2]
+    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}"]
+    subprocess.run(
+        [*command, str(script), str(tmp_path)], env=environment, check=True, capture_output=True, timeout=300
+    )
+    recorded = sf.Trajectory.load(tmp_path / "run")
+    folder = sf.Trajectory.from_trainer(tmp_path / "out", model_of("gpt2"), dataset_size=N)
+    assert recorded.steps == folder.steps == (4, 8)
+    assert recorded.lr_steps(0, 8) == pytest.approx(folder.lr_steps(0, 8), rel=1e-6)
+    assert recorded.optimizer.batch_size == folder.optimizer.batch_size == 4
+    for index in range(2):
+        moments, others = recorded.second_moments(index), folder.of_model(model_of("gpt2")).second_moments(index)
+        assert moments is not None and others is not None
+        for name, moment in moments.items():
+            torch.testing.assert_close(others[name], moment)
