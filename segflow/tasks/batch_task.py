@@ -48,8 +48,8 @@ class BatchTask(Task):
         targets = targets_of(batch, self.targets)
         if not isinstance(targets, Tensor):
             raise TaskError(
-                f"{self.__class__.__name__}: expected a tensor of targets, found {type(targets).__name__}. Give examples "
-                "of tensors or numbers, or a collate_fn that stacks them."
+                f"{self.__class__.__name__}: expected a tensor of targets, found {type(targets).__name__}. Give "
+                "examples of tensors or numbers, or a collate_fn that stacks them."
             )
         return self._outputs(batch, model), targets
 

@@ -106,8 +106,8 @@ class MultiLabel(BatchTask):
         given = logits.new_tensor(self.pos_weight)
         if given.ndim and given.shape != logits.shape[1:]:
             raise TaskError(
-                f"{self.__class__.__name__}: pos_weight holds {len(given)} numbers, but the model has {logits.shape[1]} "
-                "outputs. Give one number, or one for each."
+                f"{self.__class__.__name__}: pos_weight holds {len(given)} numbers, but the model has "
+                f"{logits.shape[1]} outputs. Give one number, or one for each."
             )
         return given
 
