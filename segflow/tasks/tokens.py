@@ -133,8 +133,8 @@ class TokenTask(BatchTask):
         if logits.ndim != 3 or logits.shape[:-1] != labels_BS.shape:
             raise TaskError(
                 f"{self.__class__.__name__}: expected logits [B, S, C] and labels [B, S], found "
-                f"{tuple(logits.shape)} and {tuple(labels_BS.shape)}. Labels stand at the positions of the inputs; derive a Task of your own for "
-                "a model with others."
+                f"{tuple(logits.shape)} and {tuple(labels_BS.shape)}. Labels stand at the positions of the "
+                "inputs; derive a Task of your own for a model with others."
             )
         check_labels(labels_BS, logits.shape[-1], self.__class__.__name__, counted_BS)
 
