@@ -36,7 +36,7 @@ class BatchTask(Task):
     ):
         self.inputs, self.targets = as_keys("inputs", inputs), as_key("targets", targets)
         self.weights = as_key("weights", weights)
-        name = type(self).__name__
+        name = self.__class__.__name__
         self.mean_weight = checked_mean_weight(name, mean_weight, class_weights=class_weights, weights=weights)
 
     def get_attention_mask(self, batch: Any) -> Tensor | None:
@@ -48,15 +48,15 @@ class BatchTask(Task):
         targets = targets_of(batch, self.targets)
         if not isinstance(targets, Tensor):
             raise TaskError(
-                f"{type(self).__name__}: expected a tensor of targets, found {type(targets).__name__}. Give examples "
-                "of tensors or numbers, or a collate_fn that stacks them."
+                f"{self.__class__.__name__}: expected a tensor of targets, found {type(targets).__name__}. Give "
+                "examples of tensors or numbers, or a collate_fn that stacks them."
             )
         return self._outputs(batch, model), targets
 
     def _outputs(self, batch: Any, model: nn.Module) -> Tensor:
         """The model's logits."""
         returned = outputs_of(model, batch, self.inputs, (self.targets, self.weights))
-        return logits_in(returned, type(self).__name__)
+        return logits_in(returned, self.__class__.__name__)
 
     def _scale(self, batch: Any, like: Tensor) -> Tensor:
         """What examples' losses are multiplied by: their weights over the mean one, [B], or the same for all, []."""
@@ -66,13 +66,13 @@ class BatchTask(Task):
         if not isinstance(weights_B, Tensor) or weights_B.shape != like.shape[:1]:
             found = tuple(weights_B.shape) if isinstance(weights_B, Tensor) else type(weights_B).__name__
             raise TaskError(
-                f"{type(self).__name__}: weights={self.weights!r}: expected a tensor of one number for each of "
+                f"{self.__class__.__name__}: weights={self.weights!r}: expected a tensor of one number for each of "
                 f"{len(like)} examples, found {found}."
             )
         if weights_B.device.type == "cpu" and bool((off_B := ~(weights_B >= 0)).any()):
             row = int(off_B.nonzero()[0])
             raise FaultyRowError(
-                row, f"{type(self).__name__}: its weight is {weights_B[row].item()}, expected a number from 0."
+                row, f"{self.__class__.__name__}: its weight is {weights_B[row].item()}, expected a number from 0."
             )
         return weights_B.to(like) / self.mean_weight
 

@@ -83,7 +83,7 @@ class MultiLabel(BatchTask):
         check_choice("measurement", measurement, MEASUREMENTS, TaskError)
         super().__init__(inputs, targets, weights, mean_weight)
         self.reduction, self.measurement = reduction, measurement
-        name = f"{type(self).__name__}: pos_weight"
+        name = f"{self.__class__.__name__}: pos_weight"
         self.pos_weight = None if pos_weight is None else number_or_numbers(name, pos_weight)
 
     def _logits(self, batch: Any, model: nn.Module) -> tuple[Tensor, Tensor]:
@@ -91,10 +91,10 @@ class MultiLabel(BatchTask):
         logits, targets = self._read(batch, model)
         if logits.ndim != 2 or targets.shape != logits.shape:
             raise TaskError(
-                f"{type(self).__name__}: expected logits and targets [B, L] alike, found {tuple(logits.shape)} and "
+                f"{self.__class__.__name__}: expected logits and targets [B, L] alike, found {tuple(logits.shape)} and "
                 f"{tuple(targets.shape)}. Take Classification for one label of several classes, Binary for one of two."
             )
-        check_zero_or_one(targets, type(self).__name__)
+        check_zero_or_one(targets, self.__class__.__name__)
         return logits, targets.to(logits.dtype)
 
     def _weight(self, logits: Tensor) -> float:
@@ -106,8 +106,8 @@ class MultiLabel(BatchTask):
         given = logits.new_tensor(self.pos_weight)
         if given.ndim and given.shape != logits.shape[1:]:
             raise TaskError(
-                f"{type(self).__name__}: pos_weight holds {len(given)} numbers, but the model has {logits.shape[1]} "
-                "outputs. Give one number, or one for each."
+                f"{self.__class__.__name__}: pos_weight holds {len(given)} numbers, but the model has "
+                f"{logits.shape[1]} outputs. Give one number, or one for each."
             )
         return given
 

@@ -195,7 +195,8 @@ def described(output: Any) -> str:
 
 def attention_mask_of(batch: Any) -> Tensor | None:
     """The `attention_mask` [B, S] that a batch holds, of those that tell padding; None where it holds none."""
-    mapping = mapping_in(batch)
+    readable = isinstance(batch, Mapping) or (isinstance(batch, list | tuple) and len(batch) == 2)
+    mapping = mapping_in(batch) if readable else None  # what is not readable is named by the loss
     if mapping is not None and isinstance(inner := mapping.get("inputs"), Mapping):
         mapping = inner
     mask = None if mapping is None else mapping.get("attention_mask")

@@ -162,11 +162,11 @@ class Classification(BatchTask):
         check_choice("measurement", measurement, ("loss", "margin", "log_probability"), TaskError)
         super().__init__(inputs, targets, weights, mean_weight, class_weights)
         self.measurement = measurement
-        self.loss = SoftmaxLoss(type(self).__name__, class_weights, label_smoothing)
+        self.loss = SoftmaxLoss(self.__class__.__name__, class_weights, label_smoothing)
 
     def _logits(self, batch: Any, model: nn.Module) -> tuple[Tensor, Tensor]:
         logits, labels = self._read(batch, model)
-        name = type(self).__name__
+        name = self.__class__.__name__
         if logits.ndim != 2 or labels.shape != logits.shape[:1]:
             raise TaskError(
                 f"{name}: expected logits [B, C] and labels [B], found {tuple(logits.shape)} and "

@@ -71,7 +71,7 @@ class TokenTask(BatchTask):
         labels: str | None = None,
         inputs: Keys = None,
     ):
-        name = type(self).__name__
+        name = self.__class__.__name__
         check_choice("objective", objective, OBJECTIVES, TaskError)
         check_choice("measurement", measurement, self.measurements, TaskError)
         super().__init__(inputs, labels)
@@ -107,7 +107,7 @@ class TokenTask(BatchTask):
         labels_BS = self._given_labels(batch)
         if not isinstance(labels_BS, Tensor) or labels_BS.ndim != 2:
             found = tuple(labels_BS.shape) if isinstance(labels_BS, Tensor) else type(labels_BS).__name__
-            raise TaskError(f"{type(self).__name__}: expected labels [B, S], one for each token, found {found}.")
+            raise TaskError(f"{self.__class__.__name__}: expected labels [B, S], one for each token, found {found}.")
         return shifted(labels_BS, self.ignore_index) if self.shifts else labels_BS
 
     def _given_labels(self, batch: Any) -> Any:
@@ -119,7 +119,7 @@ class TokenTask(BatchTask):
         labels_BS = self._labels(batch)
         counted = labels_BS != self.ignore_index
         order, T = targets_first(counted)
-        _check_decoder_only(type(self).__name__, model)
+        _check_decoder_only(self.__class__.__name__, model)
         logits = self._outputs(batch, model)
         self._check_fit(logits, labels_BS, counted)
         labels, weight_B1 = labels_BS.long().masked_fill(~counted, IGNORED), self._weight(counted, logits.dtype)
@@ -132,11 +132,11 @@ class TokenTask(BatchTask):
         """Raise TaskError unless there is a label for each position of the logits, and a class for each label."""
         if logits.ndim != 3 or logits.shape[:-1] != labels_BS.shape:
             raise TaskError(
-                f"{type(self).__name__}: expected logits [B, S, C] and labels [B, S], found {tuple(logits.shape)} and "
-                f"{tuple(labels_BS.shape)}. Labels stand at the positions of the inputs; derive a Task of your own for "
-                "a model with others."
+                f"{self.__class__.__name__}: expected logits [B, S, C] and labels [B, S], found "
+                f"{tuple(logits.shape)} and {tuple(labels_BS.shape)}. Labels stand at the positions of the "
+                "inputs; derive a Task of your own for a model with others."
             )
-        check_labels(labels_BS, logits.shape[-1], type(self).__name__, counted_BS)
+        check_labels(labels_BS, logits.shape[-1], self.__class__.__name__, counted_BS)
 
     def _weight(self, counted_BS: Tensor, dtype: torch.dtype) -> Tensor:
         """The weight of each of an example's targets, [B, 1]."""
@@ -223,5 +223,5 @@ class TokenClassification(TokenTask):
         **options: Any,
     ):
         super().__init__(objective, **options)
-        self.mean_weight = checked_mean_weight(type(self).__name__, mean_weight, class_weights=class_weights)
-        self.loss = SoftmaxLoss(type(self).__name__, class_weights, self.loss.label_smoothing)
+        self.mean_weight = checked_mean_weight(self.__class__.__name__, mean_weight, class_weights=class_weights)
+        self.loss = SoftmaxLoss(self.__class__.__name__, class_weights, self.loss.label_smoothing)

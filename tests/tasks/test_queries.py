@@ -440,3 +440,12 @@ def test_options_that_training_had_tell_factors_apart_and_measurements_do_not(tm
     ]
     fingerprints = [str(sorted(told(task).items())) for task in others] + [str(sorted(plain.items()))]
     assert len(set(fingerprints)) == len(fingerprints)
+
+
+@pytest.mark.parametrize("base", [sf.tasks.Classification, sf.tasks.MultiLabel, CausalLM, sf.tasks.Regression])
+def test_attributes_that_a_subclass_adds_and_no_loss_reads_do_not_count(base: type[sf.Task]) -> None:
+    from segflow.data.code_identity import task_fingerprint
+
+    one, other = base(), base()
+    one.remark, other.remark = "first", "second"  # type: ignore[attr-defined]
+    assert task_fingerprint(one) == task_fingerprint(other)
