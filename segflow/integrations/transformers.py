@@ -11,13 +11,14 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 
 from ..errors import TrajectoryError
 from ..runtime.sharding import unwrap
 from ..training.record import record
 from ..training.recording import Recording
 from ..training.sampling import CountedSampler
+from ..training.trainer_accumulation import added_up, batches_of_a_step
 
 _ADVICE = (
     "Give it to the Trainer as it is made, Trainer(..., callbacks=[RecordCallback(...)]); or, of one that exists, call "
@@ -74,7 +75,7 @@ class RecordCallback(TrainerCallback):  # type: ignore[misc]
         }
         self._dataset_size, self._batch_size, self._overwrite = dataset_size, batch_size, overwrite
         self._open: AbstractContextManager[Recording] | None = None
-        self._attached = False
+        self._attached, self._averages = False, True  # whether the Trainer averages accumulated batches by its own rule
         self._ended_at: int | None = None  # the Trainer's step at which the recording ended
         self._parameters: list[torch.Tensor] = []
         self._writes: list[int] = []  # how often these had been written to after the last step
@@ -95,6 +96,8 @@ class RecordCallback(TrainerCallback):  # type: ignore[misc]
                 self._abandon()
 
         trainer.train = train_and_close
+        own = type(trainer).compute_loss is not Trainer.compute_loss or trainer.compute_loss_func is not None
+        self._averages = not own
         self._attached = True
 
     def on_init_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
@@ -121,6 +124,7 @@ class RecordCallback(TrainerCallback):  # type: ignore[misc]
             self.directory,
             dataset_size=self._size_of(others.get("train_dataloader")),
             batch_size=self._batch_size_of(args, state),
+            gradient_scale=self._scale_of(model, args, others.get("train_dataloader")),
             total_steps=state.max_steps,
             **self._options,
             **self._beginning(args, state, unused),
@@ -158,6 +162,15 @@ class RecordCallback(TrainerCallback):  # type: ignore[misc]
             return self._batch_size
         of_process = state.train_batch_size or args.train_batch_size
         return int(of_process * args.gradient_accumulation_steps * args.world_size)
+
+    def _scale_of(self, model: Any, args: Any, dataloader: Any) -> float:
+        """How many times the mean loss's gradient a step's is: see `trainer_accumulation`."""
+        plain = {name: getattr(args, name, None) for name in ("gradient_accumulation_steps", "label_smoothing_factor")}
+        if not self._averages or not added_up(model, plain):
+            return 1.0
+        accumulated = int(args.gradient_accumulation_steps)
+        batches = len(dataloader) if hasattr(dataloader, "__len__") else accumulated
+        return batches_of_a_step(batches, 1, accumulated)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
         """An optimizer step was taken, perhaps the last one."""

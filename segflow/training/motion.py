@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..arguments import real_number
 from ..errors import TrajectoryError
 from .optimizers import OptimizerConstants
 from .per_step import PerStep, constant_by_group, constant_by_step, one_by_group
@@ -36,6 +37,8 @@ class Moves:
         fresh: 1 where the optimizer began with no state of the parameters, so that momentum and step counts begin;
             None: at the first step, unless steps were taken before.
         taken_before: how many steps the optimizer had taken before the first one, for each parameter group.
+        gradient_scale: what a step's gradient was a multiple of: 1 for the gradient of the mean loss over examples, 4
+            where the mean losses of 4 accumulated batches were added up.
     """
 
     clip_factors: PerStep = 1.0
@@ -44,6 +47,7 @@ class Moves:
     left_out: PerStep = 0.0
     fresh: PerStep | None = None
     taken_before: float | Sequence[float] = 0.0
+    gradient_scale: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,7 @@ class Steps:
     carried: np.ndarray
     left_out: np.ndarray
     fresh: np.ndarray
+    gradient_scale: float = 1.0
 
     def differing(self, first: int, second: int) -> list[str]:
         """What differs in the steps of two parameter groups, in words."""
@@ -86,11 +91,14 @@ class Steps:
         }
         return [name for name, values in columns.items() if (values[..., first] != values[..., second]).any()]
 
-    def mean_squared_clip(self, group: int, steps: range) -> float:
-        """The mean square of a parameter group's clip factors over those of some steps that carried; 1 if none did."""
+    def mean_squared_factor(self, group: int, steps: range) -> float:
+        """What gradients were multiplied by, squared: a parameter group's mean over those of some steps that carried.
+
+        That is the clip factors and the scale; the scale alone if no step carried.
+        """
         here = slice(steps.start, steps.stop)
         factors = self.clip_factors[here, group][self.carried[here, group] > 0]
-        return float(np.square(factors).mean()) if len(factors) else 1.0
+        return self.gradient_scale**2 * (float(np.square(factors).mean()) if len(factors) else 1.0)
 
 
 def steps_used(
@@ -133,6 +141,7 @@ def steps_used(
         decoupled=decoupled,
         nesterov=one_by_group("nesterov", optimizer.nesterov, bool, len(kinds)),
         taken_before=before,
+        gradient_scale=real_number("gradient_scale", moves.gradient_scale, TrajectoryError, above=0),
         **{name: values.numpy() for name, values in given.items()},
     )
 
@@ -155,7 +164,9 @@ def motion(steps: Steps) -> Motion:
     for kind in set(steps.kinds):
         groups = [group for group, other in enumerate(steps.kinds) if other == kind]
         moved[:, groups] = _rates_of(kind, steps, groups)
-    rates = np.where(steps.carried > 0, steps.clip_factors * moved, np.where(np.isnan(moved), np.nan, 0.0))
+    rates = np.where(
+        steps.carried > 0, steps.gradient_scale * steps.clip_factors * moved, np.where(np.isnan(moved), np.nan, 0.0)
+    )
     plain = np.where(np.isnan(moved), np.nan, steps.moved * steps.learning_rates)
     decays = np.where(np.array(steps.decoupled), plain, moved) * steps.weight_decay
     return Motion(torch.from_numpy(rates), torch.from_numpy(decays), _ceilings(steps))

@@ -22,7 +22,11 @@ def seen(steps: Steps, group_of: Mapping[str, int] | None) -> dict[str, Any]:
         members.setdefault(group, []).append(name)
     partly = {_shortened(names): _counts(steps, group) for group, names in members.items()}
     found = {"steps that moved parameters": {names: counts for names, counts in partly.items() if counts}}
-    return {name: value for name, value in {**found, "clipping": _clipping(steps, members)}.items() if value}
+    found["clipping"] = _clipping(steps, members)
+    scaled = (
+        {"gradients": f"{steps.gradient_scale:g} times those of the mean loss"} if steps.gradient_scale != 1 else {}
+    )
+    return scaled | {name: value for name, value in found.items() if value}
 
 
 def _shortened(names: Sequence[str]) -> str:

@@ -7,14 +7,14 @@ import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..arguments import shown, truth, whole_number
+from ..arguments import real_number, shown, truth, whole_number
 from ..errors import TrajectoryError
 from ..runtime.progress import is_shown
 from ..runtime.ranks import current
@@ -49,6 +49,7 @@ def record(  # noqa: PLR0913 (one argument for each thing to say of a run)
     dtype: torch.dtype | None = None,
     example_weights: Any = None,
     sampler: CountedSampler | None = None,
+    gradient_scale: float = 1.0,
     progress: bool | None = None,
 ) -> Iterator[Recording]:
     """Record the training that happens inside the `with` block; the loop and its numbers stay as they are.
@@ -84,6 +85,8 @@ def record(  # noqa: PLR0913 (one argument for each thing to say of a run)
         example_weights: [dataset_size] numbers >= 0, how often each example was drawn compared with the others; only
             their ratios count (what multiplies an example's loss belongs into the task). None: all count alike.
         sampler: counts instead how often the sampler of the training loop drew each example; see `CountedSampler`.
+        gradient_scale: what a step's gradient is a multiple of, where it is not that of the mean loss over examples: 4
+            if the mean losses of 4 accumulated batches are added up, not averaged.
         progress: say on standard error what will be written: True always, False never, None on a terminal only. The
             `Recording` that the block gets says the same when it is printed.
 
@@ -108,6 +111,8 @@ def record(  # noqa: PLR0913 (one argument for each thing to say of a run)
         (4, 8)
     """
     options = _options(dataset_size, batch_size, dtype, example_weights, sampler)
+    scale = real_number("gradient_scale", gradient_scale, TrajectoryError, above=0)
+    options = replace(options, gradient_scale=scale)
     if step is not None:
         step = whole_number("step", step, TrajectoryError)
     overwrite, resume = truth("overwrite", overwrite, TrajectoryError), truth("resume", resume, TrajectoryError)

@@ -137,6 +137,7 @@ def _moves(content: Mapping[str, Any], log: Logged) -> Moves:
         left_out=log.flags(LEFT_OUT).astype(float),
         fresh=log.flags(FRESH).astype(float),
         taken_before=before.tolist(),
+        gradient_scale=content.get("gradient_scale", 1.0),
     )
 
 

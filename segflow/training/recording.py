@@ -45,6 +45,7 @@ class RecordOptions:
     dtype: torch.dtype | None = None
     example_weights: Tensor | None = None
     sampler: CountedSampler | None = None
+    gradient_scale: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -289,6 +290,7 @@ class Recording:
             "strange": sorted(self.observer.watch.strange),
             "log": {"steps": self.step, "sha256": None},
             **{key: begun[key] for key in ("taken_before", "unaccounted", "resumed")},
+            **({} if self.options.gradient_scale == 1 else {"gradient_scale": self.options.gradient_scale}),
         }
 
     def _reasons(self) -> dict[str, str]:

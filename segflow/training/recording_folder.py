@@ -60,6 +60,7 @@ _DESCRIPTION = {
     "taken_before": {str: COUNT},
     "unaccounted": range(-1, 2**53),
     "resumed": [COUNT],
+    "gradient_scale?": float,
 }  # of trajectory.json, once training has begun
 
 

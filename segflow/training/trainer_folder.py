@@ -22,6 +22,7 @@ from .moment_files import OptimizerFile, OptimizerState, named_state
 from .motion import Moves
 from .optimizers import KNOWN, OptimizerConstants
 from .per_step import PerStep, rates_by_step
+from .trainer_accumulation import added_up, batches_of_a_step
 from .trainer_clipping import ClipLog, clip_factors_of
 from .trainer_files import (
     OPTIMIZER,
@@ -42,6 +43,7 @@ _NAMED = 4  # parameters in a message
 class TrainerWords:
     """What the user says of a Trainer's run; see `Trajectory.from_trainer` for the fields."""
 
+    dataset_size: int
     args: Any = None
     learning_rates: PerStep | Mapping[int, float] | None = None
     clip_factors: PerStep | None = None
@@ -70,6 +72,7 @@ class TrainerFolder:
         ]
         self._check_constants()
         self.taken = self._steps_taken()
+        self._adds_up = added_up(model, self.args)
 
     def _last_state(self) -> TrainerState:
         """The state at the end of training, which must be there, unless the user takes the last checkpoint for it."""
@@ -199,8 +202,19 @@ class TrainerFolder:
             "learning_rates": self.rates,
             "optimizer": self._constants(),
             "parameter_groups": {n: g for n, g in optimizer.group_of.items() if n not in self.unmoved},
-            "moves": Moves(clip_factors=factors),
+            "moves": Moves(clip_factors=factors, gradient_scale=self._gradient_scale),
         }
+
+    @property
+    def _gradient_scale(self) -> float:
+        """What gradients were multiples of the mean loss's, where accumulated batches were added up."""
+        if not self._adds_up:
+            return 1.0
+        accumulated, of_step = int(self.args["gradient_accumulation_steps"]), batch_size_of(self.args, self.last)
+        if of_step is None:
+            return float(accumulated)
+        drop_last = bool(self.args.get("dataloader_drop_last"))
+        return batches_of_a_step(self.words.dataset_size, of_step // accumulated, accumulated, drop_last)
 
     def _constants(self) -> OptimizerConstants:
         groups, kinds = self.optimizers[-1].groups, self.optimizers[-1].kinds

@@ -192,7 +192,9 @@ class Trajectory:
                 parameter is which, or what clipping did.
         """
         unfinished = truth("unfinished", unfinished, TrajectoryError)
-        words = TrainerWords(args, learning_rates, clip_factors, parameter_names, batch_size, unfinished)
+        whole_number("dataset_size", dataset_size, TrajectoryError, 1, advice="Give the number of training examples.")
+        told = args, learning_rates, clip_factors, parameter_names, batch_size, unfinished
+        words = TrainerWords(dataset_size, *told)
         folder = TrainerFolder(Path(output_dir), model, words)
         trajectory = cls(**folder.arguments, dataset_size=dataset_size, stage=stage, example_weights=example_weights)
         moments = folder.moments if trajectory.preconditioned else None
@@ -358,7 +360,7 @@ class Trajectory:
         bounds = nearest_bounds(self.steps, 0, self.total_steps)
         near = range(bounds[index], bounds[index + 1])
         return tuple(
-            self.used.mean_squared_clip(group, range(self.steps[index]) if kind == "Adagrad" else near)
+            self.used.mean_squared_factor(group, range(self.steps[index]) if kind == "Adagrad" else near)
             for group, kind in enumerate(self.kinds)
         )
 

@@ -333,3 +333,43 @@ def test_a_trainer_on_two_processes_is_recorded_once_as_its_folder_says(tmp_path
         assert moments is not None and others is not None
         for name, moment in moments.items():
             torch.testing.assert_close(others[name], moment)
+
+
+@pytest.mark.parametrize("kind", ["bert", "llama"])
+def test_accumulated_batches_that_the_trainer_adds_up_are_taken_as_their_sum(kind: str, tmp_path: Path) -> None:
+    """BERT's classifier averages its loss itself, and a Trainer leaves the batches of a step to be averaged by it."""
+    from ..support.models import bert_classifier
+
+    def make() -> nn.Module:
+        torch.manual_seed(0)
+        return bert_classifier().double() if kind == "bert" else model_of("llama")
+
+    data: Any = [{"input_ids": one["input_ids"], "labels": int(one["input_ids"][0]) % 3} for one in sentences()]
+    data = data if kind == "bert" else sentences()
+    model = make()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    steps = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2, "num_train_epochs": 2}
+    plain: list[dict[str, torch.Tensor]] = []
+
+    class Gradients(TrainerCallback):  # type: ignore[misc]
+        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **others: Any) -> None:
+            plain.append({n: p.grad.clone() for n, p in others["model"].named_parameters() if p.grad is not None})
+
+    callbacks = [RecordCallback(tmp_path / "run", checkpoints=2), Gradients()]
+    options = {"max_steps": -1, "save_steps": 3, "optim": "sgd", "learning_rate": 1e-9, **steps}
+    trainer_of(tmp_path / "out", model, data, callbacks=callbacks, **options).train()
+    recorded = sf.Trajectory.load(tmp_path / "run")
+    folder = sf.Trajectory.from_trainer(tmp_path / "out", make(), dataset_size=N)
+    # 5 batches in 3 steps: of 2, 2 and 1. The learning rate is so small that gradients are those of the first model.
+    expected = 5 / 3 if kind == "bert" else 1.0
+    assert recorded.used.gradient_scale == folder.used.gradient_scale == pytest.approx(expected)
+    if kind == "bert":
+        model.eval()
+        summed = {n: sum(step[n] for step in plain[:3]) for n in plain[0]}
+        inputs = torch.stack([one["input_ids"] for one in data])
+        loss = model(input_ids=inputs, labels=torch.tensor([one["labels"] for one in data])).loss
+        mean = dict(zip(summed, torch.autograd.grad(loss, [model.get_parameter(n) for n in summed]), strict=True))
+        for name, total in summed.items():  # over the epoch the steps' gradients add up to so many times the mean
+            torch.testing.assert_close(total, 3 * expected * mean[name], rtol=1e-4, atol=1e-9)
