@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -11,15 +11,29 @@ from ..data.batches import Batch
 from ..errors import TaskError
 from ..tasks.task import attention_mask
 from .layers.tracked import TrackedLayer, VectorLayer
+from .layout import Layout
 from .tokens import Tokens, masked_inputs
-
-if TYPE_CHECKING:
-    from .loss_view import LossView
 
 Mask = Tensor | Mapping[str, Tensor] | None  # of all layers, or for layers by name
 
 
-def checked_mask(view: LossView, batch: Batch) -> Mask:
+class Masked(Protocol):
+    """What is looked at of a `LossView`."""
+
+    @property
+    def task(self) -> Any:
+        """Whose `get_attention_mask` it is."""
+
+    @property
+    def layers(self) -> Mapping[str, TrackedLayer]:
+        """The tracked layers by name."""
+
+    @property
+    def layout(self) -> Layout:
+        """How they see a batch."""
+
+
+def checked_mask(view: Masked, batch: Batch) -> Mask:
     """The task's mask; TaskError unless it is None, a tensor, or a mapping from tracked layers' names to tensors."""
     mask = attention_mask(view.task, batch.content)
     masks = mask if isinstance(mask, Mapping) else {} if mask is None else {next(iter(view.layers)): mask}
@@ -32,14 +46,14 @@ def checked_mask(view: LossView, batch: Batch) -> Mask:
     return mask
 
 
-def takes_masks(view: LossView) -> bool:
+def takes_masks(view: Masked) -> bool:
     """Whether some layer has positions that a mask could be of: vectors and layers run alone need none."""
     return any(
         not isinstance(layer, VectorLayer) and name not in view.layout.alone for name, layer in view.layers.items()
     )
 
 
-def mask_of(view: LossView, layer: TrackedLayer, shape_BS: Sequence[int], mask: Mask) -> Tensor | None:
+def mask_of(view: Masked, layer: TrackedLayer, shape_BS: Sequence[int], mask: Mask) -> Tensor | None:
     """The mask [B, S] of a layer's tokens; None where it has another shape, as that of other positions.
 
     Examples that are run alone have masks of their own; see `masked_alone`.
@@ -47,13 +61,13 @@ def mask_of(view: LossView, layer: TrackedLayer, shape_BS: Sequence[int], mask: 
     return None if layer.name in view.layout.alone else _fitting(view, layer, shape_BS, mask)
 
 
-def masked_alone(view: LossView, layer: TrackedLayer, tokens: Tokens, mask: Mask) -> Tokens:
+def masked_alone(view: Masked, layer: TrackedLayer, tokens: Tokens, mask: Mask) -> Tokens:
     """The tokens of an example that is run alone, with inputs of zero where its own mask is 0."""
     mask_BS = _fitting(view, layer, tokens.a_PBSI.shape[1:3], mask)
     return tokens if mask_BS is None else masked_inputs(tokens, mask_BS)
 
 
-def _fitting(view: LossView, layer: TrackedLayer, shape_BS: Sequence[int], mask: Mask) -> Tensor | None:
+def _fitting(view: Masked, layer: TrackedLayer, shape_BS: Sequence[int], mask: Mask) -> Tensor | None:
     """Where a layer is called several times, or a tensor is tied, the calls' positions follow one another.
 
     Each has the mask's.

@@ -1,4 +1,4 @@
-"""Where accumulated batches are added up and not averaged, gradients are multiples of the mean loss's, and are taken so."""
+"""Where accumulated batches are added up, not averaged, gradients are multiples of the mean loss's, and taken so."""
 
 from __future__ import annotations
 
