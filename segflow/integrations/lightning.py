@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack
 from importlib import import_module
@@ -96,6 +97,7 @@ class RecordCallback(*_callback_classes()):  # type: ignore[misc]
             options["total_steps"] = _total_steps(trainer, pl_module)
         if self._options.get("step") is not None and "resume" in options:
             options["step"] = self._options["step"]
+        _warn_of_short_steps(trainer)
         stack = ExitStack()
         block = record(pl_module, trainer.optimizers, self._directory, dataset_size=size, **options)
         self.recording = stack.enter_context(block)
@@ -142,6 +144,18 @@ def _total_steps(trainer: Any, module: Any) -> int | None:
         return None
     steps = trainer.estimated_stepping_batches
     return int(steps) if math.isfinite(steps) and steps > 0 else None
+
+
+def _warn_of_short_steps(trainer: Any) -> None:
+    """Warn where the last step of an epoch gathers fewer batches than Lightning divides its loss by."""
+    batches, gathered = trainer.num_training_batches, trainer.accumulate_grad_batches
+    if math.isfinite(batches) and (left := batches % gathered):
+        warnings.warn(
+            f"RecordCallback: each epoch's last step gathers {left} of {gathered} batches, and Lightning divides their "
+            f"gradient by {gathered}, so that it moves less than is counted. Train on a multiple of {gathered} batches "
+            "(drop_last, limit_train_batches), or take the scores of such a run as slightly off.",
+            stacklevel=2,
+        )
 
 
 def _resumption(trainer: Any) -> dict[str, Any]:

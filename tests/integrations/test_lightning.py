@@ -261,11 +261,16 @@ def test_a_dataset_size_that_is_not_told_is_asked_for(data: Any, options: Any, w
 
 
 def test_training_whose_steps_cannot_be_foreseen_is_recorded_without_their_number(tmp_path: Path) -> None:
-    schedule = pl.callbacks.GradientAccumulationScheduler({0: 1, 1: 3})
+    schedule = pl.callbacks.GradientAccumulationScheduler({1: 3})
     callback = RecordCallback(tmp_path / "run", checkpoints=2)
     trainer(callback, schedule).fit(Wrapped(adamw), loader())
     assert callback.recording is not None and callback.recording.schedule.total_steps is None
     assert sf.Trajectory.load(tmp_path / "run").total_steps == 6 + 2 + 2
+
+
+def test_an_accumulation_that_an_epoch_ends_early_is_named(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="last step gathers 2 of 4 batches, and Lightning divides"):
+        trainer(RecordCallback(tmp_path, checkpoints=1), accumulate_grad_batches=4).fit(Wrapped(adamw), loader())
 
 
 def test_an_option_that_record_does_not_have_is_refused_where_the_callback_is_made() -> None:
