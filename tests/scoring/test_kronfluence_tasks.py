@@ -43,13 +43,13 @@ class Rows(Dataset[Any]):
         return {name: column[index] for name, column in self.columns.items()}
 
 
-def tokens(n: int, seed: int, *choices: int) -> dict[str, Tensor]:
+def tokens(n: int, seed: int) -> dict[str, Tensor]:
     """Sequences of which the last positions are padding."""
     generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(1, WORDS, (n, *choices, POSITIONS), generator=generator)
-    lengths = torch.randint(3, POSITIONS + 1, (n, *choices, 1), generator=generator)
+    ids = torch.randint(1, WORDS, (n, POSITIONS), generator=generator)
+    lengths = torch.randint(3, POSITIONS + 1, (n, 1), generator=generator)
     mask = (torch.arange(POSITIONS) < lengths).long()
-    labels = torch.randint(0, choices[0] if choices else 2, (n,), generator=generator)
+    labels = torch.randint(0, 2, (n,), generator=generator)
     return {"input_ids": ids * mask, "attention_mask": mask, "token_type_ids": torch.zeros_like(ids), "labels": labels}
 
 
@@ -81,13 +81,6 @@ def bert() -> nn.Module:
     return transformers.BertForSequenceClassification(transformers.BertConfig(**SMALL, intermediate_size=8))
 
 
-def roberta() -> nn.Module:
-    import transformers
-
-    config = transformers.RobertaConfig(**SMALL, intermediate_size=8, pad_token_id=0, bos_token_id=1, eos_token_id=2)
-    return transformers.RobertaForMultipleChoice(config)
-
-
 def convolutions() -> nn.Module:
     first, second = nn.Conv2d(2, 3, 3, stride=2, padding=1), nn.Conv2d(3, 4, 3, bias=False)
     return nn.Sequential(first, nn.ReLU(), second, nn.Flatten(), nn.Linear(4, 3))
@@ -108,7 +101,6 @@ CASES: dict[str, Case] = {
     "CIFAR": (CifarClassification(), convolutions, lambda n, seed: images(n, seed=seed)),
     "GLUE": (GlueClassification(), bert, lambda n, seed: Rows(tokens(n, seed))),
     "WikiText": (WikiTextLanguageModel(2), gpt2, text),
-    "SWAG": (SwagMultipleChoice(), roberta, lambda n, seed: Rows(tokens(n, seed, 4))),
 }
 
 
@@ -178,6 +170,14 @@ def named_layers(model: nn.Module, task: Any) -> list[str]:
         for name, module in model.named_modules()
         if not isinstance(module, kinds) and any(True for _ in module.parameters(recurse=False))
     ]
+
+
+def test_a_task_that_joins_the_gradients_of_an_examples_rows_is_refused_by_name(tmp_path: Path) -> None:
+    """SWAG's: Kronfluence has a gradient for each row of the model, segflow one for each example."""
+    model = perceptron().double()
+    trajectory = trajectory_of(tmp_path / "run", [model.state_dict()], N)
+    with pytest.raises(sf.TaskError, match="SwagMultipleChoice post-processes per-example gradients"):
+        analyzer_of(model, trajectory, tmp_path / "store", SwagMultipleChoice())
 
 
 def correlation(first: Tensor, second: Tensor) -> float:
