@@ -139,10 +139,15 @@ def state_dict_names(path: Path) -> list[str]:
     return list(_torch_state_dict(path, mmap=zipfile.is_zipfile(path)))  # other files are of torch before 1.6
 
 
+def load_torch(path: Path, mmap: bool = False) -> Any:
+    """What torch.save wrote, if it is of tensors and plain containers; mmap: leave the tensors in the file."""
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)  # noqa: TID251
+
+
 def _torch_state_dict(path: Path, mmap: bool) -> dict[str, Tensor]:
     """mmap: leave the tensors in the file."""
     try:
-        content: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)  # noqa: TID251
+        content: Any = load_torch(path, mmap)
     except Exception as problem:  # torch raises many kinds here, none of its own
         raise TrajectoryError(
             f"{path}: not readable as a plain state_dict ({type(problem).__name__}: {problem}). "

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -16,20 +15,9 @@ from torch import Tensor, nn
 
 from ..arguments import truth, whole_number
 from ..errors import TrajectoryError
-from ..runtime.sharding import named_parameters, state_of
-from ..store.files import TensorFile, file_digest, inside
-from .adapters import check_config, has_adapter
-from .checkpoints import (
-    MODEL,
-    SECOND_MOMENT,
-    check_moment_files,
-    check_moments,
-    check_steps,
-    layouts,
-    open_recorded,
-    part_names,
-    read_part,
-)
+from ..runtime.sharding import named_parameters
+from ..store.files import inside
+from .checkpoints import check_moment_files, check_steps
 from .motion import Moves, motion, steps_used
 from .observed import seen
 from .optimizers import SECOND_MOMENTS, OptimizerConstants, decoupled_by_group, require_known
@@ -44,8 +32,10 @@ from .per_step import (
 from .recorded import Recorded, read_counts, read_recorded
 from .recording_folder import STAGES, check_stage, read_description, stage_names
 from .sampling import example_weights_by_checkpoint, nearest_bounds, weights_at_checkpoints
+from .saved import SavedCheckpoints
 from .state_files import state_files
-from .state_names import check_trained, filled, load_state, under_own_names, with_tied
+from .state_names import load_state, under_own_names, with_tied
+from .trainer_folder import TrainerFolder, TrainerWords
 
 
 class Trajectory:
@@ -92,7 +82,7 @@ class Trajectory:
         example_weights: Any = None,
     ):
         self.checkpoints = tuple(Path(path) for path in checkpoints)
-        self._files = tuple(state_files(path, "checkpoint file") for path in self.checkpoints)
+        self._saved = SavedCheckpoints(tuple(state_files(path, "checkpoint file") for path in self.checkpoints))
         self.steps = check_steps(steps, len(self.checkpoints))
         advice = "Give the number of training examples."
         self.dataset_size = whole_number("dataset_size", dataset_size, TrajectoryError, 1, advice=advice)
@@ -108,14 +98,13 @@ class Trajectory:
         self._motion = motion(self.used)
         self.stage = check_stage(stage)
         self.earlier: Trajectory | None = None  # the stage before; see `after`
-        self._moment_files = None
         if second_moments is not None:
             check_moment_files(self.kinds, len(second_moments), len(self))
-            self._moment_files = tuple(state_files(Path(path), "file of second moments") for path in second_moments)
+            moments = tuple(state_files(Path(path), "file of second moments") for path in second_moments)
+            self._saved = replace(self._saved, moments=moments)
         if example_weights is not None:
             example_weights = example_weights_by_checkpoint(example_weights, len(self.steps), self.dataset_size)
         self._example_weights: tuple[Tensor, ...] | None = example_weights
-        self._recorded = Recorded()  # of a recording, what its files say besides
         self._model: nn.Module | None = None  # whose names parameters go by; see `of_model`
 
     @classmethod
@@ -156,8 +145,60 @@ class Trajectory:
             raise TrajectoryError(
                 f"{description.path}: damaged ({type(problem).__name__}: {problem}). Restore it, or record again."
             ) from problem
-        trajectory._recorded = replace(recorded, missing=None) if partial else recorded
+        recorded = replace(recorded, missing=None) if partial else recorded
+        trajectory._saved = replace(trajectory._saved, recorded=recorded)
         return trajectory
+
+    @classmethod
+    def from_trainer(  # noqa: PLR0913 (one argument for each thing to say of a run)
+        cls,
+        output_dir: str | os.PathLike[str],
+        model: nn.Module,
+        *,
+        dataset_size: int,
+        args: Any = None,
+        stage: str = "train",
+        learning_rates: PerStep | Mapping[int, float] | None = None,
+        clip_factors: PerStep | None = None,
+        parameter_names: Sequence[str] | None = None,
+        batch_size: int | None = None,
+        example_weights: Any = None,
+        unfinished: bool = False,
+    ) -> Trajectory:
+        """Read what a run of transformers' Trainer left in its output_dir: its checkpoint-* folders.
+
+        Parameters and second moments are brought to the model's names, the learning rate of every step is rebuilt from
+        the schedule's definition and checked against all that was logged and saved, and clipping follows from the
+        logged norms: those between are interpolated, with a warning if any was clipped (logging_steps=1 logs them
+        all). Steps are the optimizer's. Sampling is taken to be uniform. docs/TRAINING.md says more.
+
+        Args:
+            output_dir: the Trainer's. Its last checkpoint must be the end of training; or else trainer.save_model()
+                and trainer.save_state() have put the end there, for which the last checkpoint's second moments stand.
+            model: as it was trained, with the same parameters frozen; its values do not matter.
+            dataset_size: number of training examples N.
+            args: the TrainingArguments, or a dict of their values. None: read from training_args.bin, none of whose
+                code is run.
+            stage: what this stage of training is called; see `after`.
+            learning_rates: of every optimizer step, for schedules of your own; they are checked in the same way.
+            clip_factors: what clipping left of each step's gradient, where norms were not logged; 1.0 if it never did.
+            parameter_names: of the optimizer's parameters in its order, for one that the Trainer did not make.
+            batch_size: examples in one optimizer step. None: as the files say, as far as they do.
+            example_weights: see `Trajectory`.
+            unfinished: explain the model of the last checkpoint, although training went on or was stopped after it.
+
+        Raises:
+            TrajectoryError: a file is missing, the schedule does not meet a logged point, or it cannot be told which
+                parameter is which, or what clipping did.
+        """
+        unfinished = truth("unfinished", unfinished, TrajectoryError)
+        words = TrainerWords(args, learning_rates, clip_factors, parameter_names, batch_size, unfinished)
+        folder = TrainerFolder(Path(output_dir), model, words)
+        trajectory = cls(**folder.arguments, dataset_size=dataset_size, stage=stage, example_weights=example_weights)
+        moments = folder.moments if trajectory.preconditioned else None
+        recorded = Recorded(unmoved=folder.unmoved, observed=folder.observed)
+        trajectory._saved = replace(trajectory._saved, moments=moments, recorded=recorded)
+        return trajectory.of_model(model)
 
     def after(self, earlier: Trajectory) -> Trajectory:
         """This stage of training as the one that went on where `earlier` ended (pretraining, then fine-tuning).
@@ -223,10 +264,7 @@ class Trajectory:
 
     def state(self, index: int) -> dict[str, Tensor]:
         """The state that the files of checkpoint `index` hold, on the CPU, under the names that they have there."""
-        recorded = self._file(index)
-        if recorded is not None:
-            return self._recorded.frozen_state() | read_part(recorded, MODEL)
-        return self._files[index].read(self._recorded.sha256.get(index))
+        return self._saved.state(index)
 
     def saved_moments(self, index: int) -> frozenset[str] | None:
         """The names of the parameters whose second moments were saved at checkpoint `index`; None if none were.
@@ -234,16 +272,7 @@ class Trajectory:
         Of a recording they may be none at all: those that its optimizer had not stepped yet have none. Only names are
         read, so that the moments themselves may still be refused by `second_moments`.
         """
-        if not self.preconditioned:
-            return None
-        if self._moment_files is not None:
-            files = self._moment_files[index]
-            named = under_own_names(dict.fromkeys(files.names()), self._model, str(files.path))
-            return frozenset(with_tied(named, self._model)) or None
-        recorded = self._file(index)
-        if recorded is None:
-            return None
-        return frozenset(with_tied(dict.fromkeys(part_names(recorded, SECOND_MOMENT)), self._model))
+        return self._saved.moment_names(index, self._model) if self.preconditioned else None
 
     def second_moments(self, index: int) -> dict[str, Tensor] | None:
         """Bias-corrected second moments v_hat at checkpoint `index`, {parameter name: tensor}; None if not saved.
@@ -251,46 +280,22 @@ class Trajectory:
         A parameter that has taken no step is not among them. TrajectoryError names one whose moments are not finite,
         negative, or not those of a parameter in the checkpoint.
         """
-        if not self.preconditioned:
-            return None
-        if self._moment_files is not None:
-            files = self._moment_files[index]
-            moments = under_own_names(files.read(), self._model, where := str(files.path))
-            like = self.state(index) if self._model is None else named_parameters(self._model, remove_duplicate=False)
-            check_moments(where, moments, self.group_of, like)
-        else:
-            recorded = self._file(index)
-            moments = {} if recorded is None else read_part(recorded, SECOND_MOMENT)
-            check_moments(str(self.checkpoints[index]), moments, self.group_of)
-        return with_tied(moments, self._model) or None
-
-    def _file(self, index: int) -> TensorFile | None:
-        """The file of checkpoint `index` if record() wrote it; None if it is somebody else's."""
-        return open_recorded(self.checkpoints[index], self._recorded.sha256.get(index))
+        return self._saved.second_moments(index, self._model, self.group_of) if self.preconditioned else None
 
     def digest(self, index: int) -> str:
         """sha256 of each file that is read for the checkpoint, joined by "-"."""
-        moments = self._moment_files[index].digests() if self._moment_files else []
-        frozen = [file_digest(path, TrajectoryError) for path in [self._recorded.frozen] if path is not None]
-        return "-".join([*self._files[index].digests(), *moments, *frozen])
+        return self._saved.digest(index)
 
     def left_alone(self, model: nn.Module, index: int) -> frozenset[str]:
         """The names in the model's state that checkpoint `index` leaves as they are: all but an adapter's, or none.
 
         TrajectoryError where one of them was trained, or the checkpoint is not of the model's adapter.
         """
-        if self._file(index) is not None or not has_adapter(model):
-            return frozenset()
-        match = filled(self._files[index].names(), model, where := self._where(index))
-        check_trained(match, self._trained(model), where)
-        if match.left:
-            check_config(model, self._files[index].parts[0].parent)
-        return match.left
+        return self._saved.left_alone(model, index, self._where(index), self._trained(model))
 
     def fits(self, model: nn.Module, index: int) -> bool:
         """Whether checkpoint `index` is seen to have the model's tensors by its names, shapes and dtypes alone."""
-        found = self._recorded.layouts(file) if (file := self._file(index)) else self._files[index].layouts()
-        return found == layouts(state_of(model))
+        return self._saved.fits(model, index)
 
     def load_into(self, model: nn.Module, index: int | Mapping[int, float]) -> None:
         """Copy checkpoint `index` into `model`, but for what an adapter lacks; TrajectoryError names what does not fit.
@@ -298,10 +303,15 @@ class Trajectory:
         index: or {index: weight}, for a weighted mean in double precision; counters and the like are the last one's.
         """
         if isinstance(index, Mapping):
-            found = self._mean(index), f"mean of the checkpoints {sorted(index)}"
+            found = self._saved.mean(index), f"mean of the checkpoints {sorted(index)}"
         else:
             found = self.state(index), self._where(index)
         load_state(model, *found, self._trained(model))
+
+    @property
+    def _recorded(self) -> Recorded:
+        """Of a recording, what its files say besides."""
+        return self._saved.recorded
 
     def _where(self, index: int) -> str:
         return f"checkpoint at step {self.steps[index]} ({self.checkpoints[index].name})"
@@ -310,24 +320,6 @@ class Trajectory:
         """The parameters that training may have changed: of a parameter group, or else such as require gradients."""
         parameters, groups = named_parameters(model, remove_duplicate=False), self.parameter_groups
         return {n for n, p in parameters.items() if (p.requires_grad if groups is None else n in groups)}
-
-    def _mean(self, weights: Mapping[int, float]) -> dict[str, Tensor]:
-        total = sum(weights.values())
-        known = all(index in range(len(self)) for index in weights)
-        if not known or not all(weight >= 0 for weight in weights.values()) or not 0 < total < math.inf:
-            raise TrajectoryError(
-                f"mean of checkpoints: got {{checkpoint: weight}} {dict(weights)}, expected checkpoints 0 to "
-                f"{len(self) - 1} with finite weights >= 0, not all of them 0."
-            )
-        last = self.state(max(weights))
-        mean = {name: torch.zeros_like(t, dtype=torch.float64) for name, t in last.items() if t.is_floating_point()}
-        for index in (index for index, weight in weights.items() if weight > 0):
-            state = self.state(index)
-            if {name: t.shape for name, t in state.items()} != {name: t.shape for name, t in last.items()}:
-                raise TrajectoryError(f"{self.checkpoints[index]}: its tensors are not those of the last of the mean.")
-            for name in mean:
-                mean[name] += state[name].double() * (weights[index] / total)
-        return last | {name: summed.to(last[name].dtype) for name, summed in mean.items()}
 
     def lr_steps(self, start: int, end: int) -> tuple[float, ...]:
         """What the steps in (start, end] moved the parameters by, for each unit of P * gradient.
