@@ -37,7 +37,7 @@ from .stage.calling import one_call_of
 from .stage.context import Settings, StageContext
 from .stage.opening import (
     check_alike,
-    check_runs,
+    given_runs,
     open_stages,
     scored_stage,
     training_data,
@@ -104,8 +104,7 @@ class Analyzer:
         exclude: str | Collection[str] = (),
         block_sizes: BlockSizes = BlockSizes(),  # noqa: B008
     ):
-        runs = [trajectory] if isinstance(trajectory, Trajectory) else list(trajectory)
-        check_runs(runs)
+        runs = given_runs(trajectory)
         self.method = method if method is not None else Source()
         check_method(self.method)
         describe(self.method)  # refuses now what is no dataclass of plain options

@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader
 
 import segflow as sf
+from segflow.data.batches import dataset_length
 
 from .support.helpers import vectors
 from .test_numbers import DATA, LABELS, MODEL, N, _analyzer, told
@@ -40,6 +42,44 @@ def test_a_mapping_of_datasets_is_no_dataset(tmp_path: Path) -> None:
     analyzer.fit(vectors(N))
     with pytest.raises(sf.TaskError, match=r"the query dataset is a dict with the keys \['test'\]"):
         analyzer.score(sf.Groups.by(LABELS), vectors(N), {"test": vectors(2)})
+
+
+X, Y = vectors(N).tensors
+NO_DATASETS: dict[str, tuple[Any, str]] = {
+    "loader": (DataLoader(vectors(N)), r"a DataLoader\. Give loader\.dataset, and .*collate_fn=loader\.collate_fn"),
+    "pair": ((X, Y), r"a tuple of 2 tensors, a column each.*TensorDataset\(\*columns\)"),
+    "alike": ((X, X), r"a tuple of 2 tensors"),
+    "arrays": ((X.numpy(), Y.numpy()), r"a tuple of 2 tensors"),
+    "list": ([X, Y], r"a list of 2 tensors, a column each"),
+    "columns": ({"inputs": X, "labels": Y}, r"a dict with the keys .*a list of examples, each a mapping of one"),
+    "splits": (
+        {"train": vectors(N), "test": vectors(N)},
+        r"a dict with the keys .*Expected one .*one of the mapping's",
+    ),
+    "text": ("run", r"a str, 'run'\. Expected a map-style dataset"),
+    "number": (3, r"an int, 3\. Expected a map-style dataset"),
+}
+
+
+@pytest.mark.parametrize("role", ["training", "query"])
+@pytest.mark.parametrize("kind", NO_DATASETS)
+def test_what_is_no_dataset_is_refused_with_what_to_give(kind: str, role: str, tmp_path: Path) -> None:
+    given, words = NO_DATASETS[kind]
+    analyzer = _analyzer(tmp_path, method=sf.methods.GradientDot())
+    train, query = (given, vectors(2)) if role == "training" else (vectors(N), given)
+    with pytest.raises(sf.TaskError, match=f"the {role} dataset is {words}"):
+        analyzer.score(sf.Groups.by(LABELS), train, query)
+
+
+def test_a_list_of_tensors_of_one_shape_is_a_dataset() -> None:
+    assert dataset_length([X[0], X[1]], "query") == 2 and dataset_length([X[0], X[0, :3]], "query") == 2
+    assert dataset_length(X, "query") == len(X)
+
+
+@pytest.mark.parametrize("path", ["run", Path("run")], ids=["text", "Path"])
+def test_a_path_is_no_trajectory_and_the_error_says_how_to_load_it(path: Any, tmp_path: Path) -> None:
+    with pytest.raises(sf.TrajectoryError, match=r"found a path\. Give segflow\.Trajectory\.load\('run'\)"):
+        sf.Analyzer(MODEL, sf.tasks.Classification(), path, store=tmp_path)
 
 
 def test_a_dict_of_numbered_examples_is_a_dataset(tmp_path: Path) -> None:

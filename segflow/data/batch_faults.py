@@ -17,6 +17,11 @@ from .batches import Batch
 _SHOWN = 8  # parts of a batch that are described
 _OF_THE_MACHINE = ("out of memory", "not enough memory", "allocate memory", "gloo", "NCCL")  # no faults of the data
 
+_OF_ONE = (
+    " This is a batch of one example, which a task must take as well: .squeeze() drops its dimension too, where "
+    ".squeeze(-1) keeps it."
+)
+
 
 @contextmanager
 def naming(what: str, batch: Batch, model: nn.Module | None = None) -> Iterator[None]:
@@ -29,6 +34,8 @@ def naming(what: str, batch: Batch, model: nn.Module | None = None) -> Iterator[
     except FaultyRowError as problem:
         raise TaskError(f"{what}, example {batch.examples[problem.row]}: {problem}") from problem
     except TaskError as problem:
+        if str(problem).startswith(f"{what} of {batch}"):  # named already, further inside
+            raise
         data = not_finite(list(batch.examples), row_sums(batch))
         raise TaskError(f"{what} of {batch}: {problem}{f' ({data})' if data else ''}") from problem
     except Exception as problem:
@@ -37,6 +44,7 @@ def naming(what: str, batch: Batch, model: nn.Module | None = None) -> Iterator[
         raise TaskError(
             f"{what} of {batch} raised {type(problem).__name__}: {_first_line(problem)}. The batch holds "
             f"{described(batch)}{'' if model is None else f'; the model is in {_dtypes(model)}'}."
+            f"{_OF_ONE if batch.size == 1 else ''}"
         ) from problem
 
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch.utils.data import IterableDataset
+from torch.utils.data import DataLoader, IterableDataset
 
 from ..arguments import shown, whole_number
 from ..errors import SegflowError, TaskError
@@ -65,16 +65,9 @@ def checked_batch_size(given: object) -> int:
 
 def dataset_length(dataset: Any, role: str) -> int:
     """The dataset's length; TaskError if it has none, is not indexed, or is empty. role: names it in errors."""
-    if not hasattr(dataset, "__getitem__") and not hasattr(dataset, "__iter__"):
-        raise TaskError(
-            f"the {role} dataset is {shown(dataset)}, a {type(dataset).__name__}. Expected a map-style dataset (with "
-            "__len__ and __getitem__), or a list of examples."
-        )
-    if isinstance(dataset, Mapping) and 0 not in dataset:
-        raise TaskError(
-            f"the {role} dataset is a {type(dataset).__name__} with the keys {shown(list(dataset))}. Expected one "
-            "dataset, whose examples are numbered from 0: give one of the mapping's, or a list of examples."
-        )
+    if advice := _mistaken(dataset):
+        kind = type(dataset).__name__
+        raise TaskError(f"the {role} dataset is {'an' if kind[0] in 'AEIOaeio' else 'a'} {kind}{advice}")
     try:
         length = len(dataset)
     except TypeError:
@@ -88,6 +81,42 @@ def dataset_length(dataset: Any, role: str) -> int:
     if length == 0:
         raise TaskError(f"the {role} dataset is empty. Expected at least one example.")
     return int(length)
+
+
+def _mistaken(dataset: Any) -> str:
+    """What was given in the place of a dataset, and what to give; empty for a dataset."""
+    if isinstance(dataset, DataLoader):
+        return ". Give loader.dataset, and Analyzer(..., collate_fn=loader.collate_fn) where it has one of its own."
+    plain_text = isinstance(dataset, str | bytes)
+    if plain_text or (not hasattr(dataset, "__getitem__") and not hasattr(dataset, "__iter__")):
+        return (
+            f", {shown(dataset)}. Expected a map-style dataset (with __len__ and __getitem__), or a list of examples."
+        )
+    if isinstance(dataset, Mapping) and 0 not in dataset:
+        return f" with the keys {shown(list(dataset))}. Expected one dataset, whose examples are numbered from 0: " + (
+            "give a list of examples, each a mapping of one example's values."
+            if dataset and all(map(_is_array, dataset.values()))
+            else "give one of the mapping's, or a list of examples."
+        )
+    if _are_columns(dataset):
+        return (
+            f" of {len(dataset)} tensors, a column each and no examples. Give "
+            "torch.utils.data.TensorDataset(*columns), or a list of examples."
+        )
+    return ""
+
+
+def _are_columns(dataset: Any) -> bool:
+    """Whether these are the columns of a dataset: a tuple of tensors, or a list of some that no batch could join."""
+    if not isinstance(dataset, tuple | list) or len(dataset) < 2 or not all(map(_is_array, dataset)):
+        return False
+    shapes = {tuple(column.shape) for column in dataset}
+    same_length = all(shapes) and len({shape[0] for shape in shapes if shape}) == 1
+    return same_length and (isinstance(dataset, tuple) or len({len(shape) for shape in shapes}) > 1)
+
+
+def _is_array(value: Any) -> bool:
+    return isinstance(value, torch.Tensor | np.ndarray)
 
 
 def evenly_spaced(length: int, count: int) -> list[int]:

@@ -74,6 +74,11 @@ class LossView:
         with naming_loss(self.task, self.kind, batch, self.model), draws:
             return summed_loss(self.task, batch.content, self.model, kind=self.kind)
 
+    def gradients(self, batch: Batch, layers: Mapping[str, TrackedLayer]) -> dict[str, Tensor]:
+        """The loss's gradient [P, O, I] in some layers as autograd has it; TaskError as for `loss`."""
+        with naming_loss(self.task, self.kind, batch, self.model):
+            return autograd_gradients(self.model, layers, lambda: self.loss(batch), self.dtype)
+
     def only(self, names: Collection[str]) -> LossView:
         """The same with some of its layers alone."""
         alone = {name: how for name, how in self.layout.alone.items() if name in names}
@@ -158,7 +163,7 @@ class LossView:
 
                 capture(by_calls, layout, lambda: self.loss(single), receive, self.dtype, 1)
         if by_gradient := of_kind["gradient"]:
-            matrices = autograd_gradients(self.model, by_gradient, lambda: self.loss(single), self.dtype)
+            matrices = self.gradients(single, by_gradient)
             found |= {name: gradient_tokens(matrix, by_gradient[name]) for name, matrix in matrices.items()}
         return found
 

@@ -22,7 +22,6 @@ from ..tasks.task import summed_loss
 from .capture import DetachedError
 from .find_layout import find_layout
 from .finite_check import FiniteCheck
-from .gradient_tokens import autograd_gradients
 from .layers.function import FunctionLayer
 from .layers.tracked import TrackedLayer
 from .layout import Layout
@@ -113,7 +112,7 @@ def _settled(view: LossView, reader: Reader) -> LossView:
     chosen = {name: view.layers[name] for name in by_tokens}
     odd = {name for name, layer in chosen.items() if isinstance(layer, FunctionLayer)}
     for single in reader.probes([[index] for index in evenly_spaced(len(reader), _TRIED)], view.device):
-        exact = autograd_gradients(view.model, chosen, partial(view.loss, single), view.dtype)
+        exact = view.gradients(single, chosen)
         odd |= {name for name in by_tokens if name not in odd and not _alone_agrees(view, name, single, exact)}
     return _with_alone(view, [name for name in by_tokens if name in odd], "gradient")
 
@@ -131,7 +130,7 @@ def _used_elsewhere(view: LossView, reader: Reader) -> list[str]:
     used: set[str] = set()
     for index in evenly_spaced(len(reader), _TRIED) if uncalled else ():
         [single] = reader.probes([[index]], view.device)
-        slopes = autograd_gradients(view.model, uncalled, partial(view.loss, single), view.dtype)
+        slopes = view.gradients(single, uncalled)
         used |= {name for name, slope in slopes.items() if bool(slope.any())}
     return [name for name in uncalled if name in used]
 
@@ -169,7 +168,7 @@ def _mixed(view: LossView, reader: Reader) -> list[str]:
     if not names:
         return []
     chosen = {name: view.layers[name] for name in names}
-    exact = [autograd_gradients(view.model, chosen, partial(view.loss, single), view.dtype) for single in singles]
+    exact = [view.gradients(single, chosen) for single in singles]
     found = _found(view, chosen, pair)
     return [name for name in names if not _agree(view, name, found.get(name), exact)]
 
@@ -261,7 +260,7 @@ def _scale(exact: Mapping[str, Tensor]) -> Tensor:
 
 def _off(view: LossView, batch: Batch) -> list[str]:
     """The layers whose tokens in a batch do not make up their gradients, as where a weight is used outside of calls."""
-    exact = autograd_gradients(view.model, view.layers, partial(view.loss, batch), view.dtype)
+    exact = view.gradients(batch, view.layers)
     together = {name: layer for name, layer in view.layers.items() if name not in view.layout.alone}
     found = _found(view, together, batch) if together else {}
     return [name for name in together if not _makes_up(view, found.get(name), exact[name], _scale(exact))]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+import os
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -103,12 +104,22 @@ def by_stage(given: Any, names: Sequence[str], what: str) -> list[Any]:
     return [given.get(name) for name in names]
 
 
-def check_runs(runs: Sequence[Any]) -> None:
-    """Raise TrajectoryError where these are no runs of one recipe."""
+def given_runs(trajectory: Any) -> list[Trajectory]:
+    """The runs of what was given as trajectory: one, or those of an ensemble.
+
+    Raises TrajectoryError where these are no runs of one recipe.
+    """
+    if isinstance(trajectory, str | os.PathLike):
+        raise TrajectoryError(
+            f"trajectory={shown(trajectory)}: expected a segflow.Trajectory, found a path. Give "
+            f"segflow.Trajectory.load({str(trajectory)!r})."
+        )
+    is_series = isinstance(trajectory, Iterable) and not isinstance(trajectory, Trajectory)
+    runs = list(trajectory) if is_series else [trajectory]
     if not runs or not all(isinstance(run, Trajectory) for run in runs):
         raise TrajectoryError(
-            f"trajectory={runs[0] if len(runs) == 1 else runs!r}: expected a segflow.Trajectory, or several "
-            "of one recipe. Read a recorded run with Trajectory.load(folder)."
+            f"trajectory={shown(trajectory)}: expected a segflow.Trajectory, or several of one recipe. Read a recorded "
+            "run with Trajectory.load(folder)."
         )
     shapes = {tuple((stage.stage, stage.dataset_size) for stage in run.stages) for run in runs}
     if len(shapes) > 1:
@@ -116,6 +127,7 @@ def check_runs(runs: Sequence[Any]) -> None:
             f"the runs of an ensemble differ in their stages or dataset sizes: {sorted(shapes)}. "
             "Expected the same recipe."
         )
+    return runs
 
 
 def check_alike(runs: Sequence[Sequence[StageContext]]) -> None:

@@ -28,6 +28,9 @@ class FaultyRowError(TaskError):
 class Task(ABC):
     """The training loss and the measurement of one problem, each **summed** over the batch.
 
+    They are called with batches of any size, also of one example. So a task names the dimension that it squeezes away:
+    `.squeeze(-1)` makes predictions [B, 1] to [B], where `.squeeze()` would make those of one example a scalar.
+
     Example:
         >>> class Ridge(Task):
         ...     def compute_train_loss(self, batch, model, sample=False):
@@ -64,7 +67,8 @@ class Task(ABC):
     def compute_output(self, batch: Any, model: nn.Module) -> Tensor:
         """TRAK's model output function summed over the batch's examples, shape []: a margin, a prediction.
 
-        The training loss should depend on the model through it: its gradient is then this one times a slope.
+        The training loss should depend on the model through it: its gradient is then this one times a slope. Nothing
+        but TRAK calls it, and TRAK refuses one inherited from a task whose losses are both replaced.
         """
         raise TaskError(
             f"{type(self).__name__} has no compute_output(), which TRAK needs: the model's output (a margin, a "
@@ -95,9 +99,23 @@ def check_task(task: Any) -> None:
         )
 
 
-def defines_output(task: Any) -> bool:
-    """Whether the task has an output function for TRAK."""
-    return getattr(type(task), "compute_output", Task.compute_output) is not Task.compute_output
+def _require_own_output(task: Any) -> None:
+    """Raise TaskError where the output function is inherited from a task whose two losses the class has replaced."""
+    losses = [_defining_class(task, name) for name in ("compute_train_loss", "compute_measurement")]
+    of_output, classes = _defining_class(task, "compute_output"), type(task).__mro__
+    if of_output in (None, Task) or None in losses:
+        return
+    if all(classes.index(of_loss) < classes.index(of_output) for of_loss in losses):
+        raise TaskError(
+            f"{type(task).__name__} inherits compute_output() from {of_output.__name__}, but has a training loss and a "
+            "measurement of its own, so the output that TRAK takes may be another loss's. Define compute_output() for "
+            f"these; where it is the same, say so in the class: compute_output = {of_output.__name__}.compute_output."
+        )
+
+
+def _defining_class(task: Any, method: str) -> Any:
+    """The class in which a task's method stands; None where it is none of its classes'."""
+    return next((kind for kind in type(task).__mro__ if method in vars(kind)), None)
 
 
 def task_name(task: Any) -> str:
@@ -123,6 +141,8 @@ def summed_loss(task: Any, batch: Any, model: nn.Module, *, kind: str) -> Tensor
     if name == "compute_train_loss":
         loss = task.compute_train_loss(batch, model, sample=kind == "sample")
     else:
+        if kind == "output":
+            _require_own_output(task)
         loss = getattr(task, name, partial(Task.compute_output, task))(batch, model)
     if not isinstance(loss, Tensor) or loss.numel() != 1 or not torch.is_floating_point(loss):
         returned = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__

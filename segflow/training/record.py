@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -128,7 +129,7 @@ def record(  # noqa: PLR0913 (one argument for each thing to say of a run)
             hook
             for number, one in enumerate(recording.optimizers)
             for hook in (
-                one.register_step_pre_hook(lambda *_, number=number: recording.before_step(number)),
+                one.register_step_pre_hook(partial(_before_step, recording, number)),
                 one.register_step_post_hook(lambda *_, number=number: recording.after_step(number)),
             )
         ]
@@ -160,6 +161,25 @@ def _options(dataset_size: Any, batch_size: Any, dtype: Any, example_weights: An
         raise TrajectoryError("example_weights= and sampler= both say how often examples were drawn. Give one of them.")
     weights = None if example_weights is None else check_example_weights(example_weights, size)
     return RecordOptions(size, check_batch_size(batch_size), dtype, weights, sampler)
+
+
+def _before_step(
+    recording: Recording, number: int, _optimizer: Any, arguments: tuple[Any, ...], options: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """An optimizer's hook before it steps; of a step with a closure, a look at the gradients that this leaves."""
+    recording.before_step(number)
+    closure = options["closure"] if "closure" in options else (*arguments, None)[1]  # after the optimizer itself
+    if closure is None:
+        return None
+
+    def looked_at() -> Any:
+        loss = closure()
+        recording.observer.check(number)
+        return loss
+
+    if "closure" in options:
+        return arguments, {**options, "closure": looked_at}
+    return (arguments[0], looked_at, *arguments[2:]), options
 
 
 def _begun(recording: Recording, overwrite: bool, resume: bool, step: int | None) -> Begun:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -15,6 +15,7 @@ from ..errors import TrajectoryError
 from ..runtime.sharding import named_parameters, state_of
 from ..store.files import TensorFile, file_digest
 from .adapters import check_config, has_adapter
+from .averaged import AveragedFiles
 from .checkpoints import MODEL, SECOND_MOMENT, check_moments, layouts, open_recorded, part_names, read_part
 from .recorded import Recorded
 from .state_files import StateFiles
@@ -39,6 +40,30 @@ class MomentFiles(Protocol):
 
 
 @dataclass(frozen=True)
+class RecordedMoments:
+    """The second moments in a checkpoint of record()."""
+
+    file: TensorFile
+
+    @property
+    def path(self) -> Path:
+        """The checkpoint's."""
+        return self.file.path
+
+    def names(self) -> list[str]:
+        """The names of the parameters that have taken a step."""
+        return list(part_names(self.file, SECOND_MOMENT))
+
+    def read(self) -> dict[str, Tensor]:
+        """The second moments by these names, on the CPU."""
+        return read_part(self.file, SECOND_MOMENT)
+
+    def digests(self) -> list[str]:
+        """The sha256 of the checkpoint."""
+        return [file_digest(self.path, TrajectoryError)]
+
+
+@dataclass(frozen=True)
 class SavedCheckpoints:
     """The files of a run's checkpoints, told by their index.
 
@@ -50,6 +75,22 @@ class SavedCheckpoints:
     files: tuple[StateFiles, ...]
     moments: tuple[MomentFiles, ...] | None = None
     recorded: Recorded = field(default_factory=Recorded)
+
+    def averaged(self, average: AveragedFiles, words: str, moments: bool) -> SavedCheckpoints:
+        """The same with averaged weights in the place of the last checkpoint's; moments: whether there are some.
+
+        words: how they were averaged.
+        """
+        last = len(self.files) - 1
+        kept = {index: sha256 for index, sha256 in self.recorded.sha256.items() if index != last}
+        observed = {**self.recorded.observed, "explained": f"averaged weights ({average.path.name}): {words}"}
+        of_all = self.moments
+        if moments and of_all is None:
+            files = [self.recorded_file(index) for index in range(len(self.files))]
+            of_all = tuple(RecordedMoments(file) for file in files if file is not None)
+            of_all = of_all if len(of_all) == len(files) else None
+        recorded = replace(self.recorded, sha256=kept, observed=observed)
+        return SavedCheckpoints((*self.files[:-1], average), of_all, recorded)
 
     def recorded_file(self, index: int) -> TensorFile | None:
         """The file of checkpoint `index` if record() wrote it; None if it is somebody else's."""

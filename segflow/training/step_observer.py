@@ -71,6 +71,10 @@ class StepObserver:
         self.watch.check(places)
         return ended
 
+    def check(self, number: int) -> None:
+        """The closure of an optimizer's step has run: note it if gradients were changed after its backward pass."""
+        self.watch.check(self._places[number])
+
     def after_step(self, number: int) -> Round | None:
         """An optimizer has stepped; the round, if that ends it."""
         optimizer, places = self.optimizers[number], self._places[number]

@@ -6,7 +6,7 @@ import copy
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import reduce
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,11 @@ from ..arguments import truth, whole_number
 from ..errors import TrajectoryError
 from ..runtime.sharding import named_parameters
 from ..store.files import inside
+from .averaged import averaged_files, averaging
 from .checkpoints import check_moment_files, check_steps
 from .motion import Moves, motion, steps_used
 from .observed import seen
-from .optimizers import SECOND_MOMENTS, OptimizerConstants, decoupled_by_group, require_known
+from .optimizers import OptimizerConstants, decoupled_by_group, require_known
 from .per_step import (
     PerStep,
     check_batch_size,
@@ -31,14 +32,15 @@ from .per_step import (
 )
 from .recorded import Recorded, read_counts, read_recorded
 from .recording_folder import STAGES, check_stage, read_description, stage_names
-from .sampling import example_weights_by_checkpoint, nearest_bounds, weights_at_checkpoints
+from .sampling import example_weights_by_checkpoint, weights_at_checkpoints
 from .saved import SavedCheckpoints
 from .state_files import state_files
 from .state_names import load_state, under_own_names, with_tied
+from .stepped import Stepped
 from .trainer_folder import TrainerFolder, TrainerWords
 
 
-class Trajectory:
+class Trajectory(Stepped):
     """Checkpoints of one training run, or of one stage of it, and how the optimizer moved between them.
 
     Runs that `segflow.record` observed are read with `Trajectory.load`; for others, give what they left behind.
@@ -202,6 +204,42 @@ class Trajectory:
         trajectory._saved = replace(trajectory._saved, moments=moments, recorded=recorded)
         return trajectory.of_model(model)
 
+    def averaged(
+        self,
+        state: str | os.PathLike[str],
+        *,
+        decay: float | Sequence[float] | None,
+        start: int | None = None,
+        every: int = 1,
+    ) -> Trajectory:
+        """The same run, whose averaged weights (EMA, SWA) are the model that is explained.
+
+        They stand for the last checkpoint, and each step counts by what of its move stays in the average:
+        1 - decay^(n+1) of a step that n later updates followed, or with equal weights the share of the averaged models
+        that came at or after it. To first order in the curvature over the averaged steps that is exact.
+
+        Args:
+            state: the file or folder of the averaged weights at the end of training, as for a checkpoint; also the
+                state_dict of torch's AveragedModel.
+            decay: what an update leaves of the average, such as 0.999 (a sequence: of each update); None: all averaged
+                models have equal weights (SWA).
+            start: the step at which the average was a copy of the model. None: as the count in an AveragedModel's file
+                says; of another file 0, the model before training.
+            every: steps between updates.
+
+        Raises:
+            TrajectoryError: the file is missing, or its count of models is not that of `start` and `every`.
+        """
+        trained = None if self.parameter_groups is None else frozenset(self.parameter_groups)
+        last = len(self) - 1
+        files = averaged_files(Path(state), partial(self.state, last), trained)
+        average = averaging(self.total_steps, decay, start, every, files.count())
+        shares = average.shares(self.total_steps)[:, None]
+        later = copy.copy(self)
+        later._motion = motion(replace(self.used, learning_rates=self.used.learning_rates * shares))
+        later._saved = self._saved.averaged(files, str(average), self.preconditioned)
+        return later
+
     def after(self, earlier: Trajectory) -> Trajectory:
         """This stage of training as the one that went on where `earlier` ended (pretraining, then fine-tuning).
 
@@ -243,26 +281,6 @@ class Trajectory:
             f"Trajectory({self.optimizer.name}, {self.total_steps} steps, checkpoints at {list(self.steps)}, "
             f"{self.dataset_size} examples{f'; last of the stages {names}' if self.earlier else ''})"
         )
-
-    @property
-    def total_steps(self) -> int:
-        """Optimizer steps from the start to the last checkpoint."""
-        return self.steps[-1]
-
-    @property
-    def has_moments(self) -> tuple[bool, ...]:
-        """For each parameter group, whether its steps are divided by the root of second moments (Adam, AdamW, ...)."""
-        return tuple(kind in SECOND_MOMENTS for kind in self.kinds)
-
-    @property
-    def preconditioned(self) -> bool:
-        """True if some parameter group's steps are divided by the root of second moments."""
-        return any(self.has_moments)
-
-    @property
-    def coupled(self) -> tuple[bool, ...]:
-        """For each parameter group, whether weight decay passes through P, as Adam's does, and not AdamW's."""
-        return tuple(has and not decoupled for has, decoupled in zip(self.has_moments, self.decoupled, strict=True))
 
     def state(self, index: int) -> dict[str, Tensor]:
         """The state that the files of checkpoint `index` hold, on the CPU, under the names that they have there."""
@@ -316,7 +334,7 @@ class Trajectory:
         return self._saved.recorded
 
     def _where(self, index: int) -> str:
-        return f"checkpoint at step {self.steps[index]} ({self.checkpoints[index].name})"
+        return f"checkpoint at step {self.steps[index]} ({self._saved.files[index].path.name})"
 
     def _trained(self, model: nn.Module) -> set[str]:
         """The parameters that training may have changed: of a parameter group, or else such as require gradients."""
@@ -338,35 +356,6 @@ class Trajectory:
                 "explain the recorded part alone with Trajectory.load(folder, partial=True)."
             )
         return tuple(self._motion.rates[start:end].sum(0).tolist())
-
-    def decay_steps(self, start: int, end: int) -> tuple[float, ...]:
-        """What the steps in (start, end] moved the parameters by for each unit of themselves: weight decay, summed.
-
-        One number for each parameter group, in units of P where weight decay is `coupled`.
-        """
-        return tuple(self._motion.decays[start:end].sum(0).tolist())
-
-    @property
-    def ceilings(self) -> tuple[float, ...]:
-        """For each parameter group, by how much its rate may grow where its data was not in every batch, at least 1.
-
-        That is the learning rates of all steps in which it was in training over those of the steps that carried a
-        gradient.
-        """
-        return self._motion.ceilings
-
-    def clip_squares(self, index: int) -> tuple[float, ...]:
-        """For each parameter group the mean squared clip factor around checkpoint `index`, of Adagrad up to it."""
-        bounds = nearest_bounds(self.steps, 0, self.total_steps)
-        near = range(bounds[index], bounds[index + 1])
-        return tuple(
-            self.used.mean_squared_factor(group, range(self.steps[index]) if kind == "Adagrad" else near)
-            for group, kind in enumerate(self.kinds)
-        )
-
-    def moves_until(self, index: int) -> tuple[float, ...]:
-        """For each parameter group how many steps up to checkpoint `index` carried a gradient to it."""
-        return tuple((self.used.carried[: self.steps[index]] > 0).sum(0).astype(float).tolist())
 
     def example_weights(self, index: int) -> Tensor | None:
         """The share that each training example had around checkpoint `index`, [N] with mean 1; None: all alike."""

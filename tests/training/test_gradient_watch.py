@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -159,6 +160,29 @@ def test_what_no_factor_follows_is_named(tmp_path: Path, between: Watched, what:
     with pytest.warns(UserWarning, match=rf"record\(\): gradients were {what}, which scores do not follow"):
         found = run(tmp_path, between)
     assert what in found.observed["gradients, not followed"]
+
+
+@pytest.mark.parametrize("by_name", [False, True])
+@pytest.mark.parametrize("factor", [1.0, 0.5])
+def test_gradients_that_a_closure_changes_are_named(tmp_path: Path, by_name: bool, factor: float) -> None:
+    model, (x, y) = mlp(), vectors(N).tensors
+    optimizer = SGD(model.parameters(), lr=0.1)
+
+    def closure() -> float:
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(model(x), y)
+        loss.backward()
+        clip_grad_norm_(model.parameters(), 0.1)
+        for parameter in model.parameters() if factor != 1 else ():
+            parameter.grad.mul_(factor)
+        return loss.item()
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with sf.record(model, optimizer, tmp_path, dataset_size=N, checkpoints=2):
+            losses = [optimizer.step(closure=closure) if by_name else optimizer.step(closure) for _ in range(STEPS)]
+    assert [BY_HAND in str(warning.message) for warning in caught] == [True] * (factor != 1)
+    assert losses[0] > losses[-1] > 0  # what the closure returned
 
 
 def test_gradients_that_are_accumulated_onto_clipped_ones_are_named(tmp_path: Path) -> None:
