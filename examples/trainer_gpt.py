@@ -191,9 +191,8 @@ def as_text(figures: dict[str, Any]) -> str:
     for prompt, completion in SENTENCES:
         for stage in ("bible", "speeches"):
             found = figures[stage][prompt + completion]
-            rows.append(
-                f"| {prompt} **{completion.strip()}** | {stage} | {line(found['for it'])} | {line(found['against it'])} |"
-            )
+            cells = [f"{prompt} **{completion.strip()}**", stage, line(found["for it"]), line(found["against it"])]
+            rows.append(f"| {' | '.join(cells)} |")
     told = f"of {figures['book']}, {figures['taught']:+.3f}"
     return "\n".join(
         [

@@ -20,7 +20,7 @@ def test_the_pieces_of_the_gpt_example_fit(tmp_path: Path, monkeypatch: pytest.M
     draw = np.random.default_rng(0)
     words = ["in", "the", "beginning", "god", "created", "heaven", "and", "earth", "congress", "of", "united", "states"]
     texts = {
-        stage: [(source, " ".join(draw.choice(words, 40))) for source in sources]
+        stage: [(source, " ".join(draw.choice(words, 200))) for source in sources]
         for stage, sources in (("speeches", ("Adams", "Polk")), ("bible", ("Genesis", "Mark", "Luke")))
     }
     tokenizer = trainer_gpt.make_tokenizer([text for of_stage in texts.values() for _, text in of_stage])
