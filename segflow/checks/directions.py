@@ -19,17 +19,24 @@ from ..methods.plan import Projection
 from ..model.finite_check import FiniteCheck
 from ..model.layers.tracked import TrackedLayer
 from ..model.loss_view import LossView
+from ..model.masks import checked_mask, mask_of
 from ..model.tokens import Tokens
 
 DIRECTIONS = 8
 
 
 class Inputs(NamedTuple):
-    """A layer's inputs a: how many positions each example has, and sums over them of (a . v)^2 and |a|^2, [B] each."""
+    """A layer's inputs a at the positions that are not masked, [B] each: how many, and sums of (a . v)^2 and |a|^2.
 
-    positions: int
+    width: all positions; masked: whether the task has a mask of this layer, and open: one that masks nothing.
+    """
+
+    positions_B: Tensor
     along_B: Tensor
     size_B: Tensor
+    width: int
+    masked: bool
+    open: bool
 
 
 class Probed(NamedTuple):
@@ -53,20 +60,24 @@ def probed(view: LossView, batch: Batch, along: Mapping[str, Probes], where: str
     """A batch's loss and its examples' features, all of them finite: TaskError or LayerError where one is not."""
     features: dict[str, Tensor] = {}
     inputs: dict[str, Inputs] = {}
-    finite = FiniteCheck(where)
+    finite, mask = FiniteCheck(where), checked_mask(view, batch)
 
     def consume(layer: TrackedLayer, tokens: Tokens) -> None:
         features[layer.name] = along[layer.name].of_tokens(tokens).double()
         if not layer.diagonal_inputs:  # what is diagonal has no covariance that padding could enter
-            inputs[layer.name] = _inputs(tokens.dense_a)
+            inputs[layer.name] = _inputs(tokens.dense_a, mask_of(view, layer, tokens.a_PBSI.shape[1:3], mask))
 
     loss = view.capture(batch, consume, finite)
     finite.drain()
     return Probed(loss.double(), features, inputs)
 
 
-def _inputs(a_PBSI: Tensor) -> Inputs:
+def _inputs(a_PBSI: Tensor, mask_BS: Tensor | None) -> Inputs:
+    real_BS = a_PBSI.new_ones(a_PBSI.shape[1:3]) if mask_BS is None else (mask_BS != 0).to(a_PBSI)
+    a_PBSI = a_PBSI * real_BS[None, :, :, None]
     generator = torch.Generator().manual_seed(0)
     v_PI = torch.randn(a_PBSI.shape[0], a_PBSI.shape[3], generator=generator).to(a_PBSI)
     along_B = torch.einsum("pbsi,pi->pbs", a_PBSI, v_PI).square().sum((0, 2))
-    return Inputs(a_PBSI.shape[2], along_B.double(), a_PBSI.square().sum((0, 2, 3)).double())
+    size_B = a_PBSI.square().sum((0, 2, 3)).double()
+    masked, width = mask_BS is not None, a_PBSI.shape[2]
+    return Inputs(real_BS.sum(1), along_B.double(), size_B, width, masked, masked and bool(real_BS.all()))

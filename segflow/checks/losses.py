@@ -126,7 +126,7 @@ def _require_split(view: LossView, whole: Probed, alone: Sequence[Probed], noise
         raise TaskError(
             f"{task_name(view.task)}: the {view.kind} loss of a batch is {whole.loss.item():.6g}, but its examples' "
             f"losses add up to {parts_B.sum().item():.6g}. The loss must be a sum over examples that do not interact "
-            "(no mean over the batch's tokens, no batch statistics, no row that sees another)."
+            f"(no mean over the batch's tokens, no batch statistics, no row that sees another).{_padding(whole, alone)}"
         )
     for name in dict.fromkeys(name for probe in (whole, *alone) for name in probe.features):
         distance, norm = _difference(name, whole, alone)
@@ -137,6 +137,19 @@ def _require_split(view: LossView, whole: Probed, alone: Sequence[Probed], noise
                 "the model sorts or mixes the examples of a batch, or padding is not masked. Keep examples in order "
                 f"in front of the layer and mask what pads them, or leave it out: Analyzer(..., exclude=[{name!r}])."
             )
+
+
+def _padding(whole: Probed, alone: Sequence[Probed]) -> str:
+    """A sentence on padding, where some example has fewer positions alone than in the batch."""
+    for name, inputs in whole.inputs.items():
+        widths = [single.inputs[name].width for single in alone if name in single.inputs]
+        if widths and min(widths) < inputs.width:
+            return (
+                f" Its examples were padded (one has {min(widths)} positions in layer {name!r} alone, and "
+                f"{inputs.width} in the batch), and padding may be what differs: the model needs what masks it "
+                "(attention_mask, pad_token_id, position_ids), and its labels must be ignored ones (-100)."
+            )
+    return ""
 
 
 class _Difference(NamedTuple):

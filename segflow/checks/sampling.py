@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ..data.fingerprints import digest
 from ..errors import TaskError
 from ..model.loss_view import LossView
-from ..tasks.task import task_name
+from ..tasks.task import attention_mask, task_name
 from .directions import Probed, probed, random_probes
 from .losses import require_no_mean
 from .padding import require_mask_used, require_same_inputs
@@ -92,6 +92,10 @@ class _WatchedTask:
         with _Watch(self):
             loss: Tensor = self.task.compute_train_loss(batch, model, sample=sample)
             return loss
+
+    def get_attention_mask(self, batch: Any) -> Any:
+        """The task's own."""
+        return attention_mask(self.task, batch)
 
 
 class _Watch(TorchDispatchMode):

@@ -6,19 +6,20 @@ import functools
 import inspect
 import os
 import sys
+import weakref
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, cast
 
 import torch
-from transformers import Trainer, TrainerCallback
+from transformers import TrainerCallback
 
 from ..errors import TrajectoryError
 from ..runtime.sharding import unwrap
 from ..training.record import record
 from ..training.recording import Recording
 from ..training.sampling import CountedSampler
-from ..training.trainer_accumulation import added_up, batches_of_a_step
+from .accumulated_batches import AccumulatedBatches
 
 _ADVICE = (
     "Give it to the Trainer as it is made, Trainer(..., callbacks=[RecordCallback(...)]); or, of one that exists, call "
@@ -43,13 +44,15 @@ class RecordCallback(TrainerCallback):  # type: ignore[misc]
             dataset does not have.
         checkpoints, overwrite, stage, dtype, example_weights, sampler, progress: as in `record`.
         batch_size: examples in one optimizer step; None: as the Trainer's arguments say.
+        gradient_scale: as in `record`; None: found in the first step, by whether the Trainer divides the losses of
+            accumulated batches by their number, and whether the loss divides by `num_items_in_batch`.
 
     Raises:
         TrajectoryError: when training begins: as `record` does, or the dataset has no length, or `add_callback` was
             used instead of `attach`.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 (as `record`)
         self,
         directory: str | os.PathLike[str],
         *,
@@ -61,6 +64,7 @@ class RecordCallback(TrainerCallback):  # type: ignore[misc]
         dtype: torch.dtype | None = None,
         example_weights: Any = None,
         sampler: CountedSampler | None = None,
+        gradient_scale: float | None = None,
         progress: bool | None = None,
     ):
         self.directory = directory
@@ -75,7 +79,8 @@ class RecordCallback(TrainerCallback):  # type: ignore[misc]
         }
         self._dataset_size, self._batch_size, self._overwrite = dataset_size, batch_size, overwrite
         self._open: AbstractContextManager[Recording] | None = None
-        self._attached, self._averages = False, True  # whether the Trainer averages accumulated batches by its own rule
+        self._trainer: weakref.ref[Any] | None = None  # that it is attached to
+        self._gradient_scale, self._batches = gradient_scale, cast("AccumulatedBatches | None", None)
         self._ended_at: int | None = None  # the Trainer's step at which the recording ended
         self._parameters: list[torch.Tensor] = []
         self._writes: list[int] = []  # how often these had been written to after the last step
@@ -84,8 +89,9 @@ class RecordCallback(TrainerCallback):  # type: ignore[misc]
         """Add the callback to a Trainer that exists already, and end the recording if its `train` raises."""
         if self not in trainer.callback_handler.callbacks:
             trainer.add_callback(self)
-        if self._attached:
+        if self._trainer is not None and self._trainer() is trainer:
             return
+        self._trainer, self._batches = weakref.ref(trainer), AccumulatedBatches(trainer)
         train = trainer.train
 
         @functools.wraps(train)
@@ -96,9 +102,6 @@ class RecordCallback(TrainerCallback):  # type: ignore[misc]
                 self._abandon()
 
         trainer.train = train_and_close
-        own = type(trainer).compute_loss is not Trainer.compute_loss or trainer.compute_loss_func is not None
-        self._averages = not own
-        self._attached = True
 
     def on_init_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
         """The Trainer is made: attach to it."""
@@ -112,11 +115,12 @@ class RecordCallback(TrainerCallback):  # type: ignore[misc]
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **others: Any) -> None:
         """Begin to record, or go on where the Trainer does."""
-        if not self._attached:
+        if self._trainer is None or self._batches is None:
             raise TrajectoryError(f"RecordCallback: the Trainer does not tell it when training fails. {_ADVICE}")
         unused = self._open is not None and self.recording is not None and self.recording.step == 0
         self._abandon()  # of a batch size that turned out to be too large
         self._check_first(state)
+        self._batches.begin()
         model = unwrap(others["model"])
         opened = record(
             model,
@@ -124,7 +128,6 @@ class RecordCallback(TrainerCallback):  # type: ignore[misc]
             self.directory,
             dataset_size=self._size_of(others.get("train_dataloader")),
             batch_size=self._batch_size_of(args, state),
-            gradient_scale=self._scale_of(model, args, others.get("train_dataloader")),
             total_steps=state.max_steps,
             **self._options,
             **self._beginning(args, state, unused),
@@ -163,14 +166,18 @@ class RecordCallback(TrainerCallback):  # type: ignore[misc]
         of_process = state.train_batch_size or args.train_batch_size
         return int(of_process * args.gradient_accumulation_steps * args.world_size)
 
-    def _scale_of(self, model: Any, args: Any, dataloader: Any) -> float:
-        """How many times the mean loss's gradient a step's is: see `trainer_accumulation`."""
-        plain = {name: getattr(args, name, None) for name in ("gradient_accumulation_steps", "label_smoothing_factor")}
-        if not self._averages or not added_up(model, plain):
-            return 1.0
-        accumulated = int(args.gradient_accumulation_steps)
-        batches = len(dataloader) if hasattr(dataloader, "__len__") else accumulated
-        return batches_of_a_step(batches, 1, accumulated)
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **others: Any) -> None:
+        """A step follows: what its gradients are multiples of is known."""
+        if self._batches is None or self.recording is None or self._open is None:
+            return
+        own = self.recording.step + 1 - self.recording.begun_at
+        scale = self._gradient_scale or self._batches.scale(own)
+        if scale is None:
+            raise TrajectoryError(
+                f"RecordCallback({str(self.directory)!r}): it cannot be told whether the losses of accumulated batches "
+                "are averaged. Give gradient_scale=, 1 if they are, or gradient_accumulation_steps if they are summed."
+            )
+        self.recording.scale_gradients(scale, own)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
         """An optimizer step was taken, perhaps the last one."""

@@ -15,6 +15,7 @@ from .finite_check import FiniteCheck
 from .layers.tracked import TrackedLayer, VectorLayer
 from .layout import Layout
 from .loss_view import LossView
+from .masks import checked_mask, mask_of
 from .tokens import Tokens
 
 
@@ -30,7 +31,7 @@ class FeatureLayer:
 class RepresentationView:
     """As a LossView, but what it hands on are tokens whose gradient is the example's representation h.
 
-    h is the layer's input, averaged over the positions.
+    h is the layer's input, averaged over the positions that the task does not mask.
 
     Args:
         view: of a loss that depends on the layer, with that layer alone.
@@ -73,17 +74,27 @@ class RepresentationView:
 
     def capture(self, batch: Batch, consume: Consumer, finite: FiniteCheck) -> Tensor:
         """Run one batch forward and back, handing each example's representation to `consume`; returns the loss."""
-        feature = self.layers[self.layer.name]
+        feature, mask = self.layers[self.layer.name], checked_mask(self.view, batch)
 
         def represent(layer: TrackedLayer, tokens: Tokens) -> None:
             a_PBSI = tokens.dense_a[..., : tokens.a_PBSI.shape[-1] - int(layer.has_bias)]
-            h_BI = a_PBSI.mean(2).movedim(0, 1).flatten(1)
+            alone = layer.name in self.layout.alone
+            mask_BS = tokens.filled() if alone else mask_of(self.view, layer, a_PBSI.shape[1:3], mask)
+            h_BI = _mean(a_PBSI, mask_BS).movedim(0, 1).flatten(1)
             if self.normalized:
                 h_BI = torch.nn.functional.normalize(h_BI, dim=1)
             ones = h_BI.new_ones(1, len(h_BI), 1, 1)
             consume(feature, Tokens(h_BI[None, :, None, :], ones))  # type: ignore[arg-type]
 
         return self.view.capture(batch, represent, finite)
+
+
+def _mean(a_PBSI: Tensor, mask_BS: Tensor | None) -> Tensor:
+    """[P, B, I]: over the positions that are not masked, of examples that have some."""
+    if mask_BS is None:
+        return a_PBSI.mean(2)
+    real_BS = (mask_BS != 0).to(a_PBSI)
+    return torch.einsum("pbsi,bs->pbi", a_PBSI, real_BS) / real_BS.sum(1).clamp_min(1)[:, None]
 
 
 def representation_view(view: LossView, name: str | None, normalized: bool) -> RepresentationView:

@@ -262,8 +262,9 @@ class Scores:
         """[S]: what each token of a training example adds to its score, where `by_token` was asked for.
 
         A token's share is that of its position in every layer that sees the example's positions, so that it also holds
-        what later tokens take of it; "rest" in `by_token` is what no position has, as of a layer on pooled features.
-        Longer examples have more tokens: those beyond an example's own are 0.
+        what later tokens take of it. Tokens are the positions that the task's mask leaves, counted from the first of
+        them; those beyond an example's own are 0. "rest" in `by_token` is what is of no position: of layers on pooled
+        features, and of all layers that are run example by example, as where rows are routed or texts packed.
 
         Args:
             query, group: by place or by label.

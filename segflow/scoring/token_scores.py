@@ -19,6 +19,7 @@ from ..errors import ScoreError
 from ..groups.groups import Groups
 from ..methods.plan import Plan
 from ..model.finite_check import FiniteCheck
+from ..model.layers.embedding import EmbeddingLayer
 from ..model.layers.function import FunctionLayer
 from ..model.layers.tracked import TrackedLayer, VectorLayer
 from ..model.loss_view import LossView
@@ -77,8 +78,9 @@ class Sequences:
                 'keep=("token",): the task gives masks by modules, which may see other sequences. Give a '
                 "task that gives one mask of positions."
             )
-        if mask is None:
-            mask = torch.ones(batch.size, _usual_positions(view, products), device=view.device)
+        if mask is None or len(mask) != batch.size:  # texts that are packed into other rows have no positions
+            positions = _usual_positions(view, products) if mask is None else 0
+            mask = torch.ones(batch.size, positions, device=view.device)
         real_BS = mask.to(view.device) != 0
         column_BS = torch.where(real_BS, real_BS.long().cumsum(1), 0)
         return cls(column_BS, real_BS.sum(1))
@@ -86,22 +88,29 @@ class Sequences:
     @property
     def width(self) -> int:
         """1 + W, of this batch."""
-        return 1 + int(self.counts_B.max())
+        return 1 + int(self.counts_B.max()) if self.column_BS.shape[1] else 1
 
     def columns(self, view: LossView, layer: TrackedLayer, positions: int) -> Tensor:
         """The column [B, S] of each of a layer's positions: 0 where it is of no token.
 
-        A layer's calls have all positions each; examples that are run alone are not padded.
+        A layer's calls have all positions each. Rows of examples that are run alone may be any positions: they are
+        routed or sorted.
         """
         B, S = self.column_BS.shape
         times = max(1, view.layout.times.get(layer.name, 1))
-        if (how := view.layout.alone.get(layer.name)) is not None:
-            places_S = torch.arange(positions, device=view.device)
-            known_BS = (places_S < self.counts_B[:, None]) & (how == "tokens" and times == 1)
-            return torch.where(known_BS, places_S + 1, 0)
-        if isinstance(layer, FunctionLayer) or positions not in {S * calls for calls in range(1, times + 1)}:
+        fits = S > 0 and positions in {S * calls for calls in range(1, times + 1)}
+        if not fits or layer.name in view.layout.alone or not _sees_positions(view, layer):
             return self.column_BS.new_zeros(B, positions)
         return self.column_BS.repeat(1, positions // S)
+
+
+def _sees_positions(view: LossView, layer: TrackedLayer) -> bool:
+    """Whether a layer's input has an axis for positions, as the first example showed: not so for pooled features."""
+    shape = view.layout.shapes.get(layer.name)
+    if shape is None or isinstance(layer, FunctionLayer):
+        return False
+    of_indices = any(isinstance(getattr(use, "of", None) or use, EmbeddingLayer) for use in layer.uses)
+    return len(shape) > 1 if of_indices else len(shape) > 2
 
 
 def _usual_positions(view: LossView, products: Mapping[str, Tensor]) -> int:

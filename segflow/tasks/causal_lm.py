@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ..errors import TaskError
 from .calling import attention_mask_of, mapping_in, targets_if_any, targets_of
 from .classification import cross_entropies
+from .task import FaultyRowError
 from .tokens import Targets, TokenTask
 
 CONTRAST = "contrast_"  # what the keys of a query's second completion begin with
@@ -36,6 +37,8 @@ class CausalLM(TokenTask):
         measurement: "loss" (in the objective's weight), "log_probability" (of all targets, summed: of a completion,
             where the prompt's labels are ignored), or "contrast" (the log-probability of the batch's labels less that
             of another completion, which stands under the same keys with "contrast_" before them).
+        weights, mean_weight: the key of the examples' weights, by which all of an example's targets are multiplied, and
+            what the loss was divided by besides; as for `Classification`.
         label_smoothing: as for `Classification`, and as the Trainer's `label_smoothing_factor`.
         ignore_index: the label of what is no target.
         labels: the key of the labels; inputs: as for `Classification`.
@@ -71,21 +74,45 @@ class CausalLM(TokenTask):
         labels_BS, mask_BS = super()._labels(batch), attention_mask_of(batch)
         if mask_BS is None or mask_BS.shape != labels_BS.shape:
             return labels_BS
+        self._check_padding(batch, mask_BS)
         return labels_BS.masked_fill(mask_BS == 0, self.ignore_index)
+
+    def _check_padding(self, batch: Any, mask_BS: Tensor) -> None:
+        """Raise TaskError where padding has labels, for a trainer's loss counts them; looked at on the CPU only."""
+        given_BS = self._given_labels(batch)
+        if mask_BS.device.type != "cpu" or not isinstance(given_BS, Tensor) or given_BS.shape != mask_BS.shape:
+            return
+        if bool((odd_BS := (given_BS != self.ignore_index) & (mask_BS == 0)).any()):
+            row, place = (int(number) for number in odd_BS.nonzero()[0])
+            raise FaultyRowError(
+                row,
+                f"{self.__class__.__name__}: position {place} is padding (attention_mask 0) and has the label "
+                f"{int(given_BS[row, place])}, which transformers' loss counts if it is not {self.ignore_index}. Give "
+                f"the labels that were trained on; if padding was counted, leave the attention_mask out.",
+            )
 
     def _given_labels(self, batch: Any) -> Any:
         """The batch's labels, or its tokens where there are none."""
-        labels_BS, mapping = targets_if_any(batch, self.targets), mapping_in(batch)
+        mapping, key = mapping_in(batch), self.targets
+        if isinstance(batch, Mapping) and key is None:  # a "label" beside tokens is a class
+            key = next((name for name in ("labels", "targets") if name in batch), None)
+        tokens_alone = isinstance(batch, Mapping) and key is None and "input_ids" in batch
+        labels_BS = None if tokens_alone else targets_if_any(batch, key)
         if labels_BS is not None or mapping is None or not isinstance(tokens_BS := mapping.get("input_ids"), Tensor):
             return targets_of(batch, self.targets) if labels_BS is None else labels_BS
         mask_BS = attention_mask_of(batch)
         return tokens_BS if mask_BS is None else tokens_BS.masked_fill(mask_BS == 0, self.ignore_index)
 
     def get_attention_mask(self, batch: Any) -> Tensor | None:
-        """[B, S]: 0 at padding, and after the last position that a target sees, for nothing depends on these."""
+        """[B, S]: 0 at padding, and after the last position that a target sees, for nothing depends on these.
+
+        Without an attention mask in the batch None where there is nothing after it.
+        """
         counts = self._labels(batch) != self.ignore_index
         seen = counts.flip(1).cumsum(1).flip(1) > 0
         given = attention_mask_of(batch)
+        if given is None and seen.device.type == "cpu" and bool(seen.all()):
+            return None  # what stands in front of a target may be padding, or a prompt: labels do not tell
         return seen.long() if given is None or given.shape != seen.shape else seen * given.long()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,12 +18,12 @@ Example = dict[str, Tensor]
 
 
 class Completions:
-    """Completions of prompts as a dataset of queries, for `CausalLM("...", measurement="log_probability")`.
+    """Completions of prompts as a dataset of queries, for CausalLM's measurement="log_probability".
 
     Each is a mapping with `input_ids`, `attention_mask`, and `labels` that are -100 on the prompt. Prompt and
-    completion are tokenised by themselves and then joined, so that a completion's first token begins where the prompt
-    ends; begin it with the space that belongs there. What the tokenizer puts in front of a text (a token of beginning)
-    stands once in front of the prompt; nothing is put behind the completion.
+    completion are tokenised together, as one text; begin the completion with the space that belongs there. Where a
+    token would reach over the end of the prompt they are tokenised apart, with a warning. What the tokenizer puts in
+    front of a text (a token of beginning) stands once in front of the prompt; nothing is put behind the completion.
 
     Args:
         tokenizer: of transformers or tokenizers, or anything whose `encode`, or which when called, makes ids of a text.
@@ -96,6 +97,11 @@ def each_token(queries: Any) -> TokenQueries:
     for number in range(len(queries)):
         query = queries[number]
         names = [name for name in ("labels", f"{CONTRAST}labels") if name in query]
+        if not names:
+            raise TaskError(
+                f"each_token: query {number} has no 'labels', only {shown(sorted(query))}. Give labels that say which "
+                "tokens are asked about, -100 for the others, as Completions does."
+            )
         nothing = {name: torch.full_like(torch.as_tensor(query[name]), IGNORED) for name in names}
         for name in names:
             given_S = torch.as_tensor(query[name])
@@ -126,7 +132,7 @@ def _check_texts(sides: Mapping[str, Any]) -> None:
 
 def _joined(tokenizer: Any, prompt: str, completion: str, number: int) -> Example:
     """The query of one prompt and its completion."""
-    given, asked = _prompt_ids(tokenizer, prompt), _ids(tokenizer, completion, special=False)
+    given, asked = _prompt_ids(tokenizer, prompt), _completion_ids(tokenizer, prompt, completion, number)
     if not asked:
         raise TaskError(f"Completions: completion {number}, {completion!r}, has no token. Give a text to explain.")
     if not given:
@@ -137,6 +143,20 @@ def _joined(tokenizer: Any, prompt: str, completion: str, number: int) -> Exampl
     ids_S = torch.tensor(given + asked)
     labels_S = torch.tensor([IGNORED] * len(given) + asked)
     return {"input_ids": ids_S, "attention_mask": torch.ones_like(ids_S), "labels": labels_S}
+
+
+def _completion_ids(tokenizer: Any, prompt: str, completion: str, number: int) -> list[int]:
+    """The completion's ids: what the text of both has after the prompt's own."""
+    bare, both = (_ids(tokenizer, text, special=False) for text in (prompt, prompt + completion))
+    if both[: len(bare)] == bare:
+        return both[len(bare) :]
+    warnings.warn(
+        f"Completions: a token of {shown(prompt + completion)} reaches over the end of prompt {number}, so prompt and "
+        "completion are tokenised apart, as the model may never have seen them. Divide them between two words, and "
+        "begin the completion with its space.",
+        stacklevel=4,
+    )
+    return _ids(tokenizer, completion, special=False)
 
 
 def _prompt_ids(tokenizer: Any, prompt: str) -> list[int]:

@@ -103,7 +103,7 @@ def _require_own_output(task: Any) -> None:
     """Raise TaskError where the output function is inherited from a task whose two losses the class has replaced."""
     losses = [_defining_class(task, name) for name in ("compute_train_loss", "compute_measurement")]
     of_output, classes = _defining_class(task, "compute_output"), type(task).__mro__
-    if of_output in (None, Task) or None in losses:
+    if of_output in (None, Task) or None in losses or any(_is_ready_made(of_loss) for of_loss in losses):
         return
     if all(classes.index(of_loss) < classes.index(of_output) for of_loss in losses):
         raise TaskError(
@@ -111,6 +111,11 @@ def _require_own_output(task: Any) -> None:
             "measurement of its own, so the output that TRAK takes may be another loss's. Define compute_output() for "
             f"these; where it is the same, say so in the class: compute_output = {of_output.__name__}.compute_output."
         )
+
+
+def _is_ready_made(kind: Any) -> bool:
+    """Whether a class is among segflow's own tasks, whose methods belong together."""
+    return str(kind.__module__).startswith(f"{__package__}.")
 
 
 def _defining_class(task: Any, method: str) -> Any:

@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from ..arguments import real_number, whole_number
 from ..errors import TaskError, check_choice
-from .batch_task import BatchTask, checked_mean_weight
+from .batch_task import BatchTask
 from .calling import Keys, targets_of, unwrapped
 from .classification import IGNORED, SoftmaxLoss, check_labels, cross_entropies, drawn_labels, margins
 
@@ -70,20 +70,24 @@ class TokenTask(BatchTask):
         ignore_index: int = IGNORED,
         labels: str | None = None,
         inputs: Keys = None,
+        weights: str | None = None,
+        mean_weight: float | None = None,
+        class_weights: Sequence[float] | Tensor | None = None,
     ):
         name = self.__class__.__name__
         check_choice("objective", objective, OBJECTIVES, TaskError)
         check_choice("measurement", measurement, self.measurements, TaskError)
-        super().__init__(inputs, labels)
+        super().__init__(inputs, labels, weights, mean_weight, class_weights)
         self.objective, self.measurement = objective, measurement
         self.mean_tokens = _mean_tokens(name, objective, mean_tokens)
         self.ignore_index = whole_number(f"{name}: ignore_index", ignore_index, TaskError, -(2**62))
-        self.loss = SoftmaxLoss(name, None, label_smoothing)
+        self.loss = SoftmaxLoss(name, class_weights, label_smoothing)
 
     def compute_train_loss(self, batch: Any, model: nn.Module, sample: bool = False) -> Tensor:
         """The loss summed over the batch; with `sample`, of labels drawn from the softmax where there are targets."""
         logits, labels, counted, weight = self._targets(batch, model)
-        weight = weight / self.mean_weight
+        scale = self._scale(batch, weight[:, 0])
+        weight = weight * (scale[:, None] if scale.ndim else scale)
         if not sample:
             return (weight * self.loss.losses(logits, labels)).sum()
         roots = (weight * self.loss.bent(logits, labels)).sqrt()
@@ -185,9 +189,10 @@ class MaskedLM(TokenTask):
         mean_tokens: how many targets an example has on average, which "batch token mean" needs.
         measurement: "loss" (in the objective's weight), "log_probability" of all targets or their "margin", log p -
             log(1 - p); these are sums over targets.
-        label_smoothing: as for `Classification`.
+        label_smoothing, weights, inputs: as for `Classification`; a weight multiplies all of an example's targets.
+        class_weights: as for `TokenClassification`. mean_weight: needed with either kind of weights.
         ignore_index: the label of what is no target.
-        labels: the key of the labels; inputs: as for `Classification`.
+        labels: the key of the labels.
 
     Example:
         >>> model = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 5))
@@ -201,7 +206,7 @@ class TokenClassification(TokenTask):
     """Cross-entropy of each token's class: logits [B, S, C], labels [B, S], some of them ignored.
 
     Args:
-        objective, mean_tokens, measurement, label_smoothing, ignore_index, labels, inputs: as for `MaskedLM`.
+        objective, mean_tokens, measurement, label_smoothing, weights, ignore_index, labels, inputs: as for `MaskedLM`.
         class_weights: [C], each class's, by which a target's loss is multiplied.
         mean_weight: what the training loss was divided by besides the number of targets; needed with `class_weights`.
             torch's cross_entropy(weight=w) divides by the summed weights of the batch's targets: the mean of w[labels]
@@ -213,15 +218,3 @@ class TokenClassification(TokenTask):
         >>> TokenClassification("token sum").compute_train_loss(batch, model).shape
         torch.Size([])
     """
-
-    def __init__(
-        self,
-        objective: str = "sequence mean",
-        *,
-        class_weights: Sequence[float] | Tensor | None = None,
-        mean_weight: float | None = None,
-        **options: Any,
-    ):
-        super().__init__(objective, **options)
-        self.mean_weight = checked_mean_weight(self.__class__.__name__, mean_weight, class_weights=class_weights)
-        self.loss = SoftmaxLoss(self.__class__.__name__, class_weights, self.loss.label_smoothing)

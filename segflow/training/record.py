@@ -50,7 +50,7 @@ def record(  # noqa: PLR0913 (one argument for each thing to say of a run)
     dtype: torch.dtype | None = None,
     example_weights: Any = None,
     sampler: CountedSampler | None = None,
-    gradient_scale: float = 1.0,
+    gradient_scale: float | None = None,
     progress: bool | None = None,
 ) -> Iterator[Recording]:
     """Record the training that happens inside the `with` block; the loop and its numbers stay as they are.
@@ -87,7 +87,8 @@ def record(  # noqa: PLR0913 (one argument for each thing to say of a run)
             their ratios count (what multiplies an example's loss belongs into the task). None: all count alike.
         sampler: counts instead how often the sampler of the training loop drew each example; see `CountedSampler`.
         gradient_scale: what a step's gradient is a multiple of, where it is not that of the mean loss over examples: 4
-            if the mean losses of 4 accumulated batches are added up, not averaged.
+            if the mean losses of 4 accumulated batches are added up, not averaged. None: 1, or as in the recording
+            that goes on.
         progress: say on standard error what will be written: True always, False never, None on a terminal only. The
             `Recording` that the block gets says the same when it is printed.
 
@@ -112,8 +113,10 @@ def record(  # noqa: PLR0913 (one argument for each thing to say of a run)
         (4, 8)
     """
     options = _options(dataset_size, batch_size, dtype, example_weights, sampler)
-    scale = real_number("gradient_scale", gradient_scale, TrajectoryError, above=0)
-    options = replace(options, gradient_scale=scale)
+    if gradient_scale is not None:
+        options = replace(
+            options, gradient_scale=real_number("gradient_scale", gradient_scale, TrajectoryError, above=0)
+        )
     if step is not None:
         step = whole_number("step", step, TrajectoryError)
     overwrite, resume = truth("overwrite", overwrite, TrajectoryError), truth("resume", resume, TrajectoryError)

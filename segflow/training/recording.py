@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -45,7 +45,7 @@ class RecordOptions:
     dtype: torch.dtype | None = None
     example_weights: Tensor | None = None
     sampler: CountedSampler | None = None
-    gradient_scale: float = 1.0
+    gradient_scale: float | None = None
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,7 @@ class Begun:
     resumed: Sequence[int] = ()
     skipped: int = 0
     strange: Sequence[str] = ()
+    gradient_scale: float = 1.0
 
 
 class Recording:
@@ -99,6 +100,22 @@ class Recording:
     def step(self) -> int:
         """Steps so far, those before a resume among them."""
         return self._log.step
+
+    @property
+    def begun_at(self) -> int:
+        """The step after which the recording went on; 0 for a new one."""
+        return self._begun.step
+
+    @property
+    def _scale(self) -> float:
+        """What gradients are multiples of the mean loss's, on average over the steps."""
+        return self._begun.gradient_scale if self.options.gradient_scale is None else self.options.gradient_scale
+
+    def scale_gradients(self, scale: float, steps: int) -> None:
+        """Note what the gradients of the last `steps` steps are multiples of, those before a resume not among them."""
+        before = self._begun.step
+        mean = (self._begun.gradient_scale * before + scale * steps) / (before + steps)
+        self.options = replace(self.options, gradient_scale=mean)
 
     def __str__(self) -> str:
         """How many checkpoints there will be, and how large they are."""
@@ -290,7 +307,7 @@ class Recording:
             "strange": sorted(self.observer.watch.strange),
             "log": {"steps": self.step, "sha256": None},
             **{key: begun[key] for key in ("taken_before", "unaccounted", "resumed")},
-            **({} if self.options.gradient_scale == 1 else {"gradient_scale": self.options.gradient_scale}),
+            **({} if self.options.gradient_scale is None and self._scale == 1 else {"gradient_scale": self._scale}),
         }
 
     def _reasons(self) -> dict[str, str]:

@@ -51,6 +51,8 @@ def check_same(folder: RecordingFolder, before: Mapping[str, Any], now: Mapping[
     """Raise TrajectoryError where a recording would go on with another dataset size, sampling or optimizer."""
     for what in ("dataset_size", "sampling", "optimizers"):
         _same(folder, what, before[what], now[what])
+    if "gradient_scale" in now:
+        _same(folder, "gradient_scale", before.get("gradient_scale", 1.0), now["gradient_scale"])
     for option in _FORMULAS:
         of_groups = [[group.get(option) for group in content["constants"]] for content in (before, now)]
         _same(folder, f"the optimizer's {option}", *of_groups)
@@ -102,6 +104,7 @@ def begun_before(
         resumed=(*content["resumed"], at),
         skipped=content["skipped"],
         strange=tuple(content["strange"]),
+        gradient_scale=content.get("gradient_scale", 1.0),
     )
 
 

@@ -5,6 +5,7 @@ Steps are the optimizer's: those that mixed precision left out count for nothing
 
 from __future__ import annotations
 
+import math
 import re
 import warnings
 from collections.abc import Mapping, Sequence
@@ -44,6 +45,7 @@ class TrainerWords:
     """What the user says of a Trainer's run; see `Trajectory.from_trainer` for the fields."""
 
     dataset_size: int
+    gradient_scale: float | None = None
     args: Any = None
     learning_rates: PerStep | Mapping[int, float] | None = None
     clip_factors: PerStep | None = None
@@ -73,6 +75,12 @@ class TrainerFolder:
         self._check_constants()
         self.taken = self._steps_taken()
         self._adds_up = added_up(model, self.args)
+        if self._adds_up is None and words.gradient_scale is None:
+            raise TrajectoryError(
+                f"{root}: it cannot be told whether the losses of a step's "
+                f"{self.args['gradient_accumulation_steps']} batches were averaged. Give gradient_scale=, 1 if they "
+                "were, or their number if they were added up."
+            )
 
     def _last_state(self) -> TrainerState:
         """The state at the end of training, which must be there, unless the user takes the last checkpoint for it."""
@@ -208,13 +216,14 @@ class TrainerFolder:
     @property
     def _gradient_scale(self) -> float:
         """What gradients were multiples of the mean loss's, where accumulated batches were added up."""
-        if not self._adds_up:
-            return 1.0
+        if self.words.gradient_scale is not None or not self._adds_up:
+            return 1.0 if self.words.gradient_scale is None else self.words.gradient_scale
         accumulated, of_step = int(self.args["gradient_accumulation_steps"]), batch_size_of(self.args, self.last)
         if of_step is None:
             return float(accumulated)
-        drop_last = bool(self.args.get("dataloader_drop_last"))
-        return batches_of_a_step(self.words.dataset_size, of_step // accumulated, accumulated, drop_last)
+        of_epoch = self.words.dataset_size / (of_step // accumulated)
+        batches = int(of_epoch) if self.args.get("dataloader_drop_last") else math.ceil(of_epoch)
+        return batches_of_a_step(max(1, batches), accumulated, self.total)
 
     def _constants(self) -> OptimizerConstants:
         groups, kinds = self.optimizers[-1].groups, self.optimizers[-1].kinds
@@ -255,10 +264,20 @@ class TrainerFolder:
             "skipped steps": skipped,
             "steps that fp16 left out": "not known" if self.args.get("fp16") and not counted else None,
             "clip factors": self.clipping.words,
+            "accumulated batches": self._accumulation(),
             "model": self._which_model(),
             "second moments at the end": f"those of step {self.taken[-2]}" if self.beyond else None,
         }
         return {name: value for name, value in words.items() if value}
+
+    def _accumulation(self) -> str | None:
+        accumulated = int(self.args.get("gradient_accumulation_steps") or 1)
+        if accumulated == 1 or self.words.gradient_scale is not None:
+            return None
+        words = "added up" if self._adds_up else "averaged"
+        return (
+            f"taken as {words}, as transformers' own Trainer has them; the folder does not tell of a loss of one's own"
+        )
 
     def _which_model(self) -> str | None:
         best = self.last.best

@@ -165,6 +165,7 @@ class Trajectory(Stepped):
         parameter_names: Sequence[str] | None = None,
         batch_size: int | None = None,
         example_weights: Any = None,
+        gradient_scale: float | None = None,
         unfinished: bool = False,
     ) -> Trajectory:
         """Read what a run of transformers' Trainer left in its output_dir: its checkpoint-* folders.
@@ -187,6 +188,7 @@ class Trajectory(Stepped):
             parameter_names: of the optimizer's parameters in its order, for one that the Trainer did not make.
             batch_size: examples in one optimizer step. None: as the files say, as far as they do.
             example_weights: see `Trajectory`.
+            gradient_scale: as in `record`. None: as transformers' own Trainer has it for the model and its arguments.
             unfinished: explain the model of the last checkpoint, although training went on or was stopped after it.
 
         Raises:
@@ -196,7 +198,7 @@ class Trajectory(Stepped):
         unfinished = truth("unfinished", unfinished, TrajectoryError)
         whole_number("dataset_size", dataset_size, TrajectoryError, 1, advice="Give the number of training examples.")
         told = args, learning_rates, clip_factors, parameter_names, batch_size, unfinished
-        words = TrainerWords(dataset_size, *told)
+        words = TrainerWords(dataset_size, gradient_scale, *told)
         folder = TrainerFolder(Path(output_dir), model, words)
         trajectory = cls(**folder.arguments, dataset_size=dataset_size, stage=stage, example_weights=example_weights)
         moments = folder.moments if trajectory.preconditioned else None

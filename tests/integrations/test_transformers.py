@@ -23,7 +23,7 @@ from ..support.trainer_runs import STEPS, N, model_of, scores, sentences, traine
 
 pytest.importorskip("transformers")
 
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 
 from segflow.integrations.transformers import RecordCallback
 
@@ -335,41 +335,136 @@ def test_a_trainer_on_two_processes_is_recorded_once_as_its_folder_says(tmp_path
             torch.testing.assert_close(others[name], moment)
 
 
-@pytest.mark.parametrize("kind", ["bert", "llama"])
-def test_accumulated_batches_that_the_trainer_adds_up_are_taken_as_their_sum(kind: str, tmp_path: Path) -> None:
-    """BERT's classifier averages its loss itself, and a Trainer leaves the batches of a step to be averaged by it."""
+class OwnModel(nn.Module):
+    """Labels go by another name, so that the Trainer counts no items."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(24, 3)
+
+    def forward(self, input_ids: torch.Tensor, target: torch.Tensor, **options: Any) -> dict[str, torch.Tensor]:
+        logits = self.table(input_ids).mean(1)
+        return {"loss": nn.functional.cross_entropy(logits, target), "logits": logits}
+
+
+def accumulating(kind: str) -> tuple[nn.Module, list[Any]]:
+    from transformers import LlamaForSequenceClassification
+
     from ..support.models import bert_classifier
 
-    def make() -> nn.Module:
-        torch.manual_seed(0)
-        return bert_classifier().double() if kind == "bert" else model_of("llama")
-
-    data: Any = [{"input_ids": one["input_ids"], "labels": int(one["input_ids"][0]) % 3} for one in sentences()]
-    data = data if kind == "bert" else sentences()
-    model = make()
+    torch.manual_seed(0)
+    classes = [{"input_ids": one["input_ids"], "labels": int(one["input_ids"][0]) % 3} for one in sentences()]
+    if kind == "own":
+        return OwnModel().double(), [{"input_ids": one["input_ids"], "target": one["labels"]} for one in classes]
+    if kind == "llama":
+        return model_of("llama"), sentences()
+    if kind == "llama classifier":
+        config = model_of("llama").config
+        config.pad_token_id, config.num_labels = 0, 3
+        model = LlamaForSequenceClassification(config).double()
+    else:
+        model = bert_classifier().double()
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-    steps = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2, "num_train_epochs": 2}
-    plain: list[dict[str, torch.Tensor]] = []
+    return model, classes
+
+
+# How many times the mean loss's gradient a step's is, of two batches, in the recording and in the folder.
+SCALES = {
+    "bert": (2.0, 2.0),
+    "llama": (1.0, 1.0),
+    "llama classifier": (2.0, 2.0),
+    "own": (1.0, 1.0),
+    "bert, divided": (1.0, 2.0),  # which the folder does not tell
+    "bert, own loss": (2.0, 2.0),
+}
+
+
+@pytest.mark.parametrize("kind", SCALES)
+def test_accumulated_batches_count_as_they_were_added_up_or_averaged(kind: str, tmp_path: Path) -> None:
+    model, data = accumulating(kind)
+    data = data[:8]  # 4 batches in 2 steps
+    seen: list[dict[str, torch.Tensor]] = []
 
     class Gradients(TrainerCallback):  # type: ignore[misc]
         def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **others: Any) -> None:
-            plain.append({n: p.grad.clone() for n, p in others["model"].named_parameters() if p.grad is not None})
+            seen.append({n: p.grad.clone() for n, p in others["model"].named_parameters() if p.grad is not None})
 
-    callbacks = [RecordCallback(tmp_path / "run", checkpoints=2), Gradients()]
-    options = {"max_steps": -1, "save_steps": 3, "optim": "sgd", "learning_rate": 1e-9, **steps}
-    trainer_of(tmp_path / "out", model, data, callbacks=callbacks, **options).train()
+    class OwnLoss(Trainer):  # type: ignore[misc]
+        def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **options: Any) -> Any:
+            return model(**inputs).loss
+
+    options = {
+        "callbacks": [RecordCallback(tmp_path / "run", checkpoints=2), Gradients()],
+        "gradient_accumulation_steps": 2,
+        "per_device_train_batch_size": 2,
+        "num_train_epochs": 2,
+        "max_steps": -1,
+        "save_steps": 2,
+        "optim": "sgd",
+        "learning_rate": 1e-9,  # so small that gradients are those of the first model
+        "remove_unused_columns": False,
+    }
+    trainer = trainer_of(tmp_path / "out", model, data, kind=OwnLoss if "own loss" in kind else Trainer, **options)
+    if "divided" in kind:
+        trainer.loss_is_scaled_for_ga = False
+    trainer.train()
     recorded = sf.Trajectory.load(tmp_path / "run")
-    folder = sf.Trajectory.from_trainer(tmp_path / "out", make(), dataset_size=N)
-    # 5 batches in 3 steps: of 2, 2 and 1. The learning rate is so small that gradients are those of the first model.
-    expected = 5 / 3 if kind == "bert" else 1.0
-    assert recorded.used.gradient_scale == folder.used.gradient_scale == pytest.approx(expected)
-    if kind == "bert":
-        model.eval()
-        summed = {n: sum(step[n] for step in plain[:3]) for n in plain[0]}
-        inputs = torch.stack([one["input_ids"] for one in data])
-        loss = model(input_ids=inputs, labels=torch.tensor([one["labels"] for one in data])).loss
-        mean = dict(zip(summed, torch.autograd.grad(loss, [model.get_parameter(n) for n in summed]), strict=True))
-        for name, total in summed.items():  # over the epoch the steps' gradients add up to so many times the mean
-            torch.testing.assert_close(total, 3 * expected * mean[name], rtol=1e-4, atol=1e-9)
+    folder = sf.Trajectory.from_trainer(tmp_path / "out", accumulating(kind)[0], dataset_size=8)
+    assert (recorded.used.gradient_scale, folder.used.gradient_scale) == pytest.approx(SCALES[kind])
+    assert "the folder does not tell" in folder.observed["accumulated batches"]
+    summed = {n: seen[0][n] + seen[1][n] for n in seen[0]}  # of an epoch
+    batch = {key: torch.stack([torch.as_tensor(one[key]) for one in data]) for key in data[0]}
+    loss = model.eval()(**batch)["loss"]
+    mean = dict(zip(summed, torch.autograd.grad(loss, [model.get_parameter(n) for n in summed]), strict=True))
+    dots = [sum((a[n] * mean[n]).sum().item() for n in mean) for a in (summed, mean)]
+    assert dots[0] / dots[1] == pytest.approx(2 * recorded.used.gradient_scale, rel=1e-4)
+
+
+def test_steps_of_fewer_batches_count_as_the_mean_over_the_steps(tmp_path: Path) -> None:
+    """5 batches in 3 steps of 2, 2 and 1; the first two alone have 2 each."""
+    for steps, expected in ((3, 5 / 3), (2, 2.0)):
+        model, data = accumulating("bert")
+        callback = RecordCallback(tmp_path / f"run-{steps}", checkpoints=1)
+        options = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2, "optim": "sgd"}
+        folder = tmp_path / f"out-{steps}"
+        trainer_of(folder, model, data, callbacks=[callback], max_steps=steps, save_steps=steps, **options).train()
+        found = sf.Trajectory.from_trainer(folder, model, dataset_size=N)
+        recorded = sf.Trajectory.load(tmp_path / f"run-{steps}")
+        assert recorded.used.gradient_scale == pytest.approx(expected)
+        assert found.used.gradient_scale == pytest.approx(expected)
+
+
+def test_what_accumulated_batches_add_up_to_can_be_said(tmp_path: Path) -> None:
+    model, data = accumulating("bert")
+    callback = RecordCallback(tmp_path / "run", checkpoints=1, gradient_scale=1.5)
+    options = {"gradient_accumulation_steps": 2, "max_steps": 2, "save_steps": 2, "optim": "sgd"}
+    trainer_of(tmp_path / "out", model, data, callbacks=[callback], **options).train()
+    told = sf.Trajectory.from_trainer(tmp_path / "out", model, dataset_size=N, gradient_scale=1.25)
+    assert sf.Trajectory.load(tmp_path / "run").used.gradient_scale == 1.5
+    assert told.used.gradient_scale == 1.25
+
+
+def test_watching_accumulated_batches_changes_no_number(tmp_path: Path) -> None:
+    states = []
+    for number, callbacks in enumerate(([], [RecordCallback(tmp_path / "run", checkpoints=1)])):
+        model = model_of("gpt2")
+        trainer_of(tmp_path / f"out-{number}", model, callbacks=callbacks, gradient_accumulation_steps=2).train()
+        states.append(model.state_dict())
+    assert all(torch.equal(states[0][name], value) for name, value in states[1].items())
+
+
+def test_a_callback_moves_on_to_the_trainer_that_is_made_next(tmp_path: Path) -> None:
+    callback = RecordCallback(tmp_path / "run", checkpoints=1)
+
+    class Interrupt(TrainerCallback):  # type: ignore[misc]
+        def on_step_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
+            raise KeyboardInterrupt
+
+    trainer_of(tmp_path / "first", model_of("gpt2"), callbacks=[callback])
+    second = trainer_of(tmp_path / "second", model_of("gpt2"), callbacks=[callback, Interrupt()])
+    backward = torch.autograd.backward
+    with pytest.raises(KeyboardInterrupt):
+        second.train()
+    assert torch.autograd.backward is backward

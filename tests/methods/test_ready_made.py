@@ -289,11 +289,11 @@ class Weighted(Margins):
 
     def __init__(self, weight: float, mean: bool = False) -> None:
         super().__init__()
-        self.weights, self.mean = torch.full((3,), weight, dtype=torch.float64), mean
+        self.squares, self.mean = torch.full((3,), weight, dtype=torch.float64), mean
 
     def compute_output(self, batch: Any, model: nn.Module) -> Tensor:
         logits = model(batch[0])
-        total = (self.weights * logits.square()).sum()
+        total = (self.squares * logits.square()).sum()
         return total / len(logits) if self.mean else total
 
 

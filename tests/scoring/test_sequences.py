@@ -78,14 +78,20 @@ CASES = {
     "bert, a class for each word": Case(bert_tagger, sf.tasks.TokenClassification(), tagged, padded),
     "bert, a class": Case(bert_classifier, sf.tasks.SequenceClassification(), classed_data, padded),
 }
-METHODS = {"kfac": sf.InfluenceFunction(0.01, curvature="kfac"), "source": sf.Source(2)}
+METHODS = {
+    "kfac": sf.InfluenceFunction(0.01, curvature="kfac"),
+    "representations": sf.RepresentationSimilarity(),
+    "source": sf.Source(2),
+}
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_factors_and_scores_do_not_depend_on_padding_or_batches(name: str, tmp_path: Path) -> None:
     case = CASES[name]
     run = trained(replace(case, collate=padded), tmp_path / "run")
-    methods = METHODS if name == "gpt2" else {"kfac": METHODS["kfac"]}
+    methods = dict(METHODS) if name == "gpt2" else {"kfac": METHODS["kfac"]}
+    if "left" in name:
+        methods["representations"] = METHODS["representations"]
     for method in methods.values():
         alone, *others = [
             scores_of(run, replace(case, collate=collate), method, size, tmp_path / f"{method}-{number}")
@@ -149,3 +155,49 @@ def test_a_mean_over_each_row_is_refused_of_texts_that_are_packed_into_one(tmp_p
     run = trained(replace(case, collate=padded), tmp_path / "run")
     with pytest.raises(sf.TaskError, match="is a mean over the batch"):
         scores_of(run, case, METHODS["kfac"], 3, tmp_path / "packed")
+
+
+def test_left_padding_that_no_mask_tells_is_refused(tmp_path: Path) -> None:
+    """The labels of a causal model tell where padding on the right begins, and nothing of the left."""
+    case = replace(CASES["llama, padded left"], collate=unmasked(Padding(side="left")))
+    run = trained(replace(case, collate=padded), tmp_path / "run")
+    with pytest.raises(sf.TaskError, match="no row that sees another"):
+        scores_of(run, case, METHODS["kfac"], 3, tmp_path / "store")
+
+
+class OwnMask(torch.nn.Module):
+    """A causal model that finds padding by itself, so that its losses do not depend on it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.mix, self.head = torch.nn.Embedding(WORDS, 6), torch.nn.Linear(6, 6), torch.nn.Linear(6, WORDS)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        h = self.embed(input_ids) * (input_ids != 0)[..., None]
+        return self.head(torch.tanh(self.mix(h.cumsum(1))))
+
+
+def test_padding_in_front_that_enters_covariances_is_refused_though_losses_are_the_same(tmp_path: Path) -> None:
+    case = Case(OwnMask, causal("token sum"), prompted, unmasked(Padding(side="left")))
+    run = trained(replace(case, collate=unmasked(padded)), tmp_path / "run")
+    with pytest.raises(sf.TaskError, match="so that padding would enter the curvature"):
+        scores_of(run, case, METHODS["kfac"], 3, tmp_path / "store")
+
+
+def test_a_missing_mask_is_told_as_such(tmp_path: Path) -> None:
+    case = replace(CASES["bert, masked words"], collate=unmasked(padded))
+    run = trained(replace(case, collate=padded), tmp_path / "run")
+    with pytest.raises(sf.TaskError, match=r"Its examples were padded \(one has \d+ positions"):
+        scores_of(run, case, METHODS["kfac"], 3, tmp_path / "store")
+
+
+def test_labels_on_padding_are_refused(tmp_path: Path) -> None:
+    def labelled(examples: Sequence[Example]) -> dict[str, Any]:
+        batch = padded(examples)
+        return {**batch, "labels": batch["input_ids"]}
+
+    case = replace(CASES["gpt2"], collate=labelled)
+    run = trained(replace(case, collate=padded), tmp_path / "run")
+    with pytest.raises(sf.TaskError, match=r"position \d is padding \(attention_mask 0\) and has the label 0"):
+        scores_of(run, case, METHODS["kfac"], 3, tmp_path / "store")

@@ -20,7 +20,7 @@ import segflow as sf
 
 from ..support.gang import Failed, Gang
 from ..support.helpers import trajectory_of
-from ..support.model_tasks import NO_LABEL, ClassTask, Example, MaskedWordTask, causal_data, padded
+from ..support.model_tasks import NO_LABEL, WORDS, ClassTask, Example, MaskedWordTask, causal_data, padded
 from ..support.models import CASES, Case, N, Trained, trained
 from .test_padding import LENGTHS, OtherWord, Words, collate, texts
 
@@ -263,3 +263,50 @@ def test_tokens_of_several_views_are_their_mean(tmp_path: Path) -> None:
         scores = analyzer.score(sf.Groups.singletons(N), train, query, batch_size=4, keep=("token",))
         tokens.append(torch.stack(list(scores.by_token.values())))
     torch.testing.assert_close(tokens[1], tokens[0], rtol=1e-9, atol=1e-13)
+
+
+class Mixture(nn.Module):
+    """Words from 12 on go through one expert, the others through another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.head = nn.Embedding(WORDS, 6), nn.Linear(6, WORDS)
+        self.experts = nn.ModuleList([nn.Linear(6, 6), nn.Linear(6, 6)])
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        h = self.embed(input_ids)
+        out = torch.zeros_like(h)
+        for number, expert in enumerate(self.experts):
+            chosen = (input_ids >= 12) == bool(number)
+            out[chosen] = expert(h[chosen])
+        return self.head(torch.tanh(out))
+
+
+def test_rows_that_are_routed_are_of_no_token(tmp_path: Path) -> None:
+    model = Mixture().double()
+    data = [{"input_ids": ids, "labels": ids} for ids in torch.randint(1, WORDS, (6, 5))]
+    trajectory = trajectory_of(tmp_path / "run", [dict(model.state_dict())], 6)
+    task = sf.tasks.CausalLM("token sum", measurement="log_probability")
+    options = {"method": sf.GradientDot(), "collate_fn": sf.tasks.pad, "progress": False}
+    analyzer = sf.Analyzer(model, task, trajectory, store=tmp_path / "store", **options)
+    analyzer.fit(data)
+    scores = analyzer.score(sf.Groups.singletons(6), data, data[:2], keep=("token",), layers="experts.1")
+    torch.testing.assert_close(scores.by_token["rest"], scores.values)
+
+
+def test_an_example_of_one_token_has_the_same_shares_in_every_batch(tmp_path: Path) -> None:
+    case = replace(KINDS["bert classifier"], lengths=(4, 1, 1, 5, 1, 4, 3, 6, 5, 4))
+    run = trained(case, tmp_path / "run")
+    train, query = case.data()
+    options = {"method": sf.GradientDot(), "collate_fn": case.collate, "progress": False}
+    analyzer = sf.Analyzer(run.model, case.task, sf.Trajectory.load(run.folder), store=tmp_path / "store", **options)
+    analyzer.fit(train)
+    groups = sf.Groups.from_lists([[1], [2], [4]], N, partial=True)
+    found = [analyzer.score(groups, train, query, batch_size=size, keep=("token",)) for size in (1, 3)]
+    every = analyzer.score(sf.Groups.singletons(N), train, query, batch_size=7, keep=("token",))
+    for scores in found:
+        for column, example in enumerate((1, 2, 4)):
+            torch.testing.assert_close(scores.by_token["rest"][:, column], every.by_token["rest"][:, example])
+            torch.testing.assert_close(scores.by_token["0"][:, column], every.by_token["0"][:, example])
+    assert (every.by_token["rest"] != 0).all()

@@ -41,12 +41,13 @@ def sentences(n: int = N, seed: int = 1) -> list[Example]:
 
 
 def trainer_of(folder: Path, model: nn.Module, data: Any = None, **options: Any) -> Any:
-    """A Trainer of 8 steps with 2 checkpoints; options: of the Trainer, if it has them, or of its arguments."""
+    """A Trainer of 8 steps with 2 checkpoints; options: of the Trainer, its class (kind), or of its arguments."""
     from transformers import Trainer, TrainingArguments
 
     own = {
         name: options.pop(name) for name in ("callbacks", "optimizers", "eval_dataset", "model_init") if name in options
     }
+    kind = options.pop("kind", Trainer)
     arguments = {
         "per_device_train_batch_size": 3,
         "max_steps": STEPS,
@@ -63,7 +64,7 @@ def trainer_of(folder: Path, model: nn.Module, data: Any = None, **options: Any)
         **options,
     }
     data = sentences() if data is None else data
-    return Trainer(model, TrainingArguments(str(folder), **arguments), train_dataset=data, **own)
+    return kind(model, TrainingArguments(str(folder), **arguments), train_dataset=data, **own)
 
 
 def scores(store: Path, model: nn.Module, trajectory: sf.Trajectory, method: sf.Method | None = None) -> torch.Tensor:

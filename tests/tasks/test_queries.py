@@ -449,3 +449,34 @@ def test_attributes_that_a_subclass_adds_and_no_loss_reads_do_not_count(base: ty
     one, other = base(), base()
     one.remark, other.remark = "first", "second"  # type: ignore[attr-defined]
     assert task_fingerprint(one) == task_fingerprint(other)
+
+
+class Merging:
+    """Words with their spaces are tokens; a text that begins with a space has that space as a token of its own."""
+
+    def encode(self, text: str) -> list[int]:
+        import re
+
+        return [sum(map(ord, piece)) for piece in re.findall(r"^ |^\w+| \w+|\w+", text)]
+
+
+def test_prompt_and_completion_are_tokenised_as_one_text() -> None:
+    [query] = sf.tasks.Completions(Merging(), ["The capital"], [" Paris"])
+    assert query["input_ids"].tolist() == Merging().encode("The capital Paris")
+    assert (query["labels"] != -100).tolist() == [False, False, True]
+    with pytest.warns(UserWarning, match="reaches over the end of prompt 0"):
+        [apart] = sf.tasks.Completions(Merging(), ["The cap"], ["ital"])
+    assert len(apart["input_ids"]) == 3
+
+
+def test_each_token_of_queries_without_labels_is_refused() -> None:
+    with pytest.raises(sf.TaskError, match="query 0 has no 'labels'"):
+        sf.tasks.each_token([{"input_ids": torch.tensor([1, 2])}])
+
+
+def test_a_class_label_beside_tokens_is_no_label_of_a_language_model() -> None:
+    model = torch.nn.Sequential(torch.nn.Embedding(5, 4), torch.nn.Linear(4, 5))
+    batch = {"input": torch.tensor([[1, 4, 2]]), "input_ids": torch.tensor([[1, 4, 2]])}
+    task = sf.tasks.CausalLM("token sum", inputs="input")
+    with_class = task.compute_train_loss({**batch, "label": torch.tensor([1])}, model)
+    assert torch.equal(with_class, task.compute_train_loss(batch, model))

@@ -61,3 +61,21 @@ def test_the_scale_of_gradients_is_that_of_a_task_with_the_loss_multiplied(optim
 def test_a_scale_that_is_no_positive_number_is_refused(tmp_path: Path) -> None:
     with pytest.raises(sf.TrajectoryError, match="gradient_scale"):
         recorded(tmp_path / "run", "SGD", 1.0, gradient_scale=0)
+
+
+def test_a_recording_goes_on_with_the_scale_that_it_had(tmp_path: Path) -> None:
+    model, data = mlp(), vectors(N)
+    steps = torch.optim.SGD(model.parameters(), lr=0.05)
+
+    def train(count: int, **told: Any) -> None:
+        with sf.record(model, steps, tmp_path, dataset_size=N, checkpoints=1, progress=False, **told):
+            for _ in range(count):
+                steps.zero_grad()
+                functional.cross_entropy(model(data.tensors[0]), data.tensors[1]).backward()
+                steps.step()
+
+    train(2, gradient_scale=2.0)
+    with pytest.raises(sf.TrajectoryError, match=r"gradient_scale was 2\.0, and is 3\.0"):
+        train(2, resume=True, step=2, gradient_scale=3.0)
+    train(2, resume=True, step=2)
+    assert sf.Trajectory.load(tmp_path).used.gradient_scale == 2.0
