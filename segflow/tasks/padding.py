@@ -24,6 +24,7 @@ class Padding:
         pad_id: the tokenizer's `pad_token_id`; no result depends on it where a model honours the attention mask.
         side: where it is filled up, "right" or "left".
         ignore_index: the label of what is no target.
+        fill: {key: what it is filled up with}, for labels of tokens under other keys, such as {"ner_tags": -100}.
 
     Example:
         >>> examples = [{"input_ids": [1, 2, 3], "labels": [1, 2, 3]}, {"input_ids": [4], "labels": [4]}]
@@ -34,9 +35,17 @@ class Padding:
         [[1, 1, 1], [1, 0, 0]]
     """
 
-    def __init__(self, pad_id: int = 0, side: str = "right", ignore_index: int = IGNORED):
+    def __init__(
+        self,
+        pad_id: int = 0,
+        side: str = "right",
+        ignore_index: int = IGNORED,
+        fill: Mapping[str, int] | None = None,
+    ):
         check_choice("side", side, ("left", "right"), TaskError)
         self.pad_id, self.side = whole_number("pad_id", pad_id, TaskError), side
+        given = {key: whole_number(f"fill[{key!r}]", value, TaskError, -(2**62)) for key, value in (fill or {}).items()}
+        self.fill = given
         self.ignore_index = whole_number("ignore_index", ignore_index, TaskError, -(2**62))
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -68,6 +77,8 @@ class Padding:
         return torch.stack(filled)
 
     def _fill(self, key: str) -> int:
+        if key in self.fill:
+            return self.fill[key]
         name = key.rpartition("_")[2]
         if key.endswith("input_ids"):
             return self.pad_id

@@ -480,3 +480,11 @@ def test_a_class_label_beside_tokens_is_no_label_of_a_language_model() -> None:
     task = sf.tasks.CausalLM("token sum", inputs="input")
     with_class = task.compute_train_loss({**batch, "label": torch.tensor([1])}, model)
     assert torch.equal(with_class, task.compute_train_loss(batch, model))
+
+
+def test_labels_under_another_key_are_filled_up_as_told() -> None:
+    examples = [{"input_ids": [1, 2], "ner_tags": [3, 4]}, {"input_ids": [1], "ner_tags": [3]}]
+    assert sf.tasks.Padding(fill={"ner_tags": -100})(examples)["ner_tags"].tolist() == [[3, 4], [3, -100]]
+    assert sf.tasks.pad(examples)["ner_tags"].tolist() == [[3, 4], [3, 0]]
+    with pytest.raises(sf.TaskError, match=r"fill\['ner_tags'\]"):
+        sf.tasks.Padding(fill={"ner_tags": "x"})

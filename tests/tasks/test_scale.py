@@ -74,6 +74,11 @@ TASKS: dict[str, tuple[sf.Task, dict[str, Any]]] = {
     "sequence mean": (CausalLM(), _tokens()),
     "token sum": (CausalLM("token sum", label_smoothing=0.1), _tokens()),
     "batch token mean": (CausalLM("batch token mean", mean_tokens=2.5), _tokens()),
+    "sequence mean, weights": (CausalLM(**WEIGHTED), _tokens() | {"weights": WEIGHTS}),
+    "masked words, both weights": (
+        MaskedLM("token sum", class_weights=CLASS_WEIGHTS, **WEIGHTED),
+        _tokens() | {"weights": WEIGHTS},
+    ),
     "masked words": (MaskedLM(), _tokens()),
     "masked words, batch": (
         MaskedLM("batch token mean", mean_tokens=1.5, ignore_index=2),
