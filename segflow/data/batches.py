@@ -103,6 +103,9 @@ def _mistaken(dataset: Any) -> str:
             f" of {len(dataset)} tensors, a column each and no examples. Give "
             "torch.utils.data.TensorDataset(*columns), or a list of examples."
         )
+    arrays = isinstance(dataset, tuple) and len(dataset) > 1 and all(map(_is_array, dataset))
+    if arrays and any(part.ndim == 0 for part in dataset):
+        return f" of {len(dataset)} tensors, which looks like one example. Give a list of examples, [example]."
     return ""
 
 

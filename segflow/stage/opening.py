@@ -150,6 +150,8 @@ def training_data(runs: Sequence[Sequence[StageContext]], train: Any) -> list[An
     contexts = runs[0]
     trains = by_stage(train, [context.trajectory.stage for context in contexts], "train")
     given = [data is not None for data in trains]
+    if not any(given):
+        raise TaskError("train is None: expected the training data, a dataset, or {stage: dataset} for several stages.")
     if not given[-1] or given != sorted(given):
         named = [context.trajectory.stage for context, data in zip(contexts, trains, strict=True) if data is not None]
         raise TrajectoryError(

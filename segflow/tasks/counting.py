@@ -45,6 +45,7 @@ def mean_tokens(
         >>> mean_tokens([{"labels": [-100, 5, 7]}, {"labels": [3, 4, 5, 6]}], shifted=True)
         2.5
     """
+    _check_dataset(dataset)
     rows = (_labels(dataset[i], collate_fn, labels, ignore_index) != ignore_index for i in range(len(dataset)))
     counts = [(int(counted.sum()), int(counted[..., 1:].sum())) for counted in rows]
     every, later = (sum(side) for side in zip(*(counts or [(0, 0)]), strict=True))
@@ -60,6 +61,16 @@ def mean_tokens(
     if not total:
         raise TaskError("mean_tokens: no example has a label that is not ignored. Give the data that was trained on.")
     return total / len(counts)
+
+
+def _check_dataset(dataset: Any) -> None:
+    if hasattr(dataset, "__getitem__") and not (isinstance(dataset, Mapping) and 0 not in dataset):
+        return
+    keys = f" with the keys {shown(list(dataset))}" if isinstance(dataset, Mapping) else ""
+    raise TaskError(
+        f"mean_tokens: found a {type(dataset).__name__}{keys}, expected a dataset whose examples are numbered "
+        "from 0: of a DataLoader its .dataset, with collate_fn=loader.collate_fn; of several splits the one that was trained on."
+    )
 
 
 def trainer_shifts(model: nn.Module) -> bool:

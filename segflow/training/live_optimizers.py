@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..arguments import plain, shown
 from ..errors import TrajectoryError
+from .optimizers import KNOWN
 from .step_log import Numbers
 
 _USED = ("lr", "momentum", "dampening", "weight_decay", "eps", "alpha", "lr_decay", "betas")  # numbers in formulas
@@ -31,7 +32,7 @@ def unwrapped(optimizer: Any) -> list[torch.optim.Optimizer]:
                 "or a list of them."
             )
         for group in one.param_groups:
-            constants(group)
+            constants(group, optimizer_name(one) in KNOWN)
     if not optimizers or len({id(one) for one in optimizers}) < len(optimizers):
         raise TrajectoryError(f"optimizer: expected one optimizer, or several different ones, found {len(given)}.")
     return optimizers
@@ -71,11 +72,13 @@ def optimizer_name(optimizer: torch.optim.Optimizer) -> str:
     return f"{name} (maximize=True in some parameter groups only)" if mixed else name
 
 
-def constants(group: Mapping[str, Any]) -> dict[str, Any]:
+def constants(group: Mapping[str, Any], known: bool = True) -> dict[str, Any]:
     """A parameter group's options as JSON can hold them.
 
     Numbers of any kind (NumPy's, tensors of one element) become plain ones. TrajectoryError for an option that formulas
     use and that is no number.
+
+    known: whether there are formulas for the optimizer, which use these options.
     """
     options = {}
     for name, value in group.items():
@@ -84,7 +87,7 @@ def constants(group: Mapping[str, Any]) -> dict[str, Any]:
         converted = _truth(name, value) if name in _TRUTHS else _plain(value)
         if converted is not None or value is None:
             options[name] = converted
-        elif name in _USED:
+        elif name in _USED and known:
             raise TrajectoryError(
                 f"the optimizer's option {name}={value!r} is a {type(value).__name__}, expected a number. "
                 "Give it as a plain float."

@@ -16,7 +16,7 @@ from ..runtime.sharding import plain_name
 from ..store.files import TensorFile, inside
 from .checkpoints import COUNTS, MODEL, Layouts, part_layouts, read_part
 from .motion import Moves
-from .optimizers import OptimizerConstants
+from .optimizers import KNOWN, OptimizerConstants
 from .recording_folder import EXAMPLE_WEIGHTS, STEPS, Description
 from .step_log import CARRIED, FRESH, LEFT_OUT, MOVED, Logged, counts_before_and_after, read_steps
 
@@ -118,7 +118,7 @@ def _optimizer(content: Mapping[str, Any], log: Logged, groups: list[Mapping[str
         weight_decay=log.numbers["weight_decay"],
         nesterov=[bool(group.get("nesterov")) for group in groups],
         maximize=any(group.get("maximize") for group in groups),
-        eps=[group.get("eps", 1e-8) for group in groups],
+        eps=[group.get("eps", 1e-8) if kind in KNOWN else 0.0 for kind, group in zip(kinds, groups, strict=True)],
         decoupled=[
             bool(group.get("decoupled_weight_decay", kind == "AdamW"))
             for kind, group in zip(kinds, groups, strict=True)

@@ -18,7 +18,7 @@ from ..store.files import file_digest, read_tensors, write_json, write_tensors
 from .checkpoints import COUNTS, MODEL, SECOND_MOMENT
 from .frozen import FrozenPart
 from .live_optimizers import constants, optimizer_name
-from .optimizers import SECOND_MOMENTS, second_moment
+from .optimizers import KNOWN, SECOND_MOMENTS, second_moment
 from .recorded import read_counts
 from .recording_folder import (
     EXAMPLE_WEIGHTS,
@@ -296,7 +296,9 @@ class Recording:
             "dataset_size": self.options.dataset_size,
             "batch_size": self.options.batch_size,
             "optimizers": [optimizer_name(one) for one in self.optimizers for _ in one.param_groups],
-            "constants": [constants(group) for one in self.optimizers for group in one.param_groups],
+            "constants": [
+                constants(group, optimizer_name(one) in KNOWN) for one in self.optimizers for group in one.param_groups
+            ],
             "moved": sorted(self._moved()),
             "unmoved": self._reasons(),
             "checkpoints": [self._saved[step] for step in sorted(self._saved)],

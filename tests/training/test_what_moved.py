@@ -701,3 +701,19 @@ def test_momentum_may_be_a_number_of_any_kind(number: str, tmp_path: Path) -> No
         trajectories.append(sf.Trajectory.load(tmp_path / name))
     assert (trajectories[0].used.momentum == trajectories[1].used.momentum).all()
     assert trajectories[0].lr_steps(0, STEPS) == trajectories[1].lr_steps(0, STEPS)
+
+
+@pytest.mark.parametrize("options", [{}, {"eps": (None, 1e-3)}])
+def test_an_optimizer_without_formulas_is_recorded_whatever_its_options_are(options: Any, tmp_path: Path) -> None:
+    """torch's Adafactor has a pair where Adam has a number."""
+    model = torch.nn.Linear(3, 2)
+    optimizer = torch.optim.Adafactor(model.parameters(), lr=0.01, **options)
+    with sf.record(model, optimizer, tmp_path, dataset_size=4, total_steps=2, checkpoints=1, progress=False):
+        for _ in range(2):
+            optimizer.zero_grad()
+            model(torch.ones(4, 3)).square().sum().backward()
+            optimizer.step()
+    trajectory = sf.Trajectory.load(tmp_path)
+    assert trajectory.kinds[0].endswith("Adafactor")
+    with pytest.raises(sf.TrajectoryError, match=r"trained with .*Adafactor"):
+        trajectory.lr_steps(0, 2)
