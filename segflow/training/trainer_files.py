@@ -151,11 +151,19 @@ def read_state(folder: Path) -> TrainerState:
             step=step,
             planned=planned,
             ended=ended,
-            log=tuple(row for row in state["log_history"] if "step" in row),
-            best=state.get("best_model_checkpoint"),
-            batch_size=state.get("train_batch_size"),
+            log=tuple(_row(row) for row in state["log_history"]),
+            best=None if state.get("best_model_checkpoint") is None else str(state["best_model_checkpoint"]),
+            batch_size=int(state.get("train_batch_size") or 0) or None,
         )
     except (KeyError, TypeError, ValueError, AttributeError) as problem:
         raise TrajectoryError(
             f"{path}: damaged ({type(problem).__name__}: {problem}). Restore it, or leave this checkpoint out."
         ) from problem
+
+
+def _row(row: Any) -> Mapping[str, Any]:
+    """One row of the log; ValueError, TypeError, KeyError or AttributeError where it is none."""
+    int(row["step"])
+    for name in ("learning_rate", "grad_norm"):
+        float(row.get(name) or 0.0)
+    return dict(row)

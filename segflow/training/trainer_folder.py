@@ -23,6 +23,7 @@ from .motion import Moves
 from .optimizers import KNOWN, OptimizerConstants
 from .per_step import PerStep, rates_by_step
 from .trainer_accumulation import added_up, batches_of_a_step
+from .trainer_checks import check_goes_on, check_places, check_saved_rates
 from .trainer_clipping import ClipLog, clip_factors_of
 from .trainer_files import (
     OPTIMIZER,
@@ -34,7 +35,7 @@ from .trainer_files import (
     scheduled_steps,
     training_arguments,
 )
-from .trainer_schedule import LoggedRate, check_logged, is_close, schedule_factors
+from .trainer_schedule import LoggedRate, check_logged, schedule_factors
 
 _NAMED = 4  # parameters in a message
 
@@ -63,7 +64,7 @@ class TrainerFolder:
         self.root, self.words = root, words
         self.folders = _checkpoint_folders(root)
         self.states = [read_state(folder) for folder in self.folders]
-        _check_places(self.folders, self.states)
+        check_places(self.folders, self.states)
         self.args = training_arguments(words.args, self.folders[-1])
         self.last = self._last_state()
         optim = str(self.args["optim"])
@@ -83,6 +84,7 @@ class TrainerFolder:
                 f"{after.path}: of step {after.step}, before the last checkpoint's {last.step}. Remove what is of "
                 "another run."
             )
+        check_goes_on(last, after)
         if self.words.unfinished or (after.step == last.step and (last.ended or after.ended or after is not last)):
             return last
         if after.step == last.step:
@@ -163,7 +165,7 @@ class TrainerFolder:
         points = [LoggedRate(step, rate, self.skipped(step)) for step, rate in self.last.logged("learning_rate")]
         check_logged(rates[:, 0].tolist(), points, float(bases[0]))
         for taken, saved in zip(self.taken, self.optimizers, strict=False):
-            _check_saved(saved, rates[taken : taken + 1], taken, bases)
+            check_saved_rates(saved, rates[taken : taken + 1], taken, bases)
         return rates[: self.total] / self._adagrad_decay()
 
     def _adagrad_decay(self) -> np.ndarray:
@@ -290,29 +292,3 @@ def _checkpoint_folders(root: Path) -> list[Path]:
 
 def _numbered(path: Path) -> re.Match[str] | None:
     return re.fullmatch(r"checkpoint-(\d+)", path.name) if path.is_dir() else None
-
-
-def _check_places(folders: Sequence[Path], states: Sequence[TrainerState]) -> None:
-    for folder, state in zip(folders, states, strict=True):
-        if folder.name != f"checkpoint-{state.step}":
-            raise TrajectoryError(f"{state.path}: says step {state.step}. Put the folders back in their places.")
-    log = {row["step"]: row for row in states[-1].log if "learning_rate" in row}
-    for state in states[:-1]:
-        for row in state.log:
-            if "learning_rate" in row and log.get(row["step"]) != row:
-                raise TrajectoryError(
-                    f"{state.path}: its log of step {row['step']} is not that of {states[-1].path}, so the checkpoints "
-                    "are of different runs. Remove those that are not of this one."
-                )
-
-
-def _check_saved(saved: OptimizerState, following: np.ndarray, taken: int, bases: np.ndarray) -> None:
-    """Raise TrajectoryError unless an optimizer holds the rate of the step that follows, none of the run's last."""
-    for rates in following:
-        for place, group in enumerate(saved.groups):
-            if not is_close(rates[place], float(group["lr"]), bases[place]):
-                raise TrajectoryError(
-                    f"{saved.path}: after {taken} steps the learning rate of parameter group {place} is "
-                    f"{float(group['lr']):g}, and the schedule says {rates[place]:g}. Give learning_rates=, the rate "
-                    "of every optimizer step, or args=, the TrainingArguments of this run."
-                )

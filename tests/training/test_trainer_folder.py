@@ -18,7 +18,7 @@ from segflow.training.checkpoints import load_torch
 from segflow.training.moment_files import optimizer_kind
 from segflow.training.trainer_files import training_arguments
 
-from ..support.trainer_runs import STEPS, N, model_of, scores, trainer_of
+from ..support.trainer_runs import STEPS, N, model_of, scores, sentences, trainer_of
 
 pytest.importorskip("transformers")
 
@@ -331,7 +331,64 @@ def test_checkpoints_of_different_runs_are_refused(copied: Folders, made: Folder
     folder = copied()
     shutil.rmtree(folder / "checkpoint-4")
     shutil.copytree(made(seed=4) / "checkpoint-4", folder / "checkpoint-4")
-    refused(folder, "checkpoints are of different runs")
+    refused(folder, r"checkpoint-4.*its log of step 1 is not that of .*one of them is of another run, or damaged")
+
+
+def test_an_emptied_log_is_of_another_run_or_damaged(copied: Folders) -> None:
+    folder = copied()
+    edit_json(folder / "checkpoint-8" / "trainer_state.json", lambda state: state.update(log_history=[]))
+    refused(folder, r"its log of step 1 is not that of .*checkpoint-8.*of another run, or damaged")
+
+
+def evaluated(folder: Path, seed: int, **options: Any) -> None:
+    trainer_of(
+        folder,
+        model_of("gpt2"),
+        sentences(seed=seed),
+        eval_dataset=sentences(4, seed=2),
+        logging_strategy="no",
+        eval_strategy="steps",
+        eval_steps=2,
+        lr_scheduler_type="constant",
+        **options,
+    ).train()
+
+
+def test_checkpoints_whose_logs_differ_in_what_was_evaluated_are_refused(tmp_path: Path) -> None:
+    evaluated(tmp_path / "a", seed=1, save_steps=3, max_steps=9)
+    evaluated(tmp_path / "b", seed=7)
+    assert read(tmp_path / "b").steps == (4, 8)
+    shutil.copytree(tmp_path / "a" / "checkpoint-3", tmp_path / "b" / "checkpoint-3")
+    refused(tmp_path / "b", "checkpoint-3.*its log of step 2 is not that of .*checkpoint-4")
+
+
+def test_an_end_of_another_run_is_refused(copied: Folders, tmp_path: Path) -> None:
+    folder = copied()
+    other = trainer_of(tmp_path / "other", model_of("gpt2"), sentences(seed=7), max_steps=12, save_strategy="no")
+    other.train()
+    other.save_model(folder)
+    other.state.save_to_json(folder / "trainer_state.json")
+    refused(folder, r"checkpoint-8/trainer_state.json: its log of step 1 is not that of .*copy/trainer_state.json")
+
+
+def test_a_log_with_nan_goes_on_as_others_do(copied: Folders) -> None:
+    folder = copied()
+    for step in (4, 8):
+        edit_json(
+            folder / f"checkpoint-{step}" / "trainer_state.json",
+            lambda state: state["log_history"][0].update(loss=float("nan")),
+        )
+    assert read(folder).steps == (4, 8)
+
+
+@pytest.mark.parametrize(
+    "log", [None, ["step"], [5], [{"loss": 1.0}], [{"step": "x"}], [{"step": 1, "learning_rate": "abc"}]]
+)
+def test_a_log_that_is_none_is_damaged(copied: Folders, log: Any) -> None:
+    folder = copied()
+    for step in (4, 8):
+        edit_json(folder / f"checkpoint-{step}" / "trainer_state.json", lambda state: state.update(log_history=log))
+    refused(folder, r"checkpoint-4/trainer_state.json: damaged")
 
 
 def test_an_optimizer_that_had_taken_steps_before_is_refused(tmp_path: Path) -> None:
