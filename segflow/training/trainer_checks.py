@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from ..errors import TrajectoryError
 from .moment_files import OptimizerState
-from .trainer_files import TrainerState
-from .trainer_schedule import is_close
+from .trainer_files import ARGUMENTS, TrainerState, schedule_of, training_arguments
+from .trainer_schedule import is_close, schedule_factors
+
+# What training must have been told alike all along.
+_ALIKE = ("gradient_accumulation_steps", "optim", "label_smoothing_factor")
+_SCHEDULE = ("lr_scheduler_type", "learning_rate", "warmup_steps", "warmup_ratio", "lr_scheduler_kwargs")
 
 
 def check_places(folders: Sequence[Path], states: Sequence[TrainerState]) -> None:
@@ -50,3 +55,51 @@ def check_saved_rates(saved: OptimizerState, following: np.ndarray, taken: int, 
                     f"{float(group['lr']):g}, and the schedule says {rates[place]:g}. Give learning_rates=, the rate "
                     "of every optimizer step, or args=, the TrainingArguments of this run."
                 )
+
+
+def check_arguments(states: Sequence[TrainerState], last: Mapping[str, Any], known: Mapping[str, bool]) -> None:
+    """Raise TrajectoryError where a checkpoint's training_args.bin says otherwise than the last one's.
+
+    A Trainer that is resumed with other arguments leaves the earlier ones in the earlier checkpoints only.
+
+    Args:
+        last: the arguments saved in the last checkpoint.
+        known: whether the user gave learning_rates, clip_factors and batch_size, of which the arguments then need not
+            tell anything.
+    """
+    names = [*_ALIKE]
+    names += [] if known["clip_factors"] else ["max_grad_norm"]
+    names += [] if known["batch_size"] else ["per_device_train_batch_size"]
+    for state in states[:-1]:
+        if not (path := state.path.parent / ARGUMENTS).is_file():
+            continue
+        here = training_arguments(None, path.parent)
+        odd = _told_apart(names, here, last)
+        if not known["learning_rates"] and _other_schedule(here, last, state.planned, states[-1].planned):
+            odd |= _told_apart(_SCHEDULE, here, last)
+            odd |= {"max_steps": (state.planned, states[-1].planned)} if state.planned != states[-1].planned else {}
+        if odd:
+            changed = ", ".join(f"{name}={one!r}, later {other!r}" for name, (one, other) in odd.items())
+            raise TrajectoryError(
+                f"{path}: the Trainer was resumed with other arguments ({changed}), and the folder does not say from "
+                "which step on. Give learning_rates=, clip_factors= or batch_size= where it is they that changed, or "
+                "args= where one set of arguments holds for all steps; RecordCallback follows such a run."
+            )
+
+
+def _told_apart(names: Sequence[str], here: Mapping[str, Any], last: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """The values of arguments that differ, by their names."""
+    both = {name: (here.get(name), last.get(name)) for name in names}
+    return {name: (one, other) for name, (one, other) in both.items() if (one or None) != (other or None)}
+
+
+def _other_schedule(here: Mapping[str, Any], last: Mapping[str, Any], planned: int, at_last: int) -> bool:
+    """Whether two sets of arguments make different rates of the same base.
+
+    The base rate itself is the optimizer's, which a Trainer that is resumed does not take from its arguments.
+    """
+    made = schedule_of(here, planned), schedule_of(last, at_last)
+    if made[0] == made[1]:
+        return False
+    factors = [schedule_factors(one, max(planned, at_last)) for one in made]
+    return not np.allclose(*factors, rtol=1e-6, atol=1e-9)

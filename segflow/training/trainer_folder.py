@@ -23,7 +23,7 @@ from .motion import Moves
 from .optimizers import KNOWN, OptimizerConstants
 from .per_step import PerStep, rates_by_step
 from .trainer_accumulation import added_up, batches_of_a_step
-from .trainer_checks import check_goes_on, check_places, check_saved_rates
+from .trainer_checks import check_arguments, check_goes_on, check_places, check_saved_rates
 from .trainer_clipping import ClipLog, clip_factors_of
 from .trainer_files import (
     OPTIMIZER,
@@ -66,6 +66,11 @@ class TrainerFolder:
         self.states = [read_state(folder) for folder in self.folders]
         check_places(self.folders, self.states)
         self.args = training_arguments(words.args, self.folders[-1])
+        if words.args is None:
+            given = {
+                name: getattr(words, name) is not None for name in ("learning_rates", "clip_factors", "batch_size")
+            }
+            check_arguments(self.states, self.args, given)
         self.last = self._last_state()
         optim = str(self.args["optim"])
         self.optimizers = [

@@ -391,6 +391,69 @@ def test_a_log_that_is_none_is_damaged(copied: Folders, log: Any) -> None:
     refused(folder, r"checkpoint-4/trainer_state.json: damaged")
 
 
+def resumed(folder: Path, first: dict[str, Any], second: dict[str, Any], **both: Any) -> Path:
+    """A run that is stopped at step 4, and goes on with other arguments."""
+    trainer_of(folder, model_of("gpt2"), **{"max_steps": 4, **both, **first}).train()
+    trainer_of(folder, model_of("gpt2"), **both, **second).train(resume_from_checkpoint=True)
+    return folder
+
+
+def with_earlier(folder: Path, **options: Any) -> Path:
+    """The folder, as if its first checkpoint had been written with other arguments."""
+    torch.save(trainer_of(folder, model_of("gpt2"), **options).args, folder / "checkpoint-4" / "training_args.bin")
+    return folder
+
+
+def test_a_run_that_was_resumed_with_another_limit_to_the_norm_needs_the_factors(tmp_path: Path) -> None:
+    folder = resumed(tmp_path, {"max_grad_norm": 0.1}, {}, lr_scheduler_type="constant")
+    refused(folder, r"checkpoint-4/training_args.bin: .*other arguments \(max_grad_norm=0.1, later 0.0\)")
+    found = read(folder, clip_factors=[0.5] * 4 + [1.0] * 4)
+    assert found.used.clip_factors[:, 0].tolist() == [0.5] * 4 + [1.0] * 4
+    saved = training_arguments(None, folder / "checkpoint-8")
+    assert (read(folder, args=saved).used.clip_factors == 1).all()
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"gradient_accumulation_steps": 2}, "gradient_accumulation_steps=2, later 1"),
+        ({"per_device_train_batch_size": 5}, "per_device_train_batch_size=5, later 3"),
+        ({"optim": "sgd", "label_smoothing_factor": 0.1}, "optim='sgd', later 'adamw_torch_fused', label_smoothing_fa"),
+        ({"warmup_steps": 3}, "warmup_steps=3, later 0"),
+        ({"lr_scheduler_type": "cosine"}, "lr_scheduler_type='cosine', later 'linear'"),
+    ],
+)
+def test_other_arguments_of_an_earlier_checkpoint_are_refused_by_name(
+    changed: dict[str, Any], words: str, copied: Folders
+) -> None:
+    folder = with_earlier(copied(), **changed)
+    refused(folder, rf"checkpoint-4/training_args.bin: .*other arguments \({words}")
+    assert read(folder, args=training_arguments(None, folder / "checkpoint-8")).steps == (4, 8)
+
+
+def test_what_the_user_gives_may_have_changed(copied: Folders) -> None:
+    folder = copied()
+    rates = read(folder).learning_rates[:, 0]
+    with_earlier(folder, per_device_train_batch_size=5, lr_scheduler_type="cosine")
+    refused(folder, "per_device_train_batch_size=5, later 3, lr_scheduler_type='cosine'", clip_factors=1.0)
+    refused(folder, r"\(lr_scheduler_type='cosine', later 'linear'\)", batch_size=4)
+    assert read(folder, batch_size=4, learning_rates=rates).optimizer.batch_size == 4
+
+
+def test_steps_that_were_added_to_a_schedule_are_refused(tmp_path: Path) -> None:
+    folder = resumed(tmp_path, {"max_steps": 4}, {}, logging_strategy="no")
+    refused(folder, r"other arguments \(max_steps=4, later 8\)")
+    rates = [0.02 * (1 - step / 4) for step in range(5)] + [0.02 * (1 - step / 8) for step in range(5, 8)]
+    found = read(folder, learning_rates=rates)  # the first step that was added had the rate that the end had left
+    assert found.lr_steps(0, 8)[0] == pytest.approx(sum(rates))
+
+
+def test_arguments_of_the_schedule_that_change_no_rate_may_change(tmp_path: Path) -> None:
+    """More steps of a constant rate; and a base rate, for a Trainer that goes on has the optimizer's."""
+    folder = resumed(tmp_path, {}, {"learning_rate": 0.01}, lr_scheduler_type="constant")
+    assert read(folder).learning_rates.tolist() == [[0.02, 0.02]] * 8
+
+
 def test_an_optimizer_that_had_taken_steps_before_is_refused(tmp_path: Path) -> None:
     trainer = trainer_of(tmp_path, model_of("gpt2"))
     trainer.train()
