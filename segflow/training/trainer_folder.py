@@ -37,7 +37,7 @@ from .trainer_files import (
 )
 from .trainer_schedule import LoggedRate, check_logged, schedule_factors
 
-_NAMED = 4  # parameters in a message
+_UNCONFIRMED = "as the arguments say; nothing that was logged confirms them"
 
 
 @dataclass(frozen=True)
@@ -197,6 +197,12 @@ class TrainerFolder:
         return partly | {name: "no step moved it" for name, n in counts.items() if n == 0}
 
     @property
+    def _unconfirmed(self) -> bool:
+        """Whether the rates are the arguments' alone: none was logged, and no checkpoint before the end tells one."""
+        told = self.words.learning_rates is not None or self.last.logged("learning_rate")
+        return not told and self.taken[0] == self.total
+
+    @property
     def arguments(self) -> dict[str, Any]:
         """The arguments of the Trajectory."""
         optimizer = self.optimizers[-1]
@@ -261,6 +267,7 @@ class TrainerFolder:
             "read from": "a Trainer's folder",
             "skipped steps": skipped,
             "steps that fp16 left out": "not known" if self.args.get("fp16") and not counted else None,
+            "learning rates": _UNCONFIRMED if self._unconfirmed else None,
             "clip factors": self.clipping.words,
             "model": self._which_model(),
             "second moments at the end": f"those of step {self.taken[-2]}" if self.beyond else None,
@@ -275,6 +282,8 @@ class TrainerFolder:
 
     def _warn(self, clipping: ClipLog) -> None:
         found = [f"of the models {words}" if (words := self._which_model()) else None, clipping.warning]
+        if self._unconfirmed:
+            found.append(f"the learning rates are {_UNCONFIRMED} (a scheduler of one's own is not among the arguments)")
         if self.beyond:
             found.append(
                 f"training ended at step {self.total}, after the last checkpoint (step {self.taken[-2]}), whose second "

@@ -243,6 +243,18 @@ def test_the_optimizers_own_rates_are_checked_where_nothing_is_logged(made: Fold
         read(folder, args={**training_arguments(None, folder / "checkpoint-8"), "lr_scheduler_type": "constant"})
 
 
+def test_rates_that_nothing_confirms_are_named(copied: Folders) -> None:
+    folder = copied(logging_strategy="no")
+    assert "learning rates" not in read(folder).observed  # the first checkpoint confirms them
+    shutil.rmtree(folder / "checkpoint-4")
+    words = "as the arguments say; nothing that was logged confirms them"
+    with pytest.warns(UserWarning, match=f"the learning rates are {words}"):
+        found = read(folder)
+    assert found.observed["learning rates"] == words
+    given = read(folder, learning_rates=found.learning_rates[:, 0])
+    assert torch.equal(given.learning_rates, found.learning_rates) and "learning rates" not in given.observed
+
+
 def test_rates_of_ones_own_are_checked_too(made: Folders) -> None:
     rates = read(made()).learning_rates[:, 0]
     assert torch.equal(read(made(), learning_rates=rates).learning_rates, read(made()).learning_rates)
