@@ -101,5 +101,5 @@ def _other_schedule(here: Mapping[str, Any], last: Mapping[str, Any], planned: i
     made = schedule_of(here, planned), schedule_of(last, at_last)
     if made[0] == made[1]:
         return False
-    factors = [schedule_factors(one, max(planned, at_last)) for one in made]
-    return not np.allclose(*factors, rtol=1e-6, atol=1e-9)
+    here_factors, last_factors = (schedule_factors(one, max(planned, at_last)) for one in made)
+    return not np.allclose(here_factors, last_factors, rtol=1e-6, atol=1e-9)

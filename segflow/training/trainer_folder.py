@@ -18,7 +18,7 @@ from torch import nn
 
 from ..errors import TrajectoryError
 from .checkpoints import check_steps
-from .moment_files import OptimizerFile, OptimizerState, named_state
+from .moment_files import OptimizerFile, named_state
 from .motion import Moves
 from .optimizers import KNOWN, OptimizerConstants
 from .per_step import PerStep, rates_by_step

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import warnings
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from segflow.training.checkpoints import load_torch
 from segflow.training.moment_files import optimizer_kind
 from segflow.training.trainer_files import training_arguments
 
+from ..support.models import gpt2
 from ..support.trainer_runs import STEPS, N, model_of, scores, sentences, trainer_of
 
 pytest.importorskip("transformers")
@@ -157,6 +159,21 @@ def test_a_model_with_other_parameters_frozen_is_refused(made: Folders) -> None:
     next(model.parameters()).requires_grad_(False)
     with pytest.raises(sf.TrajectoryError, match=r"cannot be told .*with the same parameters frozen"):
         sf.Trajectory.from_trainer(made(), model, dataset_size=N)
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+def test_an_adapter_that_is_loaded_without_training_is_named(made: Folders) -> None:
+    from peft import PeftModel
+
+    folder = made("lora")
+    models = [
+        PeftModel.from_pretrained(gpt2(), folder / "checkpoint-8", is_trainable=trainable).double()
+        for trainable in (False, True)
+    ]
+    words = r"holds 8 parameters, and the model has 0 that require gradients; load peft's model with is_trainable=True"
+    with pytest.raises(sf.TrajectoryError, match=words):
+        sf.Trajectory.from_trainer(folder, models[0], dataset_size=N)
+    assert sf.Trajectory.from_trainer(folder, models[1], dataset_size=N).second_moments(1)
 
 
 def test_another_models_moments_are_refused(made: Folders) -> None:
@@ -518,6 +535,75 @@ def test_what_the_user_says_is_used(made: Folders) -> None:
     shares = found.example_weights(0)
     assert shares is not None and shares[0] == 3 * shares[1]
     assert read(made()).observed["sampling"].startswith("uniform")
+
+
+ARGUMENTS = {
+    "learning_rate": 0.02,
+    "lr_scheduler_type": "linear",
+    "warmup_steps": 0,
+    "max_grad_norm": 0,
+    "optim": "adamw_torch",
+}
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"lr_scheduler_kwargs": "{bad"}, r"args: lr_scheduler_kwargs='{bad': expected a dict"),
+        ({"lr_scheduler_kwargs": [1]}, r"args: lr_scheduler_kwargs=\[1\]: expected a dict"),
+        ({"learning_rate": "x"}, "args: learning_rate='x': expected a number, at least 0"),
+        ({"learning_rate": None}, r"lack \['learning_rate'\]"),
+        ({"learning_rate": -0.1}, "args: learning_rate=-0.1: expected"),
+        ({"optim": None}, r"lack \['optim'\]"),
+        ({"max_grad_norm": "y"}, "args: max_grad_norm='y': expected a number"),
+        ({"max_grad_norm": math.nan}, "args: max_grad_norm=nan: expected a number"),
+        ({"warmup_steps": "z"}, "args: warmup_steps='z': expected a number, at least 0"),
+        ({"warmup_ratio": [1]}, r"args: warmup_ratio=\[1\]: expected a number"),
+        ({"label_smoothing_factor": "some"}, "args: label_smoothing_factor='some': expected a number"),
+        ({"gradient_accumulation_steps": "q"}, "args: gradient_accumulation_steps='q': expected a whole number, at l"),
+        ({"gradient_accumulation_steps": 1.5}, "args: gradient_accumulation_steps=1.5: expected a whole number"),
+        ({"distributed_state": 5}, "args: distributed_state=5: expected accelerate's PartialState"),
+    ],
+)
+def test_arguments_that_make_no_sense_are_refused_by_name(made: Folders, changed: dict[str, Any], words: str) -> None:
+    with pytest.raises(sf.TrajectoryError, match=words):
+        read(made(), args={**ARGUMENTS, **changed})
+
+
+@pytest.mark.parametrize("limit", [None, 0, -1, math.inf])
+def test_limits_to_the_norm_that_clip_nothing(made: Folders, limit: float | None) -> None:
+    found = read(made(), args={**ARGUMENTS, "max_grad_norm": limit})
+    assert (found.used.clip_factors == 1).all()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda c: c["state"][0].update(step=torch.tensor(math.nan)), r"step of parameter 0 is nan"),
+        (lambda c: c["state"][0].update(step="eight"), "could not convert string"),
+        (lambda c: c["state"].update({0: None}), "expected the state_dict of a torch optimizer"),
+        (lambda c: c.update(state=[]), "expected the state_dict of a torch optimizer"),
+        (lambda c: c["param_groups"].__setitem__(0, 5), "expected the state_dict of a torch optimizer"),
+        (lambda c: c["param_groups"][0].pop("lr"), "expected the state_dict of a torch optimizer .KeyError: 'lr'"),
+        (lambda c: c["param_groups"][0].update(lr=None), "expected the state_dict of a torch optimizer"),
+        (lambda c: c["param_groups"][0].update(initial_lr="x"), "expected the state_dict of a torch optimizer"),
+        (lambda c: c["param_groups"][0].update(betas=None), "betas=None of a parameter group of AdamW"),
+        (lambda c: c["param_groups"][0].update(weight_decay="x"), "weight_decay='x' of a parameter group"),
+        (lambda c: c["param_groups"][0].update(eps=(1, 2)), r"eps=\(1, 2\) of a parameter group of AdamW"),
+        (lambda c: c["state"][0].pop("exp_avg_sq"), r"parameter 0 \('transformer.wte.weight'\) has no exp_avg_sq"),
+        (lambda c: c["state"][0].update(exp_avg_sq=None), "has no exp_avg_sq, and AdamW keeps one"),
+        (lambda c: c["state"][0].pop("step"), "has no step, and AdamW keeps one"),
+        (lambda c: c["param_groups"][0].update(amsgrad=True), "has no max_exp_avg_sq, and AdamW keeps one"),
+        (lambda c: c["state"].clear(), "AdamW has taken steps, and its state is empty"),
+    ],
+)
+def test_an_optimizers_file_that_was_damaged_is_named(
+    copied: Folders, change: Callable[[dict[str, Any]], None], words: str
+) -> None:
+    folder = copied()
+    for step in (4, 8):
+        edit_saved(folder / f"checkpoint-{step}" / "optimizer.pt", change)
+    refused(folder, f"checkpoint-4/optimizer.pt: .*{words}")
 
 
 class Touch:
