@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor, nn
 
 from ..errors import TrajectoryError
+from ..runtime.sharding import named_parameters
 from .moment_files import OptimizerState
+from .state_files import state_files
+from .state_names import under_own_names, with_tied
 from .trainer_files import ARGUMENTS, TrainerState, schedule_of, training_arguments
 from .trainer_schedule import is_close, schedule_factors
 
@@ -103,3 +109,34 @@ def _other_schedule(here: Mapping[str, Any], last: Mapping[str, Any], planned: i
         return False
     here_factors, last_factors = (schedule_factors(one, max(planned, at_last)) for one in made)
     return not np.allclose(here_factors, last_factors, rtol=1e-6, atol=1e-9)
+
+
+def check_frozen(paths: Sequence[Path], model: nn.Module, held: Collection[str]) -> None:
+    """Raise TrajectoryError where a parameter changed between the first and the last checkpoint that no group holds.
+
+    Another layer of the same shapes was then frozen in training than in the model, so that each moment goes by the name
+    of another parameter. Only parameters that have the shape of one that is held are read.
+
+    held: the names of the optimizer's parameters.
+    """
+    parameters = named_parameters(model, remove_duplicate=False)
+    known = with_tied(dict.fromkeys(held, True), model)
+    shapes = {parameters[name].shape for name in known}
+    loose = [name for name, p in parameters.items() if name not in known and p.shape in shapes]
+    if not loose or len(paths) < 2:
+        return
+    first, last = (_by_own_names(path, model) for path in (paths[0], paths[-1]))
+    for name in loose:
+        if name in first and name in last and not torch.equal(first[name](), last[name]()):
+            raise TrajectoryError(
+                f"{paths[-1]}: {name!r} changed since {paths[0].name}, and the optimizer of a model with the "
+                "parameters that are frozen in this one does not hold it. Freeze what was frozen in training; or give "
+                "parameter_names=, the optimizer's parameters in its order, if something else changed it."
+            )
+
+
+def _by_own_names(path: Path, model: nn.Module) -> dict[str, Callable[[], Tensor]]:
+    """What reads each parameter of a checkpoint, by the model's name of it."""
+    files = state_files(path, "checkpoint")
+    names = under_own_names({name: name for name in files.names()}, model, str(path))
+    return {own: partial(files.tensor, name) for own, name in names.items()}

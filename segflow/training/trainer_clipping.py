@@ -37,8 +37,8 @@ def clip_factors_of(
     """The clip factors of all steps; between those that were logged they are interpolated.
 
     Args:
-        norms: the gradients' norm before clipping, by the Trainer's step. limit: max_grad_norm, 0 or less for no clipping.
-        steps: the optimizer's. skipped: the least and most steps left out up to a step of the Trainer.
+        norms: the gradients' norm before clipping, by the Trainer's step. limit: max_grad_norm, none where it is 0 or
+            less. steps: the optimizer's. skipped: the least and most steps left out up to a step of the Trainer.
         given: the factors as the user gives them.
 
     Raises:

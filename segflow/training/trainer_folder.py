@@ -23,7 +23,7 @@ from .motion import Moves
 from .optimizers import KNOWN, OptimizerConstants
 from .per_step import PerStep, rates_by_step
 from .trainer_accumulation import added_up, batches_of_a_step
-from .trainer_checks import check_arguments, check_goes_on, check_places, check_saved_rates
+from .trainer_checks import check_arguments, check_frozen, check_goes_on, check_places, check_saved_rates
 from .trainer_clipping import ClipLog, clip_factors_of
 from .trainer_files import (
     OPTIMIZER,
@@ -79,6 +79,8 @@ class TrainerFolder:
         self._check_constants()
         self.taken = self._steps_taken()
         self._adds_up = added_up(model, self.args)
+        if words.parameter_names is None:
+            check_frozen(self._checkpoints, model, self.optimizers[-1].names)
 
     def _last_state(self) -> TrainerState:
         """The state at the end of training, which must be there, unless the user takes the last checkpoint for it."""
@@ -197,6 +199,10 @@ class TrainerFolder:
         return partly | {name: "no step moved it" for name, n in counts.items() if n == 0}
 
     @property
+    def _checkpoints(self) -> list[Path]:
+        return [*self.folders, self.root] if self.beyond else self.folders
+
+    @property
     def _unconfirmed(self) -> bool:
         """Whether the rates are the arguments' alone: none was logged, and no checkpoint before the end tells one."""
         told = self.words.learning_rates is not None or self.last.logged("learning_rate")
@@ -210,7 +216,7 @@ class TrainerFolder:
         self._warn(clipping)
         factors = clipping.factors
         return {
-            "checkpoints": [*self.folders, self.root] if self.beyond else self.folders,
+            "checkpoints": self._checkpoints,
             "steps": self.taken,
             "learning_rates": self.rates,
             "optimizer": self._constants(),

@@ -12,13 +12,15 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from safetensors.torch import load_file
+from torch import Tensor, nn
 
 import segflow as sf
 from segflow.training.checkpoints import load_torch
 from segflow.training.moment_files import optimizer_kind
 from segflow.training.trainer_files import training_arguments
 
+from ..support.model_tasks import WORDS
 from ..support.models import gpt2
 from ..support.trainer_runs import STEPS, N, model_of, scores, sentences, trainer_of
 
@@ -174,6 +176,50 @@ def test_an_adapter_that_is_loaded_without_training_is_named(made: Folders) -> N
     with pytest.raises(sf.TrajectoryError, match=words):
         sf.Trajectory.from_trainer(folder, models[0], dataset_size=N)
     assert sf.Trajectory.from_trainer(folder, models[1], dataset_size=N).second_moments(1)
+
+
+class Alike(nn.Module):
+    """A language model of three layers of one shape, all but `trained` of them frozen; a buffer counts its calls."""
+
+    def __init__(self, trained: int):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding, self.head = nn.Embedding(WORDS, 6), nn.Linear(6, WORDS)
+        self.layers = nn.ModuleList(nn.Linear(6, 6) for _ in range(3))
+        self.register_buffer("calls", torch.zeros(6, 6))
+        self.double()
+        for place, layer in enumerate(self.layers):
+            layer.requires_grad_(place == trained)
+
+    def forward(self, input_ids: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        x = self.embedding(input_ids)
+        for layer in self.layers:
+            x = x + torch.tanh(layer(x))
+        self.calls += 1
+        return {"loss": nn.functional.cross_entropy(self.head(x).flatten(0, 1), labels.flatten())}
+
+
+@pytest.mark.parametrize("form", ["safetensors", "torch", "end beside the checkpoints"])
+def test_a_model_with_another_layer_of_the_same_shape_frozen_is_refused(form: str, tmp_path: Path) -> None:
+    trainer = trainer_of(tmp_path, Alike(2), lr_scheduler_type="constant", max_steps=6)
+    trainer.train()
+    if form == "end beside the checkpoints":
+        trainer.save_model()
+        trainer.save_state()
+        shutil.rmtree(tmp_path / "checkpoint-6")
+    if form == "torch":
+        for path in tmp_path.glob("*/model.safetensors"):
+            torch.save(load_file(path), path.with_name("pytorch_model.bin"))
+            path.unlink()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*ended at step 6, after the last checkpoint")
+        expected = sf.Trajectory.from_trainer(tmp_path, Alike(2), dataset_size=N).second_moments(1) or {}
+        with pytest.raises(sf.TrajectoryError, match=r"'layers.2.weight' changed since checkpoint-4.* not hold it"):
+            sf.Trajectory.from_trainer(tmp_path, Alike(0), dataset_size=N)
+        names = [name for name, p in Alike(2).named_parameters() if p.requires_grad]
+        names = sorted(names, key=lambda name: name.endswith("bias"))
+        found = sf.Trajectory.from_trainer(tmp_path, Alike(0), dataset_size=N, parameter_names=names).second_moments(1)
+    assert found is not None and all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 def test_another_models_moments_are_refused(made: Folders) -> None:
