@@ -47,7 +47,10 @@ def test_a_mapping_of_datasets_is_no_dataset(tmp_path: Path) -> None:
 X, Y = vectors(N).tensors
 NO_DATASETS: dict[str, tuple[Any, str]] = {
     "loader": (DataLoader(vectors(N)), r"a DataLoader\. Give loader\.dataset, and .*collate_fn=loader\.collate_fn"),
-    "one example": ((X[0], torch.tensor(1)), r"looks like one example\. Give a list of examples, \[example\]"),
+    "one example": (
+        (X[0], torch.tensor(1)),
+        r"a tuple of 2 tensors, which looks like one example\. Give a list of examples, \[example\]",
+    ),
     "pair": ((X, Y), r"a tuple of 2 tensors, a column each.*TensorDataset\(\*columns\)"),
     "alike": ((X, X), r"a tuple of 2 tensors"),
     "arrays": ((X.numpy(), Y.numpy()), r"a tuple of 2 tensors"),

@@ -98,6 +98,7 @@ class RecordCallback(*_callback_classes()):  # type: ignore[misc]
         if self._options.get("step") is not None and "resume" in options:
             options["step"] = self._options["step"]
         _warn_of_short_steps(trainer)
+        _warn_of_averages(trainer)
         stack = ExitStack()
         block = record(pl_module, trainer.optimizers, self._directory, dataset_size=size, **options)
         self.recording = stack.enter_context(block)
@@ -154,6 +155,18 @@ def _warn_of_short_steps(trainer: Any) -> None:
             f"RecordCallback: each epoch's last step gathers {left} of {gathered} batches, and Lightning divides their "
             f"gradient by {gathered}, so that it moves less than is counted. Train on a multiple of {gathered} batches "
             "(drop_last, limit_train_batches), or take the scores of such a run as slightly off.",
+            stacklevel=2,
+        )
+
+
+def _warn_of_averages(trainer: Any) -> None:
+    """Warn where a callback of Lightning will leave averaged weights in the module when training ends."""
+    kinds = {kind.__name__ for callback in trainer.callbacks for kind in type(callback).__mro__}
+    if found := sorted(kinds & {"StochasticWeightAveraging", "WeightAveraging"}):
+        warnings.warn(
+            f"RecordCallback: {found[0]} leaves averaged weights in the module when training ends, and the recording "
+            "ends with the last step's, which scores then explain. For the average save module.state_dict() and see "
+            "Trajectory.averaged.",
             stacklevel=2,
         )
 

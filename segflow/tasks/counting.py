@@ -68,8 +68,8 @@ def _check_dataset(dataset: Any) -> None:
         return
     keys = f" with the keys {shown(list(dataset))}" if isinstance(dataset, Mapping) else ""
     raise TaskError(
-        f"mean_tokens: found a {type(dataset).__name__}{keys}, expected a dataset whose examples are numbered "
-        "from 0: of a DataLoader its .dataset, with collate_fn=loader.collate_fn; of several splits the one that was trained on."
+        f"mean_tokens: found a {type(dataset).__name__}{keys}, expected a dataset whose examples are numbered from 0. "
+        "Of a DataLoader give its .dataset, with collate_fn=loader.collate_fn; of several splits the one trained on."
     )
 
 

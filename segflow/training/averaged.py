@@ -5,7 +5,8 @@ step k is in every later model, so it stays in the average with the summed weigh
 decays b_j that is 1 - b_j ... b_J, where j is the first update at or after the step (1 for steps up to t_0, 0 after
 t_J), and with equal weights the share of models that came at or after it. So a step's learning rate counts by this
 share, in its rate and in its weight decay alike. To first order in the curvature over the steps that are averaged that
-is exact: what these steps forget of earlier ones is then the mean of what each model forgot.
+is exact: what these steps forget of earlier ones is then the mean of what each model forgot. Beyond it the sum of the
+shares overstates directions that are learned while the average runs; docs/TRAINING.md has the sizes.
 """
 
 from __future__ import annotations
@@ -107,20 +108,20 @@ def averaging(steps: int, decay: object, start: object, every: object, counted: 
     """
     advice = "It counts optimizer steps between updates."
     between = whole_number("every", every, TrajectoryError, 1, steps, advice=advice)
-    if start is None and counted is None and decay is None:
+    if start is None and (between > 1 or (counted is None and decay is None)):
+        lacks = f"every={between} does not say at which steps" if between > 1 else "the file does not say how often"
         raise TrajectoryError(
-            "averaged(decay=None): the file does not say how many models were averaged with equal weights. Give "
-            "start=, the step of the first of them."
+            f"averaged(): {lacks} the average was updated. Give start=, the step at which it was a copy of the model."
         )
-    begin = 0 if counted is None else (steps // between - (counted - 1)) * between
+    begin = 0 if counted is None else steps - (counted - 1)
     if start is not None:
         begin = whole_number("start", start, TrajectoryError, 0, steps, "The average began as the model at this step.")
     updates = (steps - begin) // between
     if begin < 0 or (counted is not None and counted != updates + 1):
+        made = f"start={start}, every={between} make {updates + 1}" if begin >= 0 else "every=1 makes fewer"
         raise TrajectoryError(
-            f"the file says that {counted} models were averaged, but start={start}, every={between} make "
-            f"{updates + 1 if start is not None else 'fewer'} in {steps} steps. Give the steps at which the average "
-            "was updated; leave start= out to have it follow from the count."
+            f"the file says that {counted} models were averaged, but {made} in {steps} steps. Give start=, the step of "
+            "the first copy, and every=, the steps between updates; with every=1, start= follows from the count."
         )
     return Averaging(_decays(decay, updates), begin, between, updates)
 

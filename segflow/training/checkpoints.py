@@ -132,6 +132,16 @@ def read_state_dict(path: Path, sha256: str | None) -> dict[str, Tensor]:
     return _torch_state_dict(path, mmap=False)
 
 
+def read_one(path: Path, name: str) -> Tensor | None:
+    """The tensor of a plain name in such a file, without reading others where its format allows that; None without."""
+    if path.suffix == ".safetensors":
+        file = TensorFile(path, None, TrajectoryError)
+        raw = part_names(file, "").get(name)
+        return None if raw is None else file.tensor(raw)
+    state = _torch_state_dict(path, mmap=zipfile.is_zipfile(path))
+    return next((value for raw, value in state.items() if plain_name(raw) == name), None)
+
+
 def state_dict_names(path: Path) -> list[str]:
     """The names in such a file, without reading its tensors where its format allows that."""
     if path.suffix == ".safetensors":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,9 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..arguments import shown
 from ..errors import TrajectoryError
 from ..runtime.sharding import named_modules, named_parameters, plain_name
 from ..store.files import file_digest
+from .adapters import has_adapter
 from .optimizers import KNOWN, SECOND_MOMENTS, second_moment
 from .trainer_files import read_saved
 
@@ -24,6 +27,7 @@ _OPTIONS = {
     "RMSprop": ({"alpha", "centered", "momentum", "maximize"}, {"betas"}),
     "Adagrad": ({"lr_decay", "initial_accumulator_value", "maximize"}, {"betas"}),
 }
+_CONSTANTS = {"weight_decay", "momentum", "dampening", "eps", "lr_decay", "betas"}
 _TORCH_ONES = re.compile(r"adamw_torch|adamw_torch_fused|adamw_torch_xla|adamw_torch_npu_fused|sgd|adagrad|rmsprop")
 # Names of parameters that a Trainer's weight decay leaves out, of transformers 5 and of versions before.
 _PATTERNS = (r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)", "bias")
@@ -101,9 +105,17 @@ def read_optimizer(path: Path) -> tuple[Mapping[int, Mapping[str, Any]], tuple[M
     try:
         state, groups = content["state"], tuple(content["param_groups"])
         numbers = [number for group in groups for number in group["params"]]
+        rates = [
+            float(group[name]) for group in groups for name in ("lr", "initial_lr") if name == "lr" or name in group
+        ]
+        if not all(map(math.isfinite, rates)):
+            raise ValueError(f"its learning rates are {rates}")
         if sorted(numbers) != list(range(len(numbers))) or not set(state) <= set(numbers):
             raise ValueError("its parameters are not numbered from 0")
-    except (KeyError, TypeError, ValueError) as problem:
+        for number, values in state.items():
+            if float(values.get("step", 0)) % 1 != 0:
+                raise ValueError(f"step of parameter {number} is {values['step']}")
+    except (KeyError, TypeError, ValueError, AttributeError) as problem:
         raise TrajectoryError(
             f"{path}: expected the state_dict of a torch optimizer ({type(problem).__name__}: {problem}). Restore it."
         ) from problem
@@ -118,7 +130,46 @@ def named_state(path: Path, model: nn.Module, optim: str, given: Sequence[str] |
     """
     state, groups = read_optimizer(path)
     names = tuple(_names(path, state, groups, model, given))
-    return OptimizerState(path, state, groups, names, tuple(optimizer_kind(group, optim) for group in groups))
+    kinds = tuple(optimizer_kind(group, optim) for group in groups)
+    for group, kind in zip(groups, kinds, strict=True):
+        if problem := _odd_options(group, kind) or _without_moments(state, group, kind, names):
+            raise TrajectoryError(f"{path}: {problem}. Restore it, or leave this checkpoint out.")
+    return OptimizerState(path, state, groups, names, kinds)
+
+
+def _odd_options(group: Mapping[str, Any], kind: str) -> str | None:
+    """Which option of a known optimizer's group is not the number that it should be, in words."""
+    for option in _CONSTANTS & set(group) if kind in KNOWN else ():
+        try:
+            finite = all(math.isfinite(value) for value in (group[option] if option == "betas" else [group[option]]))
+        except TypeError:
+            finite = False
+        if not finite or (option == "betas" and len(group[option]) != 2):
+            return f"{option}={shown(group[option])} of a parameter group of {kind}"
+    return None
+
+
+def _without_moments(
+    state: Mapping[int, Mapping[str, Any]], group: Mapping[str, Any], kind: str, names: Sequence[str]
+) -> str | None:
+    """Which second moments are not there although steps were taken, in words; None where nothing is missing."""
+    if kind not in SECOND_MOMENTS:
+        return None
+    if not state:
+        return f"{kind} has taken steps, and its state is empty"
+    needed = {SECOND_MOMENTS[kind], "step"}
+    needed |= {"max_exp_avg_sq"} if group.get("amsgrad") else set()
+    needed |= {"grad_avg"} if group.get("centered") else set()
+    for number in group["params"]:
+        held = state.get(number) or {}
+        lacking = [key for key in sorted(needed) if key not in held or (key != "step" and not _is_real(held[key]))]
+        if held and lacking:
+            return f"parameter {number} ({names[number]!r}) has no {lacking[0]}, and {kind} keeps one"
+    return None
+
+
+def _is_real(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
 
 
 def optimizer_kind(options: Mapping[str, Any], optim: str) -> str:
@@ -153,13 +204,24 @@ def _names(
     found = {tuple(names): misfit(names, state, groups, shapes) for names in _orders(groups, model)}
     fitting = [names for names, wrong in found.items() if wrong is None]
     if len(fitting) != 1:
-        why = "; ".join(filter(None, found.values())) or "its groups are not those that a Trainer makes"
+        why = "; ".join(filter(None, found.values())) or _other_number(groups, model)
+        why = why or "its groups are not those that a Trainer makes"
         why = f"{len(fitting)} orders of the model's parameters fit it" if fitting else why
         raise TrajectoryError(
             f"{path}: which of its parameters is which cannot be told ({why}). {_GIVE_NAMES} Or give the model as it "
             "was trained, with the same parameters frozen."
         )
     return fitting[0]
+
+
+def _other_number(groups: Sequence[Mapping[str, Any]], model: nn.Module) -> str | None:
+    """That the model trains another number of parameters than an optimizer holds, in words; None where it does not."""
+    held = sum(len(group["params"]) for group in groups)
+    trained = sum(parameter.requires_grad for parameter in named_parameters(model).values())
+    if held == trained:
+        return None
+    advice = "; load peft's model with is_trainable=True" if has_adapter(model) and not trained else ""
+    return f"the optimizer holds {held} parameters, and the model has {trained} that require gradients{advice}"
 
 
 def misfit(

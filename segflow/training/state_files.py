@@ -12,7 +12,7 @@ from torch import Tensor
 from ..errors import TrajectoryError
 from ..runtime.sharding import plain_name
 from ..store.files import TensorFile, file_digest, read_json
-from .checkpoints import Layouts, part_layouts, read_state_dict, state_dict_names
+from .checkpoints import Layouts, part_layouts, read_one, read_state_dict, state_dict_names
 
 Content = TypeVar("Content")
 _MODEL = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -39,6 +39,13 @@ class StateFiles:
     def names(self) -> list[str]:
         """The tensors' plain names."""
         return list(self._joined(dict.fromkeys(state_dict_names(part)) for part in self.parts))
+
+    def tensor(self, name: str) -> Tensor:
+        """The tensor of a plain name, on the CPU; where the format allows it, without reading others."""
+        for part in self.parts:
+            if (found := read_one(part, name)) is not None:
+                return found
+        raise TrajectoryError(f"{self.path}: holds no tensor {name!r}. Restore it.")
 
     def layouts(self) -> Layouts:
         """The layouts of the tensors in safetensors files, by their plain names; of other files none."""

@@ -37,8 +37,8 @@ def clip_factors_of(
     """The clip factors of all steps; between those that were logged they are interpolated.
 
     Args:
-        norms: the gradients' norm before clipping, by the Trainer's step. limit: max_grad_norm, 0 for no clipping.
-        steps: the optimizer's. skipped: the least and most steps left out up to a step of the Trainer.
+        norms: the gradients' norm before clipping, by the Trainer's step. limit: max_grad_norm, none where it is 0 or
+            less. steps: the optimizer's. skipped: the least and most steps left out up to a step of the Trainer.
         given: the factors as the user gives them.
 
     Raises:
@@ -53,7 +53,7 @@ def clip_factors_of(
     """
     if given is not None:
         return ClipLog(given, "given by the user")
-    if not limit:
+    if limit <= 0:
         return ClipLog(1.0)
     known, exact = _by_optimizer_step(norms, skipped)
     known = {step: clip_factor(norm, limit) for step, norm in known.items() if 1 <= step <= steps}

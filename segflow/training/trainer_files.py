@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from ..arguments import shown
 from ..errors import TrajectoryError
 from ..store.files import read_content
 from .checkpoints import load_torch
@@ -20,6 +21,15 @@ from .trainer_schedule import ScheduleDefinition
 ARGUMENTS, STATE, OPTIMIZER, SCHEDULER = "training_args.bin", "trainer_state.json", "optimizer.pt", "scheduler.pt"
 _LARGEST = 1 << 30  # bytes of trainer_state.json
 _NEEDED = ("learning_rate", "lr_scheduler_type", "warmup_steps", "max_grad_norm", "optim")
+_MAY_BE_NONE = ("warmup_steps", "max_grad_norm")
+_NUMBERS = {  # and the least that they may be; a max_grad_norm below 0 clips nothing
+    "learning_rate": 0.0,
+    "warmup_steps": 0.0,
+    "warmup_ratio": 0.0,
+    "max_grad_norm": -math.inf,
+    "label_smoothing_factor": 0.0,
+    "gradient_accumulation_steps": 1.0,
+}
 
 
 class _Stub:
@@ -52,12 +62,46 @@ def training_arguments(given: Any, folder: Path) -> Mapping[str, Any]:
     where they cannot be read, or lack what a run cannot be explained without.
     """
     found = _plain(given) if given is not None else _read_arguments(folder / ARGUMENTS)
-    if lacking := [name for name in _NEEDED if not isinstance(found, dict) or name not in found]:
+    found = found if isinstance(found, dict) else {}
+    lacking = [name for name in _NEEDED if name not in found or (found[name] is None and name not in _MAY_BE_NONE)]
+    if lacking:
         raise TrajectoryError(
             f"the training arguments lack {lacking}. Give args=, the TrainingArguments of this run or a dict of their "
             f"values, with {', '.join(_NEEDED)} among them."
         )
-    return dict(found)
+    _check_values("args" if given is not None else str(folder / ARGUMENTS), found)
+    return found
+
+
+def _check_values(where: str, arguments: Mapping[str, Any]) -> None:
+    """Raise TrajectoryError naming the first argument whose value makes no sense."""
+    problem: str | None = None
+    for name, least in _NUMBERS.items():
+        try:
+            number = float(arguments.get(name) or least)
+        except (TypeError, ValueError):
+            number = math.nan
+        whole = name != "gradient_accumulation_steps" or number % 1 == 0
+        if not (number >= least and whole):
+            problem = f"{name}={shown(arguments[name])}: expected a {'whole number' if least == 1 else 'number'}"
+            problem += f", at least {least:g}" if least > -math.inf else ""
+    if not isinstance(arguments.get("distributed_state") or {}, Mapping):
+        problem = f"distributed_state={shown(arguments['distributed_state'])}: expected accelerate's PartialState"
+    if not isinstance(_scheduler_options(arguments), Mapping):
+        problem = f"lr_scheduler_kwargs={shown(arguments['lr_scheduler_kwargs'])}: expected a dict, or one as JSON"
+    if problem:
+        raise TrajectoryError(
+            f"{where}: {problem}. Give args=, the TrainingArguments of this run or a dict of their values."
+        )
+
+
+def _scheduler_options(arguments: Mapping[str, Any]) -> Any:
+    """The scheduler's own options; None where they are no JSON."""
+    options = arguments.get("lr_scheduler_kwargs") or {}
+    try:
+        return json.loads(options) if isinstance(options, str) else options
+    except ValueError:
+        return None
 
 
 def _read_arguments(path: Path) -> Any:
@@ -91,10 +135,8 @@ def schedule_of(arguments: Mapping[str, Any], total: int) -> ScheduleDefinition:
     """The definition of a run's schedule; total: the optimizer steps that were planned."""
     warmup, ratio = float(arguments["warmup_steps"] or 0), float(arguments.get("warmup_ratio") or 0)
     steps = int(warmup) if warmup >= 1 else math.ceil(total * (warmup or ratio))
-    options = arguments.get("lr_scheduler_kwargs") or {}
-    options = json.loads(options) if isinstance(options, str) else options
-    kind = str(arguments["lr_scheduler_type"])
-    return ScheduleDefinition(kind, steps, total, float(arguments["learning_rate"]), options)
+    kind, base = str(arguments["lr_scheduler_type"]), float(arguments["learning_rate"])
+    return ScheduleDefinition(kind, steps, total, base, _scheduler_options(arguments))
 
 
 def batch_size_of(arguments: Mapping[str, Any], state: TrainerState) -> int | None:
@@ -151,11 +193,19 @@ def read_state(folder: Path) -> TrainerState:
             step=step,
             planned=planned,
             ended=ended,
-            log=tuple(row for row in state["log_history"] if "step" in row),
-            best=state.get("best_model_checkpoint"),
-            batch_size=state.get("train_batch_size"),
+            log=tuple(_row(row) for row in state["log_history"]),
+            best=None if state.get("best_model_checkpoint") is None else str(state["best_model_checkpoint"]),
+            batch_size=int(state.get("train_batch_size") or 0) or None,
         )
     except (KeyError, TypeError, ValueError, AttributeError) as problem:
         raise TrajectoryError(
             f"{path}: damaged ({type(problem).__name__}: {problem}). Restore it, or leave this checkpoint out."
         ) from problem
+
+
+def _row(row: Any) -> Mapping[str, Any]:
+    """One row of the log; ValueError, TypeError, KeyError or AttributeError where it is none."""
+    int(row["step"])
+    for name in ("learning_rate", "grad_norm"):
+        float(row.get(name) or 0.0)
+    return dict(row)

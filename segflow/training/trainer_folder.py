@@ -19,11 +19,12 @@ from torch import nn
 
 from ..errors import TrajectoryError
 from .checkpoints import check_steps
-from .moment_files import OptimizerFile, OptimizerState, named_state
+from .moment_files import OptimizerFile, named_state
 from .motion import Moves
 from .optimizers import KNOWN, OptimizerConstants
 from .per_step import PerStep, rates_by_step
 from .trainer_accumulation import added_up, batches_of_a_step
+from .trainer_checks import check_arguments, check_frozen, check_goes_on, check_places, check_saved_rates
 from .trainer_clipping import ClipLog, clip_factors_of
 from .trainer_files import (
     OPTIMIZER,
@@ -35,9 +36,9 @@ from .trainer_files import (
     scheduled_steps,
     training_arguments,
 )
-from .trainer_schedule import LoggedRate, check_logged, is_close, schedule_factors
+from .trainer_schedule import LoggedRate, check_logged, schedule_factors
 
-_NAMED = 4  # parameters in a message
+_UNCONFIRMED = "as the arguments say; nothing that was logged confirms them"
 
 
 @dataclass(frozen=True)
@@ -65,8 +66,13 @@ class TrainerFolder:
         self.root, self.words = root, words
         self.folders = _checkpoint_folders(root)
         self.states = [read_state(folder) for folder in self.folders]
-        _check_places(self.folders, self.states)
+        check_places(self.folders, self.states)
         self.args = training_arguments(words.args, self.folders[-1])
+        if words.args is None:
+            given = {
+                name: getattr(words, name) is not None for name in ("learning_rates", "clip_factors", "batch_size")
+            }
+            check_arguments(self.states, self.args, given)
         self.last = self._last_state()
         optim = str(self.args["optim"])
         self.optimizers = [
@@ -81,6 +87,8 @@ class TrainerFolder:
                 f"{self.args['gradient_accumulation_steps']} batches were averaged. Give gradient_scale=, 1 if they "
                 "were, or their number if they were added up."
             )
+        if words.parameter_names is None:
+            check_frozen(self._checkpoints, model, self.optimizers[-1].names)
 
     def _last_state(self) -> TrainerState:
         """The state at the end of training, which must be there, unless the user takes the last checkpoint for it."""
@@ -91,6 +99,7 @@ class TrainerFolder:
                 f"{after.path}: of step {after.step}, before the last checkpoint's {last.step}. Remove what is of "
                 "another run."
             )
+        check_goes_on(last, after)
         if self.words.unfinished or (after.step == last.step and (last.ended or after.ended or after is not last)):
             return last
         if after.step == last.step:
@@ -171,7 +180,7 @@ class TrainerFolder:
         points = [LoggedRate(step, rate, self.skipped(step)) for step, rate in self.last.logged("learning_rate")]
         check_logged(rates[:, 0].tolist(), points, float(bases[0]))
         for taken, saved in zip(self.taken, self.optimizers, strict=False):
-            _check_saved(saved, rates[taken : taken + 1], taken, bases)
+            check_saved_rates(saved, rates[taken : taken + 1], taken, bases)
         return rates[: self.total] / self._adagrad_decay()
 
     def _adagrad_decay(self) -> np.ndarray:
@@ -198,6 +207,16 @@ class TrainerFolder:
         return partly | {name: "no step moved it" for name, n in counts.items() if n == 0}
 
     @property
+    def _checkpoints(self) -> list[Path]:
+        return [*self.folders, self.root] if self.beyond else self.folders
+
+    @property
+    def _unconfirmed(self) -> bool:
+        """Whether the rates are the arguments' alone: none was logged, and no checkpoint before the end tells one."""
+        told = self.words.learning_rates is not None or self.last.logged("learning_rate")
+        return not told and self.taken[0] == self.total
+
+    @property
     def arguments(self) -> dict[str, Any]:
         """The arguments of the Trajectory."""
         optimizer = self.optimizers[-1]
@@ -205,7 +224,7 @@ class TrainerFolder:
         self._warn(clipping)
         factors = clipping.factors
         return {
-            "checkpoints": [*self.folders, self.root] if self.beyond else self.folders,
+            "checkpoints": self._checkpoints,
             "steps": self.taken,
             "learning_rates": self.rates,
             "optimizer": self._constants(),
@@ -263,6 +282,7 @@ class TrainerFolder:
             "read from": "a Trainer's folder",
             "skipped steps": skipped,
             "steps that fp16 left out": "not known" if self.args.get("fp16") and not counted else None,
+            "learning rates": _UNCONFIRMED if self._unconfirmed else None,
             "clip factors": self.clipping.words,
             "accumulated batches": self._accumulation(),
             "model": self._which_model(),
@@ -287,6 +307,8 @@ class TrainerFolder:
 
     def _warn(self, clipping: ClipLog) -> None:
         found = [f"of the models {words}" if (words := self._which_model()) else None, clipping.warning]
+        if self._unconfirmed:
+            found.append(f"the learning rates are {_UNCONFIRMED} (a scheduler of one's own is not among the arguments)")
         if self.beyond:
             found.append(
                 f"training ended at step {self.total}, after the last checkpoint (step {self.taken[-2]}), whose second "
@@ -309,29 +331,3 @@ def _checkpoint_folders(root: Path) -> list[Path]:
 
 def _numbered(path: Path) -> re.Match[str] | None:
     return re.fullmatch(r"checkpoint-(\d+)", path.name) if path.is_dir() else None
-
-
-def _check_places(folders: Sequence[Path], states: Sequence[TrainerState]) -> None:
-    for folder, state in zip(folders, states, strict=True):
-        if folder.name != f"checkpoint-{state.step}":
-            raise TrajectoryError(f"{state.path}: says step {state.step}. Put the folders back in their places.")
-    log = {row["step"]: row for row in states[-1].log if "learning_rate" in row}
-    for state in states[:-1]:
-        for row in state.log:
-            if "learning_rate" in row and log.get(row["step"]) != row:
-                raise TrajectoryError(
-                    f"{state.path}: its log of step {row['step']} is not that of {states[-1].path}, so the checkpoints "
-                    "are of different runs. Remove those that are not of this one."
-                )
-
-
-def _check_saved(saved: OptimizerState, following: np.ndarray, taken: int, bases: np.ndarray) -> None:
-    """Raise TrajectoryError unless an optimizer holds the rate of the step that follows, none of the run's last."""
-    for rates in following:
-        for place, group in enumerate(saved.groups):
-            if not is_close(rates[place], float(group["lr"]), bases[place]):
-                raise TrajectoryError(
-                    f"{saved.path}: after {taken} steps the learning rate of parameter group {place} is "
-                    f"{float(group['lr']):g}, and the schedule says {rates[place]:g}. Give learning_rates=, the rate "
-                    "of every optimizer step, or args=, the TrainingArguments of this run."
-                )

@@ -297,3 +297,13 @@ def test_gradients_that_a_hook_of_the_module_changes_are_named(hook: str, tmp_pa
     setattr(Changing, hook, double)
     with pytest.warns(UserWarning, match="changed between the backward pass and the step"):
         trainer(RecordCallback(tmp_path / "run")).fit(Changing(adamw), loader())
+
+
+@pytest.mark.parametrize("kind", ["StochasticWeightAveraging", "EMAWeightAveraging"])
+def test_weights_that_lightning_averages_are_not_what_is_recorded(kind: str, tmp_path: Path) -> None:
+    average = pl.callbacks.StochasticWeightAveraging(0.01) if kind[0] == "S" else pl.callbacks.EMAWeightAveraging()
+    module = Wrapped(adamw)
+    with pytest.warns(UserWarning, match=r"WeightAveraging leaves averaged weights .* see Trajectory.averaged"):
+        trainer(RecordCallback(tmp_path / "run", checkpoints=2), average).fit(module, loader())
+    run, last = sf.Trajectory.load(tmp_path / "run"), module.state_dict()
+    assert not all(torch.equal(value, last[name]) for name, value in run.state(len(run) - 1).items())

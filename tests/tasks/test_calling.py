@@ -315,7 +315,7 @@ def test_a_property_takes_the_batches_and_outputs_that_tasks_take() -> None:
 
 def test_what_is_no_dataset_is_refused_where_tokens_are_counted() -> None:
     rows = [{"labels": torch.tensor([1, 2])}]
-    with pytest.raises(sf.TaskError, match=r"found a DataLoader, expected .* its \.dataset"):
+    with pytest.raises(sf.TaskError, match=r"found a DataLoader, expected .* give its \.dataset"):
         sf.tasks.mean_tokens(torch.utils.data.DataLoader(rows))  # type: ignore[arg-type]
     with pytest.raises(sf.TaskError, match=r"with the keys \['train'\]"):
         sf.tasks.mean_tokens({"train": rows})

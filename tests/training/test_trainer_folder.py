@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import warnings
 from collections.abc import Callable
@@ -11,14 +12,17 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from safetensors.torch import load_file
+from torch import Tensor, nn
 
 import segflow as sf
 from segflow.training.checkpoints import load_torch
 from segflow.training.moment_files import optimizer_kind
 from segflow.training.trainer_files import training_arguments
 
-from ..support.trainer_runs import STEPS, N, model_of, scores, trainer_of
+from ..support.model_tasks import WORDS
+from ..support.models import gpt2
+from ..support.trainer_runs import STEPS, N, model_of, scores, sentences, trainer_of
 
 pytest.importorskip("transformers")
 
@@ -159,6 +163,65 @@ def test_a_model_with_other_parameters_frozen_is_refused(made: Folders) -> None:
         sf.Trajectory.from_trainer(made(), model, dataset_size=N)
 
 
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+def test_an_adapter_that_is_loaded_without_training_is_named(made: Folders) -> None:
+    from peft import PeftModel
+
+    folder = made("lora")
+    models = [
+        PeftModel.from_pretrained(gpt2(), folder / "checkpoint-8", is_trainable=trainable).double()
+        for trainable in (False, True)
+    ]
+    words = r"holds 8 parameters, and the model has 0 that require gradients; load peft's model with is_trainable=True"
+    with pytest.raises(sf.TrajectoryError, match=words):
+        sf.Trajectory.from_trainer(folder, models[0], dataset_size=N)
+    assert sf.Trajectory.from_trainer(folder, models[1], dataset_size=N).second_moments(1)
+
+
+class Alike(nn.Module):
+    """A language model of three layers of one shape, all but `trained` of them frozen; a buffer counts its calls."""
+
+    def __init__(self, trained: int):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding, self.head = nn.Embedding(WORDS, 6), nn.Linear(6, WORDS)
+        self.layers = nn.ModuleList(nn.Linear(6, 6) for _ in range(3))
+        self.register_buffer("calls", torch.zeros(6, 6))
+        self.double()
+        for place, layer in enumerate(self.layers):
+            layer.requires_grad_(place == trained)
+
+    def forward(self, input_ids: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        x = self.embedding(input_ids)
+        for layer in self.layers:
+            x = x + torch.tanh(layer(x))
+        self.calls += 1
+        return {"loss": nn.functional.cross_entropy(self.head(x).flatten(0, 1), labels.flatten())}
+
+
+@pytest.mark.parametrize("form", ["safetensors", "torch", "end beside the checkpoints"])
+def test_a_model_with_another_layer_of_the_same_shape_frozen_is_refused(form: str, tmp_path: Path) -> None:
+    trainer = trainer_of(tmp_path, Alike(2), lr_scheduler_type="constant", max_steps=6)
+    trainer.train()
+    if form == "end beside the checkpoints":
+        trainer.save_model()
+        trainer.save_state()
+        shutil.rmtree(tmp_path / "checkpoint-6")
+    if form == "torch":
+        for path in tmp_path.glob("*/model.safetensors"):
+            torch.save(load_file(path), path.with_name("pytorch_model.bin"))
+            path.unlink()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*ended at step 6, after the last checkpoint")
+        expected = sf.Trajectory.from_trainer(tmp_path, Alike(2), dataset_size=N).second_moments(1) or {}
+        with pytest.raises(sf.TrajectoryError, match=r"'layers.2.weight' changed since checkpoint-4.* not hold it"):
+            sf.Trajectory.from_trainer(tmp_path, Alike(0), dataset_size=N)
+        names = [name for name, p in Alike(2).named_parameters() if p.requires_grad]
+        names = sorted(names, key=lambda name: name.endswith("bias"))
+        found = sf.Trajectory.from_trainer(tmp_path, Alike(0), dataset_size=N, parameter_names=names).second_moments(1)
+    assert found is not None and all(torch.equal(found[name], expected[name]) for name in expected)
+
+
 def test_another_models_moments_are_refused(made: Folders) -> None:
     with pytest.raises(sf.TrajectoryError, match=r"optimizer.pt: which of its parameters is which cannot be told"):
         sf.Trajectory.from_trainer(made(), model_of("llama"), dataset_size=N)
@@ -241,6 +304,18 @@ def test_the_optimizers_own_rates_are_checked_where_nothing_is_logged(made: Fold
     assert torch.equal(read(folder).learning_rates, expected)
     with pytest.raises(sf.TrajectoryError, match=r"after 4 steps the learning rate of parameter group 0 is 0.01"):
         read(folder, args={**training_arguments(None, folder / "checkpoint-8"), "lr_scheduler_type": "constant"})
+
+
+def test_rates_that_nothing_confirms_are_named(copied: Folders) -> None:
+    folder = copied(logging_strategy="no")
+    assert "learning rates" not in read(folder).observed  # the first checkpoint confirms them
+    shutil.rmtree(folder / "checkpoint-4")
+    words = "as the arguments say; nothing that was logged confirms them"
+    with pytest.warns(UserWarning, match=f"the learning rates are {words}"):
+        found = read(folder)
+    assert found.observed["learning rates"] == words
+    given = read(folder, learning_rates=found.learning_rates[:, 0])
+    assert torch.equal(given.learning_rates, found.learning_rates) and "learning rates" not in given.observed
 
 
 def test_rates_of_ones_own_are_checked_too(made: Folders) -> None:
@@ -331,7 +406,127 @@ def test_checkpoints_of_different_runs_are_refused(copied: Folders, made: Folder
     folder = copied()
     shutil.rmtree(folder / "checkpoint-4")
     shutil.copytree(made(seed=4) / "checkpoint-4", folder / "checkpoint-4")
-    refused(folder, "checkpoints are of different runs")
+    refused(folder, r"checkpoint-4.*its log of step 1 is not that of .*one of them is of another run, or damaged")
+
+
+def test_an_emptied_log_is_of_another_run_or_damaged(copied: Folders) -> None:
+    folder = copied()
+    edit_json(folder / "checkpoint-8" / "trainer_state.json", lambda state: state.update(log_history=[]))
+    refused(folder, r"its log of step 1 is not that of .*checkpoint-8.*of another run, or damaged")
+
+
+def evaluated(folder: Path, seed: int, **options: Any) -> None:
+    trainer_of(
+        folder,
+        model_of("gpt2"),
+        sentences(seed=seed),
+        eval_dataset=sentences(4, seed=2),
+        logging_strategy="no",
+        eval_strategy="steps",
+        eval_steps=2,
+        lr_scheduler_type="constant",
+        **options,
+    ).train()
+
+
+def test_checkpoints_whose_logs_differ_in_what_was_evaluated_are_refused(tmp_path: Path) -> None:
+    evaluated(tmp_path / "a", seed=1, save_steps=3, max_steps=9)
+    evaluated(tmp_path / "b", seed=7)
+    assert read(tmp_path / "b").steps == (4, 8)
+    shutil.copytree(tmp_path / "a" / "checkpoint-3", tmp_path / "b" / "checkpoint-3")
+    refused(tmp_path / "b", "checkpoint-3.*its log of step 2 is not that of .*checkpoint-4")
+
+
+def test_an_end_of_another_run_is_refused(copied: Folders, tmp_path: Path) -> None:
+    folder = copied()
+    other = trainer_of(tmp_path / "other", model_of("gpt2"), sentences(seed=7), max_steps=12, save_strategy="no")
+    other.train()
+    other.save_model(folder)
+    other.state.save_to_json(folder / "trainer_state.json")
+    refused(folder, r"checkpoint-8/trainer_state.json: its log of step 1 is not that of .*copy/trainer_state.json")
+
+
+def test_a_log_with_nan_goes_on_as_others_do(copied: Folders) -> None:
+    folder = copied()
+    for step in (4, 8):
+        edit_json(
+            folder / f"checkpoint-{step}" / "trainer_state.json",
+            lambda state: state["log_history"][0].update(loss=float("nan")),
+        )
+    assert read(folder).steps == (4, 8)
+
+
+@pytest.mark.parametrize(
+    "log", [None, ["step"], [5], [{"loss": 1.0}], [{"step": "x"}], [{"step": 1, "learning_rate": "abc"}]]
+)
+def test_a_log_that_is_none_is_damaged(copied: Folders, log: Any) -> None:
+    folder = copied()
+    for step in (4, 8):
+        edit_json(folder / f"checkpoint-{step}" / "trainer_state.json", lambda state: state.update(log_history=log))
+    refused(folder, r"checkpoint-4/trainer_state.json: damaged")
+
+
+def resumed(folder: Path, first: dict[str, Any], second: dict[str, Any], **both: Any) -> Path:
+    """A run that is stopped at step 4, and goes on with other arguments."""
+    trainer_of(folder, model_of("gpt2"), **{"max_steps": 4, **both, **first}).train()
+    trainer_of(folder, model_of("gpt2"), **both, **second).train(resume_from_checkpoint=True)
+    return folder
+
+
+def with_earlier(folder: Path, **options: Any) -> Path:
+    """The folder, as if its first checkpoint had been written with other arguments."""
+    torch.save(trainer_of(folder, model_of("gpt2"), **options).args, folder / "checkpoint-4" / "training_args.bin")
+    return folder
+
+
+def test_a_run_that_was_resumed_with_another_limit_to_the_norm_needs_the_factors(tmp_path: Path) -> None:
+    folder = resumed(tmp_path, {"max_grad_norm": 0.1}, {}, lr_scheduler_type="constant")
+    refused(folder, r"checkpoint-4/training_args.bin: .*other arguments \(max_grad_norm=0.1, later 0.0\)")
+    found = read(folder, clip_factors=[0.5] * 4 + [1.0] * 4)
+    assert found.used.clip_factors[:, 0].tolist() == [0.5] * 4 + [1.0] * 4
+    saved = training_arguments(None, folder / "checkpoint-8")
+    assert (read(folder, args=saved).used.clip_factors == 1).all()
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"gradient_accumulation_steps": 2}, "gradient_accumulation_steps=2, later 1"),
+        ({"per_device_train_batch_size": 5}, "per_device_train_batch_size=5, later 3"),
+        ({"optim": "sgd", "label_smoothing_factor": 0.1}, "optim='sgd', later 'adamw_torch_fused', label_smoothing_fa"),
+        ({"warmup_steps": 3}, "warmup_steps=3, later 0"),
+        ({"lr_scheduler_type": "cosine"}, "lr_scheduler_type='cosine', later 'linear'"),
+    ],
+)
+def test_other_arguments_of_an_earlier_checkpoint_are_refused_by_name(
+    changed: dict[str, Any], words: str, copied: Folders
+) -> None:
+    folder = with_earlier(copied(), **changed)
+    refused(folder, rf"checkpoint-4/training_args.bin: .*other arguments \({words}")
+    assert read(folder, args=training_arguments(None, folder / "checkpoint-8")).steps == (4, 8)
+
+
+def test_what_the_user_gives_may_have_changed(copied: Folders) -> None:
+    folder = copied()
+    rates = read(folder).learning_rates[:, 0]
+    with_earlier(folder, per_device_train_batch_size=5, lr_scheduler_type="cosine")
+    refused(folder, "per_device_train_batch_size=5, later 3, lr_scheduler_type='cosine'", clip_factors=1.0)
+    refused(folder, r"\(lr_scheduler_type='cosine', later 'linear'\)", batch_size=4)
+    assert read(folder, batch_size=4, learning_rates=rates).optimizer.batch_size == 4
+
+
+def test_steps_that_were_added_to_a_schedule_are_refused(tmp_path: Path) -> None:
+    folder = resumed(tmp_path, {"max_steps": 4}, {}, logging_strategy="no")
+    refused(folder, r"other arguments \(max_steps=4, later 8\)")
+    rates = [0.02 * (1 - step / 4) for step in range(5)] + [0.02 * (1 - step / 8) for step in range(5, 8)]
+    found = read(folder, learning_rates=rates)  # the first step that was added had the rate that the end had left
+    assert found.lr_steps(0, 8)[0] == pytest.approx(sum(rates))
+
+
+def test_arguments_of_the_schedule_that_change_no_rate_may_change(tmp_path: Path) -> None:
+    """More steps of a constant rate; and a base rate, for a Trainer that goes on has the optimizer's."""
+    folder = resumed(tmp_path, {}, {"learning_rate": 0.01}, lr_scheduler_type="constant")
+    assert read(folder).learning_rates.tolist() == [[0.02, 0.02]] * 8
 
 
 def test_an_optimizer_that_had_taken_steps_before_is_refused(tmp_path: Path) -> None:
@@ -386,6 +581,75 @@ def test_what_the_user_says_is_used(made: Folders) -> None:
     shares = found.example_weights(0)
     assert shares is not None and shares[0] == 3 * shares[1]
     assert read(made()).observed["sampling"].startswith("uniform")
+
+
+ARGUMENTS = {
+    "learning_rate": 0.02,
+    "lr_scheduler_type": "linear",
+    "warmup_steps": 0,
+    "max_grad_norm": 0,
+    "optim": "adamw_torch",
+}
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"lr_scheduler_kwargs": "{bad"}, r"args: lr_scheduler_kwargs='{bad': expected a dict"),
+        ({"lr_scheduler_kwargs": [1]}, r"args: lr_scheduler_kwargs=\[1\]: expected a dict"),
+        ({"learning_rate": "x"}, "args: learning_rate='x': expected a number, at least 0"),
+        ({"learning_rate": None}, r"lack \['learning_rate'\]"),
+        ({"learning_rate": -0.1}, "args: learning_rate=-0.1: expected"),
+        ({"optim": None}, r"lack \['optim'\]"),
+        ({"max_grad_norm": "y"}, "args: max_grad_norm='y': expected a number"),
+        ({"max_grad_norm": math.nan}, "args: max_grad_norm=nan: expected a number"),
+        ({"warmup_steps": "z"}, "args: warmup_steps='z': expected a number, at least 0"),
+        ({"warmup_ratio": [1]}, r"args: warmup_ratio=\[1\]: expected a number"),
+        ({"label_smoothing_factor": "some"}, "args: label_smoothing_factor='some': expected a number"),
+        ({"gradient_accumulation_steps": "q"}, "args: gradient_accumulation_steps='q': expected a whole number, at l"),
+        ({"gradient_accumulation_steps": 1.5}, "args: gradient_accumulation_steps=1.5: expected a whole number"),
+        ({"distributed_state": 5}, "args: distributed_state=5: expected accelerate's PartialState"),
+    ],
+)
+def test_arguments_that_make_no_sense_are_refused_by_name(made: Folders, changed: dict[str, Any], words: str) -> None:
+    with pytest.raises(sf.TrajectoryError, match=words):
+        read(made(), args={**ARGUMENTS, **changed})
+
+
+@pytest.mark.parametrize("limit", [None, 0, -1, math.inf])
+def test_limits_to_the_norm_that_clip_nothing(made: Folders, limit: float | None) -> None:
+    found = read(made(), args={**ARGUMENTS, "max_grad_norm": limit})
+    assert (found.used.clip_factors == 1).all()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda c: c["state"][0].update(step=torch.tensor(math.nan)), r"step of parameter 0 is nan"),
+        (lambda c: c["state"][0].update(step="eight"), "could not convert string"),
+        (lambda c: c["state"].update({0: None}), "expected the state_dict of a torch optimizer"),
+        (lambda c: c.update(state=[]), "expected the state_dict of a torch optimizer"),
+        (lambda c: c["param_groups"].__setitem__(0, 5), "expected the state_dict of a torch optimizer"),
+        (lambda c: c["param_groups"][0].pop("lr"), "expected the state_dict of a torch optimizer .KeyError: 'lr'"),
+        (lambda c: c["param_groups"][0].update(lr=None), "expected the state_dict of a torch optimizer"),
+        (lambda c: c["param_groups"][0].update(initial_lr="x"), "expected the state_dict of a torch optimizer"),
+        (lambda c: c["param_groups"][0].update(betas=None), "betas=None of a parameter group of AdamW"),
+        (lambda c: c["param_groups"][0].update(weight_decay="x"), "weight_decay='x' of a parameter group"),
+        (lambda c: c["param_groups"][0].update(eps=(1, 2)), r"eps=\(1, 2\) of a parameter group of AdamW"),
+        (lambda c: c["state"][0].pop("exp_avg_sq"), r"parameter 0 \('transformer.wte.weight'\) has no exp_avg_sq"),
+        (lambda c: c["state"][0].update(exp_avg_sq=None), "has no exp_avg_sq, and AdamW keeps one"),
+        (lambda c: c["state"][0].pop("step"), "has no step, and AdamW keeps one"),
+        (lambda c: c["param_groups"][0].update(amsgrad=True), "has no max_exp_avg_sq, and AdamW keeps one"),
+        (lambda c: c["state"].clear(), "AdamW has taken steps, and its state is empty"),
+    ],
+)
+def test_an_optimizers_file_that_was_damaged_is_named(
+    copied: Folders, change: Callable[[dict[str, Any]], None], words: str
+) -> None:
+    folder = copied()
+    for step in (4, 8):
+        edit_saved(folder / f"checkpoint-{step}" / "optimizer.pt", change)
+    refused(folder, f"checkpoint-4/optimizer.pt: .*{words}")
 
 
 class Touch:
