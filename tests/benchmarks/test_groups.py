@@ -179,13 +179,14 @@ def test_every_stage_is_timed_once_and_the_tables_show_what_was_found(
 
 def test_the_encoder_layer_is_that_of_torch_and_ignores_padding() -> None:
     torch.manual_seed(0)
-    head = models.EncoderHead(width=12, heads=3, pretrained=False).double().eval()
+    head = models.EncoderHead(width=12, heads=3).double().eval()
     exact = nn.TransformerEncoderLayer(12, 3, 48, 0.0, "gelu", 1e-12, batch_first=True).double().eval()
+    [layer] = head.layers
     with torch.no_grad():
-        exact.self_attn.in_proj_weight.copy_(torch.cat([head.query.weight, head.key.weight, head.value.weight]))
-        exact.self_attn.in_proj_bias.copy_(torch.cat([head.query.bias, head.key.bias, head.value.bias]))
-        pairs = {exact.self_attn.out_proj: head.output, exact.norm1: head.output_norm, exact.norm2: head.down_norm}
-        for theirs, own in (pairs | {exact.linear1: head.up, exact.linear2: head.down}).items():
+        exact.self_attn.in_proj_weight.copy_(torch.cat([layer.query.weight, layer.key.weight, layer.value.weight]))
+        exact.self_attn.in_proj_bias.copy_(torch.cat([layer.query.bias, layer.key.bias, layer.value.bias]))
+        pairs = {exact.self_attn.out_proj: layer.output, exact.norm1: layer.output_norm, exact.norm2: layer.down_norm}
+        for theirs, own in (pairs | {exact.linear1: layer.up, exact.linear2: layer.down}).items():
             theirs.load_state_dict(own.state_dict())
         states = torch.randn(2, 7, 12, dtype=torch.float64)
         states[0, 4:] = 0
