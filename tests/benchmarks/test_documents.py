@@ -94,6 +94,25 @@ def test_the_tables_of_minilm_are_those_of_its_result_files() -> None:
     assert minilm.table(result_files.read_result(minilm.RESULT)) in document, "python -m benchmarks.minilm"
 
 
+def test_what_taught_the_gpt_its_completions_is_in_its_result_file() -> None:
+    pytest.importorskip("transformers")
+    from examples import trainer_gpt
+
+    found = json.loads((ROOT / "docs" / "trainer_gpt.json").read_text())
+    document = (ROOT / "docs" / "REAL_MODELS.md").read_text()
+    assert trainer_gpt.as_text(found) in document, "python -m examples.trainer_gpt; cp gpt-output/*.json docs"
+    sentences = ["".join(sentence) for sentence in trainer_gpt.SENTENCES]
+    (first, _), *_ = found["bible"][sentences[0]]["for it"]
+    assert first == found["book"] == "Genesis"
+    assert {book for book, _ in found["bible"][sentences[1]]["for it"][:3]} <= {"Matthew", "Mark", "Luke", "John"}
+    taught, against = (found["bible"][sentences[2]][kind] for kind in ("for it", "against it"))
+    assert max(number for _, number in taught) < 0.02 and min(number for _, number in against) < -0.2
+    assert max(found["tokens"], key=lambda one: abs(one[1]))[0] == "'the'"
+    assert max(found["completion"], key=lambda one: one[1])[0] == "heaven"
+    minutes = [found[f"seconds of {what}"] / 60 for what in ("training", "explaining")]
+    assert [round(number) for number in minutes] == [7, 7]
+
+
 @pytest.mark.parametrize("name", ["mlp", "group_speed", "ranks", "query_points"])
 def test_tables_of_speed_are_the_result_files(name: str) -> None:
     lines = (ROOT / "benchmarks" / "README.md").read_text().splitlines()
