@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import nn
 
-COMPILED = frozenset({"_compiled_call_impl", "_is_torch_compile"})  # what torch.compile leaves on modules
+# What torch.compile leaves on modules, and Lightning's, which takes its place once Lightning is imported.
+COMPILED = frozenset({"_compiled_call_impl", "_is_torch_compile", "_compile_kwargs"})
 
 
 def as_written(value: Any) -> Any:

@@ -13,6 +13,7 @@ pytest.importorskip("tokenizers")
 from examples import trainer_gpt
 
 
+@pytest.mark.slow
 def test_the_pieces_of_the_gpt_example_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     small = {"WORDS": 300, "LENGTH": 40, "SHORTEST": 4, "PASSAGES": 6, "EPOCHS": 1, "BATCH": 2}
     for name, value in small.items():

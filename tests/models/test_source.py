@@ -123,7 +123,7 @@ def test_scores_of_a_whole_model_are_those_of_dense_matrices(name: str, tmp_path
     assert_near(as_tensor(found(name, str(tmp_path), "store", 4)), expected(WHOLE[name], run))
 
 
-@pytest.mark.parametrize("name", ["convolutions", "gpt2"])
+@pytest.mark.parametrize("name", [pytest.param("convolutions", marks=pytest.mark.slow), "gpt2"])
 def test_two_ranks_get_them_too(name: str, gang: Gang, tmp_path: Path) -> None:
     run = trained(name, tmp_path / "run")
     ranks = gang.run(2, found, name, str(tmp_path), "store", 3)

@@ -187,7 +187,9 @@ def correlation(first: Tensor, second: Tensor) -> float:
 @pytest.mark.filterwarnings("ignore:.*GradScaler:FutureWarning")
 @pytest.mark.filterwarnings("ignore:.*share of the trained parameters.*:UserWarning")
 @pytest.mark.parametrize("damping", [pytest.param(None, marks=pytest.mark.slow), 0.05])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", [name if name in ("UCI", "WikiText") else pytest.param(name, marks=pytest.mark.slow) for name in CASES]
+)
 def test_kronfluences_example_tasks_give_its_scores(
     case: str, damping: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -85,12 +85,15 @@ METHODS = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+QUICK = ("gpt2", "llama, padded left", "bert, a class")
+
+
+@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in CASES])
 def test_factors_and_scores_do_not_depend_on_padding_or_batches(name: str, tmp_path: Path) -> None:
     case = CASES[name]
     run = trained(replace(case, collate=padded), tmp_path / "run")
     methods = dict(METHODS) if name == "gpt2" else {"kfac": METHODS["kfac"]}
-    if "left" in name:
+    if name == "llama, padded left, each word a label":
         methods["representations"] = METHODS["representations"]
     for method in methods.values():
         alone, *others = [

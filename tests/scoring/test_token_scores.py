@@ -141,7 +141,11 @@ def bert(tmp_path: Path, method: Any, **options: Any) -> tuple[sf.Analyzer, list
 
 @pytest.mark.parametrize(
     ("method", "memory"),
-    [(sf.Source(2), 2 << 30), (sf.Source(2), 20_000), (sf.InfluenceFunction(0.1), 20_000)],
+    [
+        (sf.Source(2), 2 << 30),
+        pytest.param(sf.Source(2), 20_000, marks=pytest.mark.slow),
+        (sf.InfluenceFunction(0.1), 20_000),
+    ],
     ids=["source", "source, many tiles", "influence, many tiles"],
 )
 def test_tokens_add_up_for_every_method_and_budget(tmp_path: Path, method: Any, memory: int) -> None:
@@ -209,7 +213,11 @@ def test_a_task_without_a_mask_has_tokens_by_the_positions_of_its_layers(tmp_pat
     assert not scores.tokens(0, 3)[3:].any()
 
 
-@pytest.mark.parametrize("memory", [2 << 30, 20_000], ids=["shared queries", "blocks of queries"])
+@pytest.mark.parametrize(
+    "memory",
+    [pytest.param(2 << 30, marks=pytest.mark.slow), 20_000],
+    ids=["shared queries", "blocks of queries"],
+)
 def test_two_ranks_get_the_tokens_of_one_process(gang: Gang, tmp_path: Path, memory: int) -> None:
     trained(KINDS["masked bert"], tmp_path / "run")
     one = scored(str(tmp_path), "one", memory, 2)

@@ -331,7 +331,7 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "seed": ({"seed": 1}, {}, "seed: stored 0, now 1"),
     "one label of the dataset": ({}, {"train": other_content}, r"dataset: examples: stored '\w+', now '\w+'"),
     "another task": ({"task": FixedLabels()}, {}, r"task: class: stored 'Drawn', now 'FixedLabels'"),
-    "a task option": ({"task": Drawn(inputs="x")}, {}, r"task: self.inputs: stored \"'inputs'\", now \"'x'\""),
+    "a task option": ({"task": Drawn(inputs="x")}, {}, r"task: self.inputs: stored 'None', now \"'x'\""),
     "the task's code": ({"task": rewritten(Drawn)()}, {}, r"task: compute_train_loss\(\).*: stored .*, now '\w+'"),
 }
 
