@@ -162,7 +162,7 @@ class Classification(BatchTask):
         check_choice("measurement", measurement, ("loss", "margin", "log_probability"), TaskError)
         super().__init__(inputs, targets, weights, mean_weight, class_weights)
         self.measurement = measurement
-        self.loss = SoftmaxLoss(self.__class__.__name__, class_weights, label_smoothing)
+        self.softmax = SoftmaxLoss(self.__class__.__name__, class_weights, label_smoothing)
 
     def _logits(self, batch: Any, model: nn.Module) -> tuple[Tensor, Tensor]:
         logits, labels = self._read(batch, model)
@@ -183,8 +183,8 @@ class Classification(BatchTask):
         logits, labels = self._logits(batch, model)
         scale = self._scale(batch, logits)
         if not sample:
-            return (scale * self.loss.losses(logits, labels)).sum()
-        roots = (scale * self.loss.bent(logits, labels)).sqrt()
+            return (scale * self.softmax.losses(logits, labels)).sum()
+        roots = (scale * self.softmax.bent(logits, labels)).sqrt()
         return (roots * cross_entropies(logits, drawn_labels(logits))).sum()
 
     def compute_measurement(self, batch: Any, model: nn.Module) -> Tensor:

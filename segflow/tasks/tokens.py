@@ -81,7 +81,7 @@ class TokenTask(BatchTask):
         self.objective, self.measurement = objective, measurement
         self.mean_tokens = _mean_tokens(name, objective, mean_tokens)
         self.ignore_index = whole_number(f"{name}: ignore_index", ignore_index, TaskError, -(2**62))
-        self.loss = SoftmaxLoss(name, class_weights, label_smoothing)
+        self.softmax = SoftmaxLoss(name, class_weights, label_smoothing)
 
     def compute_train_loss(self, batch: Any, model: nn.Module, sample: bool = False) -> Tensor:
         """The loss summed over the batch; with `sample`, of labels drawn from the softmax where there are targets."""
@@ -89,8 +89,8 @@ class TokenTask(BatchTask):
         scale = self._scale(batch, weight[:, 0])
         weight = weight * (scale[:, None] if scale.ndim else scale)
         if not sample:
-            return (weight * self.loss.losses(logits, labels)).sum()
-        roots = (weight * self.loss.bent(logits, labels)).sqrt()
+            return (weight * self.softmax.losses(logits, labels)).sum()
+        roots = (weight * self.softmax.bent(logits, labels)).sqrt()
         return (roots * cross_entropies(logits, drawn_labels(logits, counted))).sum()
 
     def compute_measurement(self, batch: Any, model: nn.Module) -> Tensor:

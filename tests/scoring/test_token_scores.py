@@ -213,11 +213,8 @@ def test_a_task_without_a_mask_has_tokens_by_the_positions_of_its_layers(tmp_pat
     assert not scores.tokens(0, 3)[3:].any()
 
 
-@pytest.mark.parametrize(
-    "memory",
-    [pytest.param(2 << 30, marks=pytest.mark.slow), 20_000],
-    ids=["shared queries", "blocks of queries"],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("memory", [2 << 30, 20_000], ids=["shared queries", "blocks of queries"])
 def test_two_ranks_get_the_tokens_of_one_process(gang: Gang, tmp_path: Path, memory: int) -> None:
     trained(KINDS["masked bert"], tmp_path / "run")
     one = scored(str(tmp_path), "one", memory, 2)
