@@ -18,6 +18,7 @@ from torch.utils.data import Dataset, TensorDataset
 import segflow as sf
 
 from ..support.helpers import analyzer_of, images, trajectory_of, vectors
+from ..support.kronfluence_scores import kronfluence_scores
 from ..support.kronfluence_tasks import (
     CifarClassification,
     GlueClassification,
@@ -116,32 +117,6 @@ def fixed_noise(mean: Tensor, std: float) -> Tensor:
     return mean + std * 2**0.5 * (1e4 * mean).sin()
 
 
-def kronfluence_scores(
-    folder: Path, task: Any, model: nn.Module, train: Any, query: Any, damping: float | None
-) -> Tensor:
-    import kronfluence
-    from kronfluence.arguments import FactorArguments, ScoreArguments
-
-    factors = ("activation_covariance", "gradient_covariance", "eigendecomposition", "per_sample_gradient", "lambda")
-    scores = ("per_sample_gradient", "precondition", "score")
-    prepared = kronfluence.prepare_model(model, task)
-    peer = kronfluence.Analyzer("peer", prepared, task, cpu=True, output_dir=str(folder), disable_tqdm=True)
-    precise = {f"{name}_dtype": torch.float64 for name in factors}
-    arguments = FactorArguments(strategy="ekfac", use_empirical_fisher=False, **precise)
-    peer.fit_all_factors("factors", train, per_device_batch_size=7, factor_args=arguments)
-    exact = {f"{name}_dtype": torch.float64 for name in scores}
-    peer.compute_pairwise_scores(
-        "scores",
-        "factors",
-        query,
-        train,
-        per_device_query_batch_size=3,
-        per_device_train_batch_size=6,
-        score_args=ScoreArguments(damping_factor=damping, **exact),
-    )
-    return peer.load_pairwise_scores("scores")["all_modules"]
-
-
 def both(folder: Path, case: str, damping: Any, monkeypatch: pytest.MonkeyPatch) -> tuple[Tensor, Tensor]:
     """segflow's and Kronfluence's scores of every training example [QUERIES, N], at the same pseudo-labels."""
     task, make, data = CASES[case]
@@ -157,7 +132,7 @@ def both(folder: Path, case: str, damping: Any, monkeypatch: pytest.MonkeyPatch)
     analyzer = analyzer_of(model, trajectory, folder / "store", task, method=method, exclude=names)
     analyzer.fit(train, batch_size=7)
     ours = analyzer.score(sf.Groups.singletons(N), train, query, batch_size=6).values
-    return ours, kronfluence_scores(folder / "peer", task, model, train, query, damping)
+    return ours, kronfluence_scores(folder / "peer", task, model, train, query, "ekfac", damping)
 
 
 def named_layers(model: nn.Module, task: Any) -> list[str]:

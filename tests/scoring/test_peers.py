@@ -30,6 +30,7 @@ from ..support.helpers import (
     trajectory_of,
     vectors,
 )
+from ..support.kronfluence_scores import kronfluence_scores
 
 N, QUERIES = 20, 4
 SINGLE = sf.Groups.singletons(N)
@@ -184,18 +185,8 @@ def test_lissa_that_converged_equals_dattris_exact_influence(tmp_path: Path, dou
 
 # ---- Kronfluence ----
 
-PRECISE = (
-    "activation_covariance_dtype",
-    "gradient_covariance_dtype",
-    "eigendecomposition_dtype",
-    "per_sample_gradient_dtype",
-    "lambda_dtype",
-)
-
 
 def _kronfluence(folder: Path, net: str, strategy: str, damping: float | None) -> Tensor:
-    import kronfluence
-    from kronfluence.arguments import FactorArguments, ScoreArguments
     from kronfluence.task import Task
 
     class Peer(Task):
@@ -207,26 +198,7 @@ def _kronfluence(folder: Path, net: str, strategy: str, damping: float | None) -
 
     model, train, query = _data(net)
     model.load_state_dict(perturbed_states(model, 1)[0])
-    prepared = kronfluence.prepare_model(model, Peer())
-    peer = kronfluence.Analyzer("peer", prepared, Peer(), cpu=True, output_dir=str(folder), disable_tqdm=True)
-    precise = dict.fromkeys(PRECISE, torch.float64)
-    peer.fit_all_factors(
-        "factors",
-        train,
-        per_device_batch_size=7,
-        factor_args=FactorArguments(strategy=strategy, use_empirical_fisher=False, **precise),
-    )
-    exact = dict.fromkeys(("per_sample_gradient_dtype", "precondition_dtype", "score_dtype"), torch.float64)
-    peer.compute_pairwise_scores(
-        "scores",
-        "factors",
-        query,
-        train,
-        per_device_query_batch_size=3,
-        per_device_train_batch_size=6,
-        score_args=ScoreArguments(damping_factor=damping, **exact),
-    )
-    return peer.load_pairwise_scores("scores")["all_modules"]
+    return kronfluence_scores(folder, Peer(), model, train, query, strategy, damping)
 
 
 @pytest.mark.filterwarnings("ignore:.*GradScaler:FutureWarning")
