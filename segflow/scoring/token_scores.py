@@ -142,7 +142,7 @@ class TokenScores:
         products: Products = {}
 
         def consume(layer: TrackedLayer, tokens: Tokens) -> None:
-            basis = (self.queries.bases | self.queries.sum_bases).get(layer.name)  # type: ignore[operator]
+            basis = self.queries.bases.get(layer.name) or self.queries.sum_bases.get(layer.name)
             scaled = scaled_examples(tokens, batch.weights)
             rotated = scaled if basis is None else basis.rotate_tokens(scaled)
             products[layer.name] = token_products(self.queries.values[layer.name], rotated, self.budget)

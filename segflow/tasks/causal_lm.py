@@ -74,13 +74,13 @@ class CausalLM(TokenTask):
         labels_BS, mask_BS = super()._labels(batch), attention_mask_of(batch)
         if mask_BS is None or mask_BS.shape != labels_BS.shape:
             return labels_BS
-        self._check_padding(batch, mask_BS)
         return labels_BS.masked_fill(mask_BS == 0, self.ignore_index)
 
-    def _check_padding(self, batch: Any, mask_BS: Tensor) -> None:
+    def _check_padding(self, given_BS: Any, mask_BS: Tensor | None) -> None:
         """Raise TaskError where padding has labels, for a trainer's loss counts them; looked at on the CPU only."""
-        given_BS = self._given_labels(batch)
-        if mask_BS.device.type != "cpu" or not isinstance(given_BS, Tensor) or given_BS.shape != mask_BS.shape:
+        if mask_BS is None or mask_BS.device.type != "cpu":
+            return
+        if not isinstance(given_BS, Tensor) or given_BS.shape != mask_BS.shape:
             return
         if bool((odd_BS := (given_BS != self.ignore_index) & (mask_BS == 0)).any()):
             row, place = (int(number) for number in odd_BS.nonzero()[0])
@@ -97,10 +97,12 @@ class CausalLM(TokenTask):
         if isinstance(batch, Mapping) and key is None:  # a "label" beside tokens is a class
             key = next((name for name in ("labels", "targets") if name in batch), None)
         tokens_alone = isinstance(batch, Mapping) and key is None and "input_ids" in batch
-        labels_BS = None if tokens_alone else targets_if_any(batch, key)
-        if labels_BS is not None or mapping is None or not isinstance(tokens_BS := mapping.get("input_ids"), Tensor):
-            return targets_of(batch, self.targets) if labels_BS is None else labels_BS
-        mask_BS = attention_mask_of(batch)
+        labels_BS, mask_BS = None if tokens_alone else targets_if_any(batch, key), attention_mask_of(batch)
+        if labels_BS is not None:
+            self._check_padding(labels_BS, mask_BS)
+            return labels_BS
+        if mapping is None or not isinstance(tokens_BS := mapping.get("input_ids"), Tensor):
+            return targets_of(batch, self.targets)
         return tokens_BS if mask_BS is None else tokens_BS.masked_fill(mask_BS == 0, self.ignore_index)
 
     def get_attention_mask(self, batch: Any) -> Tensor | None:

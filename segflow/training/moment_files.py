@@ -17,7 +17,7 @@ from ..errors import TrajectoryError
 from ..runtime.sharding import named_modules, named_parameters, plain_name
 from ..store.files import file_digest
 from .adapters import has_adapter
-from .optimizers import KNOWN, SECOND_MOMENTS, second_moment
+from .optimizers import KNOWN, SECOND_MOMENTS, has_second_moment, second_moment
 from .trainer_files import read_saved
 
 # What only the optimizers of torch.optim with these formulas have among their groups' options.
@@ -60,12 +60,18 @@ class OptimizerState:
         counts = {self.names[number]: int(values.get("step", 0)) for number, values in self.state.items()}
         return dict.fromkeys(self.names, 0) | counts
 
-    def moments(self) -> Iterator[tuple[str, Tensor]]:
-        """The bias-corrected second moments of each parameter that has taken a step."""
-        for group, kind in zip(self.groups, self.kinds, strict=True):
+    def held(self) -> Iterator[tuple[str, int, int]]:
+        """The parameters that have second moments: each one's name, number and parameter group."""
+        for place, (group, kind) in enumerate(zip(self.groups, self.kinds, strict=True)):
             for number in group["params"]:
-                if (moment := second_moment(kind, self.state.get(number, {}), group)) is not None:
-                    yield self.names[number], moment
+                if has_second_moment(kind, self.state.get(number, {})):
+                    yield self.names[number], number, place
+
+    def moment(self, number: int, place: int) -> Tensor:
+        """The bias-corrected second moments of one of them."""
+        found = second_moment(self.kinds[place], self.state[number], self.groups[place])
+        assert found is not None  # noqa: S101
+        return found
 
 
 @dataclass(frozen=True)
@@ -84,11 +90,12 @@ class OptimizerFile:
 
     def names(self) -> list[str]:
         """The names of the parameters that have second moments."""
-        return list(self.read())
+        return [name for name, _, _ in self._opened().held() if name not in self.without]
 
     def read(self) -> dict[str, Tensor]:
         """The bias-corrected second moments by these names."""
-        return {name: values for name, values in self._opened().moments() if name not in self.without}
+        state = self._opened()
+        return {name: state.moment(*which) for name, *which in state.held() if name not in self.without}
 
     def digests(self) -> list[str]:
         """The sha256 of the file."""

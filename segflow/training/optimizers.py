@@ -61,6 +61,11 @@ def decoupled_by_group(optimizer: OptimizerConstants, kinds: Sequence[str]) -> t
     return one_by_group("decoupled", optimizer.decoupled, bool, len(kinds))
 
 
+def has_second_moment(name: str, state: Mapping[str, Any]) -> bool:
+    """Whether a parameter's state holds second moments: its optimizer, of that name, keeps some and took a step."""
+    return name in SECOND_MOMENTS and SECOND_MOMENTS[name] in state and float(state.get("step", 0)) >= 1
+
+
 def second_moment(name: str, state: Mapping[str, Any], options: Mapping[str, Any]) -> Tensor | None:
     """The bias-corrected second moments v_hat of one parameter; None if its optimizer keeps none or took no step.
 
@@ -72,7 +77,7 @@ def second_moment(name: str, state: Mapping[str, Any], options: Mapping[str, Any
         state: what torch's optimizer keeps of the parameter, among it `step`, the parameter's own count t.
         options: those of the parameter's group.
     """
-    if name not in SECOND_MOMENTS or SECOND_MOMENTS[name] not in state or float(state.get("step", 0)) < 1:
+    if not has_second_moment(name, state):
         return None
     raw: Tensor = state[SECOND_MOMENTS[name]].detach()
     if name in ("Adam", "AdamW"):
